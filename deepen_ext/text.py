@@ -1,0 +1,269 @@
+"""Token ids and bytes: one tokenizer's vocabulary as bytes, and the token ids of a text that grows.
+
+The members of an ensemble share text as bytes. The main model's tokens become bytes (`Vocabulary.bytes_of`),
+the bytes whole characters (`Utf8Stream`), and these an assistant's tokens (`GrowingText`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from deepen_ext.cuts import CutFinder
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.token_bytes import SPACE_MARK, Encoder, Kind, build_encoder
+
+# Each breaks some tokenizer that changes text: lower-casing, accents, NFC, NFKC, stripped or folded
+# whitespace.
+_PROBES = (
+    "Hello world",
+    "The QUICK brown Fox, isn't it?",
+    "def f(x):\n\tif x >= 10:\n        return {'a': [x**2, -1.5e-3]}  # ok\n",
+    " leading space",
+    "  two leading and two trailing  ",
+    "\n\n\n\t \t\n",
+    "line\r\nline\rline\n",
+    "a  b   c    d                                   e",
+    "0 12 345 6789 3.14159 1,000,000 ²½",
+    "naïve façade Ångström ﬁ ① Ⅳ ｆｕｌｌ",  # noqa: RUF001
+    "e\u0301 n\u0303 a\u0308\u0323 \u1e0b\u0323 क्षि",
+    "今天天气很好，我们去公园吧。日本語カナ 한국어",  # noqa: RUF001
+    "👩‍👩‍👧‍👦 🇫🇷 👍🏽 ❤️ 𝔘𝔫𝔦 \U0001f9ff",  # noqa: RUF001
+    "\u00a0\u2003\u200b\u200d\ufeff\u2028",
+    "a\u2581b\u2581",
+    "ﷺ שָׁלוֹם مَرْحَبًا",
+)
+
+
+class Vocabulary:
+    """One tokenizer, seen as bytes.
+
+    Text is carried byte for byte. This asks for a departure from some tokenizers, always on a private view:
+    Unicode NFC (in transformers' Qwen 2) is left out, the dummy space that SentencePiece puts before a text
+    stands before the text only, never after a special token, and a literal `▁`, which SentencePiece would
+    turn into a space, is spelt in byte tokens. For text in NFC without special tokens or `▁` the ids are
+    those of the tokenizer.
+
+    Attributes:
+        tokens: bytes by id, length `vocab_size`; None where the token has no text (special, unused, beyond
+            the tokenizer). A token of part of a UTF-8 character holds that part.
+        prefix_ids: what the tokenizer puts before every text (BOS); [] where it puts nothing.
+        name: the tokenizer's name in messages.
+    """
+
+    def __init__(
+        self, encoder: Encoder, tokens: list[bytes | None], prefix_ids: list[int], name: str
+    ) -> None:
+        self.tokens = tokens
+        self.prefix_ids = prefix_ids
+        self.name = name
+        self._encoder = encoder
+        self._view = encoder.view
+        self._mark_ids: list[int] = []  # SentencePiece only: `▁` spelt in byte tokens
+        if encoder.kind == "sentencepiece":
+            self._mark_ids = [i for byte in SPACE_MARK.encode() if (i := encoder.byte_ids[byte]) is not None]
+        self.cuts = CutFinder(encoder)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, vocab_size: int | None = None, *, name: str = "") -> Vocabulary:
+        """Read a transformers fast tokenizer (or a `tokenizers.Tokenizer`) and check that text survives it.
+
+        Args:
+            tokenizer: what `AutoTokenizer.from_pretrained` returns. It is neither changed nor copied.
+            vocab_size: rows of the model's embedding or logits, when these exceed the tokenizer; default: its
+            length.
+            name: for messages; default: the tokenizer's `name_or_path`.
+
+        Raises:
+            ModelError: unsupported family, or the first probe text that does not come back byte for byte.
+        """
+        name = name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
+        encoder = build_encoder(tokenizer, name)
+        known = encoder.view.get_vocab_size(with_added_tokens=True)
+        size = known if vocab_size is None else vocab_size
+        prefix_ids = _prefix_ids(tokenizer, name)
+        vocabulary = cls(encoder, encoder.token_bytes(size), prefix_ids, name)
+        vocabulary._check(tokenizer)
+        return vocabulary
+
+    @property
+    def kind(self) -> Kind:
+        """The family: "byte_level" or "sentencepiece"."""
+        return self._encoder.kind
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's logits; `len(tokens)`."""
+        return len(self.tokens)
+
+    @property
+    def lost_bytes(self) -> frozenset[int]:
+        """Bytes the tokenizer has no token for and drops from text (21 in SmolLM2, of no printable text)."""
+        return self._encoder.lost_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over kind, tokens, prefix and tokenizer JSON. Computed when first asked for."""
+        digest = hashlib.sha256(f"{self.kind} {self._encoder.dummy_prefix} {self.prefix_ids} ".encode())
+        digest.update(b"".join(b"-1 " if t is None else b"%d " % len(t) for t in self.tokens))
+        digest.update(b"".join(filter(None, self.tokens)))
+        digest.update(self._view.to_str().encode())
+        return digest.hexdigest()
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes; b"" where it has no text. InputError for an id outside the vocabulary."""
+        if not 0 <= token_id < len(self.tokens):
+            raise InputError(f"{self.name}: token id {token_id} is outside its {len(self.tokens)} tokens")
+        return self.tokens[token_id] or b""
+
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> bytes:
+        """The bytes of a whole text's ids, less the dummy space.
+
+        `decode(encode(text)) == text.encode()`, but for special tokens in the text and `lost_bytes`.
+
+        Args:
+            ids: token ids, with or without `prefix_ids` before them.
+            continues: the ids go on from earlier ones, so that no dummy space stands before them.
+        """
+        ids = list(ids)
+        data = b"".join(map(self.bytes_of, ids))
+        if continues or not self._encoder.dummy_prefix:
+            return data
+        start = len(self.prefix_ids) if ids[: len(self.prefix_ids)] == self.prefix_ids else 0
+        has_dummy = len(ids) > start and ids[start] not in self._encoder.added
+        return data[1:] if has_dummy and data[:1] == b" " else data
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without `prefix_ids`; added tokens in it are matched as the tokenizer does."""
+        return self.encode_spans(text)[0]
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a whole text, and for each where it ends in the text, in characters."""
+        if not self._encoder.dummy_prefix or not text:
+            return self.encode_part(text, 0)
+        first = self._view.encode(text, add_special_tokens=False).ids[:1]
+        if first and first[0] in self._encoder.added and text[0] != SPACE_MARK:
+            return self.encode_part(text, 0)
+        return self.encode_part(" " + text, -1)
+
+    def encode_part(self, text: str, offset: int) -> tuple[list[int], list[int]]:
+        """`encode_spans` for a text that goes on from an earlier one at a cut, `offset` characters in."""
+        if not (self._mark_ids and SPACE_MARK in text):
+            encoding = self._view.encode(text, add_special_tokens=False)
+            return encoding.ids, [end + offset for _, end in encoding.offsets]
+        ids: list[int] = []
+        ends: list[int] = []
+        for i, piece in enumerate(text.split(SPACE_MARK)):
+            if i:
+                offset += 1
+                ids += self._mark_ids
+                ends += [offset] * len(self._mark_ids)
+            encoding = self._view.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            ends += [end + offset for _, end in encoding.offsets]
+            offset += len(piece)
+        return ids, ends
+
+    def _check(self, tokenizer: Any) -> None:
+        """Round trip over `_PROBES`, and the same ids as the tokenizer where nothing sets them apart."""
+        for text in _PROBES:
+            ids = self.encode(text)
+            if max(ids) >= self.vocab_size:
+                raise ModelError(
+                    f"{self.name}: the tokenizer gives id {max(ids)} for {text!r}, but the model has only "
+                    f"{self.vocab_size} rows; the tokenizer belongs to another model"
+                )
+            back = self.decode(ids)
+            if back != text.encode():
+                raise ModelError(
+                    f"{self.name}: text does not survive this tokenizer: {text!r} comes back as "
+                    f"{back.decode(errors='replace')!r}; use a model whose tokenizer keeps text byte for byte"
+                )
+            apart = SPACE_MARK in text or text[0].isspace() or unicodedata.normalize("NFC", text) != text
+            if not apart and ids != _plain_ids(tokenizer, text):
+                raise ModelError(
+                    f"{self.name}: this tokenizer encodes {text!r} in a way that is not understood "
+                    "(an unusual normalizer or pre-tokenizer); use another model"
+                )
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return list(getattr(encoded, "ids", encoded))
+
+
+def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
+    text = "Hello world"
+    encoded = tokenizer.encode(text, add_special_tokens=True)
+    whole, plain = list(getattr(encoded, "ids", encoded)), _plain_ids(tokenizer, text)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise ModelError(f"{name}: its special tokens change the ids of the text itself; use another model")
+
+
+class GrowingText:
+    """A member's token ids for a text that only grows.
+
+    After any sequence of appends, `ids == prefix_ids + encode(whole text)`. An append encodes again only from
+    the last cut before the old end (see `cuts.py`), most often the last word, however long the text.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, text: str) -> None:
+        self._vocabulary = vocabulary
+        self._text = text
+        # `_ends`: where each id ends, in characters; without the prefix.
+        ids, self._ends = vocabulary.encode_spans(text)
+        self.ids: list[int] = vocabulary.prefix_ids + ids
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return self._text
+
+    def append(self, text: str) -> int:
+        """Add text to the end; returns how many ids, from the start, are the same as before.
+
+        `ids` is changed in place, from that place on.
+        """
+        if not text:
+            return len(self.ids)
+        vocabulary, old_length = self._vocabulary, len(self._text)
+        self._text += text
+        cut = vocabulary.cuts.last(self._text, old_length)
+        kept = bisect_right(self._ends, cut) if cut else 0
+        if cut:
+            ids, ends = vocabulary.encode_part(self._text[cut:], cut)
+        else:
+            ids, ends = vocabulary.encode_spans(self._text)
+        self._ends[kept:] = ends
+        start = kept + len(vocabulary.prefix_ids)
+        old = self.ids[start:]
+        same = 0
+        for before, after in zip(old, ids, strict=False):
+            if before != after:
+                break
+            same += 1
+        self.ids[start + same :] = ids[same:]
+        return start + same
+
+
+class Utf8Stream:
+    """Bytes of a stream of tokens -> whole characters. Invalid bytes become U+FFFD, as in `bytes.decode`."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, data: bytes) -> str:
+        """The characters that `data` completes; "" while one is unfinished."""
+        return self._decoder.decode(data)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an unfinished character waits for its other bytes."""
+        return bool(self._decoder.getstate()[0])
