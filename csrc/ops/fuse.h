@@ -1,0 +1,54 @@
+// fuse: one whole DeePEn step for each row, from the members' top-k tokens to the main model's new logits.
+//
+//   r_i  = sum_t p_i[t] R_i[t, :] + tail_i / |A|        every member's relative representation
+//   target = sum_i weights[b, i] r_i                    the average, in relative space
+//   z    = inverse_search(main model's candidates, target)
+//   logits[b, ids_0] = z; chosen[b] = argmax(logits[b, :]), ties to the lower id
+//
+// Candidates are the main model's tokens. A token whose probability is below `min_probability` counts as part of its
+// member's tail (and is no candidate): the choice depends on the probability alone, never on what is cached.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/isa.h"
+#include "ops/adamw.h"
+#include "ops/relative_map.h"
+
+namespace deepen {
+
+constexpr int kMaxMembers = 16;
+
+struct FuseMember {
+  const int32_t* ids;   // [batch, k] from topk_softmax
+  const float* probs;   // [batch, k]
+  const float* tail;    // [batch]
+  RelativeRows rows;
+  int64_t k;
+};
+
+struct FuseParams {
+  FuseMember members[kMaxMembers];  // the main model first
+  const float* weights;             // [batch, member_count], each row sums to 1
+  void* logits;                     // [batch, vocab of the main model] dtype, contiguous: in and out
+  float* fused;                     // [batch, k of the main model] the candidates' new logits
+  int32_t* chosen;                  // [batch]
+  void* workspace;                  // fuse_workspace(...) bytes
+  int64_t batch;
+  int64_t anchors;
+  double learning_rate;
+  float min_probability;
+  int32_t steps;
+  int32_t member_count;
+  Dtype dtype;
+};
+
+size_t fuse_workspace(const FuseMember& main, int64_t anchors, int threads);
+
+void fuse_cpu(const FuseParams& params, int threads);
+
+DEEPEN_DECLARE_CPU(void fuse_row(const FuseParams& params, const AdamStep* schedule, int64_t row, char* workspace))
+
+}  // namespace deepen

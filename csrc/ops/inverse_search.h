@@ -1,0 +1,44 @@
+// inverse_search: main-model logits whose relative representation is near a target (DeePEn, section 3.4).
+//
+//   for t in 0 .. steps-1:
+//     p   = softmax(z over the candidates and the tail)        the tail keeps its logit
+//     r_a = sum_t p_t R[t, a]                                  the tail's row is uniform, 1/|A|
+//     L   = sum_a target_a (log target_a - log r_a) / |A|      KL divergence, mean over the anchors
+//     g_t = dL/dz_t = -(p_t / |A|) (h_t - sum_s p_s h_s),      h_t = sum_a R[t, a] target_a / r_a
+//     z   = AdamW(z, g)                                        adamw.h
+//
+// Rows of a batch are independent. Nothing of size |A| is touched for sparse rows except `target` at their columns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/isa.h"
+#include "ops/adamw.h"
+#include "ops/relative_map.h"
+
+namespace deepen {
+
+struct InverseSearchParams {
+  const float* logits;      // [batch, candidates]
+  const int32_t* ids;       // [batch, candidates] the candidates' token ids
+  const float* tail_logit;  // [batch] log of the summed exp(logit) of all other tokens; -inf if there are none
+  const float* target;      // [batch, anchors], each row sums to 1
+  float* found;             // [batch, candidates] the resulting logits
+  void* workspace;          // inverse_search_workspace(...) bytes
+  RelativeRows rows;        // of the main model
+  int64_t batch;
+  int64_t candidates;
+  int64_t anchors;
+  double learning_rate;
+  int32_t steps;
+};
+
+size_t inverse_search_workspace(const RelativeRows& rows, int64_t candidates, int64_t anchors, int threads);
+
+void inverse_search_cpu(const InverseSearchParams& params, int threads);
+
+DEEPEN_DECLARE_CPU(void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule, int64_t row,
+                                           char* workspace))
+
+}  // namespace deepen

@@ -1,0 +1,62 @@
+#include "ops/relative_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/arena.h"
+#include "core/check.h"
+#include "core/parallel.h"
+
+namespace deepen {
+
+static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, int64_t count) {
+  RelativeRowsBlock block{};
+  const int64_t tokens = std::min(count, kTokenBlock);
+  block.queries = take<float>(arena, tokens * dim);
+  block.offsets = take<float>(arena, tokens);
+  block.scores = take<float>(arena, tokens * anchors);
+  block.keys = take<uint64_t>(arena, tokens * anchors);
+  return block;
+}
+
+size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t count) {
+  Arena arena{nullptr};
+  take_block(arena, dim, anchors, count);
+  return arena.used;
+}
+
+void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
+  DEEPEN_CHECK(params.count >= 0, "count is ", params.count, "; it cannot be negative");
+  DEEPEN_CHECK(params.anchors >= 1 && params.anchors <= INT32_MAX, "there are ", params.anchors,
+               " anchors; 1 to 2^31-1 are possible");
+  DEEPEN_CHECK(params.dim >= 1, "the embedding has no columns");
+  DEEPEN_CHECK(params.entries >= 1 && params.entries <= params.anchors, "entries is ", params.entries,
+               "; choose 1 to the number of anchors, ", params.anchors);
+  DEEPEN_CHECK(params.temperature > 0 && std::isfinite(params.temperature), "temperature is ", params.temperature,
+               "; it must be positive");
+  DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");
+  for (int64_t n = 0; n < params.count; ++n) {
+    DEEPEN_CHECK(params.tokens[n] >= 0 && params.tokens[n] < params.vocab, "token ", params.tokens[n],
+                 " is outside the embedding's ", params.vocab, " rows");
+  }
+  for (int64_t a = 0; a < params.anchors; ++a) {
+    DEEPEN_CHECK(params.anchor_ids[a] >= 0 && params.anchor_ids[a] < params.vocab, "anchor token ",
+                 params.anchor_ids[a], " is outside the embedding's ", params.vocab, " rows");
+  }
+
+  Arena arena{static_cast<char*>(params.workspace)};
+  RelativeRowsBlock block = take_block(arena, params.dim, params.anchors, params.count);
+  const auto prepare = DEEPEN_CPU(prepare_queries);
+  const auto score = DEEPEN_CPU(score_anchors);
+  const auto finish = DEEPEN_CPU(finish_row);
+  for (block.first = 0; block.first < params.count; block.first += kTokenBlock) {
+    block.count = std::min(kTokenBlock, params.count - block.first);
+    prepare(params, block);
+    parallel_for(params.anchors, threads, [&](int, int64_t begin, int64_t end) { score(params, block, begin, end); });
+    parallel_for(block.count, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) finish(params, block, n);
+    });
+  }
+}
+
+}  // namespace deepen

@@ -1,0 +1,116 @@
+// CPU twin of topk_softmax: one pass over the row in blocks that stay in the first-level cache. Each block updates the
+// running maximum, the sum of exponentials relative to it (rescaled when it rises), and the list of candidates: keys
+// above the k-th largest seen so far. The list is cut back to k when it might overflow, which raises the bar, so that
+// on real logits almost every vector fails one comparison and is done.
+#include <cmath>
+
+#include "core/select.h"
+#include "core/simd.h"
+#include "ops/topk_softmax.h"
+#include "ops/topk_softmax_keys.h"
+
+namespace deepen {
+namespace DEEPEN_ISA {
+
+static const float kMinusInfinity = -INFINITY;
+
+template <class T>
+static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64_t row, uint64_t* keys) {
+  const int64_t vocab = params.vocab, k = params.k;
+  const int64_t capacity = topk_softmax_keys(vocab, k);
+  float block[kTopkBlock];
+  float largest = kMinusInfinity;  // running maximum of the row
+  double sum = 0.0;                // of exp(logit - largest)
+  float bar = kMinusInfinity;      // the k-th largest so far, once `barred`
+  bool barred = false;
+  int64_t count = 0;
+  bool finite = true;
+
+  for (int64_t begin = 0; begin < vocab; begin += kTopkBlock) {
+    const int64_t size = vocab - begin < kTopkBlock ? vocab - begin : kTopkBlock;
+    const int64_t whole = size / kWidth * kWidth;
+    // A low bar lets many through, so it is raised early and often: a cut of a few k keys costs little.
+    if (count + size > capacity || count > 4 * k + 256) {
+      keep_largest(keys, count, k);
+      count = k;
+      uint64_t smallest = keys[0];
+      for (int64_t i = 1; i < k; ++i) smallest = keys[i] < smallest ? keys[i] : smallest;
+      bar = key_value(smallest);
+      barred = true;
+    }
+
+    // Maximum, NaN check and candidates. Later ids lose ties, so a logit equal to the bar is out.
+    Vec maximum = broadcast(kMinusInfinity), unordered = Vec{};
+    const Vec bars = broadcast(bar);
+    for (int64_t i = 0; i < whole; i += kWidth) {
+      const Vec v = load(logits + begin + i);
+      store(block + i, v);
+      maximum = max(v, maximum);
+      unordered += v != v ? broadcast(1.0f) : Vec{};
+      uint32_t mask = barred ? greater_mask(v, bars) : (1u << kWidth) - 1u;
+      for (; mask != 0; mask &= mask - 1) {
+        const int64_t j = i + __builtin_ctz(mask);
+        keys[count++] = pack_key(block[j], uint32_t(begin + j));
+      }
+    }
+    float block_largest = max_lanes(maximum);
+    finite = finite && sum_lanes(unordered) == 0.0f;
+    for (int64_t i = whole; i < size; ++i) {
+      const float v = to_float(logits[begin + i]);
+      block[i] = v;
+      if (v > block_largest) block_largest = v;
+      finite = finite && v == v;
+      if (!barred || v > bar) keys[count++] = pack_key(v, uint32_t(begin + i));
+    }
+    if (!finite || block_largest == INFINITY) {
+      params.status[row] = kRowNotFinite;
+      return;
+    }
+
+    if (block_largest > largest) {
+      sum *= std::exp(double(largest) - double(block_largest));
+      largest = block_largest;
+    }
+    if (largest == kMinusInfinity) continue;
+    const Vec shift = broadcast(largest);
+    Vec sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= size; i += 4 * kWidth) {
+      for (int lane = 0; lane < 4; ++lane) sums[lane] += exp(load(block + i + lane * kWidth) - shift);
+    }
+    for (; i < whole; i += kWidth) sums[0] += exp(load(block + i) - shift);
+    sum += double(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    for (; i < size; ++i) sum += double(expf(block[i] - largest));
+  }
+  if (largest == kMinusInfinity) {
+    params.status[row] = kRowEmpty;
+    return;
+  }
+
+  keep_largest(keys, count, k);
+  sort_down(keys, k);
+  int32_t* ids = params.ids + row * k;
+  float* probs = params.probs + row * k;
+  double kept = 0.0;
+  for (int64_t i = 0; i < k; ++i) {
+    const double weight = double(expf(key_value(keys[i]) - largest));
+    ids[i] = int32_t(key_index(keys[i]));
+    probs[i] = float(weight / sum);
+    kept += weight;
+  }
+  // k = V leaves nothing; rounding must not leave a trace of it.
+  params.tail[row] = k == vocab || kept >= sum ? 0.0f : float((sum - kept) / sum);
+  params.status[row] = kRowOk;
+}
+
+void topk_softmax_row(const TopkSoftmaxParams& params, int64_t row, uint64_t* keys) {
+  const int64_t offset = row * params.vocab;
+  switch (params.dtype) {
+    case Dtype::f32: return softmax_topk(static_cast<const float*>(params.logits) + offset, params, row, keys);
+    case Dtype::f16: return softmax_topk(static_cast<const Half*>(params.logits) + offset, params, row, keys);
+    case Dtype::bf16: return softmax_topk(static_cast<const BFloat16*>(params.logits) + offset, params, row, keys);
+  }
+}
+
+}  // namespace DEEPEN_ISA
+}  // namespace deepen

@@ -1,0 +1,12 @@
+"""The core's operations on torch tensors: shapes, dtypes and devices are checked here, then the C++ core is called.
+
+Every operation keeps no state, allocates its outputs and workspace with torch, and releases the GIL while it runs.
+"""
+
+from deepen_ext.ops.fuse import FuseInput, fuse
+from deepen_ext.ops.inverse_search import inverse_search
+from deepen_ext.ops.relative_rows import relative_rows
+from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.topk_softmax import TopK, topk_softmax
+
+__all__ = ["FuseInput", "Rows", "TopK", "fuse", "inverse_search", "relative_rows", "topk_softmax"]

@@ -1,0 +1,49 @@
+"""What every operation asks of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepen_ext.errors import InputError
+
+# The core's dtype codes (csrc/core/dtype.h).
+FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    *,
+    shape: Sequence[int | None],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """Raise InputError unless `tensor` is contiguous and has this shape (None = any size), dtype and device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{wanted}]")
+    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+        raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; expected {names}")
+    if device is not None and tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device}, but the other tensors are on {device}; move it with .to()")
+    if not tensor.is_contiguous():
+        raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def check_cpu(operation: str, device: torch.device) -> None:
+    """Raise InputError for a device the core has no kernel for."""
+    if device.type != "cpu":
+        raise InputError(f"{operation} has no {device.type} kernel yet; move its tensors to the CPU")
+
+
+def workspace(size: int, device: torch.device) -> torch.Tensor:
+    """Scratch memory of `size` bytes."""
+    return torch.empty(size, dtype=torch.uint8, device=device)

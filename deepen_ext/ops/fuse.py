@@ -1,0 +1,86 @@
+"""`fuse`: see csrc/ops/fuse.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from deepen_ext import _core
+from deepen_ext.errors import InputError
+from deepen_ext.ops.checks import FLOAT_CODES, check_cpu, check_tensor, workspace
+from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.topk_softmax import TopK
+
+
+class FuseInput(NamedTuple):
+    """One member's part of a fusion step."""
+
+    topk: TopK
+    rows: Rows
+
+
+def fuse(
+    logits: torch.Tensor,
+    members: Sequence[FuseInput],
+    weights: torch.Tensor,
+    *,
+    learning_rate: float,
+    steps: int = 5,
+    min_probability: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One DeePEn step for each row, written into the main model's logits in place.
+
+    Args:
+        logits: float32, float16 or bfloat16 [B, V_main], contiguous. The candidates' logits are replaced.
+        members: top-k tokens and relative rows of each member, the main model first.
+        weights: float32 [B, n], each row sums to 1. A weight of 0 leaves a member out of that row.
+        learning_rate: AdamW's, above 0.
+        steps: 0 to 64.
+        min_probability: tokens less probable than this count as part of their member's tail.
+
+    Returns:
+        fused float32 [B, K], the candidates' new logits in the order of `members[0].topk.ids`, and chosen int32 [B],
+        the argmax of the new logits.
+    """
+    if not members:
+        raise InputError("there are no members to fuse")
+    main = members[0]
+    batch = main.topk.ids.shape[0]
+    check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=tuple(FLOAT_CODES))
+    device = logits.device
+    check_cpu("fuse", device)
+    check_tensor("weights", weights, shape=[batch, len(members)], dtype=torch.float32, device=device)
+    packed = []
+    for i, (topk, rows) in enumerate(members):
+        if rows.anchors != main.rows.anchors:
+            raise InputError(f"member {i} has {rows.anchors} anchors, but the main model has {main.rows.anchors}")
+        k = topk.ids.shape[-1]
+        check_tensor(f"ids of member {i}", topk.ids, shape=[batch, k], dtype=torch.int32, device=device)
+        check_tensor(f"probs of member {i}", topk.probs, shape=[batch, k], dtype=torch.float32, device=device)
+        check_tensor(f"tail of member {i}", topk.tail, shape=[batch], dtype=torch.float32, device=device)
+        rows.check(f"rows of member {i}", device)
+        packed.append((topk.ids.data_ptr(), topk.probs.data_ptr(), topk.tail.data_ptr(), k, rows.pack()))
+
+    k = main.topk.ids.shape[1]
+    fused = torch.empty(batch, k, dtype=torch.float32)
+    chosen = torch.empty(batch, dtype=torch.int32)
+    threads = max(1, min(batch, torch.get_num_threads()))
+    scratch = workspace(_core.fuse_workspace(packed[0][4], k, main.rows.anchors, threads), device)
+    _core.fuse(
+        packed,
+        weights.data_ptr(),
+        logits.data_ptr(),
+        FLOAT_CODES[logits.dtype],
+        batch,
+        main.rows.anchors,
+        learning_rate,
+        steps,
+        min_probability,
+        fused.data_ptr(),
+        chosen.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+    return fused, chosen

@@ -1,0 +1,66 @@
+"""`inverse_search`: see csrc/ops/inverse_search.h."""
+
+from __future__ import annotations
+
+import torch
+
+from deepen_ext import _core
+from deepen_ext.ops.checks import check_cpu, check_tensor, workspace
+from deepen_ext.ops.rows import Rows
+
+
+def inverse_search(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    tail_logit: torch.Tensor,
+    target: torch.Tensor,
+    rows: Rows,
+    *,
+    learning_rate: float,
+    steps: int = 5,
+) -> torch.Tensor:
+    """Move the candidates' logits so that their relative representation nears the target (DeePEn, section 3.4).
+
+    `steps` AdamW steps on `KL(target || softmax(z) R) / A`; tokens that are no candidates keep their summed
+    `tail_logit`, with a uniform relative row.
+
+    Args:
+        logits: float32 [B, K], the candidates' logits.
+        ids: int32 [B, K], their token ids.
+        tail_logit: float32 [B], log of the summed exp(logit) of all other tokens; -inf if there are none.
+        target: float32 [B, A], rows sum to 1.
+        rows: the main model's relative rows.
+        learning_rate: AdamW's, above 0.
+        steps: 0 to 64.
+
+    Returns:
+        float32 [B, K], the new logits.
+    """
+    check_tensor("logits", logits, shape=[None, None], dtype=torch.float32)
+    check_cpu("inverse_search", logits.device)
+    batch, candidates = logits.shape
+    device = logits.device
+    check_tensor("ids", ids, shape=[batch, candidates], dtype=torch.int32, device=device)
+    check_tensor("tail_logit", tail_logit, shape=[batch], dtype=torch.float32, device=device)
+    check_tensor("target", target, shape=[batch, rows.anchors], dtype=torch.float32, device=device)
+    rows.check("rows", device)
+    found = torch.empty_like(logits)
+    packed = rows.pack()
+    threads = max(1, min(batch, torch.get_num_threads()))
+    scratch = workspace(_core.inverse_search_workspace(packed, candidates, rows.anchors, threads), device)
+    _core.inverse_search(
+        logits.data_ptr(),
+        ids.data_ptr(),
+        tail_logit.data_ptr(),
+        target.data_ptr(),
+        packed,
+        batch,
+        candidates,
+        rows.anchors,
+        learning_rate,
+        steps,
+        found.data_ptr(),
+        scratch.data_ptr(),
+        threads,
+    )
+    return found

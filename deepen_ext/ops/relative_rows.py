@@ -1,0 +1,77 @@
+"""`relative_rows`: see csrc/ops/relative_rows.h."""
+
+from __future__ import annotations
+
+import torch
+
+from deepen_ext import _core
+from deepen_ext.errors import InputError
+from deepen_ext.ops.checks import FLOAT_CODES, check_cpu, check_tensor, workspace
+
+
+def relative_rows(
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    anchor_inverse_norm: torch.Tensor,
+    *,
+    mean: torch.Tensor | None,
+    temperature: float,
+    normalise: bool,
+    entries: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Similarity rows of some tokens to all anchors, cut to their largest entries (DeePEn, section 3.2).
+
+    Row n is `softmax(temperature * c)` over the anchors, with `c[a] = cos(E[tokens[n]] - mean, E[anchor_ids[a]] - mean)`
+    and, with `normalise`, `c / ||c||_2` in place of `c` (the paper's recipe).
+
+    Args:
+        tokens: int64 [N].
+        embedding: float32, float16 or bfloat16 [V, d], contiguous; read in place.
+        anchor_ids: int64 [A].
+        anchor_inverse_norm: float32 [A], `1 / ||E[anchor_ids] - mean||_2`.
+        mean: float32 [d], or None for no centring.
+        temperature: factor before the softmax, above 0.
+        normalise: divide the cosines of a row by their 2-norm.
+        entries: m, 1 to A.
+
+    Returns:
+        columns int32 [N, m] and values float32 [N, m], sorted down, ties to the lower column; rest float32 [N].
+    """
+    check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
+    check_cpu("relative_rows", embedding.device)
+    vocab, dim = embedding.shape
+    device = embedding.device
+    check_tensor("tokens", tokens, shape=[None], dtype=torch.int64, device=device)
+    check_tensor("anchor_ids", anchor_ids, shape=[None], dtype=torch.int64, device=device)
+    count, anchors = tokens.shape[0], anchor_ids.shape[0]
+    check_tensor("anchor_inverse_norm", anchor_inverse_norm, shape=[anchors], dtype=torch.float32, device=device)
+    if mean is not None:
+        check_tensor("mean", mean, shape=[dim], dtype=torch.float32, device=device)
+    if not 1 <= entries <= anchors:
+        raise InputError(f"entries is {entries}; choose 1 to the number of anchors, {anchors}")
+    columns = torch.empty(count, entries, dtype=torch.int32)
+    values = torch.empty(count, entries, dtype=torch.float32)
+    rest = torch.empty(count, dtype=torch.float32)
+    scratch = workspace(_core.relative_rows_workspace(dim, anchors, count), device)
+    _core.relative_rows(
+        embedding.data_ptr(),
+        FLOAT_CODES[embedding.dtype],
+        vocab,
+        dim,
+        tokens.data_ptr(),
+        count,
+        anchor_ids.data_ptr(),
+        anchors,
+        0 if mean is None else mean.data_ptr(),
+        anchor_inverse_norm.data_ptr(),
+        temperature,
+        normalise,
+        entries,
+        columns.data_ptr(),
+        values.data_ptr(),
+        rest.data_ptr(),
+        scratch.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return columns, values, rest

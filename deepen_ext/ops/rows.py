@@ -1,0 +1,42 @@
+"""A member's relative rows as the operations take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.ops.checks import check_tensor
+
+
+class Rows(NamedTuple):
+    """Relative rows of a whole vocabulary, by token id (DESIGN: "Rows are sparse").
+
+    Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and `rest[t]` is spread evenly over the anchors it
+    does not name. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
+    """
+
+    columns: torch.Tensor | None  # int32 [V, m]
+    values: torch.Tensor  # float32 [V, m], dense: [V, A]
+    rest: torch.Tensor | None  # float32 [V]
+    anchors: int  # A
+
+    def check(self, name: str, device: torch.device) -> None:
+        """Raise InputError unless shapes, dtypes and device agree."""
+        if self.columns is None or self.rest is None:
+            check_tensor(f"{name}.values", self.values, shape=[None, self.anchors], dtype=torch.float32, device=device)
+            return
+        check_tensor(f"{name}.values", self.values, shape=[None, None], dtype=torch.float32, device=device)
+        vocab, entries = self.values.shape
+        if entries > self.anchors:
+            raise InputError(f"{name} has {entries} entries a row, but there are only {self.anchors} anchors")
+        check_tensor(f"{name}.columns", self.columns, shape=[vocab, entries], dtype=torch.int32, device=device)
+        check_tensor(f"{name}.rest", self.rest, shape=[vocab], dtype=torch.float32, device=device)
+
+    def pack(self) -> tuple[int, int, int, int, int]:
+        """(columns, values, rest, vocab, entries) for the core."""
+        vocab, entries = self.values.shape
+        if self.columns is None or self.rest is None:
+            return 0, self.values.data_ptr(), 0, vocab, entries
+        return self.columns.data_ptr(), self.values.data_ptr(), self.rest.data_ptr(), vocab, entries
