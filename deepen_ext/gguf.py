@@ -1,0 +1,189 @@
+"""Turning a GGUF file into a folder that transformers loads in a second, once."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .cache import atomic_directory, cache_dir, locked
+from .errors import InputError, ModelError
+
+Progress = Callable[[str], None]
+
+_REVISION = "1"  # goes into the cache key: raise it when the rules of the conversion change
+
+# How llama.cpp splits text before BPE for these values of `tokenizer.ggml.pre`: single digits, then GPT-2's
+# pattern. transformers 5.23 knows no rule for them and leaves the digits out, so that "  12" comes out as
+# other tokens than the model was trained on.
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+
+
+def converted_folder(sha256: str, name: str) -> Path:
+    """Where the conversion of the GGUF file with this hash lives; it is whole if it exists."""
+    return cache_dir("models", f"{sha256[:32]}-{_REVISION}") / re.sub(r"[^\w.-]", "-", name)
+
+
+def convert_gguf(
+    path: Path, progress: Progress | None = None, *, sha256: str | None = None, name: str | None = None
+) -> Path:
+    """Convert a ``.gguf`` file to safetensors (float32, exact de-quantised weights) and ``tokenizer.json``,
+    once.
+
+    The folder is kept in the cache under the hash of the file's content. Two processes wait for each other,
+    and an interrupted conversion leaves nothing that a later one takes for whole.
+
+    Args:
+        path: the file.
+        progress: called with one line of text as each stage starts.
+        sha256: the content's hash, where it is known already.
+        name: name of the folder, by default the file's without ``.gguf``.
+
+    Raises:
+        InputError: no such file.
+        ModelError: the file is truncated or of a kind transformers cannot read, or `gguf` is not installed.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; check the spelling of the path")
+    target = converted_folder(sha256 or file_sha256(path), name or path.stem)
+    if target.is_dir():
+        return target
+    say = progress or (lambda _: None)
+    with locked(target, on_wait=lambda: say(f"Waiting for another process that converts {target.name}")):
+        if not target.is_dir():  # it may have come while we waited
+            with atomic_directory(target) as temporary:
+                _convert(path, temporary, target.name, say)
+    return target
+
+
+def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
+    """The tokenizer of a ``.gguf`` file alone, as a folder in the cache; errors as `convert_gguf`."""
+    target = converted_folder(sha256, f"{name}-tokenizer")
+    if target.is_dir():
+        return target
+    with locked(target):
+        if not target.is_dir():
+            with atomic_directory(target) as temporary, _reading(path):
+                _tokenizer(path).save_pretrained(temporary)
+    return target
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .quiet import quiet
+
+    with _reading(path), quiet():
+        say(f"Converting {name}, once: tokenizer")
+        tokenizer = _tokenizer(path)
+        say(f"Converting {name}, once: settings")
+        # Parsing the file's vocabulary in Python is what takes long (13 s of Gemma's 262,144 tokens each
+        # time). The tokenizer above uses transformers' quick reader, and a config given spares the model a
+        # second parse.
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        say(f"Converting {name}, once: weights")
+        with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+            )
+        # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
+        if model.hf_quantizer is not None:
+            model.hf_quantizer.remove_quantization_config(model)
+        _all_eos(model, path)
+        say(f"Converting {name}, once: saving")
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+
+
+def _tokenizer(path: Path) -> Any:
+    """The file's tokenizer, corrected where transformers does not follow the file's own settings."""
+    from tokenizers import pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    metadata = _metadata(path)
+    # Not AutoTokenizer: it would parse the whole file only to choose a class; the tokenizer.json comes out
+    # the same.
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    backend = tokenizer.backend_tokenizer
+    if metadata.get("tokenizer.ggml.pre") in _DIGITS_APART:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    wanted, bos = metadata.get("tokenizer.ggml.add_bos_token"), tokenizer.bos_token
+    if wanted is not None and bos is not None and wanted != (backend.encode("a").tokens[0] == bos):
+        first = f"{bos} " if wanted else ""
+        backend.post_processor = TemplateProcessing(
+            single=f"{first}$A", pair=f"{first}$A {first}$B", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    return tokenizer
+
+
+def _all_eos(model: Any, path: Path) -> None:
+    """A file may name ends of a turn and of a message beside EOS; all of them end a text."""
+    metadata = _metadata(path)
+    keys = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(int(metadata[key]) for key in keys if key in metadata))
+    if ids:
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else ids[0]
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(path))
+    return dict(metadata)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Any failure of the readers, which know a damaged file only by what breaks first, as one clear error."""
+    try:
+        for package in ("accelerate", "gguf"):
+            import_module(package)
+    except ImportError as error:
+        raise ModelError(
+            f"{path}: reading .gguf files needs the packages gguf and accelerate; "
+            "install them with: pip install 'deepen-ext[demo]'"
+        ) from error
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"{path}: cannot convert this GGUF file, {type(error).__name__}: {lines[0]}. "
+            "It may be truncated (fetch it again) or of an architecture that transformers does not read"
+        ) from error
+
+
+@contextmanager
+def _bar_to(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Send the reader's own progress bar, which no setting of transformers silences, to ``report``."""
+    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+
+    def watched(items: Any, **_: Any) -> Iterator[Any]:
+        for done, item in enumerate(items):
+            if done % 16 == 0:
+                report(done, len(items))
+            yield item
+
+    bar = reader.tqdm
+    reader.tqdm = watched
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -1,0 +1,166 @@
+"""Finding, converting and loading the members of an ensemble."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import InputError, ModelError
+from .gguf import convert_gguf
+from .member import Member
+from .quiet import quiet
+from .text import Vocabulary
+
+__all__ = ["DTYPES", "Progress", "convert_gguf", "load_member", "resolve"]
+
+Progress = Callable[[str], None]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path | str:
+    """What transformers can load: a local folder, or a hub name. A ``.gguf`` file is converted once and kept.
+
+    Raises:
+        InputError: there is no such file or folder, and the text cannot be a hub name.
+        ModelError: a ``.gguf`` file cannot be converted.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{path}: the folder has no config.json; name the folder of a transformers model"
+            )
+        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+            raise InputError(
+                f"{path}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it "
+                "there with tokenizer.save_pretrained"
+            )
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"{path}: not a model; name a folder, a .gguf file or a hub name such as org/name"
+            )
+        return convert_gguf(path, progress)
+    name = str(name_or_path)
+    if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"{name}: no such file or folder, and not a hub name (org/name); check the spelling of the path"
+        )
+    return name
+
+
+def load_member(
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Member:
+    """Load a model and its tokenizer, ready for inference.
+
+    Args:
+        name_or_path: hub name, local folder or ``.gguf`` file.
+        dtype: "float32", "float16", "bfloat16" or the ``torch.dtype``.
+        device: where the model goes, for example "cpu" or "cuda:0".
+        progress: called with one line of text as each stage starts.
+
+    Raises:
+        InputError: unknown path, hub name, dtype or device.
+        ModelError: the model cannot be loaded, or its tokenizer fails the byte round trip.
+    """
+    torch_dtype = _dtype(dtype)
+    torch_device = _device(device)
+    target = resolve(name_or_path, progress)
+    name = target.name if isinstance(target, Path) else target
+    if progress is not None:
+        progress(f"Loading {name}")
+    tokenizer, model = _load(target, name, torch_dtype)
+    model = model.to(torch_device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    head = model.get_output_embeddings()
+    rows = head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
+    return Member(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        vocabulary=Vocabulary.from_tokenizer(tokenizer, int(rows), name=name),
+        eos_ids=_eos_ids(model, tokenizer, int(rows)),
+        context_length=_context_length(model),
+        device=torch_device,
+        dtype=torch_dtype,
+    )
+
+
+def _load(
+    target: Path | str, name: str, dtype: torch.dtype
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(target)
+            model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
+    except Exception as error:
+        if isinstance(target, str):
+            raise InputError(
+                f"{name}: neither a local file or folder nor a model the hub gives: {_first_line(error)}. "
+                "Check the name, and the network if it has not been downloaded before"
+            ) from error
+        raise ModelError(f"{target}: transformers cannot load this model: {_first_line(error)}") from error
+    return tokenizer, model
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    assert found is not None
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+    if found.type == "cuda" and (
+        not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()
+    ):
+        raise InputError(
+            f"device {found}: torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu'"
+        )
+    return found
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, ...]:
+    """Every id that ends a text, by all three places that may name one; sorted."""
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, model.config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update([] if value is None else [value] if isinstance(value, int) else value)
+    return tuple(sorted(i for i in found if 0 <= i < rows))
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    for config in (model.config.get_text_config(), model.config):
+        value = getattr(config, "max_position_embeddings", None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
