@@ -27,6 +27,7 @@ Where neither rule is known to apply, there is no cut, and the whole text is enc
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -55,7 +56,8 @@ _DIGIT_SPLITS = (r"\p{N}", r"\p{N}{1,3}", r"\d", r"[0-9]")
 
 # Whitespace and invisible characters that were classed differently in some version of Unicode.
 _UNSURE = frozenset("\u180e\u200b\u200c\u200d\u2060\ufeff")
-_MARKS = frozenset('\n,.;:!?()[]{}"，。、；：！？（）「」')  # noqa: RUF001
+# Not the apostrophe, which may go on with a word ('s).
+_MARKS = frozenset("\n\r\t" + string.punctuation + "，。、；：！？（）「」") - {"'"}  # noqa: RUF001
 # Letters in every version of Unicode: Latin, Cyrillic, Kana, Chinese, Hangul.
 _LETTERS = (
     ("\u00c0", "\u00d6"),
