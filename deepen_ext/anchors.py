@@ -162,6 +162,11 @@ class PrefixColumns:
         }
         self._longest = max(map(len, self._column_of), default=0)
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the members' tokenizers: what the columns depend on besides the anchors."""
+        return hashlib.sha256(" ".join(one.fingerprint for one in self._vocabularies).encode()).hexdigest()
+
     def column(self, member: int, token_id: int) -> int:
         """The column a token of `member` begins with (an anchor's own), or -1 where there is none."""
         own = int(self._columns[member][token_id])

@@ -267,3 +267,7 @@ class Utf8Stream:
     def pending(self) -> bool:
         """Whether an unfinished character waits for its other bytes."""
         return bool(self._decoder.getstate()[0])
+
+    def finish(self) -> str:
+        """The stream has ended: an unfinished character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)

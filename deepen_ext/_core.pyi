@@ -1,0 +1,81 @@
+"""The compiled core (csrc/bindings). Addresses are `Tensor.data_ptr()`, 0 for null; sizes are checked by the core,
+shapes, dtypes and devices by `deepen_ext.ops`, which is what to call."""
+
+from typing import TypeAlias
+
+_Address: TypeAlias = int
+_Rows: TypeAlias = tuple[_Address, _Address, _Address, int, int]  # columns, values, rest, vocab, entries
+_Member: TypeAlias = tuple[_Address, _Address, _Address, int, _Rows]  # ids, probs, tail, k, rows
+
+def cuda_compiled() -> bool: ...
+def cuda_device_count() -> int: ...
+def isa() -> str: ...
+def best_isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def topk_softmax_workspace(vocab: int, k: int, threads: int) -> int: ...
+def topk_softmax(
+    logits: _Address,
+    dtype: int,
+    batch: int,
+    vocab: int,
+    k: int,
+    ids: _Address,
+    probs: _Address,
+    tail: _Address,
+    status: _Address,
+    workspace: _Address,
+    threads: int,
+) -> None: ...
+def relative_rows_workspace(dim: int, anchors: int, count: int) -> int: ...
+def relative_rows(
+    embedding: _Address,
+    dtype: int,
+    vocab: int,
+    dim: int,
+    tokens: _Address,
+    count: int,
+    anchor_ids: _Address,
+    anchors: int,
+    mean: _Address,
+    anchor_inverse_norm: _Address,
+    temperature: float,
+    normalise: bool,
+    entries: int,
+    columns: _Address,
+    values: _Address,
+    rest: _Address,
+    workspace: _Address,
+    threads: int,
+) -> None: ...
+def inverse_search_workspace(rows: _Rows, candidates: int, anchors: int, threads: int) -> int: ...
+def inverse_search(
+    logits: _Address,
+    ids: _Address,
+    tail_logit: _Address,
+    target: _Address,
+    rows: _Rows,
+    batch: int,
+    candidates: int,
+    anchors: int,
+    learning_rate: float,
+    steps: int,
+    found: _Address,
+    workspace: _Address,
+    threads: int,
+) -> None: ...
+def fuse_workspace(main_rows: _Rows, k: int, anchors: int, threads: int) -> int: ...
+def fuse(
+    members: list[_Member],
+    weights: _Address,
+    logits: _Address,
+    dtype: int,
+    batch: int,
+    anchors: int,
+    learning_rate: float,
+    steps: int,
+    min_probability: float,
+    fused: _Address,
+    chosen: _Address,
+    workspace: _Address,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,241 @@
+"""A member's way into relative space: one relative row for each token, computed when first needed, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.map_file import MapFacts, read_map, write_map
+from deepen_ext.ops import Rows
+from deepen_ext.row_sources import DEFAULT_ENTRIES, RowSource, SimilarityRows
+
+
+class RelativeMap:
+    """Relative rows of one member, by token id.
+
+    Memory is reserved for the whole vocabulary but taken page by page as rows are computed. A map without a source
+    (`from_dense`, or `load` without an embedding) has the rows it has.
+    """
+
+    def __init__(self, vocab_size: int, anchors: int, entries: int, source: RowSource | None = None) -> None:
+        self.source = source
+        self.rows_computed = 0  # by this object, since it was made
+        self._known = torch.zeros(vocab_size, dtype=torch.bool)
+        self.rows = Rows(
+            columns=torch.empty(vocab_size, entries, dtype=torch.int32),
+            values=torch.empty(vocab_size, entries, dtype=torch.float32),
+            rest=torch.empty(vocab_size, dtype=torch.float32),
+            anchors=anchors,
+        )
+
+    @classmethod
+    def from_source(cls, source: RowSource) -> RelativeMap:
+        """An empty map whose rows come from `source` as they are needed."""
+        return cls(source.vocab_size, source.anchors, source.entries, source)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: torch.Tensor,
+        anchor_ids: torch.Tensor,
+        recipe: Literal["calibrated", "paper"] = "calibrated",
+        temperature: float | None = None,
+        entries: int = DEFAULT_ENTRIES,
+    ) -> RelativeMap:
+        """Similarity rows for every token, on demand (DeePEn, section 3.2; see `SimilarityRows`).
+
+        Args:
+            embedding: input embeddings, float32, float16 or bfloat16 [V, d]; kept, not copied.
+            anchor_ids: int64 [A], this member's token for each anchor, same order in all members.
+            recipe: "calibrated", or "paper" to the letter.
+            temperature: None for the recipe's own (40; paper: 100).
+            entries: m, how many of a row's largest entries are kept; the others share the rest evenly.
+
+        Raises:
+            InputError: a setting out of range.
+        """
+        source = SimilarityRows(embedding, anchor_ids, recipe=recipe, temperature=temperature, entries=entries)
+        return cls.from_source(source)
+
+    @classmethod
+    def from_dense(cls, matrix: torch.Tensor) -> RelativeMap:
+        """A map of full rows.
+
+        Args:
+            matrix: float32 [V, A], rows sum to 1; kept, not copied.
+
+        Raises:
+            InputError: not two-dimensional, not float32, negative or not finite, or rows that do not sum to 1.
+        """
+        if matrix.dim() != 2 or 0 in matrix.shape:
+            raise InputError(f"the relative matrix has shape {list(matrix.shape)}; expected [vocabulary, anchors]")
+        if matrix.dtype != torch.float32:
+            raise InputError(f"the relative matrix is {matrix.dtype}; pass matrix.float()")
+        if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
+            raise InputError("the relative matrix has negative or non-finite entries; rows must be distributions")
+        off = (matrix.sum(dim=1, dtype=torch.float64) - 1).abs().max().item()
+        if off > 1e-3:
+            raise InputError(f"rows of the relative matrix must sum to 1; one is off by {off:.3g}")
+        vocab, anchors = matrix.shape
+        whole = cls(vocab, anchors, 0)
+        whole.rows = Rows(None, matrix.detach().contiguous(), None, anchors)
+        whole._known.fill_(True)
+        return whole
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return len(self._known)
+
+    @property
+    def anchors(self) -> int:
+        """A, the number of anchors."""
+        return self.rows.anchors
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether rows are kept whole."""
+        return self.rows.columns is None
+
+    @property
+    def rows_known(self) -> int:
+        """How many tokens have their row."""
+        return int(self._known.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over what the rows are computed from (a second or so for a large embedding); "" without a source."""
+        return "" if self.source is None else self.source.fingerprint()
+
+    def ensure(self, ids: torch.Tensor) -> int:
+        """Compute the rows these tokens (any integer dtype and shape) still lack; returns how many that were.
+
+        Raises:
+            InputError: a row is missing and the map has no source to compute it from.
+        """
+        if self.is_dense:
+            return 0
+        flat = ids.reshape(-1).long()
+        missing = flat[~self._known[flat]]
+        if len(missing) == 0:
+            return 0
+        missing = missing.unique()
+        if self.source is None:
+            raise InputError(
+                f"the relative map has no row for token {int(missing[0])} and no embedding to compute it from; "
+                "load it with RelativeMap.load(path, embedding=...)"
+            )
+        assert self.rows.columns is not None
+        assert self.rows.rest is not None
+        computed = self.source.compute(missing)
+        self.rows.columns[missing] = computed.columns
+        self.rows.values[missing] = computed.values
+        self.rows.rest[missing] = computed.rest
+        self._known[missing] = True
+        self.rows_computed += len(missing)
+        return len(missing)
+
+    def to_dense(self) -> torch.Tensor:
+        """All rows, whole: float32 [V, A]. For small vocabularies and tests; computes every row still missing."""
+        if self.rows.columns is None or self.rows.rest is None:
+            return self.rows.values
+        self.ensure(torch.arange(self.vocab_size))
+        used = self.rows.columns >= 0
+        length = used.sum(dim=1)
+        share = torch.where(length < self.anchors, self.rows.rest / (self.anchors - length).clamp(min=1), 0.0)
+        dense = share[:, None].repeat(1, self.anchors)
+        token, entry = torch.nonzero(used, as_tuple=True)
+        dense[token, self.rows.columns[token, entry].long()] = self.rows.values[token, entry]
+        return dense
+
+    def save(self, path: str | Path) -> None:
+        """Write the rows computed so far to a safetensors file, in one step: a reader never sees half of it."""
+        if self.rows.columns is None or self.rows.rest is None:
+            tensors = {"matrix": self.rows.values}
+        else:
+            tokens = torch.nonzero(self._known).flatten()
+            tensors = {
+                "tokens": tokens.int(),
+                "columns": self.rows.columns[tokens],
+                "values": self.rows.values[tokens],
+                "rest": self.rows.rest[tokens],
+            }
+        similarity = self.source if isinstance(self.source, SimilarityRows) else None
+        facts = MapFacts(
+            vocab_size=self.vocab_size,
+            anchors=self.anchors,
+            entries=self.rows.values.shape[1],
+            source=self.fingerprint,
+            recipe=similarity.recipe if similarity else None,
+            temperature=similarity.temperature if similarity else None,
+        )
+        write_map(Path(path), facts, tensors)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, embedding: torch.Tensor | None = None, anchor_ids: torch.Tensor | None = None
+    ) -> RelativeMap:
+        """Read a saved map.
+
+        Args:
+            path: what `save` wrote.
+            embedding: with `anchor_ids`, lets the map compute rows it was saved without.
+            anchor_ids: see `from_embedding`.
+
+        Raises:
+            InputError: no such file; only one of `embedding` and `anchor_ids`; the map was saved for another model,
+                other anchors or other settings.
+            ModelError: the file is damaged or no relative map.
+        """
+        if (embedding is None) != (anchor_ids is None):
+            raise InputError("give both embedding and anchor_ids, or neither")
+        facts, tensors = read_map(Path(path))
+        if "matrix" in tensors:
+            return cls.from_dense(tensors["matrix"])
+        loaded = cls(facts.vocab_size, facts.anchors, facts.entries)
+        if embedding is not None and anchor_ids is not None:
+            if facts.recipe is None:
+                raise InputError(f"{path} holds rows that need tokenizers, not an embedding alone; load it without")
+            loaded.source = SimilarityRows(
+                embedding,
+                anchor_ids,
+                recipe=facts.recipe,
+                temperature=facts.temperature,
+                entries=facts.entries,
+            )
+            loaded._check_source(facts, path)
+        loaded._adopt(tensors)
+        return loaded
+
+    def read(self, path: str | Path) -> int:
+        """Take over the rows another run saved for the same source; returns how many.
+
+        Raises:
+            InputError: no such file, or saved for another source.
+            ModelError: the file is damaged or no relative map.
+        """
+        facts, tensors = read_map(Path(path))
+        self._check_source(facts, path)
+        self._adopt(tensors)
+        return len(tensors["tokens"])
+
+    def _check_source(self, facts: MapFacts, path: str | Path) -> None:
+        if self.source is None or facts.source != self.fingerprint:
+            raise InputError(
+                f"{path} was saved for another model, other anchors or other settings; delete it or use what it "
+                "was made with"
+            )
+
+    def _adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert self.rows.columns is not None
+        assert self.rows.rest is not None
+        tokens = tensors["tokens"].long()
+        self.rows.columns[tokens] = tensors["columns"]
+        self.rows.values[tokens] = tensors["values"]
+        self.rows.rest[tokens] = tensors["rest"]
+        self._known[tokens] = True
