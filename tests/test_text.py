@@ -358,8 +358,10 @@ def byte_level(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, own]) if splits else own
     trained(tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|eot|>", special=True), AddedToken("<s>", special=True)])
-    tokenizer.add_tokens([AddedToken("<tag>", normalized=False)])
+    rstrip = options.get("rstrip", False)
+    for name in ("<|eot|>", "<s>"):
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False, rstrip=rstrip)])
+    tokenizer.add_tokens([AddedToken("<tag>", normalized=False, rstrip=rstrip)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
@@ -396,7 +398,8 @@ SYNTHETIC = {
     "prepend": lambda: sentencepiece("prepend"),
     "metaspace-first": lambda: sentencepiece("first"),
     "metaspace-always": lambda: sentencepiece("always", split=True),
-    "rstrip": lambda: sentencepiece("prepend", rstrip=True),
+    "rstrip-sentencepiece": lambda: sentencepiece("prepend", rstrip=True),
+    "rstrip-bytes": lambda: byte_level(rstrip=True),
 }
 
 
@@ -417,13 +420,14 @@ def test_other_families(name: str) -> None:
         text = "".join(texts)
         assert_grows(vocabulary, pieces_of(text, cuts))
         assert_cuts_hold(vocabulary, text)
-        if without_special(vocabulary, text) and not (name == "rstrip" and "<tag>" in text):
+        if without_special(vocabulary, text) and not ("rstrip" in name and "<tag>" in text):
             assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
             assert vocabulary.decode(vocabulary.prefix_ids + vocabulary.encode(text)) == text.encode()
 
     check()
-    for text in NATURAL:
+    for text in [*NATURAL, "a<tag>  b <s> c</s>\n d <|eot|>e <tag>"]:
         assert_grows(vocabulary, ["", *text])
+        assert_cuts_hold(vocabulary, text)
 
 
 @pytest.mark.parametrize("name", ["prepend", "metaspace-first", "gpt2-prefix-space"])
