@@ -143,7 +143,17 @@ class Vocabulary:
         return self.encode_spans(text)[0]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a whole text, and for each where it ends in the text, in characters."""
+        """The ids of a whole text, and for each where it ends in the text, in characters.
+
+        InputError for a text with lone surrogates, which has no bytes in UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text has a lone surrogate at character {error.start}, which is not a character; "
+                "decode it as UTF-8 first"
+            ) from error
         if not self._encoder.dummy_prefix or not text:
             return self.encode_part(text, 0)
         first = self._view.encode(text, add_special_tokens=False).ids[:1]

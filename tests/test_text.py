@@ -182,6 +182,11 @@ def test_special_tokens_have_no_text(real: dict[str, Vocabulary]) -> None:
         gemma.bytes_of(262144)
 
 
+def test_lone_surrogates_are_refused(vocabulary: Vocabulary) -> None:
+    with pytest.raises(InputError, match="lone surrogate at character 1"):
+        GrowingText(vocabulary, "a\ud800")
+
+
 def test_ids_beyond_the_tokenizer_are_empty(smollm2_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     padded = Vocabulary.from_tokenizer(tokenizer, 49152 + 64)
