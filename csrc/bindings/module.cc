@@ -7,6 +7,16 @@ PYBIND11_MODULE(_core, module) {
   using namespace deepen;
   module.doc() = "The compiled core of deepen_ext. Use deepen_ext.ops, which checks what is passed here.";
 
+  // What the core finds wrong with its arguments reads like what deepen_ext.ops finds wrong.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const ArgumentError& error) {
+      const py::object input_error = py::module_::import("deepen_ext.errors").attr("InputError");
+      PyErr_SetString(input_error.ptr(), error.what());
+    }
+  });
+
   module.def("cuda_compiled", &cuda_compiled);
   module.def("cuda_device_count", &cuda_device_count);
   module.def("isa", [] { return isa_name(current_isa()); });

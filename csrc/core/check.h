@@ -7,7 +7,7 @@
 
 namespace deepen {
 
-// The caller's arguments are wrong (ValueError in Python).
+// The caller's arguments are wrong (deepen_ext.InputError in Python).
 struct ArgumentError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };

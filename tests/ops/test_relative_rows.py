@@ -1,0 +1,104 @@
+"""`relative_rows` against the same rows in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import random_embedding, similarity_rows
+
+from deepen_ext import InputError
+from deepen_ext.ops import relative_rows
+from deepen_ext.row_sources import SimilarityRows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("recipe", "temperature"), [("paper", 100.0), ("calibrated", 20.0), ("calibrated", 40.0)])
+@pytest.mark.parametrize(("vocab", "dim", "anchors", "entries"), [(700, 64, 333, 32), (90, 37, 41, 41), (50, 5, 16, 1)])
+def test_against_float64(dtype, recipe, temperature, vocab, dim, anchors, entries):
+    embedding = random_embedding(vocab, dim, seed=dim).to(dtype)
+    anchor_ids = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:anchors]
+    whole = similarity_rows(embedding, anchor_ids, recipe=recipe, temperature=temperature)
+    assert whole.max() > 3 / anchors, "the rows are uniform: the input is trivial"
+
+    source = SimilarityRows(embedding, anchor_ids, recipe=recipe, temperature=temperature, entries=entries)
+    tokens = torch.randint(vocab, (13,), generator=torch.Generator().manual_seed(2))
+    columns, values, rest = source.compute(tokens)
+
+    assert (values[:, :-1] >= values[:, 1:]).all()
+    want = whole[tokens]
+    torch.testing.assert_close(values.double(), want.topk(entries, dim=1).values, rtol=2e-5, atol=1e-8)
+    # Near ties may swap columns; the value at a named column is right all the same.
+    torch.testing.assert_close(values.double(), want.gather(1, columns.long()), rtol=2e-5, atol=1e-8)
+    assert all(len(row.unique()) == entries for row in columns)
+    torch.testing.assert_close(rest.double(), 1 - want.topk(entries, dim=1).values.sum(dim=1), rtol=0, atol=2e-6)
+
+
+def test_ties_go_to_the_lower_column():
+    embedding = torch.eye(4).repeat(3, 1)  # tokens 0, 4 and 8 are the same
+    columns, values, _ = SimilarityRows(embedding, torch.arange(12), entries=5).compute(torch.tensor([4]))
+    assert columns[0, :3].tolist() == [0, 4, 8]
+    assert values[0, 0] == values[0, 2]
+
+
+def test_a_token_without_direction_is_uniform():
+    embedding = random_embedding(30, 8, seed=3)
+    embedding[7] = 0
+    source = SimilarityRows(embedding, torch.arange(10), recipe="paper", entries=10)
+    _, values, _ = source.compute(torch.tensor([7]))
+    torch.testing.assert_close(values, torch.full((1, 10), 0.1))
+
+
+def test_no_tokens():
+    columns, values, rest = SimilarityRows(torch.randn(20, 4), torch.arange(6)).compute(torch.tensor([], dtype=torch.int64))
+    assert columns.shape == values.shape == (0, 6)
+    assert rest.shape == (0,)
+
+
+def test_threads_do_not_change_a_bit():
+    source = SimilarityRows(random_embedding(900, 48, seed=5), torch.arange(0, 900, 2))
+    tokens = torch.arange(37)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = source.compute(tokens)
+        torch.set_num_threads(3)
+        three = source.compute(tokens)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def _call(**changes):
+    arguments = {
+        "tokens": torch.tensor([1]),
+        "embedding": torch.randn(9, 4),
+        "anchor_ids": torch.arange(5),
+        "anchor_inverse_norm": torch.ones(5),
+        "mean": None,
+        "temperature": 20.0,
+        "normalise": False,
+        "entries": 3,
+    } | changes
+    return relative_rows(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": torch.tensor([9])}, "token 9 is outside the embedding's 9 rows"),
+        ({"tokens": torch.tensor([-1])}, "token -1 is outside"),
+        ({"tokens": torch.tensor([1], dtype=torch.int32)}, "tokens is int32; expected int64"),
+        ({"anchor_ids": torch.tensor([0, 1, 2, 3, 9])}, "anchor token 9 is outside"),
+        ({"anchor_inverse_norm": torch.ones(4)}, "anchor_inverse_norm has shape"),
+        ({"mean": torch.zeros(5)}, "mean has shape"),
+        ({"embedding": torch.randn(4, 9).T}, "embedding is not contiguous"),
+        ({"embedding": torch.randn(9, 4).double()}, "embedding is float64"),
+        ({"entries": 6}, "entries is 6"),
+        ({"entries": 0}, "entries is 0"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(InputError, match=message):
+        _call(**changes)

@@ -1,0 +1,171 @@
+"""`deepen_ext.fuse_logits`: the authors' outputs, the reference on the same rows, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_cases import golden_case, golden_names
+from oracle import random_embedding, random_logits
+
+from deepen_ext import InputError, RelativeMap, fuse_logits, reference
+from deepen_ext.fusion import Fuser
+
+
+@pytest.mark.parametrize("name", golden_names())
+def test_golden_with_dense_maps(name):
+    case = golden_case(name)
+    maps = [RelativeMap.from_dense(matrix) for matrix in case.each("relative")]
+    logits = case.each("logits")
+    fused = fuse_logits(
+        logits,
+        maps,
+        case.weights,
+        learning_rate=case.learning_rate,
+        steps=case.steps,
+        candidates=max(one.shape[1] for one in logits),
+    )
+    torch.testing.assert_close(fused, case.tensors["fused_logits"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", golden_names())
+@pytest.mark.parametrize("recipe", ["calibrated", "paper"])
+def test_sparse_maps_equal_the_reference_on_the_same_rows(name, recipe):
+    case = golden_case(name)
+    maps = [
+        RelativeMap.from_embedding(embedding, anchors, recipe, entries=12)
+        for embedding, anchors in zip(case.each("embedding"), case.each("anchors"), strict=True)
+    ]
+    logits = case.each("logits")
+    settings = {"learning_rate": case.learning_rate, "steps": case.steps}
+    fused = fuse_logits(logits, maps, case.weights, candidates=10_000, **settings)
+    dense = [one.to_dense().double() for one in maps]
+    want = reference.fuse_logits([one.double() for one in logits], dense, case.weights, **settings)
+    torch.testing.assert_close(fused.double(), want, atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def pair():
+    logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1)]
+    maps = [
+        RelativeMap.from_embedding(random_embedding(vocab, 16, seed=vocab), torch.arange(120), temperature=20)
+        for vocab in (300, 400)
+    ]
+    return logits, maps
+
+
+def test_inputs_are_left_as_they_are(pair):
+    logits, maps = pair
+    before = [one.clone() for one in logits]
+    fused = fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
+    assert not torch.equal(fused, logits[0])
+    assert all(torch.equal(a, b) for a, b in zip(logits, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_result_has_the_main_models_dtype(pair, dtype):
+    logits, maps = pair
+    fused = fuse_logits([logits[0].to(dtype), logits[1]], maps, [0.5, 0.5], learning_rate=0.2)
+    assert fused.dtype == dtype
+
+
+def test_logits_made_under_inference_mode(pair):
+    logits, maps = pair
+    with torch.inference_mode():
+        frozen = [one.clone() for one in logits]
+    fused = fuse_logits(frozen, maps, [0.5, 0.5], learning_rate=0.2)
+    assert torch.equal(fused, fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2))
+
+
+def test_a_member_may_sit_out(pair):
+    logits, maps = pair
+    three = Fuser([*maps, maps[1]], learning_rate=0.2)
+    two = fuse_logits(logits, maps, [0.625, 0.375], learning_rate=0.2)
+    assert torch.equal(three.step([*logits, None], [0.5, 0.3, 0.2]).logits, two)
+    alone = three.step([logits[0], None, None], [0.5, 0.3, 0.2])
+    assert torch.equal(alone.logits, logits[0])
+    assert torch.equal(alone.chosen.long(), logits[0].argmax(dim=1))
+
+
+def test_improbable_tokens_need_no_row(pair):
+    logits, maps = pair
+    fuser = Fuser(maps, learning_rate=0.2, min_probability=0.01)
+    fuser.step(logits, [0.5, 0.5])
+    for one, relative in zip(logits, maps, strict=True):
+        counted = (torch.softmax(one, dim=-1) >= 0.01).any(dim=0).sum()
+        assert 0 < relative.rows_known == counted < 128
+
+
+def test_the_result_does_not_depend_on_rows_known_before(pair):
+    logits, maps = pair
+    cold = Fuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
+    for relative in maps:
+        relative.to_dense()  # computes every row
+    warm = Fuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
+    assert torch.equal(cold, warm)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], "1 weights for 2 members"),
+        ([0.5, 0.3, 0.2], "3 weights for 2 members"),
+        ([0.5, 0.4], "sum to 0.9"),
+        ([1.5, -0.5], "negative"),
+        ([float("nan"), 0.5], "NaN"),
+        ([float("inf"), 0.5], "infinite"),
+    ],
+)
+def test_bad_weights(pair, weights, message):
+    with pytest.raises(InputError, match=message):
+        fuse_logits(*pair, weights, learning_rate=0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"learning_rate": -0.1}, "learning_rate is -0.1"),
+        ({"learning_rate": 11.0}, "learning_rate is 11"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 65}, "steps is 65"),
+        ({"candidates": 0}, "candidates is 0"),
+    ],
+)
+def test_settings_out_of_range(pair, settings, message):
+    with pytest.raises(InputError, match=message):
+        fuse_logits(*pair, [0.5, 0.5], **({"learning_rate": 0.2} | settings))
+
+
+def test_nan_names_the_member(pair):
+    logits, maps = pair
+    logits[1][1, 7] = float("nan")
+    with pytest.raises(InputError, match="logits of member 1: row 1 has no softmax.*NaN"):
+        fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
+    named = Fuser(maps, learning_rate=0.2, names=["smollm2", "gemma"])
+    with pytest.raises(InputError, match="logits of gemma: row 1"):
+        named.step(logits, [0.5, 0.5])
+
+
+def test_tensors_that_do_not_fit(pair):
+    logits, maps = pair
+    weights, settings = [0.5, 0.5], {"learning_rate": 0.2}
+    with pytest.raises(InputError, match="1 logits for 2 relative maps"):
+        fuse_logits(logits[:1], maps, weights, **settings)
+    with pytest.raises(InputError, match=r"logits of member 1 have shape \[1, 400\]; expected \[2, 400\]"):
+        fuse_logits([logits[0], logits[1][:1]], maps, weights, **settings)
+    with pytest.raises(InputError, match=r"logits of member 0 have shape \[2, 400\]; expected \[2, 300\]"):
+        fuse_logits(logits[::-1], maps, weights, **settings)
+    with pytest.raises(InputError, match="logits of member 1 is float64"):
+        fuse_logits([logits[0], logits[1].double()], maps, weights, **settings)
+    with pytest.raises(InputError, match="logits of member 0 is not contiguous"):
+        fuse_logits([logits[0].T.contiguous().T, logits[1]], maps, weights, **settings)
+    with pytest.raises(InputError, match="no meta kernel"):
+        fuse_logits([one.to("meta") for one in logits], maps, weights, **settings)
+    other = RelativeMap.from_embedding(torch.randn(400, 8), torch.arange(121))
+    with pytest.raises(InputError, match=r"\[120, 121\] anchors"):
+        fuse_logits(logits, [maps[0], other], weights, **settings)
+    with pytest.raises(InputError, match="no relative maps"):
+        fuse_logits([], [], [], **settings)
+    with pytest.raises(InputError, match="main model cannot sit out"):
+        Fuser(maps, **settings).step([None, logits[1]], weights)
