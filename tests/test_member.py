@@ -66,7 +66,7 @@ def test_rollback_equals_a_fresh_forward(member: Member) -> None:
 
 
 def test_rollbacks_in_a_row_reach_any_depth(member: Member) -> None:
-    """Each sync is a strict prefix of the one before, down through the window, with nothing fed in between."""
+    """Each sync is a strict prefix of the one before, down through the window, nothing fed in between."""
     lengths = [640, 639, 600, 511, 90, 1]
     ids = ids_of(member, lengths[0])
     session = MemberSession(member)

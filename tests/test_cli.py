@@ -1,0 +1,169 @@
+"""The command line as a script sees it: a process, its streams and its exit code, with the real models."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepen_ext import __version__
+
+COMMAND = [sys.executable, "-m", "deepen_ext.cli"]
+ROOT = Path(__file__).parent.parent
+FRANCE = ["generate", "--demo", "--prompt", "The capital of France is"]
+
+
+@pytest.fixture(autouse=True)
+def _models(smollm2_dir: Path, gemma_dir: Path) -> None:
+    """Converted beforehand, so that no test here waits for it."""
+
+
+def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    # Without `input`, standard input is empty rather than the terminal of whoever runs the tests.
+    return subprocess.run(
+        [*COMMAND, *arguments], input=stdin or "", capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+def test_help_and_version() -> None:
+    done = run("generate", "--help")
+    assert done.returncode == 0
+    for option in ("--model", "--demo", "--prompt", "--max-new-tokens", "--weight", "--json", "--debug"):
+        assert option in done.stdout
+    assert run("--version").stdout == f"deepen-ext {__version__}\n"
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys, deepen_ext.cli; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_json_then_the_same_text_from_standard_input() -> None:
+    """The second run gives the same text, streamed, and the third computes no relative row anew."""
+    first = run(*FRANCE, "--max-new-tokens", "10", "--json")
+    assert first.returncode == 0, first.stderr
+    report = json.loads(first.stdout)
+    assert set(report) >= {
+        "text",
+        "tokens",
+        "finish_reason",
+        "ms_per_token",
+        "fusion_ms_per_token",
+        "members",
+    }
+    assert report["tokens"] == len(report["token_ids"]) == 10
+    assert report["finish_reason"] == "length"
+    assert "Paris" in report["text"]
+    assert [member["name"] for member in report["members"]] == ["SmolLM2-135M-Instruct", "Gemma-3-270M"]
+    assert [member["weight"] for member in report["members"]] == [0.5, 0.5]
+    assert 0 < report["fusion_ms_per_token"] < report["ms_per_token"]
+
+    piped = run("generate", "--demo", "--max-new-tokens", "10", stdin="The capital of France is\n")
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout == report["text"] + "\n"
+    assert f"{report['changed_tokens']} of them changed by Gemma-3-270M" in piped.stderr
+
+    again = json.loads(run(*FRANCE, "--max-new-tokens", "10", "--json").stdout)
+    assert again["token_ids"] == report["token_ids"]
+    assert again["rows_computed"] == 0
+
+
+def test_sampling_and_stop_strings() -> None:
+    sampled = ["--sample", "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "16"]
+    done = run(*FRANCE, *sampled, "--stop", ".", "--weight", "0.7", "--weight", "0.3", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["finish_reason"] == "stop_string") == ("." in report["text"])
+    assert [member["weight"] for member in report["members"]] == [0.7, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demo", "--prompt", "x", "--weight", "0.9", "--weight", "0.9"], "error: .*weight.*sum"),
+        (["--demo", "--prompt", "x", "--weight", "1"], "error: .*weight"),
+        (
+            ["--model", "/no/such/folder", "--model", "b", "--prompt", "x"],
+            "error: /no/such/folder: no such file",
+        ),
+        (["--model", "one-model", "--prompt", "x"], "error: .*two or more"),
+        (["--demo"], "error: the prompt is empty"),
+        (["--prompt", "x"], "error: name the models with --model"),
+        (["--demo", "--model", "x", "--prompt", "x"], "error: name the models with --model"),
+        (["--demo", "--prompt", "x", "--temperature", "0.5"], "error: --temperature needs --sample"),
+        (["--demo", "--prompt", "x", "--dtype", "int8"], "int8"),
+        (["--demo", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], message: str) -> None:
+    done = run("generate", *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_no_prompt_on_a_terminal_is_an_error_not_a_wait() -> None:
+    terminal, process_end = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*COMMAND, "generate", "--demo"],
+            stdin=process_end,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+    finally:
+        os.close(process_end)
+        os.close(terminal)
+    assert done.returncode == 2
+    assert "no prompt: give --prompt" in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("generate", "--debug", "--prompt", "x", "--model", "/no/a", "--model", "/no/b")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert done.stderr.strip().endswith("check the spelling of the path")
+
+
+def test_a_damaged_model_is_exit_code_1(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    done = run("generate", "--prompt", "x", "--model", str(broken), "--model", "b")
+    assert done.returncode == 1
+    assert "cannot convert this GGUF file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("how", "code"), [("close", 141), ("interrupt", 130)])
+def test_a_reader_that_leaves_and_an_interrupt(how: str, code: int) -> None:
+    """After the first piece of text, as in `| head -c 1`, or Ctrl-C."""
+    process = subprocess.Popen(
+        [*COMMAND, *FRANCE, "--max-new-tokens", "200"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process:
+        assert process.stdout.read(1)
+        if how == "close":
+            process.stdout.close()
+        else:
+            process.send_signal(signal.SIGINT)
+        messages = process.stderr.read().decode()
+    assert process.returncode == code
+    assert "Traceback" not in messages
+    assert "Exception" not in messages
