@@ -6,42 +6,56 @@ Environment: DEEPEN_CUDA=AUTO|ON|OFF is handed to CMake (see CMakeLists.txt).
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
+# One build folder per interpreter, kept: a rebuild compiles only what was edited.
+BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
 class CMakeBuild(build_ext):
-    """Configure and build `deepen_ext._core` with CMake and Ninja, into the place setuptools expects it."""
+    """Configure and build `deepen_ext._core` with CMake and Ninja, and put it where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # One build folder per interpreter: rebuilding after an edit compiles only what the edit touched.
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        build.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        cmake, ninja = _tool("cmake", path), _tool("ninja", path)
         configure = [
-            "cmake",
-            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            cmake,
+            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={_pybind11_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DDEEPEN_CUDA={os.environ.get('DEEPEN_CUDA', 'AUTO')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]
-        # A cache that names a compiler, ninja or interpreter of another (deleted) environment is started over.
-        subprocess.run([*configure, "--fresh"], check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_core"], check=True)
+        # What CMake caches and never looks at again. A folder configured with other tools (an isolated build's
+        # are gone afterwards) starts over, which compiles everything.
+        compilers = [f"{name}={os.environ.get(name, '')}" for name in ("CC", "CXX", "CUDACXX")]
+        signature = "\n".join([*configure, *compilers])
+        stamp = BUILD / "configured-with.txt"
+        if not stamp.is_file() or stamp.read_text() != signature:
+            configure.append("--fresh")
+        subprocess.run(configure, check=True)
+        stamp.write_text(signature)
+        subprocess.run([cmake, "--build", str(BUILD), "--target", "_core"], check=True)
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        subprocess.run([cmake, "--install", str(BUILD), "--prefix", str(package.parent)], check=True)
 
 
-def _pybind11_dir() -> str:
-    import pybind11
-
-    return pybind11.get_cmake_dir()
+def _tool(name: str, path: str) -> str:
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise PlatformError(f"{name} is needed to build deepen-ext, but is not on PATH: pip install {name}")
+    return found
 
 
 setup(ext_modules=[Extension("deepen_ext._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

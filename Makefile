@@ -1,0 +1,81 @@
+# Works from nothing: python3 (3.10 or newer) with venv, a C++17 compiler, make, git and a package index pip can reach.
+# Everything goes into .venv; nothing is installed outside this folder. `make help` lists the targets.
+
+PYTHON ?= python3
+DEEPEN_CUDA ?= AUTO
+PROMPT ?= The three primary colours are
+TOKENS ?= 32
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+
+# Stamps: a step is done again when what it was made from has changed.
+DEPENDENCIES := $(VENV)/dependencies
+INSTALLED := $(VENV)/installed-$(DEEPEN_CUDA)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu)
+# pip hides what CMake prints, so say it again.
+SAY_CUDA := from deepen_ext import _core; \
+  print('deepen-ext: CUDA part', 'ON,' if _core.cuda_compiled() else 'OFF,', _core.cuda_device_count(), 'devices')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint build format bench gpu clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TOKENS=32
+	$(BIN)/deepen-ext generate --demo --prompt "$(PROMPT)" --max-new-tokens $(TOKENS)
+
+test: lint  ## lint, then every test
+	$(PY) -m pytest
+
+lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+build: $(INSTALLED)  ## the compiled core and an editable install; only what was edited is compiled anew
+
+format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: $(INSTALLED)  ## time everything, write bench/results/*.json and the table in README.md
+	$(PY) bench/run.py
+	$(PY) bench/table.py README.md
+
+# For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded.
+# There are no CUDA kernels yet: this builds with the CUDA compiler, runs the tests marked gpu, and times the CPU core.
+gpu:  ## with the system's Python and torch: build with CUDA, tests marked gpu, benchmarks
+	DEEPEN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	@$(PYTHON) -c "$(SAY_CUDA)"
+	@$(PYTHON) -m pytest -m gpu; code=$$?; \
+	if [ $$code -eq 5 ]; then echo "make gpu: NO TEST IS MARKED gpu YET, so nothing ran on the device"; \
+	elif [ $$code -ne 0 ]; then exit $$code; fi
+	$(PYTHON) bench/run.py
+
+clean:  ## remove the environment and everything built (the cache of converted models stays)
+	rm -rf $(VENV) build dist *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find csrc deepen_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: its exact version may be a CPU wheel on disk that pip was told of, and asking for it
+# together with packages that want any torch has cost gigabytes of CUDA libraries.
+$(DEPENDENCIES): constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --quiet --requirement constraints.txt
+	@touch $@
+
+# Editable, with the build tools of the environment: no isolated build environment to fill, and CMake's folder stays.
+$(INSTALLED): $(DEPENDENCIES) pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	@rm -f $(VENV)/installed-*
+	PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) \
+	$(PIP) install --quiet --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) check
+	@$(PY) -c "$(SAY_CUDA)"
+	@touch $@

@@ -1,0 +1,123 @@
+"""What the build must guarantee: instruction sets that cannot leak into each other, and a true stub."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepen_ext import _core
+
+ROOT = Path(__file__).resolve().parents[1]
+OBJECTS = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}" / "CMakeFiles"
+CPU_SOURCES = sorted((ROOT / "csrc").glob("ops/*_cpu.cc"))
+ISAS = ["portable", "avx2", "avx512"]
+on_x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="other processors have the portable code alone"
+)
+
+
+def stub_functions() -> dict[str, ast.arguments]:
+    tree = ast.parse((ROOT / "deepen_ext" / "_core.pyi").read_text())
+    return {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def compiled_functions() -> dict[str, str]:
+    """By name, the signature that pybind11 writes into the docstring."""
+    members = {name: getattr(_core, name) for name in dir(_core) if not name.startswith("_")}
+    assert all(inspect.isroutine(member) for member in members.values()), "the stub test knows functions only"
+    return {name: str(member.__doc__).splitlines()[0] for name, member in members.items()}
+
+
+def external_symbols(obj: Path) -> list[str]:
+    """Demangled names of what the object file defines for others, weak ones included."""
+    nm = shutil.which("nm")
+    assert nm is not None, "nm is missing; it comes with the compiler (package binutils)"
+    listing = subprocess.run(
+        [nm, "--demangle", "--defined-only", "--extern-only", str(obj)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [line.split(maxsplit=2)[2] for line in listing.splitlines()]
+
+
+@on_x86
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("source", CPU_SOURCES, ids=lambda path: path.stem)
+def test_a_cpu_twin_defines_nothing_outside_its_instruction_sets_namespace(source: Path, isa: str) -> None:
+    """The linker keeps one copy of a shared inline function or template: it could be the AVX-512 one."""
+    obj = OBJECTS / f"deepen_cpu_{isa}.dir" / "csrc" / "ops" / f"{source.name}.o"
+    assert obj.is_file(), f"{obj} is missing; run `make build`, and list the source in CMakeLists.txt"
+    assert obj.stat().st_mtime >= source.stat().st_mtime, (
+        f"{source} is newer than its object; run `make build`"
+    )
+    symbols = external_symbols(obj)
+    assert symbols, f"{obj} defines nothing"
+    outside = [symbol for symbol in symbols if not symbol.startswith(f"deepen::{isa}::")]
+    assert not outside, f"make these `static`, or keep them out of {source.name} and what it includes"
+
+
+@on_x86
+def test_the_symbol_test_sees_weak_templates(tmp_path: Path) -> None:
+    """An std algorithm in such a file would be caught: the check above can fail."""
+    source = tmp_path / "twin.cc"
+    source.write_text(
+        "#include <vector>\nnamespace deepen { namespace avx512 {\n"
+        "void fill(std::vector<int>* v) { v->push_back(1); }\n}}\n"
+    )
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None
+    subprocess.run([compiler, "-O1", "-c", str(source), "-o", str(tmp_path / "twin.o")], check=True)
+    symbols = external_symbols(tmp_path / "twin.o")
+    assert any(symbol.startswith("deepen::avx512::") for symbol in symbols)
+    assert any(symbol.startswith("void std::vector") for symbol in symbols)
+
+
+@on_x86
+def test_the_best_instruction_set_is_the_processors() -> None:
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert flags is not None
+    has = set(flags[1].split())
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has:
+        expected = "avx512"
+    elif {"avx2", "fma", "f16c"} <= has:
+        expected = "avx2"
+    else:
+        expected = "portable"
+    assert _core.best_isa() == expected
+
+
+def test_every_instruction_set_up_to_the_best_can_be_chosen() -> None:
+    before = _core.isa()
+    try:
+        for isa in ISAS[: ISAS.index(_core.best_isa()) + 1]:
+            _core.set_isa(isa)
+            assert _core.isa() == isa
+        with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*portable, avx2 or avx512"):
+            _core.set_isa("sse9")
+    finally:
+        _core.set_isa(before)
+
+
+def test_the_stub_lists_exactly_the_functions_of_the_compiled_module() -> None:
+    assert sorted(stub_functions()) == sorted(compiled_functions())
+
+
+@pytest.mark.parametrize("name", sorted(compiled_functions()))
+def test_the_stub_names_the_parameters_in_the_order_of_the_compiled_function(name: str) -> None:
+    arguments = stub_functions()[name]
+    signature = ast.parse(f"def {re.sub(r'<[^>]*>', 'object', compiled_functions()[name])}: ...").body[0]
+    assert isinstance(signature, ast.FunctionDef)
+    compiled = [argument.arg for argument in (*signature.args.posonlyargs, *signature.args.args)]
+    assert len(compiled) == len(arguments.posonlyargs) + len(arguments.args)
+    # A parameter without a name in the binding cannot be passed by name: the stub must not promise it.
+    assert sum(bool(re.fullmatch(r"arg\d+", one)) for one in compiled) == len(arguments.posonlyargs)
+    assert compiled[len(arguments.posonlyargs) :] == [argument.arg for argument in arguments.args]

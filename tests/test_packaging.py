@@ -1,0 +1,221 @@
+"""What is installed: a wheel from the tracked files works elsewhere, runs on any x86-64, and the CUDA switch is honest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name, path=TOOLS)
+    assert found is not None, f"{name} is missing; `make build` installs it"
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git tracks, as a clone would have it: nothing that merely lies about may be needed."""
+    copy = tmp_path_factory.mktemp("source")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    for name in filter(None, listing.split("\0")):
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel built from it, without CUDA: that part is tested by configuring, which is quicker."""
+    folder = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(folder),
+        ],
+        cwd=source,
+        env={**os.environ, "DEEPEN_CUDA": "OFF"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def compile_commands(source: Path, wheel: Path) -> list[dict[str, str]]:
+    assert wheel.is_file()
+    commands = json.loads(next(source.glob("build/cmake-*/compile_commands.json")).read_text())
+    assert {Path(entry["file"]).name for entry in commands} >= {
+        path.name for path in (ROOT / "csrc").glob("*/*.cc")
+    }
+    return commands
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tracked = {path.relative_to(source).as_posix() for path in source.glob("deepen_ext/**/*.py")}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    package = tracked | {"deepen_ext/py.typed", "deepen_ext/_core.pyi", f"deepen_ext/_core{suffix}"}
+    assert {name for name in names if ".dist-info/" not in name} == package
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    # Tied to this interpreter and platform: the compiled core is.
+    assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
+    assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+
+
+def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    """Installed into an empty folder, imported from another: fusing two members of five shared tokens."""
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)],
+        check=True,
+    )
+    program = """
+import pathlib, sys, torch, deepen_ext
+from deepen_ext import _core
+site = pathlib.Path(sys.argv[1])
+assert pathlib.Path(deepen_ext.__file__).is_relative_to(site), deepen_ext.__file__
+assert pathlib.Path(_core.__file__).is_relative_to(site), _core.__file__
+assert not _core.cuda_compiled()
+maps = [deepen_ext.RelativeMap.from_dense(torch.eye(5)) for _ in range(2)]
+main = torch.tensor([[2.0, 1.9, 0.0, 0.0, 0.0]])
+assistant = torch.tensor([[0.0, 6.0, 0.0, 0.0, 0.0]])
+fused = deepen_ext.fuse_logits([main, assistant], maps, [0.5, 0.5], learning_rate=0.3)
+assert main.argmax() == 0 and fused.argmax() == 1, fused
+print("fused", fused.tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(site)],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("fused ")
+
+
+def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
+    source: Path, wheel: Path
+) -> None:
+    seen = set()
+    for entry in compile_commands(source, wheel):
+        arguments = entry["command"].split()
+        machine = [
+            one
+            for one in arguments
+            if one.startswith(("-march", "-mtune", "-mcpu", "-mavx", "-mfma", "-mf16c"))
+        ]
+        assert not [one for one in machine if one.startswith(("-march", "-mtune", "-mcpu"))], entry["command"]
+        isa = next(
+            (one.removeprefix("-DDEEPEN_ISA=") for one in arguments if one.startswith("-DDEEPEN_ISA=")), None
+        )
+        assert bool(machine) == (isa in ("avx2", "avx512")), entry["command"]
+        assert isa == "avx512" or not any("avx512" in one for one in machine), entry["command"]
+        seen.add(isa)
+    assert {None, "portable"} <= seen
+
+
+def configure(folder: Path, switch: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            tool("cmake"),
+            *("-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDEEPEN_CUDA={switch}",
+        ],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+NO_COMPILER = {"CUDACXX": "/nonexistent/nvcc"}
+
+
+def test_cuda_on_without_a_compiler_fails_with_the_cure(tmp_path: Path) -> None:
+    done = configure(tmp_path, "ON", **NO_COMPILER)
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "no CUDA compiler was found" in message
+    assert "put nvcc on PATH" in message
+    assert "DEEPEN_CUDA=OFF" in message
+
+
+def test_pip_passes_cuda_on_without_a_compiler_on_as_a_failure(source: Path, tmp_path: Path) -> None:
+    """The same through setup.py: no wheel without CUDA for one who asked for CUDA."""
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            ".",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            str(tmp_path),
+        ],
+        cwd=copy,
+        env={**os.environ, **NO_COMPILER, "DEEPEN_CUDA": "ON"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "no CUDA compiler was found" in done.stdout + done.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.parametrize("switch", ["AUTO", "OFF"])
+def test_without_a_cuda_compiler_the_build_says_that_it_goes_without(tmp_path: Path, switch: str) -> None:
+    done = configure(tmp_path, switch, **NO_COMPILER)
+    assert done.returncode == 0, done.stderr
+    assert f"CUDA part OFF (DEEPEN_CUDA={switch})" in done.stdout
+    assert "cuda_device_absent.cc" in (tmp_path / "compile_commands.json").read_text()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA compiler on PATH")
+def test_auto_with_a_cuda_compiler_says_that_it_builds_for_it(tmp_path: Path) -> None:
+    done = configure(tmp_path, "AUTO")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA part ON (DEEPEN_CUDA=AUTO, " in done.stdout
+    assert "architectures 80-real" in done.stdout
+    assert "cuda_device.cu" in (tmp_path / "compile_commands.json").read_text()
+
+
+def test_an_unknown_cuda_switch_is_refused(tmp_path: Path) -> None:
+    done = configure(tmp_path, "YES")
+    assert done.returncode != 0
+    assert "use AUTO, ON or OFF" in " ".join(done.stderr.split())
