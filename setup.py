@@ -37,8 +37,8 @@ class CMakeBuild(build_ext):
             f"-DDEEPEN_CUDA={os.environ.get('DEEPEN_CUDA', 'AUTO')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]
-        # What CMake caches and never looks at again. A folder configured with other tools (an isolated build's
-        # are gone afterwards) starts over, which compiles everything.
+        # CMake caches its tools and never looks at them again. A folder configured with others (those of an
+        # isolated build are gone afterwards) starts over, which compiles everything.
         compilers = [f"{name}={os.environ.get(name, '')}" for name in ("CC", "CXX", "CUDACXX")]
         signature = "\n".join([*configure, *compilers])
         stamp = BUILD / "configured-with.txt"

@@ -101,7 +101,7 @@ def test_every_instruction_set_up_to_the_best_can_be_chosen() -> None:
         for isa in ISAS[: ISAS.index(_core.best_isa()) + 1]:
             _core.set_isa(isa)
             assert _core.isa() == isa
-        with pytest.raises(ValueError, match="unknown instruction set 'sse9'.*portable, avx2 or avx512"):
+        with pytest.raises(ValueError, match=r"unknown instruction set 'sse9'.*portable, avx2 or avx512"):
             _core.set_isa("sse9")
     finally:
         _core.set_isa(before)

@@ -1,4 +1,4 @@
-"""What is installed: a wheel from the tracked files works elsewhere, runs on any x86-64, and the CUDA switch is honest."""
+"""What is built: a wheel from the tracked files works elsewhere, on any x86-64; the CUDA switch is honest."""
 
 from __future__ import annotations
 
