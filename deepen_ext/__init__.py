@@ -1,7 +1,7 @@
 """deepen-ext: language models with different vocabularies write one text, fused at every token by DeePEn.
 
-Huang et al., "Ensemble Learning for Heterogeneous Large Language Models with Deep Parallel Collaboration", NeurIPS
-2024 (arXiv 2404.12715), on a C++ core.
+Huang et al., "Ensemble Learning for Heterogeneous Large Language Models with Deep Parallel Collaboration",
+NeurIPS 2024 (arXiv 2404.12715), on a C++ core.
 """
 
 from deepen_ext.ensemble import Ensemble

@@ -1,5 +1,5 @@
-"""The compiled core (csrc/bindings). Addresses are `Tensor.data_ptr()`, 0 for null; sizes are checked by the core,
-shapes, dtypes and devices by `deepen_ext.ops`, which is what to call."""
+"""The compiled core (csrc/bindings). Addresses are `Tensor.data_ptr()`, 0 for null; sizes are checked by the
+core, shapes, dtypes and devices by `deepen_ext.ops`, which is what to call."""
 
 from typing import TypeAlias
 

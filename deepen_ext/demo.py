@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from .errors import InputError, ModelError
-from .gguf import convert_gguf, convert_tokenizer, converted_folder
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf import convert_gguf, convert_tokenizer, converted_folder
 
 Progress = Callable[[str], None]
 

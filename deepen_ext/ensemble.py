@@ -69,7 +69,8 @@ class Ensemble:
         for member in members:
             if member.device.type != "cpu":
                 raise InputError(
-                    f"{member.name} is on {member.device}, but fusion has no kernel for it yet; use device='cpu'"
+                    f"{member.name} is on {member.device}, but fusion has no kernel for it yet; "
+                    "use device='cpu'"
                 )
         self.members = list(members)
         self.names = _unique_names(member.name for member in members)
@@ -116,7 +117,9 @@ class Ensemble:
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
         if len(members) < 2:
-            raise InputError(f"an ensemble needs two or more members, not {len(members)}; name at least two models")
+            raise InputError(
+                f"an ensemble needs two or more members, not {len(members)}; name at least two models"
+            )
         if settings.get("weights") is not None:
             check_weights(settings["weights"], len(members))  # before minutes of loading
         loaded = [load_member(name, dtype=dtype, device=device, progress=progress) for name in members]
@@ -154,8 +157,8 @@ class Ensemble:
             on_text: called with each new piece of text, whole characters only.
 
         Raises:
-            InputError: empty prompt, setting out of range, or a prompt that with its new tokens exceeds some member's
-                context; a member that gives NaN.
+            InputError: empty prompt, setting out of range, or a prompt that with its new tokens exceeds some
+                member's context; a member that gives NaN.
         """
         sampler = Sampler(do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
         stops = _stop_list(stop_strings)
@@ -190,8 +193,9 @@ class _Run:
             limit = member.context_length
             if limit is not None and len(text.ids) + max_new_tokens > limit:
                 raise InputError(
-                    f"{member.name}: the prompt's {len(text.ids)} tokens and {max_new_tokens} new ones exceed its "
-                    f"context of {limit}; shorten the prompt or ask for at most {max(limit - len(text.ids), 0)}"
+                    f"{member.name}: the prompt's {len(text.ids)} tokens and {max_new_tokens} new ones "
+                    f"exceed its context of {limit}; shorten the prompt or ask for at most "
+                    f"{max(limit - len(text.ids), 0)}"
                 )
         # The main model's tokens are what was chosen; only the assistants re-tokenise.
         self.main_ids = list(self.texts[0].ids)

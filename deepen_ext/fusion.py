@@ -28,9 +28,9 @@ def fuse_logits(
         target = sum_i weights_i r_i                   their average
         z      = argmin_z KL(target || softmax(z) R_0)   `steps` AdamW steps from the main model's logits
 
-    Only the `candidates` most probable tokens of a member are mapped one by one; the rest of its probability is spread
-    evenly over the anchors. Only the main model's candidates move. With `candidates` at the vocabulary's size nothing
-    is left out.
+    Only the `candidates` most probable tokens of a member are mapped one by one; the rest of its probability
+    is spread evenly over the anchors. Only the main model's candidates move. With `candidates` at the
+    vocabulary's size nothing is left out.
 
     Args:
         logits: of each member, the main model first; float32, float16 or bfloat16 [B, V_i], contiguous.
@@ -44,7 +44,8 @@ def fuse_logits(
         [B, V_main], in the dtype of the main model's logits; the inputs are left as they are.
 
     Raises:
-        InputError: settings out of range; shapes, dtypes or devices that do not fit; NaN in some member's logits.
+        InputError: settings out of range; shapes, dtypes or devices that do not fit; NaN in some member's
+            logits.
     """
     fuser = Fuser(maps, learning_rate=learning_rate, steps=steps, candidates=candidates)
     return fuser.step(logits, check_weights(weights, len(maps))).logits
@@ -78,9 +79,9 @@ class FusedStep:
 class Fuser:
     """Fusion steps with fixed settings; see `fuse_logits` for the mathematics.
 
-    A token whose probability is below `min_probability` is not worth its row: it counts as part of its member's tail,
-    and is no candidate. Whether a row happens to be known already never matters, so results do not depend on what is
-    cached.
+    A token whose probability is below `min_probability` is not worth its row: it counts as part of its
+    member's tail, and is no candidate. Whether a row happens to be known already never matters, so results do
+    not depend on what is cached.
     """
 
     def __init__(
@@ -101,7 +102,9 @@ class Fuser:
         if not maps:
             raise InputError("there are no relative maps; give one for each member, the main model's first")
         if not math.isfinite(learning_rate) or not 0 < learning_rate <= 10:
-            raise InputError(f"learning_rate is {learning_rate}; choose above 0 to 10 (the paper uses 0.1 to 0.5)")
+            raise InputError(
+                f"learning_rate is {learning_rate}; choose above 0 to 10 (the paper uses 0.1 to 0.5)"
+            )
         if not 1 <= steps <= 64:
             raise InputError(f"steps is {steps}; choose 1 to 64")
         if candidates < 1:
@@ -122,15 +125,17 @@ class Fuser:
         """Fuse B rows.
 
         Args:
-            logits: of each member, the main model first, [B, V_i]. None: the member sits out, and the others' weights
-                are scaled to sum to 1.
+            logits: of each member, the main model first, [B, V_i]. None: the member sits out, and the others'
+                weights are scaled to sum to 1.
             weights: one for each member, as `check_weights` gives them.
 
         Raises:
             InputError: see `fuse_logits`.
         """
         if len(logits) != len(self.maps):
-            raise InputError(f"there are {len(logits)} logits for {len(self.maps)} relative maps; give one for each")
+            raise InputError(
+                f"there are {len(logits)} logits for {len(self.maps)} relative maps; give one for each"
+            )
         if logits[0] is None:
             raise InputError("the main model cannot sit out of a fusion step")
         present = [i for i, one in enumerate(logits) if one is not None]

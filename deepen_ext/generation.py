@@ -41,8 +41,8 @@ class Generation:
     Attributes:
         text: the new text, without the prompt. A stop string that ended it is kept, as transformers keeps it.
         token_ids: the main model's new tokens, a final EOS included.
-        finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", or "context": some member's context is
-            full (an assistant may need more tokens for the text than the main model).
+        finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", or "context": some member's
+            context is full (an assistant may need more tokens for the text than the main model).
         changed_tokens: how many tokens differ from the most probable one of the main model alone.
         timings: where the time went.
     """

@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .cache import atomic_directory, cache_dir, locked
-from .errors import InputError, ModelError
+from deepen_ext.cache import atomic_directory, cache_dir, locked
+from deepen_ext.errors import InputError, ModelError
 
 Progress = Callable[[str], None]
 
@@ -85,7 +85,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .quiet import quiet
+    from deepen_ext.quiet import quiet
 
     with _reading(path), quiet():
         say(f"Converting {name}, once: tokenizer")

@@ -24,8 +24,8 @@ _FORMAT = "deepen-ext relative map 1"
 class MapFacts:
     """What a saved map says of itself.
 
-    `source` is the fingerprint of what its rows were computed from; `recipe` and `temperature` are those of pure
-    similarity rows, None for rows that need tokenizers as well.
+    `source` is the fingerprint of what its rows were computed from; `recipe` and `temperature` are those of
+    pure similarity rows, None for rows that need tokenizers as well.
     """
 
     vocab_size: int
@@ -73,5 +73,5 @@ def _checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from .errors import InputError, ModelError
-from .text import Vocabulary
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.text import Vocabulary
 
 _BLOCK = 256  # positions the key and value buffers grow by
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InputError, ModelError
-from .gguf import convert_gguf
-from .member import Member
-from .quiet import quiet
-from .text import Vocabulary
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf import convert_gguf
+from deepen_ext.member import Member
+from deepen_ext.quiet import quiet
+from deepen_ext.text import Vocabulary
 
 __all__ = ["DTYPES", "Progress", "convert_gguf", "load_member", "resolve"]
 

@@ -1,7 +1,7 @@
 """DeePEn as the paper writes it, in plain torch with autograd: the oracle of every test, not made to be fast.
 
-Huang et al., "Ensemble Learning for Heterogeneous Large Language Models with Deep Parallel Collaboration", NeurIPS
-2024 (arXiv 2404.12715).
+Huang et al., "Ensemble Learning for Heterogeneous Large Language Models with Deep Parallel Collaboration",
+NeurIPS 2024 (arXiv 2404.12715).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ def relative_matrix(
     Returns:
         [V, A] of the embedding's dtype; rows sum to 1.
     """
-    # One anchor at a time, as the authors do: a matrix product rounds differently, and where the rows come out nearly
-    # uniform that alone moves the fused logits by 1e-4.
-    columns = [functional.cosine_similarity(embedding, embedding[anchor : anchor + 1]) for anchor in anchor_ids.tolist()]
+    # One anchor at a time, as the authors do: a matrix product rounds differently, and where the rows come
+    # out nearly uniform that alone moves the fused logits by 1e-4.
+    columns = [
+        functional.cosine_similarity(embedding, embedding[anchor : anchor + 1])
+        for anchor in anchor_ids.tolist()
+    ]
     cosines = torch.stack(columns, dim=1)
     return torch.softmax(temperature * functional.normalize(cosines, dim=1), dim=1)
 
@@ -37,7 +40,8 @@ def relative_matrix(
 def aggregate(
     logits: Sequence[torch.Tensor], relative: Sequence[torch.Tensor], weights: Sequence[float]
 ) -> torch.Tensor:
-    """The average of all members in relative space, `sum_i w_i softmax(logits_i) R_i` -> [B, A] (section 3.3)."""
+    """The average of all members in relative space, `sum_i w_i softmax(logits_i) R_i` -> [B, A] (section
+    3.3)."""
     parts = [
         weight * (torch.softmax(one, dim=-1) @ matrix)
         for one, matrix, weight in zip(logits, relative, weights, strict=True)
@@ -56,8 +60,8 @@ def inverse_search(
 ) -> torch.Tensor:
     """Main-model logits whose relative representation nears the target (section 3.4).
 
-    `steps` steps of AdamW (torch's defaults, weight decay 0.01) on `KL(target || softmax(z) R) / A`, with the learning
-    rate under cosine annealing (T_max 10, down to a quarter). Rows of a batch are independent.
+    `steps` steps of AdamW (torch's defaults, weight decay 0.01) on `KL(target || softmax(z) R) / A`, with the
+    learning rate under cosine annealing (T_max 10, down to a quarter). Rows of a batch are independent.
 
     Args:
         logits: [B, V], where the search starts.
@@ -78,7 +82,7 @@ def inverse_search(
             whole = logits[row].masked_scatter(moving, moved)
             ours = torch.log(torch.softmax(whole, dim=-1) @ relative)
             loss = functional.kl_div(ours, target[row], reduction="sum") / target.shape[1]
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
         found[row] = logits[row].masked_scatter(moving, moved.detach())

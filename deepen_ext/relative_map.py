@@ -1,4 +1,4 @@
-"""A member's way into relative space: one relative row for each token, computed when first needed, and kept."""
+"""A member's way into relative space: a relative row for each token, computed when first needed and kept."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from deepen_ext.row_sources import DEFAULT_ENTRIES, RowSource, SimilarityRows
 class RelativeMap:
     """Relative rows of one member, by token id.
 
-    Memory is reserved for the whole vocabulary but taken page by page as rows are computed. A map without a source
-    (`from_dense`, or `load` without an embedding) has the rows it has.
+    Memory is reserved for the whole vocabulary but taken page by page as rows are computed. A map without a
+    source (`from_dense`, or `load` without an embedding) has the rows it has.
     """
 
     def __init__(self, vocab_size: int, anchors: int, entries: int, source: RowSource | None = None) -> None:
@@ -59,7 +59,9 @@ class RelativeMap:
         Raises:
             InputError: a setting out of range.
         """
-        source = SimilarityRows(embedding, anchor_ids, recipe=recipe, temperature=temperature, entries=entries)
+        source = SimilarityRows(
+            embedding, anchor_ids, recipe=recipe, temperature=temperature, entries=entries
+        )
         return cls.from_source(source)
 
     @classmethod
@@ -70,14 +72,18 @@ class RelativeMap:
             matrix: float32 [V, A], rows sum to 1; kept, not copied.
 
         Raises:
-            InputError: not two-dimensional, not float32, negative or not finite, or rows that do not sum to 1.
+            InputError: not two-dimensional, not float32, negative or not finite, or rows whose sum is not 1.
         """
         if matrix.dim() != 2 or 0 in matrix.shape:
-            raise InputError(f"the relative matrix has shape {list(matrix.shape)}; expected [vocabulary, anchors]")
+            raise InputError(
+                f"the relative matrix has shape {list(matrix.shape)}; expected [vocabulary, anchors]"
+            )
         if matrix.dtype != torch.float32:
             raise InputError(f"the relative matrix is {matrix.dtype}; pass matrix.float()")
         if not bool(torch.isfinite(matrix).all()) or bool((matrix < 0).any()):
-            raise InputError("the relative matrix has negative or non-finite entries; rows must be distributions")
+            raise InputError(
+                "the relative matrix has negative or non-finite entries; rows must be distributions"
+            )
         off = (matrix.sum(dim=1, dtype=torch.float64) - 1).abs().max().item()
         if off > 1e-3:
             raise InputError(f"rows of the relative matrix must sum to 1; one is off by {off:.3g}")
@@ -109,7 +115,7 @@ class RelativeMap:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over what the rows are computed from (a second or so for a large embedding); "" without a source."""
+        """sha256 over what the rows are computed from (a second for a large embedding); "" without source."""
         return "" if self.source is None else self.source.fingerprint()
 
     def ensure(self, ids: torch.Tensor) -> int:
@@ -124,11 +130,11 @@ class RelativeMap:
         missing = flat[~self._known[flat]]
         if len(missing) == 0:
             return 0
-        missing = missing.unique()
+        missing = missing.unique()  # type: ignore[no-untyped-call]
         if self.source is None:
             raise InputError(
-                f"the relative map has no row for token {int(missing[0])} and no embedding to compute it from; "
-                "load it with RelativeMap.load(path, embedding=...)"
+                f"the relative map has no row for token {int(missing[0])} and no embedding to compute it "
+                "from; load it with RelativeMap.load(path, embedding=...)"
             )
         assert self.rows.columns is not None
         assert self.rows.rest is not None
@@ -141,7 +147,7 @@ class RelativeMap:
         return len(missing)
 
     def to_dense(self) -> torch.Tensor:
-        """All rows, whole: float32 [V, A]. For small vocabularies and tests; computes every row still missing."""
+        """All rows, whole: float32 [V, A]. For small vocabularies and tests; computes what is missing."""
         if self.rows.columns is None or self.rows.rest is None:
             return self.rows.values
         self.ensure(torch.arange(self.vocab_size))
@@ -154,7 +160,7 @@ class RelativeMap:
         return dense
 
     def save(self, path: str | Path) -> None:
-        """Write the rows computed so far to a safetensors file, in one step: a reader never sees half of it."""
+        """Write the rows computed so far to a safetensors file in one step: no reader sees half of it."""
         if self.rows.columns is None or self.rows.rest is None:
             tensors = {"matrix": self.rows.values}
         else:
@@ -178,7 +184,11 @@ class RelativeMap:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, embedding: torch.Tensor | None = None, anchor_ids: torch.Tensor | None = None
+        cls,
+        path: str | Path,
+        *,
+        embedding: torch.Tensor | None = None,
+        anchor_ids: torch.Tensor | None = None,
     ) -> RelativeMap:
         """Read a saved map.
 
@@ -188,8 +198,8 @@ class RelativeMap:
             anchor_ids: see `from_embedding`.
 
         Raises:
-            InputError: no such file; only one of `embedding` and `anchor_ids`; the map was saved for another model,
-                other anchors or other settings.
+            InputError: no such file; only one of `embedding` and `anchor_ids`; the map was saved for another
+                model, other anchors or other settings.
             ModelError: the file is damaged or no relative map.
         """
         if (embedding is None) != (anchor_ids is None):
@@ -200,7 +210,9 @@ class RelativeMap:
         loaded = cls(facts.vocab_size, facts.anchors, facts.entries)
         if embedding is not None and anchor_ids is not None:
             if facts.recipe is None:
-                raise InputError(f"{path} holds rows that need tokenizers, not an embedding alone; load it without")
+                raise InputError(
+                    f"{path} holds rows that need tokenizers, not an embedding alone; load it without"
+                )
             loaded.source = SimilarityRows(
                 embedding,
                 anchor_ids,
@@ -227,8 +239,8 @@ class RelativeMap:
     def _check_source(self, facts: MapFacts, path: str | Path) -> None:
         if self.source is None or facts.source != self.fingerprint:
             raise InputError(
-                f"{path} was saved for another model, other anchors or other settings; delete it or use what it "
-                "was made with"
+                f"{path} was saved for another model, other anchors or other settings; delete it or use what "
+                "it was made with"
             )
 
     def _adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:

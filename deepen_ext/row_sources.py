@@ -49,8 +49,8 @@ class RowSource(Protocol):
 class SimilarityRows:
     """Rows by the similarity of input embeddings (DeePEn, section 3.2).
 
-    recipe "paper": `softmax(100 c / ||c||_2)`, `c[a] = cos(E[t], E[a])`. recipe "calibrated": the anchors' mean is
-    taken off first and the cosines go into the softmax as they are, `softmax(temperature * c)`.
+    recipe "paper": `softmax(100 c / ||c||_2)`, `c[a] = cos(E[t], E[a])`. recipe "calibrated": the anchors'
+    mean is taken off first and the cosines go into the softmax as they are, `softmax(temperature * c)`.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class SimilarityRows:
         """Prepare the anchors' norms and mean; the embedding (float [V, d]) stays where it is.
 
         Raises:
-            InputError: unknown recipe, temperature not above 0, entries below 1, anchor ids outside the embedding.
+            InputError: unknown recipe, temperature not above 0, entries below 1, anchor ids outside the
+                embedding.
         """
         if recipe not in DEFAULT_TEMPERATURE:
             raise InputError(f"recipe '{recipe}' has no similarity rows; use 'paper' or 'calibrated'")
@@ -76,7 +77,9 @@ class SimilarityRows:
         if entries < 1:
             raise InputError(f"entries is {entries}; choose 1 or more")
         if embedding.dim() != 2:
-            raise InputError(f"the embedding has shape {list(embedding.shape)}; expected [vocabulary, dimension]")
+            raise InputError(
+                f"the embedding has shape {list(embedding.shape)}; expected [vocabulary, dimension]"
+            )
         if anchor_ids.dim() != 1 or len(anchor_ids) == 0:
             raise InputError("there are no anchors; anchor_ids must be int64 [A] with A at least 1")
         if int(anchor_ids.min()) < 0 or int(anchor_ids.max()) >= len(embedding):
@@ -92,7 +95,7 @@ class SimilarityRows:
         self._inverse_norm = self._anchor_inverse_norm()
 
     def _chunks(self) -> list[torch.Tensor]:
-        return list(self.anchor_ids.split(_CHUNK))
+        return list(torch.split(self.anchor_ids, _CHUNK))
 
     def _anchor_mean(self) -> torch.Tensor:
         total = torch.zeros(self.embedding.shape[1], dtype=torch.float64, device=self.embedding.device)
@@ -128,17 +131,18 @@ class SimilarityRows:
         digest = hashlib.sha256(f"{self.recipe} {self.temperature} {self.entries} ".encode())
         digest.update(f"{self.embedding.dtype} {list(self.embedding.shape)} ".encode())
         digest.update(self.anchor_ids.cpu().numpy().tobytes())
-        for rows in self.embedding.split(_CHUNK):
-            digest.update(rows.contiguous().view(torch.uint8).cpu().numpy())
+        for rows in torch.split(self.embedding, _CHUNK):
+            digest.update(rows.contiguous().view(torch.uint8).cpu().numpy().data)
         return digest.hexdigest()
 
 
 class PrefixRows:
     """Rows by bytes: a token that is no anchor stands for the anchor its text begins with.
 
-    With `similarity` (the calibrated recipe), anchors and tokens that begin with no anchor have their similarity row.
-    Without (the bytes recipe), an anchor stands for itself alone and a token that begins with no anchor says nothing:
-    its mass is spread over all anchors. EOS tokens stand for the EOS anchor in both, whatever their embedding.
+    With `similarity` (the calibrated recipe), anchors and tokens that begin with no anchor have their
+    similarity row. Without (the bytes recipe), an anchor stands for itself alone and a token that begins with
+    no anchor says nothing: its mass is spread over all anchors. EOS tokens stand for the EOS anchor in both,
+    whatever their embedding.
     """
 
     def __init__(

@@ -26,7 +26,9 @@ class Sampler:
             InputError: temperature not above 0 or top_p not in (0, 1].
         """
         if not 0 < temperature <= 100:
-            raise InputError(f"temperature is {temperature}; choose above 0 to 100, or do_sample=False for greedy")
+            raise InputError(
+                f"temperature is {temperature}; choose above 0 to 100, or do_sample=False for greedy"
+            )
         if not 0 < top_p <= 1:
             raise InputError(f"top_p is {top_p}; choose above 0 to 1")
         self._generator: torch.Generator | None = None
@@ -48,5 +50,6 @@ class Sampler:
         if self._generator is None:
             return fused.chosen.long()
         # The warpers here look at the scores alone; the token ids they take are for repetition penalties.
-        scores = self._warpers(torch.empty(len(fused.logits), 0, dtype=torch.long), fused.logits.float())
+        ids = torch.empty(len(fused.logits), 0, dtype=torch.long)
+        scores = self._warpers(ids, fused.logits.float())  # type: ignore[arg-type]
         return torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)

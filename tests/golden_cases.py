@@ -1,4 +1,5 @@
-"""The authors' own inputs and outputs: the small cases from this folder, all of them where ../shared is there."""
+"""The authors' own inputs and outputs: the small cases from this folder, all of them where ../shared is
+there."""
 
 from __future__ import annotations
 
@@ -33,6 +34,10 @@ def golden_names() -> list[str]:
 
 
 def golden_case(name: str) -> GoldenCase:
-    file = next(folder / f"{name}.safetensors" for folder in (_HERE, _SHARED) if (folder / f"{name}.safetensors").is_file())
+    file = next(
+        folder / f"{name}.safetensors"
+        for folder in (_HERE, _SHARED)
+        if (folder / f"{name}.safetensors").is_file()
+    )
     facts = json.loads((_HERE / "cases.json").read_text())[name]
     return GoldenCase(name, facts["lr"], facts["T"], facts["w"], facts["tau"], load_file(file))

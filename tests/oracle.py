@@ -10,7 +10,8 @@ from deepen_ext import reference
 
 
 def random_embedding(vocab: int, dim: int, seed: int, *, shared: float = 0.6) -> torch.Tensor:
-    """Embeddings like real ones: a common direction (mean cosine well above 0), norms that vary, some outliers."""
+    """Embeddings like real ones: a common direction (mean cosine well above 0), norms that vary, some
+    outliers."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(vocab, dim, generator=generator) + shared * torch.randn(dim, generator=generator)
     rows *= torch.rand(vocab, 1, generator=generator) + 0.2
@@ -66,7 +67,9 @@ def fuse(
     fused = []
     for b in range(len(logits[0])):
         kept = [_kept(one[b], candidates, min_probability) for one in logits]
-        mapped = [torch.where(keep[:, None], row, 1 / row.shape[1]) for keep, row in zip(kept, rows, strict=True)]
+        mapped = [
+            torch.where(keep[:, None], row, 1 / row.shape[1]) for keep, row in zip(kept, rows, strict=True)
+        ]
         target = reference.aggregate([one[b : b + 1] for one in logits], mapped, weights)
         fused.append(
             reference.inverse_search(

@@ -140,7 +140,7 @@ def test_settings_out_of_range(pair, settings, message):
 def test_nan_names_the_member(pair):
     logits, maps = pair
     logits[1][1, 7] = float("nan")
-    with pytest.raises(InputError, match="logits of member 1: row 1 has no softmax.*NaN"):
+    with pytest.raises(InputError, match=r"logits of member 1: row 1 has no softmax.*NaN"):
         fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
     named = Fuser(maps, learning_rate=0.2, names=["smollm2", "gemma"])
     with pytest.raises(InputError, match="logits of gemma: row 1"):

@@ -34,7 +34,9 @@ def test_fused_logits_from_embeddings(name):
     fused = reference.fuse_logits(
         case.each("logits"), relative, case.weights, learning_rate=case.learning_rate, steps=case.steps
     )
-    assert (case.tensors["fused_logits"] - case.tensors["logits.0"]).abs().max() > 0.1, "the case moves nothing"
+    assert (case.tensors["fused_logits"] - case.tensors["logits.0"]).abs().max() > 0.1, (
+        "the case moves nothing"
+    )
     torch.testing.assert_close(fused, case.tensors["fused_logits"], atol=1e-4, rtol=0)
 
 

@@ -17,7 +17,9 @@ def embedding():
     return random_embedding(300, 20, seed=0)
 
 
-@pytest.mark.parametrize(("recipe", "temperature"), [("calibrated", 20.0), ("calibrated", None), ("paper", None)])
+@pytest.mark.parametrize(
+    ("recipe", "temperature"), [("calibrated", 20.0), ("calibrated", None), ("paper", None)]
+)
 def test_similarity_rows_are_the_cut_rows(embedding, recipe, temperature):
     relative = RelativeMap.from_embedding(embedding, ANCHOR_IDS, recipe, temperature, entries=8)
     default = {"calibrated": 40.0, "paper": 100.0}[recipe]
@@ -124,7 +126,7 @@ class TestFile:
     def test_without_an_embedding_it_has_what_was_saved(self, saved):
         loaded = RelativeMap.load(saved[1])
         assert loaded.ensure(torch.arange(40)) == 0
-        with pytest.raises(InputError, match="no row for token 41.*embedding"):
+        with pytest.raises(InputError, match=r"no row for token 41.*embedding"):
             loaded.ensure(torch.tensor([3, 41]))
 
     def test_dense(self, tmp_path):
@@ -155,7 +157,7 @@ class TestFile:
     def test_truncated(self, saved, kept):
         path = saved[1]
         path.write_bytes(path.read_bytes()[:kept])
-        with pytest.raises(ModelError, match="map.safetensors"):
+        with pytest.raises(ModelError, match=r"map\.safetensors"):
             RelativeMap.load(path)
 
     def test_every_flipped_byte_is_found(self, saved):

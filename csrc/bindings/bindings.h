@@ -1,5 +1,5 @@
-// Bindings unpack integers into parameter structs, release the GIL and call; they compute nothing. Pointers come as
-// the integers of Tensor.data_ptr(); shapes, dtypes and devices were checked in deepen_ext/ops.
+// Bindings unpack integers into parameter structs, release the GIL and call; they compute nothing. Pointers
+// come as the integers of Tensor.data_ptr(); shapes, dtypes and devices were checked in deepen_ext/ops.
 #pragma once
 
 #include <pybind11/pybind11.h>

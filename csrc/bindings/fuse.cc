@@ -24,14 +24,15 @@ void bind_fuse(py::module_& module) {
   module.def(
       "fuse",
       [](const std::vector<PackedMember>& members, Address weights, Address logits, int dtype, int64_t batch,
-         int64_t anchors, double learning_rate, int32_t steps, float min_probability, Address fused, Address chosen,
-         Address workspace, int threads) {
-        DEEPEN_CHECK(members.size() <= size_t(kMaxMembers), "there are ", members.size(), " members; at most ",
-                     kMaxMembers, " are possible");
+         int64_t anchors, double learning_rate, int32_t steps, float min_probability, Address fused,
+         Address chosen, Address workspace, int threads) {
+        DEEPEN_CHECK(members.size() <= size_t(kMaxMembers), "there are ", members.size(),
+                     " members; at most ", kMaxMembers, " are possible");
         FuseParams params{};
         std::transform(members.begin(), members.end(), params.members, [](const PackedMember& member) {
           const auto& [ids, probs, tail, k, rows] = member;
-          return FuseMember{at<const int32_t>(ids), at<const float>(probs), at<const float>(tail), unpack(rows), k};
+          return FuseMember{at<const int32_t>(ids), at<const float>(probs), at<const float>(tail),
+                            unpack(rows), k};
         });
         params.weights = at<const float>(weights);
         params.logits = at<void>(logits);
@@ -48,9 +49,9 @@ void bind_fuse(py::module_& module) {
         py::gil_scoped_release release;
         fuse_cpu(params, threads);
       },
-      py::arg("members"), py::arg("weights"), py::arg("logits"), py::arg("dtype"), py::arg("batch"), py::arg("anchors"),
-      py::arg("learning_rate"), py::arg("steps"), py::arg("min_probability"), py::arg("fused"), py::arg("chosen"),
-      py::arg("workspace"), py::arg("threads"));
+      py::arg("members"), py::arg("weights"), py::arg("logits"), py::arg("dtype"), py::arg("batch"),
+      py::arg("anchors"), py::arg("learning_rate"), py::arg("steps"), py::arg("min_probability"),
+      py::arg("fused"), py::arg("chosen"), py::arg("workspace"), py::arg("threads"));
 }
 
 }  // namespace deepen

@@ -13,18 +13,27 @@ void bind_inverse_search(py::module_& module) {
       py::arg("rows"), py::arg("candidates"), py::arg("anchors"), py::arg("threads"));
   module.def(
       "inverse_search",
-      [](Address logits, Address ids, Address tail_logit, Address target, const PackedRows& rows, int64_t batch,
-         int64_t candidates, int64_t anchors, double learning_rate, int32_t steps, Address found, Address workspace,
-         int threads) {
-        const InverseSearchParams params{at<const float>(logits), at<const int32_t>(ids), at<const float>(tail_logit),
-                                         at<const float>(target), at<float>(found), at<void>(workspace), unpack(rows),
-                                         batch, candidates, anchors, learning_rate, steps};
+      [](Address logits, Address ids, Address tail_logit, Address target, const PackedRows& rows,
+         int64_t batch, int64_t candidates, int64_t anchors, double learning_rate, int32_t steps,
+         Address found, Address workspace, int threads) {
+        const InverseSearchParams params{at<const float>(logits),
+                                         at<const int32_t>(ids),
+                                         at<const float>(tail_logit),
+                                         at<const float>(target),
+                                         at<float>(found),
+                                         at<void>(workspace),
+                                         unpack(rows),
+                                         batch,
+                                         candidates,
+                                         anchors,
+                                         learning_rate,
+                                         steps};
         py::gil_scoped_release release;
         inverse_search_cpu(params, threads);
       },
-      py::arg("logits"), py::arg("ids"), py::arg("tail_logit"), py::arg("target"), py::arg("rows"), py::arg("batch"),
-      py::arg("candidates"), py::arg("anchors"), py::arg("learning_rate"), py::arg("steps"), py::arg("found"),
-      py::arg("workspace"), py::arg("threads"));
+      py::arg("logits"), py::arg("ids"), py::arg("tail_logit"), py::arg("target"), py::arg("rows"),
+      py::arg("batch"), py::arg("candidates"), py::arg("anchors"), py::arg("learning_rate"), py::arg("steps"),
+      py::arg("found"), py::arg("workspace"), py::arg("threads"));
 }
 
 }  // namespace deepen

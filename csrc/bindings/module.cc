@@ -25,7 +25,8 @@ PYBIND11_MODULE(_core, module) {
     for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
       if (name == isa_name(isa)) return set_isa(isa);
     }
-    throw_argument_error(__FILE__, __LINE__, "unknown instruction set '", name, "'; use portable, avx2 or avx512");
+    throw_argument_error(__FILE__, __LINE__, "unknown instruction set '", name,
+                         "'; use portable, avx2 or avx512");
   });
 
   bind_topk_softmax(module);

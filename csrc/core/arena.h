@@ -1,5 +1,6 @@
-// Cuts a caller's workspace into aligned arrays. With a null base it only adds up the size, so that the function that
-// lays a workspace out is also the one that says how large it must be. Everything is `static` (see isa.h).
+// Cuts a caller's workspace into aligned arrays. With a null base it only adds up the size, so that the
+// function that lays a workspace out is also the one that says how large it must be. Everything is `static`
+// (see isa.h).
 #pragma once
 
 #include <cstddef>

@@ -22,7 +22,7 @@ template <class... Parts>
 
 }  // namespace deepen
 
-#define DEEPEN_CHECK(condition, ...)                                                               \
-  do {                                                                                             \
-    if (!(condition)) ::deepen::throw_argument_error(__FILE__, __LINE__, __VA_ARGS__);             \
+#define DEEPEN_CHECK(condition, ...)                                                   \
+  do {                                                                                 \
+    if (!(condition)) ::deepen::throw_argument_error(__FILE__, __LINE__, __VA_ARGS__); \
   } while (0)

@@ -1,5 +1,6 @@
-// Numbers the anchors that the candidates' rows touch: column -> 0, 1, 2, ... in order of first appearance. An open
-// hash table in the caller's workspace, so that no array of |A| entries has to be cleared for every step.
+// Numbers the anchors that the candidates' rows touch: column -> 0, 1, 2, ... in order of first appearance.
+// An open hash table in the caller's workspace, so that no array of |A| entries has to be cleared for every
+// step.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,11 @@
 namespace deepen {
 
 struct ColumnIndex {
-  int32_t* columns;   // [capacity] the column in each slot, -1 if free
-  int32_t* numbers;   // [capacity] its number
-  int32_t capacity;   // a power of two, more than the columns ever put in
-  int32_t shift;      // 32 - log2(capacity)
-  int32_t size;       // columns numbered so far
+  int32_t* columns;  // [capacity] the column in each slot, -1 if free
+  int32_t* numbers;  // [capacity] its number
+  int32_t capacity;  // a power of two, more than the columns ever put in
+  int32_t shift;     // 32 - log2(capacity)
+  int32_t size;      // columns numbered so far
 };
 
 // Half full at most: a look-up takes one or two probes.
@@ -27,10 +28,12 @@ static inline void clear(ColumnIndex* index) {
   for (int32_t i = 0; i < index->capacity; ++i) index->columns[i] = -1;
 }
 
-// The slot of the column, or the free slot where it would go. Multiplicative (Fibonacci) hashing, linear probing.
+// The slot of the column, or the free slot where it would go. Multiplicative (Fibonacci) hashing, linear
+// probing.
 static inline int32_t slot_of(const ColumnIndex& index, int32_t column) {
   uint32_t slot = (uint32_t(column) * 2654435769u) >> index.shift;
-  while (index.columns[slot] != column && index.columns[slot] != -1) slot = (slot + 1) & uint32_t(index.capacity - 1);
+  while (index.columns[slot] != column && index.columns[slot] != -1)
+    slot = (slot + 1) & uint32_t(index.capacity - 1);
   return int32_t(slot);
 }
 

@@ -26,7 +26,8 @@ static std::atomic<Isa>& isa_in_use() {
 Isa current_isa() { return isa_in_use().load(std::memory_order_relaxed); }
 
 void set_isa(Isa isa) {
-  DEEPEN_CHECK(isa <= best_isa(), "this processor has no ", isa_name(isa), "; its best is ", isa_name(best_isa()));
+  DEEPEN_CHECK(isa <= best_isa(), "this processor has no ", isa_name(isa), "; its best is ",
+               isa_name(best_isa()));
   isa_in_use().store(isa, std::memory_order_relaxed);
 }
 

@@ -1,6 +1,6 @@
-// The few vector operations the CPU twins need, on the compiler's own vector types: one width for each instruction
-// set, plain arithmetic operators, intrinsics only where the language has no word for it. Everything is `static`
-// (see isa.h).
+// The few vector operations the CPU twins need, on the compiler's own vector types: one width for each
+// instruction set, plain arithmetic operators, intrinsics only where the language has no word for it.
+// Everything is `static` (see isa.h).
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,8 @@ static inline Vec load(const BFloat16* from) {
   return Vec(_mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16)));
 #elif defined(__AVX2__)
-  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16)));
+  return Vec(_mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16)));
 #else
   Vec v;
   for (int i = 0; i < kWidth; ++i) v[i] = to_float(from[i]);

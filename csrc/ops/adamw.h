@@ -1,5 +1,5 @@
-// The search's optimiser, in one place for the CPU twin and the CUDA kernel: AdamW as torch.optim.AdamW steps it
-// (beta 0.9/0.999, eps 1e-8, weight decay 0.01), under CosineAnnealingLR(T_max=10, eta_min=eta/4).
+// The search's optimiser, in one place for the CPU twin and the CUDA kernel: AdamW as torch.optim.AdamW steps
+// it (beta 0.9/0.999, eps 1e-8, weight decay 0.01), under CosineAnnealingLR(T_max=10, eta_min=eta/4).
 #pragma once
 
 #include <cmath>
@@ -33,11 +33,12 @@ static inline AdamStep adam_step(double learning_rate, int step) {
           float(1 / std::sqrt(1 - std::pow(0.999, step + 1)))};
 }
 
-static inline DEEPEN_HOST_DEVICE void adam_update(float gradient, const AdamStep& step, float* first, float* second,
-                                                  float* logit) {
+static inline DEEPEN_HOST_DEVICE void adam_update(float gradient, const AdamStep& step, float* first,
+                                                  float* second, float* logit) {
   *first = kBeta1 * *first + (1 - kBeta1) * gradient;
   *second = kBeta2 * *second + (1 - kBeta2) * gradient * gradient;
-  *logit = *logit * step.keep - step.step_size * *first / (sqrtf(*second) * step.root_correction + kAdamEpsilon);
+  *logit =
+      *logit * step.keep - step.step_size * *first / (sqrtf(*second) * step.root_correction + kAdamEpsilon);
 }
 
 }  // namespace deepen

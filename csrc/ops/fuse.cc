@@ -17,20 +17,21 @@ size_t fuse_workspace(const FuseMember& main, int64_t anchors, int threads) {
 
 void fuse_cpu(const FuseParams& params, int threads) {
   DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
-  DEEPEN_CHECK(params.member_count >= 1 && params.member_count <= kMaxMembers, "there are ", params.member_count,
-               " members; 1 to ", kMaxMembers, " are possible");
+  DEEPEN_CHECK(params.member_count >= 1 && params.member_count <= kMaxMembers, "there are ",
+               params.member_count, " members; 1 to ", kMaxMembers, " are possible");
   DEEPEN_CHECK(params.anchors >= 1, "there are no anchors");
   for (int32_t i = 0; i < params.member_count; ++i) {
     const FuseMember& member = params.members[i];
     DEEPEN_CHECK(member.k >= 1 && member.k <= member.rows.vocab, "member ", i, " gives ", member.k,
                  " tokens; choose 1 to its vocabulary's ", member.rows.vocab);
-    DEEPEN_CHECK(member.rows.entries >= 1 && member.rows.entries <= params.anchors, "rows of member ", i, " have ",
-                 member.rows.entries, " entries; choose 1 to the number of anchors, ", params.anchors);
+    DEEPEN_CHECK(member.rows.entries >= 1 && member.rows.entries <= params.anchors, "rows of member ", i,
+                 " have ", member.rows.entries, " entries; choose 1 to the number of anchors, ",
+                 params.anchors);
     DEEPEN_CHECK(is_dense(member.rows) == is_dense(params.members[0].rows),
                  "members mix dense and sparse relative rows; make all of one kind");
   }
-  DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps, "; choose 0 to ",
-               kMaxSearchSteps);
+  DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps,
+               "; choose 0 to ", kMaxSearchSteps);
   DEEPEN_CHECK(params.learning_rate > 0 && std::isfinite(params.learning_rate), "learning_rate is ",
                params.learning_rate, "; it must be positive");
   DEEPEN_CHECK(params.min_probability >= 0 && params.min_probability < 1, "min_probability is ",

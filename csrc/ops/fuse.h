@@ -5,8 +5,9 @@
 //   z    = inverse_search(main model's candidates, target)
 //   logits[b, ids_0] = z; chosen[b] = argmax(logits[b, :]), ties to the lower id
 //
-// Candidates are the main model's tokens. A token whose probability is below `min_probability` counts as part of its
-// member's tail (and is no candidate): the choice depends on the probability alone, never on what is cached.
+// Candidates are the main model's tokens. A token whose probability is below `min_probability` counts as part
+// of its member's tail (and is no candidate): the choice depends on the probability alone, never on what is
+// cached.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +23,9 @@ namespace deepen {
 constexpr int kMaxMembers = 16;
 
 struct FuseMember {
-  const int32_t* ids;   // [batch, k] from topk_softmax
-  const float* probs;   // [batch, k]
-  const float* tail;    // [batch]
+  const int32_t* ids;  // [batch, k] from topk_softmax
+  const float* probs;  // [batch, k]
+  const float* tail;   // [batch]
   RelativeRows rows;
   int64_t k;
 };
@@ -49,6 +50,7 @@ size_t fuse_workspace(const FuseMember& main, int64_t anchors, int threads);
 
 void fuse_cpu(const FuseParams& params, int threads);
 
-DEEPEN_DECLARE_CPU(void fuse_row(const FuseParams& params, const AdamStep* schedule, int64_t row, char* workspace))
+DEEPEN_DECLARE_CPU(void fuse_row(const FuseParams& params, const AdamStep* schedule, int64_t row,
+                                 char* workspace))
 
 }  // namespace deepen

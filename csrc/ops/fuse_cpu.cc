@@ -1,6 +1,6 @@
-// CPU twin of fuse. Only anchors that a candidate's row names matter one by one; the target's mass on all the others
-// enters the search as one number. So an assistant's entry costs one hash look-up, and nothing is |A| long
-// (with dense rows everything is).
+// CPU twin of fuse. Only anchors that a candidate's row names matter one by one; the target's mass on all the
+// others enters the search as one number. So an assistant's entry costs one hash look-up, and nothing is |A|
+// long (with dense rows everything is).
 #include <cmath>
 
 #include "core/simd.h"
@@ -20,8 +20,8 @@ static int64_t counted_tokens(const FuseMember& member, int64_t b, float min_pro
   return counted;
 }
 
-// Adds weight * r_i to the target over the numbered anchors. Returns through `outside` what its rows put on anchors
-// that have no number, through `base` what every anchor gets alike.
+// Adds weight * r_i to the target over the numbered anchors. Returns through `outside` what its rows put on
+// anchors that have no number, through `base` what every anchor gets alike.
 static void add_sparse(const FuseMember& member, int64_t b, int64_t counted, float tail, float weight,
                        const SearchRow& row, float* outside, float* base) {
   const int32_t* ids = member.ids + b * member.k;
@@ -56,7 +56,8 @@ static void add_dense(const FuseMember& member, int64_t b, int64_t counted, floa
     const float* values = member.rows.values + int64_t(member.ids[b * member.k + t]) * anchors;
     const float share = weight * member.probs[b * member.k + t];
     const Vec shares = broadcast(share);
-    for (int64_t a = 0; a < whole; a += kWidth) store(row.target + a, load(row.target + a) + shares * load(values + a));
+    for (int64_t a = 0; a < whole; a += kWidth)
+      store(row.target + a, load(row.target + a) + shares * load(values + a));
     for (int64_t a = whole; a < anchors; ++a) row.target[a] += share * values[a];
   }
 }

@@ -16,13 +16,13 @@ size_t inverse_search_workspace(const RelativeRows& rows, int64_t candidates, in
 
 void inverse_search_cpu(const InverseSearchParams& params, int threads) {
   DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
-  DEEPEN_CHECK(params.candidates >= 1 && params.candidates <= params.rows.vocab, "candidates is ", params.candidates,
-               "; choose 1 to the vocabulary's ", params.rows.vocab);
+  DEEPEN_CHECK(params.candidates >= 1 && params.candidates <= params.rows.vocab, "candidates is ",
+               params.candidates, "; choose 1 to the vocabulary's ", params.rows.vocab);
   DEEPEN_CHECK(params.anchors >= 1, "there are no anchors");
-  DEEPEN_CHECK(params.rows.entries >= 1 && params.rows.entries <= params.anchors, "rows have ", params.rows.entries,
-               " entries; choose 1 to the number of anchors, ", params.anchors);
-  DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps, "; choose 0 to ",
-               kMaxSearchSteps);
+  DEEPEN_CHECK(params.rows.entries >= 1 && params.rows.entries <= params.anchors, "rows have ",
+               params.rows.entries, " entries; choose 1 to the number of anchors, ", params.anchors);
+  DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps,
+               "; choose 0 to ", kMaxSearchSteps);
   DEEPEN_CHECK(params.learning_rate > 0 && std::isfinite(params.learning_rate), "learning_rate is ",
                params.learning_rate, "; it must be positive");
   DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");

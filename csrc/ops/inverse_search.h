@@ -7,7 +7,8 @@
 //     g_t = dL/dz_t = -(p_t / |A|) (h_t - sum_s p_s h_s),      h_t = sum_a R[t, a] target_a / r_a
 //     z   = AdamW(z, g)                                        adamw.h
 //
-// Rows of a batch are independent. Nothing of size |A| is touched for sparse rows except `target` at their columns.
+// Rows of a batch are independent. Nothing of size |A| is touched for sparse rows except `target` at their
+// columns.
 #pragma once
 
 #include <cstddef>
@@ -20,13 +21,14 @@
 namespace deepen {
 
 struct InverseSearchParams {
-  const float* logits;      // [batch, candidates]
-  const int32_t* ids;       // [batch, candidates] the candidates' token ids
-  const float* tail_logit;  // [batch] log of the summed exp(logit) of all other tokens; -inf if there are none
-  const float* target;      // [batch, anchors], each row sums to 1
-  float* found;             // [batch, candidates] the resulting logits
-  void* workspace;          // inverse_search_workspace(...) bytes
-  RelativeRows rows;        // of the main model
+  const float* logits;  // [batch, candidates]
+  const int32_t* ids;   // [batch, candidates] the candidates' token ids
+  const float*
+      tail_logit;       // [batch] log of the summed exp(logit) of all other tokens; -inf if there are none
+  const float* target;  // [batch, anchors], each row sums to 1
+  float* found;         // [batch, candidates] the resulting logits
+  void* workspace;      // inverse_search_workspace(...) bytes
+  RelativeRows rows;    // of the main model
   int64_t batch;
   int64_t candidates;
   int64_t anchors;
@@ -38,7 +40,7 @@ size_t inverse_search_workspace(const RelativeRows& rows, int64_t candidates, in
 
 void inverse_search_cpu(const InverseSearchParams& params, int threads);
 
-DEEPEN_DECLARE_CPU(void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule, int64_t row,
-                                           char* workspace))
+DEEPEN_DECLARE_CPU(void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule,
+                                           int64_t row, char* workspace))
 
 }  // namespace deepen

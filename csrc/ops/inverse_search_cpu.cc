@@ -1,5 +1,5 @@
-// CPU twin of inverse_search. With sparse rows one step costs two passes over the candidates' entries (128 x 32 by
-// default), a scatter for r and a gather for h.
+// CPU twin of inverse_search. With sparse rows one step costs two passes over the candidates' entries (128 x
+// 32 by default), a scatter for r and a gather for h.
 #include <cmath>
 
 #include "core/simd.h"
@@ -53,8 +53,8 @@ static float candidate_softmax(SearchRow* row) {
   return tail * scale;
 }
 
-// target / r - 1 in place of r, for `count` anchors; returns the sum. Because a row's entries sum to 1, the 1 drops out
-// of h_t - sum_s p_s h_s; leaving it out saves the digits it would cost where r is near the target.
+// target / r - 1 in place of r, for `count` anchors; returns the sum. Because a row's entries sum to 1, the 1
+// drops out of h_t - sum_s p_s h_s; leaving it out saves the digits it would cost where r is near the target.
 static float relative_error(const float* target, float* relative, int64_t count) {
   const int64_t whole = count / kWidth * kWidth;
   Vec sums = Vec{};
@@ -83,7 +83,8 @@ static float pull_sparse(SearchRow* row, float tail) {
   for (int64_t a = 0; a < touched; ++a) relative[a] = base;
   for (int64_t t = 0; t < row->candidates; ++t) {
     const float p = row->probs[t];
-    for (int32_t j = row->offsets[t]; j < row->offsets[t + 1]; ++j) relative[row->numbers[j]] += p * row->excess[j];
+    for (int32_t j = row->offsets[t]; j < row->offsets[t + 1]; ++j)
+      relative[row->numbers[j]] += p * row->excess[j];
   }
 
   float error_sum = relative_error(row->target, relative, touched);
@@ -110,7 +111,8 @@ static float pull_dense(SearchRow* row, float tail) {
     const float* values = row->rows.values + row->ids[t] * anchors;
     const float p = row->probs[t];
     const Vec ps = broadcast(p);
-    for (int64_t a = 0; a < whole; a += kWidth) store(relative + a, load(relative + a) + ps * load(values + a));
+    for (int64_t a = 0; a < whole; a += kWidth)
+      store(relative + a, load(relative + a) + ps * load(values + a));
     for (int64_t a = whole; a < anchors; ++a) relative[a] += p * values[a];
   }
   const float error_sum = relative_error(row->target, relative, anchors);
@@ -142,7 +144,8 @@ void search(SearchRow* row, const AdamStep* schedule, int steps) {
   }
 }
 
-void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule, int64_t b, char* workspace) {
+void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule, int64_t b,
+                        char* workspace) {
   Arena arena{workspace};
   SearchRow row = take_search_row(arena, params.rows, params.candidates, params.anchors);
   row.ids = params.ids + b * params.candidates;

@@ -1,7 +1,8 @@
 // A member's relative rows as the operations see them (DESIGN: "Rows are sparse").
 //
-// Sparse: token t has values[t, j] on anchor columns[t, j]; the anchors it does not name share rest[t] evenly. A
-// column of -1 ends a row that names fewer than `entries` anchors. Dense: columns and rest are null, entries = anchors.
+// Sparse: token t has values[t, j] on anchor columns[t, j]; the anchors it does not name share rest[t]
+// evenly. A column of -1 ends a row that names fewer than `entries` anchors. Dense: columns and rest are
+// null, entries = anchors.
 #pragma once
 
 #include <cstdint>

@@ -32,8 +32,8 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
   DEEPEN_CHECK(params.dim >= 1, "the embedding has no columns");
   DEEPEN_CHECK(params.entries >= 1 && params.entries <= params.anchors, "entries is ", params.entries,
                "; choose 1 to the number of anchors, ", params.anchors);
-  DEEPEN_CHECK(params.temperature > 0 && std::isfinite(params.temperature), "temperature is ", params.temperature,
-               "; it must be positive");
+  DEEPEN_CHECK(params.temperature > 0 && std::isfinite(params.temperature), "temperature is ",
+               params.temperature, "; it must be positive");
   DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");
   for (int64_t n = 0; n < params.count; ++n) {
     DEEPEN_CHECK(params.tokens[n] >= 0 && params.tokens[n] < params.vocab, "token ", params.tokens[n],
@@ -52,7 +52,8 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
   for (block.first = 0; block.first < params.count; block.first += kTokenBlock) {
     block.count = std::min(kTokenBlock, params.count - block.first);
     prepare(params, block);
-    parallel_for(params.anchors, threads, [&](int, int64_t begin, int64_t end) { score(params, block, begin, end); });
+    parallel_for(params.anchors, threads,
+                 [&](int, int64_t begin, int64_t end) { score(params, block, begin, end); });
     parallel_for(block.count, threads, [&](int, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) finish(params, block, n);
     });

@@ -3,7 +3,8 @@
 //   c[a]  = cos(E[t] - mean, E[anchor a] - mean)        mean = 0 without centring
 //   s     = temperature * c, or temperature * c / ||c||_2 with `normalise` (the paper's recipe)
 //   row   = softmax(s) over all anchors
-//   columns[n, :], values[n, :] = its `entries` largest, sorted down, ties to the lower column; rest[n] = 1 - their sum
+//   columns[n, :], values[n, :] = its `entries` largest, sorted down, ties to the lower column; rest[n] = 1 -
+//   their sum
 //
 // The embedding is read where the model keeps it, in its own dtype; nothing of its size is allocated.
 #pragma once
@@ -17,15 +18,15 @@
 namespace deepen {
 
 struct RelativeRowsParams {
-  const void* embedding;        // [vocab, dim] dtype, contiguous
-  const int64_t* tokens;        // [count]
-  const int64_t* anchor_ids;    // [anchors]
-  const float* mean;            // [dim], or null for no centring
+  const void* embedding;             // [vocab, dim] dtype, contiguous
+  const int64_t* tokens;             // [count]
+  const int64_t* anchor_ids;         // [anchors]
+  const float* mean;                 // [dim], or null for no centring
   const float* anchor_inverse_norm;  // [anchors] 1 / ||E[anchor a] - mean||_2, 0 where the norm is 0
-  int32_t* columns;             // [count, entries]
-  float* values;                // [count, entries]
-  float* rest;                  // [count]
-  void* workspace;              // relative_rows_workspace(...) bytes
+  int32_t* columns;                  // [count, entries]
+  float* values;                     // [count, entries]
+  float* rest;                       // [count]
+  void* workspace;                   // relative_rows_workspace(...) bytes
   int64_t vocab;
   int64_t dim;
   int64_t count;
@@ -40,7 +41,8 @@ size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t count);
 
 void relative_rows_cpu(const RelativeRowsParams& params, int threads);
 
-// Tokens are done kTokenBlock at a time: their centred, normalised embeddings stay in cache while the anchors stream by.
+// Tokens are done kTokenBlock at a time: their centred, normalised embeddings stay in cache while the anchors
+// stream by.
 constexpr int64_t kTokenBlock = 8;
 
 struct RelativeRowsBlock {
@@ -52,8 +54,9 @@ struct RelativeRowsBlock {
 };
 
 DEEPEN_DECLARE_CPU(void prepare_queries(const RelativeRowsParams& params, const RelativeRowsBlock& block))
-DEEPEN_DECLARE_CPU(void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t begin,
-                                      int64_t end))
-DEEPEN_DECLARE_CPU(void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t n))
+DEEPEN_DECLARE_CPU(void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& block,
+                                      int64_t begin, int64_t end))
+DEEPEN_DECLARE_CPU(void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block,
+                                   int64_t n))
 
 }  // namespace deepen

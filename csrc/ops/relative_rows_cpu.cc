@@ -43,14 +43,15 @@ static void score_tokens(const T* embedding, const RelativeRowsParams& params, c
     for (int n = 0; n < kTokens; ++n) {
       float dot = sum_lanes(sums[n]);
       for (int64_t i = whole; i < dim; ++i) dot += queries[n * dim + i] * to_float(anchor[i]);
-      block.scores[(first + n) * params.anchors + a] = (dot - block.offsets[first + n]) * params.anchor_inverse_norm[a];
+      block.scores[(first + n) * params.anchors + a] =
+          (dot - block.offsets[first + n]) * params.anchor_inverse_norm[a];
     }
   }
 }
 
 template <class T>
-static void score(const T* embedding, const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t begin,
-                  int64_t end) {
+static void score(const T* embedding, const RelativeRowsParams& params, const RelativeRowsBlock& block,
+                  int64_t begin, int64_t end) {
   // A slice of anchors small enough to stay in cache while the block's tokens pass over it.
   constexpr int64_t kSlice = 64;
   for (int64_t slice = begin; slice < end; slice += kSlice) {
@@ -69,7 +70,8 @@ void prepare_queries(const RelativeRowsParams& params, const RelativeRowsBlock& 
   }
 }
 
-void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t begin, int64_t end) {
+void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t begin,
+                   int64_t end) {
   switch (params.dtype) {
     case Dtype::f32: return score(static_cast<const float*>(params.embedding), params, block, begin, end);
     case Dtype::f16: return score(static_cast<const Half*>(params.embedding), params, block, begin, end);
@@ -91,9 +93,9 @@ void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block
   if (params.normalise) {
     for (int64_t a = 0; a < anchors; ++a) square += double(scores[a]) * double(scores[a]);
   }
-  const float factor =
-      params.normalise ? (square > 0.0 ? float(double(params.temperature) / std::sqrt(square)) : 0.0f)
-                       : params.temperature;
+  const float factor = params.normalise
+                           ? (square > 0.0 ? float(double(params.temperature) / std::sqrt(square)) : 0.0f)
+                           : params.temperature;
 
   const Vec factors = broadcast(factor), shift = broadcast(largest);
   double sum = 0.0;

@@ -1,5 +1,5 @@
-// The search over one row, shared by inverse_search and fuse on the CPU: the candidates' relative rows, numbered, and
-// the workspace that T steps over them need.
+// The search over one row, shared by inverse_search and fuse on the CPU: the candidates' relative rows,
+// numbered, and the workspace that T steps over them need.
 #pragma once
 
 #include <cstdint>
@@ -14,17 +14,18 @@ namespace deepen {
 struct SearchRow {
   int64_t candidates;
   int64_t anchors;
-  float* logits;      // [candidates] in and out
+  float* logits;  // [candidates] in and out
   float tail_logit;
   RelativeRows rows;
   const int32_t* ids;  // [candidates]
 
-  // Sparse rows: the touched anchors are numbered 0..touched-1 (columns.size), and a row is its excess over u_t.
+  // Sparse rows: the touched anchors are numbered 0..touched-1 (columns.size), and a row is its excess over
+  // u_t.
   ColumnIndex columns;
-  int32_t* offsets;     // [candidates + 1] into numbers and excess
-  int32_t* numbers;     // [candidates * entries]
-  float* excess;        // [candidates * entries] value - u_t
-  float* uniform;       // [candidates] u_t
+  int32_t* offsets;      // [candidates + 1] into numbers and excess
+  int32_t* numbers;      // [candidates * entries]
+  float* excess;         // [candidates * entries] value - u_t
+  float* uniform;        // [candidates] u_t
   float target_outside;  // the target's mass on anchors no candidate names
 
   // Dense rows use the same arrays with an index that is the column itself.
@@ -36,7 +37,8 @@ struct SearchRow {
   float* second;    // [candidates]
 };
 
-static inline SearchRow take_search_row(Arena& arena, const RelativeRows& rows, int64_t candidates, int64_t anchors) {
+static inline SearchRow take_search_row(Arena& arena, const RelativeRows& rows, int64_t candidates,
+                                        int64_t anchors) {
   SearchRow row{};
   row.candidates = candidates;
   row.anchors = anchors;

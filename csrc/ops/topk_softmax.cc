@@ -15,7 +15,8 @@ size_t topk_softmax_workspace(int64_t vocab, int64_t k, int threads) {
 void topk_softmax_cpu(const TopkSoftmaxParams& params, int threads) {
   const int64_t batch = params.batch, vocab = params.vocab, k = params.k;
   DEEPEN_CHECK(batch >= 0, "batch is ", batch, "; it cannot be negative");
-  DEEPEN_CHECK(vocab >= 1 && vocab <= INT32_MAX, "the vocabulary has ", vocab, " tokens; 1 to 2^31-1 are possible");
+  DEEPEN_CHECK(vocab >= 1 && vocab <= INT32_MAX, "the vocabulary has ", vocab,
+               " tokens; 1 to 2^31-1 are possible");
   DEEPEN_CHECK(k >= 1 && k <= vocab, "k is ", k, "; choose 1 to the vocabulary's ", vocab);
   DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");
   if (batch == 0) return;

@@ -4,8 +4,8 @@
 //   ids[b, :], probs[b, :] = the k largest p, sorted down, ties to the lower id
 //   tail[b] = 1 - sum(probs[b, :])
 //
-// One read of the logits. -inf is probability 0. A row with NaN, +inf, or nothing but -inf has no softmax: its status
-// says so and its outputs are unspecified.
+// One read of the logits. -inf is probability 0. A row with NaN, +inf, or nothing but -inf has no softmax:
+// its status says so and its outputs are unspecified.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
-// CPU twin of topk_softmax: one pass over the row in blocks that stay in the first-level cache. Each block updates the
-// running maximum, the sum of exponentials relative to it (rescaled when it rises), and the list of candidates: keys
-// above the k-th largest seen so far. The list is cut back to k when it might overflow, which raises the bar, so that
-// on real logits almost every vector fails one comparison and is done.
+// CPU twin of topk_softmax: one pass over the row in blocks that stay in the first-level cache. Each block
+// updates the running maximum, the sum of exponentials relative to it (rescaled when it rises), and the list
+// of candidates: keys above the k-th largest seen so far. The list is cut back to k when it might overflow,
+// which raises the bar, so that on real logits almost every vector fails one comparison and is done.
 #include <cmath>
 
 #include "core/select.h"
@@ -106,9 +106,11 @@ static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64
 void topk_softmax_row(const TopkSoftmaxParams& params, int64_t row, uint64_t* keys) {
   const int64_t offset = row * params.vocab;
   switch (params.dtype) {
-    case Dtype::f32: return softmax_topk(static_cast<const float*>(params.logits) + offset, params, row, keys);
+    case Dtype::f32:
+      return softmax_topk(static_cast<const float*>(params.logits) + offset, params, row, keys);
     case Dtype::f16: return softmax_topk(static_cast<const Half*>(params.logits) + offset, params, row, keys);
-    case Dtype::bf16: return softmax_topk(static_cast<const BFloat16*>(params.logits) + offset, params, row, keys);
+    case Dtype::bf16:
+      return softmax_topk(static_cast<const BFloat16*>(params.logits) + offset, params, row, keys);
   }
 }
 

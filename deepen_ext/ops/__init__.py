@@ -1,6 +1,7 @@
-"""The core's operations on torch tensors: shapes, dtypes and devices are checked here, then the C++ core is called.
+"""The core's operations on torch tensors: shapes, dtypes and devices are checked, then the core is called.
 
-Every operation keeps no state, allocates its outputs and workspace with torch, and releases the GIL while it runs.
+Every operation keeps no state, allocates its outputs and workspace with torch, and releases the GIL while it
+runs.
 """
 
 from deepen_ext.ops.fuse import FuseInput, fuse

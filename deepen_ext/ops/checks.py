@@ -20,7 +20,7 @@ def check_tensor(
     dtype: torch.dtype | Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
-    """Raise InputError unless `tensor` is contiguous and has this shape (None = any size), dtype and device."""
+    """Raise InputError unless `tensor` is contiguous and has this shape (None: any), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(
@@ -33,7 +33,9 @@ def check_tensor(
         names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
         raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; expected {names}")
     if device is not None and tensor.device != device:
-        raise InputError(f"{name} is on {tensor.device}, but the other tensors are on {device}; move it with .to()")
+        raise InputError(
+            f"{name} is on {tensor.device}, but the other tensors are on {device}; move it with .to()"
+        )
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
 

@@ -41,8 +41,8 @@ def fuse(
         min_probability: tokens less probable than this count as part of their member's tail.
 
     Returns:
-        fused float32 [B, K], the candidates' new logits in the order of `members[0].topk.ids`, and chosen int32 [B],
-        the argmax of the new logits.
+        fused float32 [B, K], the candidates' new logits in the order of `members[0].topk.ids`, and chosen
+        int32 [B], the argmax of the new logits.
     """
     if not members:
         raise InputError("there are no members to fuse")
@@ -55,7 +55,9 @@ def fuse(
     packed = []
     for i, (topk, rows) in enumerate(members):
         if rows.anchors != main.rows.anchors:
-            raise InputError(f"member {i} has {rows.anchors} anchors, but the main model has {main.rows.anchors}")
+            raise InputError(
+                f"member {i} has {rows.anchors} anchors, but the main model has {main.rows.anchors}"
+            )
         k = topk.ids.shape[-1]
         check_tensor(f"ids of member {i}", topk.ids, shape=[batch, k], dtype=torch.int32, device=device)
         check_tensor(f"probs of member {i}", topk.probs, shape=[batch, k], dtype=torch.float32, device=device)

@@ -19,7 +19,7 @@ def inverse_search(
     learning_rate: float,
     steps: int = 5,
 ) -> torch.Tensor:
-    """Move the candidates' logits so that their relative representation nears the target (DeePEn, section 3.4).
+    """Move the candidates' logits so that their relative representation nears the target (DeePEn, 3.4).
 
     `steps` AdamW steps on `KL(target || softmax(z) R) / A`; tokens that are no candidates keep their summed
     `tail_logit`, with a uniform relative row.

@@ -22,8 +22,8 @@ def relative_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Similarity rows of some tokens to all anchors, cut to their largest entries (DeePEn, section 3.2).
 
-    Row n is `softmax(temperature * c)` over the anchors, with `c[a] = cos(E[tokens[n]] - mean, E[anchor_ids[a]] - mean)`
-    and, with `normalise`, `c / ||c||_2` in place of `c` (the paper's recipe).
+    Row n is `softmax(temperature * c)` over the anchors, with `c[a] = cos(E[tokens[n]] - mean,
+    E[anchor_ids[a]] - mean)` and, with `normalise`, `c / ||c||_2` in place of `c` (the paper's recipe).
 
     Args:
         tokens: int64 [N].
@@ -36,7 +36,8 @@ def relative_rows(
         entries: m, 1 to A.
 
     Returns:
-        columns int32 [N, m] and values float32 [N, m], sorted down, ties to the lower column; rest float32 [N].
+        columns int32 [N, m] and values float32 [N, m], sorted down, ties to the lower column; rest float32
+        [N].
     """
     check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
     check_cpu("relative_rows", embedding.device)
@@ -45,7 +46,9 @@ def relative_rows(
     check_tensor("tokens", tokens, shape=[None], dtype=torch.int64, device=device)
     check_tensor("anchor_ids", anchor_ids, shape=[None], dtype=torch.int64, device=device)
     count, anchors = tokens.shape[0], anchor_ids.shape[0]
-    check_tensor("anchor_inverse_norm", anchor_inverse_norm, shape=[anchors], dtype=torch.float32, device=device)
+    check_tensor(
+        "anchor_inverse_norm", anchor_inverse_norm, shape=[anchors], dtype=torch.float32, device=device
+    )
     if mean is not None:
         check_tensor("mean", mean, shape=[dim], dtype=torch.float32, device=device)
     if not 1 <= entries <= anchors:

@@ -13,8 +13,8 @@ from deepen_ext.ops.checks import check_tensor
 class Rows(NamedTuple):
     """Relative rows of a whole vocabulary, by token id (DESIGN: "Rows are sparse").
 
-    Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and `rest[t]` is spread evenly over the anchors it
-    does not name. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
+    Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and `rest[t]` is spread evenly over the
+    anchors it does not name. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
     """
 
     columns: torch.Tensor | None  # int32 [V, m]
@@ -25,13 +25,17 @@ class Rows(NamedTuple):
     def check(self, name: str, device: torch.device) -> None:
         """Raise InputError unless shapes, dtypes and device agree."""
         if self.columns is None or self.rest is None:
-            check_tensor(f"{name}.values", self.values, shape=[None, self.anchors], dtype=torch.float32, device=device)
+            check_tensor(
+                f"{name}.values", self.values, shape=[None, self.anchors], dtype=torch.float32, device=device
+            )
             return
         check_tensor(f"{name}.values", self.values, shape=[None, None], dtype=torch.float32, device=device)
         vocab, entries = self.values.shape
         if entries > self.anchors:
             raise InputError(f"{name} has {entries} entries a row, but there are only {self.anchors} anchors")
-        check_tensor(f"{name}.columns", self.columns, shape=[vocab, entries], dtype=torch.int32, device=device)
+        check_tensor(
+            f"{name}.columns", self.columns, shape=[vocab, entries], dtype=torch.int32, device=device
+        )
         check_tensor(f"{name}.rest", self.rest, shape=[vocab], dtype=torch.float32, device=device)
 
     def pack(self) -> tuple[int, int, int, int, int]:

@@ -1,4 +1,5 @@
-"""`fuse` against the float64 oracle: sparse and whole rows, every dtype, tails, ties, and what it leaves alone."""
+"""`fuse` against the float64 oracle: sparse and whole rows, every dtype, tails, ties, and what it leaves
+alone."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ def test_rows_of_a_batch_are_independent():
     logits = [random_logits(7, vocab, seed=i) for i, vocab in enumerate(VOCABS[:2])]
     together, *_ = run(logits, maps, [0.6, 0.4], candidates=40, learning_rate=0.2)
     for b in range(7):
-        alone, *_ = run([one[b : b + 1] for one in logits], maps, [0.6, 0.4], candidates=40, learning_rate=0.2)
+        alone, *_ = run(
+            [one[b : b + 1] for one in logits], maps, [0.6, 0.4], candidates=40, learning_rate=0.2
+        )
         assert torch.equal(together[b : b + 1], alone)
 
 
@@ -105,7 +108,9 @@ def test_the_argmax_may_leave_the_candidates():
     first, second = logits.topk(2).indices[0].tolist()
     logits[0, first], logits[0, second] = 20.0, 19.99
     other = random_logits(1, VOCABS[1], seed=1)
-    _, fused, chosen, _ = run([logits, other], members(9), [0.5, 0.5], candidates=1, learning_rate=5.0, steps=3)
+    _, fused, chosen, _ = run(
+        [logits, other], members(9), [0.5, 0.5], candidates=1, learning_rate=5.0, steps=3
+    )
     assert fused[0, 0] < 19.99
     assert chosen.tolist() == [second]
 
@@ -117,7 +122,9 @@ def test_ties_after_fusion_go_to_the_lower_id():
     relative = RelativeMap.from_embedding(embedding, torch.arange(100, 200), entries=5)
     logits = torch.zeros(1, 200)
     logits[0, [20, 150]] = 6.0
-    _, _, chosen, _ = run([logits, logits.clone()], [relative, relative], [0.5, 0.5], candidates=50, learning_rate=0.1)
+    _, _, chosen, _ = run(
+        [logits, logits.clone()], [relative, relative], [0.5, 0.5], candidates=50, learning_rate=0.1
+    )
     assert chosen.tolist() == [20]
 
 
@@ -161,9 +168,19 @@ def test_bad_input():
     with pytest.raises(InputError, match="weights has shape"):
         fuse(logits[0], inputs, weights[:, :1], **settings)
     with pytest.raises(InputError, match="ids of member 1 has shape"):
-        fuse(logits[0], [inputs[0], inputs[1]._replace(topk=topk_softmax(logits[1][:1], 40))], weights, **settings)
+        fuse(
+            logits[0],
+            [inputs[0], inputs[1]._replace(topk=topk_softmax(logits[1][:1], 40))],
+            weights,
+            **settings,
+        )
     with pytest.raises(InputError, match="member 1 has 7 anchors, but the main model has 120"):
-        fuse(logits[0], [inputs[0], inputs[1]._replace(rows=inputs[1].rows._replace(anchors=7))], weights, **settings)
+        fuse(
+            logits[0],
+            [inputs[0], inputs[1]._replace(rows=inputs[1].rows._replace(anchors=7))],
+            weights,
+            **settings,
+        )
     with pytest.raises(InputError, match="mix dense and sparse"):
         fuse(logits[0], [inputs[0], FuseInput(inputs[1].topk, members(None)[1].rows)], weights, **settings)
     with pytest.raises(InputError, match="min_probability is 1"):

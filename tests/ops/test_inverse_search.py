@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import keep_entries, random_embedding, random_logits, similarity_rows
+from oracle import random_embedding, random_logits, similarity_rows
 
 from deepen_ext import InputError, RelativeMap, reference
 from deepen_ext.ops import inverse_search
@@ -36,9 +36,7 @@ def test_whole_vocabulary(entries, learning_rate, steps):
     found = inverse_search(
         logits, ids, nothing, target.float(), relative.rows, learning_rate=learning_rate, steps=steps
     )
-    want = reference.inverse_search(
-        logits.double(), whole, target, learning_rate=learning_rate, steps=steps
-    )
+    want = reference.inverse_search(logits.double(), whole, target, learning_rate=learning_rate, steps=steps)
     assert (want - logits).abs().max() > learning_rate / 2, "the search moves nothing"
     torch.testing.assert_close(found.double(), want, atol=1e-3 * steps * learning_rate, rtol=0)
 

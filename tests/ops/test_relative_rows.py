@@ -12,8 +12,12 @@ from deepen_ext.row_sources import SimilarityRows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("recipe", "temperature"), [("paper", 100.0), ("calibrated", 20.0), ("calibrated", 40.0)])
-@pytest.mark.parametrize(("vocab", "dim", "anchors", "entries"), [(700, 64, 333, 32), (90, 37, 41, 41), (50, 5, 16, 1)])
+@pytest.mark.parametrize(
+    ("recipe", "temperature"), [("paper", 100.0), ("calibrated", 20.0), ("calibrated", 40.0)]
+)
+@pytest.mark.parametrize(
+    ("vocab", "dim", "anchors", "entries"), [(700, 64, 333, 32), (90, 37, 41, 41), (50, 5, 16, 1)]
+)
 def test_against_float64(dtype, recipe, temperature, vocab, dim, anchors, entries):
     embedding = random_embedding(vocab, dim, seed=dim).to(dtype)
     anchor_ids = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:anchors]
@@ -30,7 +34,9 @@ def test_against_float64(dtype, recipe, temperature, vocab, dim, anchors, entrie
     # Near ties may swap columns; the value at a named column is right all the same.
     torch.testing.assert_close(values.double(), want.gather(1, columns.long()), rtol=2e-5, atol=1e-8)
     assert all(len(row.unique()) == entries for row in columns)
-    torch.testing.assert_close(rest.double(), 1 - want.topk(entries, dim=1).values.sum(dim=1), rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        rest.double(), 1 - want.topk(entries, dim=1).values.sum(dim=1), rtol=0, atol=2e-6
+    )
 
 
 def test_ties_go_to_the_lower_column():
@@ -49,7 +55,9 @@ def test_a_token_without_direction_is_uniform():
 
 
 def test_no_tokens():
-    columns, values, rest = SimilarityRows(torch.randn(20, 4), torch.arange(6)).compute(torch.tensor([], dtype=torch.int64))
+    columns, values, rest = SimilarityRows(torch.randn(20, 4), torch.arange(6)).compute(
+        torch.tensor([], dtype=torch.int64)
+    )
     assert columns.shape == values.shape == (0, 6)
     assert rest.shape == (0,)
 

@@ -29,14 +29,18 @@ def assert_topk(logits: torch.Tensor, k: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "vocab", "k"), [(1, 49152, 128), (3, 5003, 64), (2, 262_144, 128), (1, 20_000, 4096)])
+@pytest.mark.parametrize(
+    ("batch", "vocab", "k"), [(1, 49152, 128), (3, 5003, 64), (2, 262_144, 128), (1, 20_000, 4096)]
+)
 def test_against_torch(dtype, batch, vocab, k):
     logits = random_logits(batch, vocab, seed=vocab + k).to(dtype)
     assert len(logits[0].unique()) > 100, "the input is trivial"
     assert_topk(logits, k)
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (2, 1), (2, 2), (17, 17), (4099, 4099), (4099, 1), (2049, 2048)])
+@pytest.mark.parametrize(
+    ("vocab", "k"), [(1, 1), (2, 1), (2, 2), (17, 17), (4099, 4099), (4099, 1), (2049, 2048)]
+)
 def test_small_and_whole_vocabularies(vocab, k):
     assert_topk(random_logits(2, vocab, seed=vocab) if vocab > 6 else torch.randn(2, vocab), k)
 
@@ -75,7 +79,8 @@ def test_minus_infinity_is_probability_zero():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "NaN or \\+inf"), (float("inf"), "NaN or \\+inf"), (None, "nothing but -inf")]
+    ("value", "message"),
+    [(float("nan"), "NaN or \\+inf"), (float("inf"), "NaN or \\+inf"), (None, "nothing but -inf")],
 )
 @pytest.mark.parametrize("position", [0, 2047, 4999, 5000])
 def test_rows_without_a_softmax(dtype, value, message, position):
