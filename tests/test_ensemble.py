@@ -1,0 +1,317 @@
+"""The whole thing: SmolLM2-135M-Instruct and Gemma-3-270M write one text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.anchors import shared_anchors
+from deepen_ext.text import GrowingText, Utf8Stream
+
+PROMPT = "The capital of France is"
+LONG = (
+    "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot of "
+    "boiling water. From there it spread to"
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """An assets cache of this module's own: nothing computed elsewhere is found there."""
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepen_ext.ensemble.cache_dir", lambda *parts: folder.joinpath(*parts))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pair(smollm2, gemma, cache):
+    return Ensemble([smollm2, gemma])
+
+
+def main_alone(member, prompt: str, count: int) -> list[int]:
+    """Greedy tokens of transformers' own generate."""
+    ids = torch.tensor([member.vocabulary.prefix_ids + member.vocabulary.encode(prompt)])
+    output = member.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=member.eos_ids[0],
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+class TestGenerate:
+    def test_writes_a_fused_text(self, pair):
+        pieces: list[str] = []
+        result = pair.generate(PROMPT, max_new_tokens=24, on_text=pieces.append)
+        assert "Paris" in result.text
+        assert result.finish_reason == "length"
+        assert len(result.token_ids) == result.timings.steps == 24
+        assert "".join(pieces) == result.text
+        assert pair.members[0].vocabulary.decode(result.token_ids).decode() == result.text
+
+    def test_the_assistant_changes_tokens(self, pair):
+        fused = pair.generate(LONG, max_new_tokens=32)
+        alone = main_alone(pair.members[0], LONG, 32)
+        assert fused.changed_tokens > 0
+        assert fused.token_ids != alone
+        # Up to the first token that differs, nothing was counted as changed or different.
+        first = next(i for i, (a, b) in enumerate(zip(fused.token_ids, alone, strict=True)) if a != b)
+        assert pair.generate(LONG, max_new_tokens=first + 1).changed_tokens == 1
+
+    def test_all_weight_on_the_main_model_is_the_main_model(self, smollm2, gemma, cache):
+        result = Ensemble([smollm2, gemma], weights=[1, 0]).generate(LONG, max_new_tokens=24)
+        assert result.token_ids == main_alone(smollm2, LONG, 24)
+        assert result.changed_tokens == 0
+
+    def test_twins_agree_with_themselves(self, smollm2, cache):
+        """A model fused with itself changes nothing: both say the same in relative space."""
+        result = Ensemble([smollm2, smollm2], recipe="bytes").generate(LONG, max_new_tokens=16)
+        assert result.token_ids == main_alone(smollm2, LONG, 16)
+        assert len(set(result.timings.members_ms)) == 2
+
+    @pytest.mark.parametrize("recipe", ["bytes", "paper"])
+    def test_other_recipes(self, smollm2, gemma, cache, recipe):
+        result = Ensemble([smollm2, gemma], recipe=recipe).generate(PROMPT, max_new_tokens=8)
+        assert "Paris" in result.text
+
+    def test_gemma_may_be_the_main_model(self, smollm2, gemma, cache):
+        result = Ensemble([gemma, smollm2], recipe="bytes").generate(PROMPT, max_new_tokens=12)
+        assert "Paris" in result.text
+        assert gemma.vocabulary.decode(result.token_ids).decode() == result.text
+
+    def test_three_members(self, smollm2, gemma, cache):
+        trio = Ensemble([smollm2, gemma, smollm2], recipe="bytes", weights=[0.4, 0.4, 0.2])
+        assert "Paris" in trio.generate(PROMPT, max_new_tokens=8).text
+
+    def test_each_step_is_fuse_logits_on_fresh_forwards(self, pair):
+        """No cache, no re-tokenised suffix, no kept row: the same tokens come out of whole forwards."""
+        result = pair.generate("Café 日本 and", max_new_tokens=20)
+        main, assistant = pair.members
+        ids = main.vocabulary.prefix_ids + main.vocabulary.encode("Café 日本 and")
+        text, characters = "Café 日本 and", Utf8Stream()
+        for token in result.token_ids:
+            with torch.inference_mode():
+                ours = main.model(torch.tensor([ids])).logits[:, -1]
+                assistant_ids = assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text)
+                theirs = assistant.model(torch.tensor([assistant_ids])).logits[:, -1]
+            step = pair._fuser.step([ours, None if characters.pending else theirs], pair.weights)
+            assert int(step.chosen) == token
+            ids.append(token)
+            text += characters.feed(main.vocabulary.bytes_of(token))
+
+    def test_unfinished_characters_wait(self, pair, monkeypatch):
+        """While main spells a character byte by byte the assistant sits out, then reads it whole."""
+        main, assistant = pair.members
+        emoji = "🫠"
+        spelled = main.vocabulary.encode(f" {emoji}!")
+        assert any(
+            b"\xf0" in main.vocabulary.bytes_of(i) and len(main.vocabulary.bytes_of(i)) < 5 for i in spelled
+        )
+        forced = iter(spelled)
+        monkeypatch.setattr(
+            "deepen_ext.ensemble.Sampler.__call__", lambda self, fused: torch.tensor([next(forced)])
+        )
+        read: list[str] = []
+        original = GrowingText.append
+        monkeypatch.setattr(
+            GrowingText, "append", lambda self, text: read.append(text) or original(self, text)
+        )
+        result = pair.generate("Hi", max_new_tokens=len(spelled))
+        assert result.text == "".join(read) == f" {emoji}!"
+        assert all("\ufffd" not in piece for piece in read)
+
+    def test_no_token_is_fed_twice(self, pair, monkeypatch):
+        fed: dict[str, int] = dict.fromkeys(pair.names, 0)
+        hooks = []
+        for name, member in zip(pair.names, pair.members, strict=True):
+
+            def count(_module, _arguments, keywords, name=name):
+                fed[name] += keywords["input_ids"].shape[1]
+
+            hooks.append(member.model.register_forward_pre_hook(count, with_kwargs=True))
+        try:
+            result = pair.generate(LONG, max_new_tokens=32)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        main, assistant = pair.members
+        prompt = len(main.vocabulary.prefix_ids + main.vocabulary.encode(LONG))
+        assert fed[pair.names[0]] == prompt + 31
+        text = LONG + result.text
+        tokens = len(assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text))
+        # Re-tokenising the end of the text rolls a few tokens back, never the prompt.
+        assert tokens - 3 <= fed[pair.names[1]] <= tokens + 32
+
+
+class TestEnding:
+    def test_eos(self, smollm2, gemma, cache):
+        chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+        result = Ensemble([smollm2, gemma], weights=[0.9, 0.1], recipe="bytes").generate(
+            chat, max_new_tokens=96
+        )
+        assert result.finish_reason == "eos"
+        assert result.token_ids[-1] in smollm2.eos_ids
+        assert "<|im_end|>" not in result.text
+
+    def test_an_assistants_eos_counts(self, smollm2, gemma):
+        """Every EOS id of every member stands for the same anchor, one that is the main model's EOS."""
+        anchors = shared_anchors([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
+        for member, columns in zip((smollm2, gemma), anchors.columns, strict=True):
+            assert member.eos_ids
+            assert {int(columns[i]) for i in member.eos_ids} == {anchors.eos_column}
+        assert int(anchors.token_ids[0][anchors.eos_column]) in smollm2.eos_ids
+
+    @pytest.mark.parametrize("stop", [" Paris", "aris.", ["nothing like it", "Par"]])
+    def test_stop_strings_across_tokens(self, pair, stop):
+        result = pair.generate(PROMPT, max_new_tokens=24, stop_strings=stop)
+        assert result.finish_reason == "stop_string"
+        stops = [stop] if isinstance(stop, str) else stop
+        assert any(one in result.text for one in stops)
+        shorter = pair.members[0].vocabulary.decode(result.token_ids[:-1]).decode()
+        assert not any(one in shorter for one in stops)
+
+    def test_an_assistant_that_runs_out_of_context(self, smollm2, gemma, cache, monkeypatch):
+        """Its tokens may be more than main's: the text so far is returned, not lost."""
+        spelled = gemma.vocabulary.encode("日本語の文章は長いです")
+        assert len(smollm2.vocabulary.encode("日本語の文章は長いです")) > 2 * len(spelled)
+        forced = iter(spelled)
+        monkeypatch.setattr(
+            "deepen_ext.ensemble.Sampler.__call__", lambda self, fused: torch.tensor([next(forced)])
+        )
+        prompt = len(smollm2.vocabulary.encode(PROMPT))
+        short = dataclasses.replace(smollm2, context_length=prompt + len(spelled))
+        result = Ensemble([gemma, short], recipe="bytes").generate(PROMPT, max_new_tokens=len(spelled))
+        assert result.finish_reason == "context"
+        assert 0 < len(result.token_ids) < len(spelled)
+        assert "日本語の文章は長いです".startswith(result.text)
+        assert result.text
+
+
+class TestRepeatable:
+    def test_greedy_with_one_thread_and_two(self, pair):
+        before = torch.get_num_threads()
+        try:
+            texts = []
+            for threads in (1, 2, 2):
+                torch.set_num_threads(threads)
+                texts.append(pair.generate(LONG, max_new_tokens=24).text)
+        finally:
+            torch.set_num_threads(before)
+        assert texts[0] == texts[1] == texts[2]
+
+    def test_sampling_with_a_seed(self, pair):
+        settings = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.2, "top_p": 0.95}
+        first = pair.generate(LONG, seed=7, **settings)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            again = pair.generate(LONG, seed=7, **settings)
+        finally:
+            torch.set_num_threads(before)
+        assert first.token_ids == again.token_ids
+        assert first.token_ids != pair.generate(LONG, seed=8, **settings).token_ids
+
+    def test_a_tiny_top_p_is_greedy(self, pair):
+        sampled = pair.generate(LONG, max_new_tokens=12, do_sample=True, top_p=1e-6, seed=1)
+        assert sampled.token_ids == pair.generate(LONG, max_new_tokens=12).token_ids
+
+
+class TestRowsOnDisk:
+    def test_a_second_run_computes_none(self, smollm2, gemma, cache):
+        first = Ensemble([smollm2, gemma], relative_temperature=21)
+        text = first.generate(PROMPT, max_new_tokens=8).text
+        assert first.rows_computed > 0
+        second = Ensemble([smollm2, gemma], relative_temperature=21)
+        assert second.generate(PROMPT, max_new_tokens=8).text == text
+        assert second.rows_computed == 0
+        # Other settings are other rows.
+        third = Ensemble([smollm2, gemma], relative_temperature=22)
+        assert third.maps[0].rows_known == 0
+
+    def test_a_damaged_file_is_reported_and_rebuilt(self, smollm2, gemma, cache):
+        first = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+        text = first.generate(PROMPT, max_new_tokens=4).text
+        files = [cache / "relative-maps" / "rows" / f"{one.fingerprint}.safetensors" for one in first.maps]
+        for file in files:
+            data = bytearray(file.read_bytes())
+            data[-5] ^= 0xFF
+            file.write_bytes(data)
+        with pytest.warns(UserWarning, match=r"damaged.*computed anew"):
+            second = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+        assert second.generate(PROMPT, max_new_tokens=4).text == text
+        assert second.rows_computed > 0
+        third = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+        assert third.maps[0].rows_known == second.maps[0].rows_known
+
+    def test_no_dense_matrix_is_allocated(self, pair):
+        for relative in pair.maps:
+            assert not relative.is_dense
+            assert relative.rows.values.shape[1] <= 32
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"prompt": ""}, "prompt is empty"),
+            ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+            ({"temperature": 0.0}, "temperature is 0"),
+            ({"top_p": 0.0}, "top_p is 0"),
+            ({"top_p": 1.1}, "top_p is 1.1"),
+            ({"stop_strings": [""]}, "stop_strings"),
+            ({"max_new_tokens": 8190}, "SmolLM2.*|.*context of 8192; shorten the prompt"),
+        ],
+    )
+    def test_generate(self, pair, arguments, message):
+        with pytest.raises(InputError, match=message):
+            pair.generate(**({"prompt": PROMPT} | arguments))
+
+    def test_context_of_an_assistant(self, smollm2, gemma, cache):
+        short = dataclasses.replace(gemma, context_length=20, name="short-gemma")
+        with pytest.raises(InputError, match="short-gemma: the prompt's 6 tokens and 15 new ones exceed"):
+            Ensemble([smollm2, short], recipe="bytes").generate(PROMPT, max_new_tokens=15)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"recipe": "byte"}, "recipe is 'byte'; use one of calibrated, bytes, paper"),
+            ({"weights": [0.5]}, "1 weights for 2 members"),
+            ({"weights": [0.5, 0.6]}, "sum to 1.1"),
+            ({"learning_rate": 0}, "learning_rate is 0"),
+            ({"steps": 0}, "steps is 0"),
+            ({"candidates": 0}, "candidates is 0"),
+            ({"entries": 0}, "entries is 0"),
+            ({"relative_temperature": -3}, "temperature is -3"),
+            ({"recipe": "bytes", "relative_temperature": 20}, "bytes recipe has no temperature"),
+            ({"min_probability": 1.0}, "min_probability is 1"),
+        ],
+    )
+    def test_settings(self, smollm2, gemma, cache, settings, message):
+        with pytest.raises(InputError, match=message):
+            Ensemble([smollm2, gemma], **settings)
+
+    def test_one_member(self, smollm2):
+        with pytest.raises(InputError, match="two or more members"):
+            Ensemble([smollm2])
+        with pytest.raises(InputError, match="two or more members"):
+            Ensemble.from_pretrained(["somewhere"])
+
+    def test_weights_are_checked_before_loading(self):
+        with pytest.raises(InputError, match="3 weights for 2 members"):
+            Ensemble.from_pretrained(["no/such", "no/where"], weights=[0.5, 0.3, 0.2])
+
+    def test_nan_logits_name_the_member(self, smollm2, gemma, cache):
+        ensemble = Ensemble([smollm2, gemma], recipe="bytes")
+        hook = gemma.model.lm_head.register_forward_hook(lambda _m, _i, output: output * float("nan"))
+        try:
+            with pytest.raises(InputError, match=f"logits of {ensemble.names[1]}.*NaN"):
+                ensemble.generate(PROMPT, max_new_tokens=3)
+        finally:
+            hook.remove()
+        assert "Paris" in ensemble.generate(PROMPT, max_new_tokens=3).text
