@@ -4,11 +4,18 @@ Huang et al., "Ensemble Learning for Heterogeneous Large Language Models with De
 NeurIPS 2024 (arXiv 2404.12715), on a C++ core.
 """
 
-from deepen_ext.ensemble import Ensemble
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from deepen_ext.errors import DeepenError, InputError, ModelError
-from deepen_ext.fusion import fuse_logits
-from deepen_ext.generation import Generation, Timings
-from deepen_ext.relative_map import RelativeMap
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+    from deepen_ext.fusion import fuse_logits
+    from deepen_ext.generation import Generation, Timings
+    from deepen_ext.relative_map import RelativeMap
 
 __version__ = "0.1.0"
 
@@ -23,3 +30,22 @@ __all__ = [
     "__version__",
     "fuse_logits",
 ]
+
+# Imported when first asked for: torch and transformers take seconds, and `deepen-ext --help` needs neither.
+_HOME = {
+    "Ensemble": "deepen_ext.ensemble",
+    "Generation": "deepen_ext.generation",
+    "RelativeMap": "deepen_ext.relative_map",
+    "Timings": "deepen_ext.generation",
+    "fuse_logits": "deepen_ext.fusion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
