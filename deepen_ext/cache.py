@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import cached_assets_path
+
+_STALE_SECONDS = 3600.0  # no write takes so long: its process was killed
 
 
 def cache_dir(*parts: str) -> Path:
@@ -47,11 +50,13 @@ def locked(target: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on success it becomes ``target`` at once; an error removes it."""
+    """Yield a temporary path to write to; on success it becomes ``target`` at once; an error removes it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.tmp-")
-    os.close(handle)
-    temporary = Path(name)
+    for stale in target.parent.glob(f".{target.name}.tmp-*"):
+        with suppress(FileNotFoundError):  # another process may sweep, or finish, at the same time
+            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                stale.unlink()
+    temporary = _temporary(target)
     try:
         yield temporary
         _sync(temporary)
@@ -69,10 +74,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Call it with ``locked(target)`` held: what an earlier process left behind when it was killed is swept
     first. ``target`` must not exist yet.
     """
-    prefix = f".{target.name}.tmp-"
-    for stale in target.parent.glob(f"{prefix}*"):
+    for stale in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(stale)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    temporary = _temporary(target)
+    temporary.mkdir()
     try:
         yield temporary
         for path in temporary.rglob("*"):
@@ -83,6 +88,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(target.parent)
+
+
+def _temporary(target: Path) -> Path:
+    """A free name beside the target. Not `tempfile`, whose files only their owner could read."""
+    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
 
 
 def _sync(path: Path) -> None:

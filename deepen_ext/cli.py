@@ -1,6 +1,6 @@
 """The command line.
 
-Exit codes: 0 done, 1 a model or the run failed, 2 wrong input, 130 interrupted, 141 the reader closed the pipe.
+Exit codes: 0 done, 1 a model or the run failed, 2 wrong input, 130 interrupted, 141 closed pipe.
 """
 
 from __future__ import annotations
@@ -52,15 +52,20 @@ def main() -> None:
     app()
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"deepen-ext {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    if version:
-        typer.echo(f"deepen-ext {__version__}")
-        raise typer.Exit
+    """Options of the program itself; `generate` has its own."""
 
 
 @app.command()
@@ -227,8 +232,8 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
     timings = result.timings
     line = (
         f"{len(result.token_ids)} tokens by {main}, {result.changed_tokens} of them changed by "
-        f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of it "
-        f"fusion (ended by {result.finish_reason})"
+        f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of "
+        f"it fusion (ended by {result.finish_reason})"
     )
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from deepen_ext import demo
+from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.member import Member
 from deepen_ext.models import convert_gguf, load_member, resolve
 
+ROOT = Path(__file__).parent.parent
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 MERGES = ["a b", "Ġ Ġ", "Ġ 1"]
 
@@ -149,24 +151,45 @@ print(convert_gguf(Path(sys.argv[1]), progress), flush=True)
 
 
 def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path: Path) -> None:
+    """One process is killed in the middle of the conversion while a second waits for it."""
     environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path)}
-    command = [sys.executable, "-c", CONVERT, str(tiny_gguf)]
-    with subprocess.Popen([*command, "stop"], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "saving the weights" in line:
-                break
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    (half,) = leftovers(tmp_path)
-    assert (half / "tokenizer.json").is_file()  # it was in the middle
-    assert not (half / "model.safetensors").exists()
-    assert not list(tmp_path.rglob("tiny"))
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    folder = Path(done.stdout.splitlines()[-1])
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CONVERT, str(tiny_gguf), *arguments]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    with start("stop") as first:
+        assert first.stdout is not None
+        assert any("saving the weights" in line for line in first.stdout)
+        (half,) = leftovers(tmp_path)
+        assert (half / "tokenizer.json").is_file()  # it is in the middle
+        assert not (half / "model.safetensors").exists()
+        with start() as second:
+            assert second.stdout is not None
+            assert second.stdout.readline().startswith("Waiting for another process")
+            assert not list(tmp_path.rglob("tiny"))
+            first.send_signal(signal.SIGKILL)
+            *_, last = second.stdout
+    assert (first.returncode, second.returncode) == (-signal.SIGKILL, 0)
+    folder = Path(last.strip())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert not leftovers(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "map"
+    target.write_text("old")
+    old_rest = tmp_path / ".map.tmp-killed"
+    old_rest.write_text("half")
+    os.utime(old_rest, (0, 0))
+    with pytest.raises(RuntimeError, match="disk"), atomic_write(target) as temporary:  # noqa: PT012
+        temporary.write_text("ne")
+        raise RuntimeError("disk")
+    assert [path.name for path in tmp_path.iterdir()] == ["map"]
+    assert target.read_text() == "old"
+    with atomic_write(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
