@@ -13,8 +13,8 @@ from deepen_ext.text import GrowingText, Utf8Stream
 
 PROMPT = "The capital of France is"
 LONG = (
-    "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot of "
-    "boiling water. From there it spread to"
+    "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot "
+    "of boiling water. From there it spread to"
 )
 
 
@@ -107,7 +107,7 @@ class TestGenerate:
 
     def test_unfinished_characters_wait(self, pair, monkeypatch):
         """While main spells a character byte by byte the assistant sits out, then reads it whole."""
-        main, assistant = pair.members
+        main, _ = pair.members
         emoji = "🫠"
         spelled = main.vocabulary.encode(f" {emoji}!")
         assert any(
