@@ -1,0 +1,31 @@
+"""Fixtures of the benchmarks: the demo pair, its ensemble, and its logits on real prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import PROMPTS
+
+from deepen_ext import Ensemble, demo
+from deepen_ext.member import Member, MemberSession
+from deepen_ext.models import load_member
+
+
+@pytest.fixture(scope="session")
+def pair() -> list[Member]:
+    return [load_member(path) for path in demo.members()]
+
+
+@pytest.fixture(scope="session")
+def ensemble(pair: list[Member]) -> Ensemble:
+    return Ensemble(pair, cache=False)
+
+
+@pytest.fixture(scope="session")
+def logits(pair: list[Member]) -> list[torch.Tensor]:
+    """Of each member, float32 [len(PROMPTS), V]: the token after each prompt."""
+    found = []
+    for member in pair:
+        ids = [member.vocabulary.prefix_ids + member.vocabulary.encode(prompt) for prompt in PROMPTS]
+        found.append(torch.cat([MemberSession(member).sync(one).clone() for one in ids]))
+    return found

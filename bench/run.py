@@ -1,0 +1,73 @@
+"""Runs every benchmark and writes bench/results/<machine>.json; bench/table.py then updates the README."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, environment, machine_name, write_json
+
+BENCH = Path(__file__).resolve().parent
+
+
+def _run(command: list[str]) -> None:
+    print("$", " ".join(command), flush=True)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    print(f"  {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _operations(folder: Path) -> list[dict[str, Any]]:
+    """The figures of the pytest-benchmark files."""
+    file = folder / "operations.json"
+    _run(["-m", "pytest", str(BENCH), "-q", "--benchmark-disable-gc", f"--benchmark-json={file}"])
+    measured = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    return [one["extra_info"]["figure"] for one in measured]
+
+
+def _script(folder: Path, name: str, *options: str) -> dict[str, Any]:
+    file = folder / f"{name}.json"
+    _run([str(BENCH / f"{name}.py"), "--json", str(file), *options])
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=BENCH / "results", help="folder for the JSON file")
+    parser.add_argument("--repetitions", type=int, default=7, help="of the decode benchmark")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of the decode benchmark")
+    options = parser.parse_args()
+
+    found = environment()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        figures = {"operations": _operations(folder)}
+        decode = _script(
+            folder,
+            "decode",
+            "--repetitions",
+            str(options.repetitions),
+            "--new-tokens",
+            str(options.new_tokens),
+        )
+        memory = _script(folder, "memory")
+    figures["decode"] = decode["figures"]
+    figures["memory"] = memory["figures"]
+    target = options.results / f"{machine_name(found)}.json"
+    write_json(
+        target, {**found, "figures": figures, "raw": {"decode": decode["raw"], "memory": memory["raw"]}}
+    )
+    print(f"wrote {target}")
+    missed = [one["name"] for group in figures.values() for one in group if one.get("met") is False]
+    if missed:
+        print("over budget: " + "; ".join(missed))
+
+
+if __name__ == "__main__":
+    main()

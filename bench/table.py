@@ -1,0 +1,87 @@
+"""Writes the README's measured table from bench/results/*.json, between its bench markers.
+
+`--check` changes nothing and exits with 1 where the README is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "µs" and value >= 10_000:
+        value, unit = value / 1000, "ms"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} {unit}"
+
+
+def _row(figure: dict[str, Any]) -> str:
+    unit = figure["unit"]
+    low, high = figure["spread"]
+    ours = _number(figure["value"], unit)
+    if figure["repetitions"] > 1:
+        ours += f" ({_number(low, unit)} to {_number(high, unit)})"
+    baseline = ""
+    if "baseline_value" in figure:
+        baseline = f"{figure['baseline']}: {_number(figure['baseline_value'], unit)}"
+    ratio = ""
+    if "ratio" in figure:
+        digits = 0 if figure["ratio"] >= 100 else 1 if figure["ratio"] >= 10 else 2
+        ratio = f"{figure['ratio']:,.{digits}f} ×"  # noqa: RUF001
+    budget = figure.get("budget", "")
+    if "met" in figure:
+        budget += ": met" if figure["met"] else ": **missed**"
+    return f"| {figure['name']} | {ours} | {baseline} | {ratio} | {budget} |"
+
+
+def _section(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    dirty = " with uncommitted changes" if result["dirty"] else ""
+    lines = [
+        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB, "
+        f"{result['torch_threads']} threads; Python {versions['python']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {versions['compiler']}; commit {result['commit'][:10]}{dirty}, "
+        f"{result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of "
+        "an operation is baseline / ours, that of decoding ours / baseline.",
+        "",
+        "| what | ours | baseline, in the same run | ratio | budget |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [_row(figure) for group in result["figures"].values() for figure in group]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, default=BENCH.parent / "README.md")
+    parser.add_argument("--results", type=Path, default=BENCH / "results")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail where the README is out of date"
+    )
+    options = parser.parse_args()
+
+    files = sorted(options.results.glob("*.json"))
+    if not files:
+        sys.exit(f"{options.results} has no results; run bench/run.py first")
+    text = options.readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        sys.exit(f"{options.readme} needs one {BEGIN} line and one {END} line after it")
+    table = "\n\n".join(_section(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    head, rest = text.split(BEGIN)
+    wanted = f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    if wanted == text:
+        return
+    if options.check:
+        sys.exit(f"{options.readme} is out of date; run python bench/table.py")
+    options.readme.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
