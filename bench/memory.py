@@ -1,10 +1,10 @@
 """Memory that the ensemble adds to its loaded models, as resident set.
 
 One process: load the demo pair with transformers alone (model and tokenizer), let each generate once so that
-weights are resident and threads and allocators warm, give free heap back (malloc_trim), note the resident set.
-Then make the members (vocabularies included) and the ensemble of those very models, generate 64 tokens, and
-note the same again, and the peak since the first note (VmHWM, reset through /proc/self/clear_refs). Linux with
-glibc only.
+weights are resident and threads and allocators warm, give free heap back (malloc_trim), note the resident
+set. Then make the members (vocabularies included) and the ensemble of those very models, generate 64 tokens,
+and note the same again, and the peak since the first note (VmHWM, reset through /proc/self/clear_refs).
+Linux with glibc only.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def _row(figure: dict[str, Any]) -> str:
     ratio = ""
     if "ratio" in figure:
         digits = 0 if figure["ratio"] >= 100 else 1 if figure["ratio"] >= 10 else 2
-        ratio = f"{figure['ratio']:,.{digits}f} ×"  # noqa: RUF001
+        ratio = f"{figure['ratio']:,.{digits}f} ×"
     budget = figure.get("budget", "")
     if "met" in figure:
         budget += ": met" if figure["met"] else ": **missed**"
@@ -47,8 +47,8 @@ def _section(result: dict[str, Any]) -> str:
     lines = [
         f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB, "
         f"{result['torch_threads']} threads; Python {versions['python']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, {versions['compiler']}; commit {result['commit'][:10]}{dirty}, "
-        f"{result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of "
+        f"transformers {versions['transformers']}, {versions['compiler']}; "
+        f"commit {result['commit'][:10]}{dirty}, {result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of "
         "an operation is baseline / ours, that of decoding ours / baseline.",
         "",
         "| what | ours | baseline, in the same run | ratio | budget |",
