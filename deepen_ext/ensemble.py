@@ -42,7 +42,7 @@ class Ensemble:
         candidates: int = 128,
         relative_temperature: float | None = None,
         entries: int = DEFAULT_ENTRIES,
-        min_probability: float = 1e-5,
+        min_probability: float = 1e-4,
         cache: bool = True,
     ) -> None:
         """Find the shared anchors and prepare a relative map for each member.

@@ -6,7 +6,7 @@ namespace deepen {
 
 void bind_relative_rows(py::module_& module) {
   module.def("relative_rows_workspace", &relative_rows_workspace, py::arg("dim"), py::arg("anchors"),
-             py::arg("count"));
+             py::arg("entries"), py::arg("count"), py::arg("threads"));
   module.def(
       "relative_rows",
       [](Address embedding, int dtype, int64_t vocab, int64_t dim, Address tokens, int64_t count,

@@ -6,22 +6,26 @@
 #include "core/arena.h"
 #include "core/check.h"
 #include "core/parallel.h"
+#include "ops/topk_softmax.h"
+#include "ops/topk_softmax_keys.h"
 
 namespace deepen {
 
-static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, int64_t count) {
+static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, int64_t entries,
+                                    int64_t count, int threads) {
   RelativeRowsBlock block{};
   const int64_t tokens = std::min(count, kTokenBlock);
   block.queries = take<float>(arena, tokens * dim);
   block.offsets = take<float>(arena, tokens);
   block.scores = take<float>(arena, tokens * anchors);
-  block.keys = take<uint64_t>(arena, tokens * anchors);
+  block.keys = take<uint64_t>(arena, threads * topk_softmax_keys(anchors, entries));
+  block.status = take<int32_t>(arena, tokens);
   return block;
 }
 
-size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t count) {
+size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count, int threads) {
   Arena arena{nullptr};
-  take_block(arena, dim, anchors, count);
+  take_block(arena, dim, anchors, entries, count, std::max(threads, 1));
   return arena.used;
 }
 
@@ -45,7 +49,9 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
   }
 
   Arena arena{static_cast<char*>(params.workspace)};
-  RelativeRowsBlock block = take_block(arena, params.dim, params.anchors, params.count);
+  RelativeRowsBlock block =
+      take_block(arena, params.dim, params.anchors, params.entries, params.count, threads);
+  const int64_t keys_per_thread = topk_softmax_keys(params.anchors, params.entries);
   const auto prepare = DEEPEN_CPU(prepare_queries);
   const auto score = DEEPEN_CPU(score_anchors);
   const auto finish = DEEPEN_CPU(finish_row);
@@ -54,9 +60,13 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
     prepare(params, block);
     parallel_for(params.anchors, threads,
                  [&](int, int64_t begin, int64_t end) { score(params, block, begin, end); });
-    parallel_for(block.count, threads, [&](int, int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) finish(params, block, n);
+    parallel_for(block.count, threads, [&](int thread, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) finish(params, block, n, block.keys + thread * keys_per_thread);
     });
+    for (int64_t n = 0; n < block.count; ++n) {
+      DEEPEN_CHECK(block.status[n] == kRowOk, "the embedding of token ", params.tokens[block.first + n],
+                   " or of an anchor has NaN or infinite entries");
+    }
   }
 }
 

@@ -6,7 +6,8 @@
 //   columns[n, :], values[n, :] = its `entries` largest, sorted down, ties to the lower column; rest[n] = 1 -
 //   their sum
 //
-// The embedding is read where the model keeps it, in its own dtype; nothing of its size is allocated.
+// The last two lines are topk_softmax of s. The embedding is read where the model keeps it, in its own dtype;
+// nothing of its size is allocated.
 #pragma once
 
 #include <cstddef>
@@ -37,26 +38,27 @@ struct RelativeRowsParams {
   Dtype dtype;
 };
 
-size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t count);
+size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count, int threads);
 
 void relative_rows_cpu(const RelativeRowsParams& params, int threads);
 
 // Tokens are done kTokenBlock at a time: their centred, normalised embeddings stay in cache while the anchors
-// stream by.
-constexpr int64_t kTokenBlock = 8;
+// stream by once for all of them.
+constexpr int64_t kTokenBlock = 64;
 
 struct RelativeRowsBlock {
   int64_t first, count;  // which of params.tokens
   float* queries;        // [kTokenBlock, dim]
   float* offsets;        // [kTokenBlock] query . mean
   float* scores;         // [kTokenBlock, anchors]
-  uint64_t* keys;        // [kTokenBlock, anchors]
+  uint64_t* keys;        // [threads, topk_softmax_keys]
+  int32_t* status;       // [kTokenBlock] RowStatus
 };
 
 DEEPEN_DECLARE_CPU(void prepare_queries(const RelativeRowsParams& params, const RelativeRowsBlock& block))
 DEEPEN_DECLARE_CPU(void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& block,
                                       int64_t begin, int64_t end))
 DEEPEN_DECLARE_CPU(void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block,
-                                   int64_t n))
+                                   int64_t n, uint64_t* keys))
 
 }  // namespace deepen

@@ -2,9 +2,9 @@
 // q.e_a - q.m with q = (e_t - m) / ||e_t - m||, so that the anchors' embeddings need no centred copy.
 #include <cmath>
 
-#include "core/select.h"
 #include "core/simd.h"
 #include "ops/relative_rows.h"
+#include "ops/topk_softmax.h"
 
 namespace deepen {
 namespace DEEPEN_ISA {
@@ -28,36 +28,58 @@ static void prepare(const T* embedding, const RelativeRowsParams& params, const 
   }
 }
 
+// Dot products of kTokens queries with kAnchors anchors: each loaded vector is used several times in
+// registers.
+template <class T, int kTokens, int kAnchors>
+static void score_tile(const T* embedding, const RelativeRowsParams& params, const RelativeRowsBlock& block,
+                       int64_t first, int64_t a) {
+  const int64_t dim = params.dim, whole = dim / kWidth * kWidth;
+  const float* queries = block.queries + first * dim;
+  const T* anchors[kAnchors];
+  for (int j = 0; j < kAnchors; ++j) anchors[j] = embedding + params.anchor_ids[a + j] * dim;
+  Vec sums[kTokens][kAnchors] = {};
+  for (int64_t i = 0; i < whole; i += kWidth) {
+    Vec e[kAnchors];
+    for (int j = 0; j < kAnchors; ++j) e[j] = load(anchors[j] + i);
+    for (int n = 0; n < kTokens; ++n) {
+      const Vec q = load(queries + n * dim + i);
+      for (int j = 0; j < kAnchors; ++j) sums[n][j] += q * e[j];
+    }
+  }
+  for (int n = 0; n < kTokens; ++n) {
+    for (int j = 0; j < kAnchors; ++j) {
+      float dot = sum_lanes(sums[n][j]);
+      for (int64_t i = whole; i < dim; ++i) dot += queries[n * dim + i] * to_float(anchors[j][i]);
+      block.scores[(first + n) * params.anchors + a + j] =
+          (dot - block.offsets[first + n]) * params.anchor_inverse_norm[a + j];
+    }
+  }
+}
+
+// 16 accumulators fit the registers of AVX-512, 8 those of the others.
+constexpr int kTileTokens = 4, kTileAnchors = kWidth == 16 ? 4 : 2;
+
 template <class T, int kTokens>
 static void score_tokens(const T* embedding, const RelativeRowsParams& params, const RelativeRowsBlock& block,
                          int64_t first, int64_t begin, int64_t end) {
-  const int64_t dim = params.dim, whole = dim / kWidth * kWidth;
-  const float* queries = block.queries + first * dim;
-  for (int64_t a = begin; a < end; ++a) {
-    const T* anchor = embedding + params.anchor_ids[a] * dim;
-    Vec sums[kTokens] = {};
-    for (int64_t i = 0; i < whole; i += kWidth) {
-      const Vec e = load(anchor + i);
-      for (int n = 0; n < kTokens; ++n) sums[n] += load(queries + n * dim + i) * e;
-    }
-    for (int n = 0; n < kTokens; ++n) {
-      float dot = sum_lanes(sums[n]);
-      for (int64_t i = whole; i < dim; ++i) dot += queries[n * dim + i] * to_float(anchor[i]);
-      block.scores[(first + n) * params.anchors + a] =
-          (dot - block.offsets[first + n]) * params.anchor_inverse_norm[a];
-    }
+  int64_t a = begin;
+  for (; a + kTileAnchors <= end; a += kTileAnchors) {
+    score_tile<T, kTokens, kTileAnchors>(embedding, params, block, first, a);
   }
+  for (; a < end; ++a) score_tile<T, kTokens, 1>(embedding, params, block, first, a);
 }
 
 template <class T>
 static void score(const T* embedding, const RelativeRowsParams& params, const RelativeRowsBlock& block,
                   int64_t begin, int64_t end) {
   // A slice of anchors small enough to stay in cache while the block's tokens pass over it.
-  constexpr int64_t kSlice = 64;
+  constexpr int64_t kSlice = 32;
   for (int64_t slice = begin; slice < end; slice += kSlice) {
     const int64_t stop = slice + kSlice < end ? slice + kSlice : end;
     int64_t n = 0;
-    for (; n + 4 <= block.count; n += 4) score_tokens<T, 4>(embedding, params, block, n, slice, stop);
+    for (; n + kTileTokens <= block.count; n += kTileTokens) {
+      score_tokens<T, kTileTokens>(embedding, params, block, n, slice, stop);
+    }
     for (; n < block.count; ++n) score_tokens<T, 1>(embedding, params, block, n, slice, stop);
   }
 }
@@ -79,48 +101,29 @@ void score_anchors(const RelativeRowsParams& params, const RelativeRowsBlock& bl
   }
 }
 
-void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t n) {
-  const int64_t anchors = params.anchors, entries = params.entries, whole = anchors / kWidth * kWidth;
-  const float* scores = block.scores + n * anchors;
-  uint64_t* keys = block.keys + n * anchors;
-
-  Vec maxima = broadcast(scores[0]);
-  double square = 0.0;
-  float largest = scores[0];
-  for (int64_t a = 0; a < whole; a += kWidth) maxima = max(load(scores + a), maxima);
-  for (int64_t a = whole; a < anchors; ++a) largest = scores[a] > largest ? scores[a] : largest;
-  largest = max_lanes(max(maxima, broadcast(largest)));
+void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block, int64_t n, uint64_t* keys) {
+  const int64_t anchors = params.anchors;
+  float* scores = block.scores + n * anchors;
+  float factor = params.temperature;
   if (params.normalise) {
+    double square = 0.0;
     for (int64_t a = 0; a < anchors; ++a) square += double(scores[a]) * double(scores[a]);
+    factor = square > 0.0 ? float(double(params.temperature) / std::sqrt(square)) : 0.0f;
   }
-  const float factor = params.normalise
-                           ? (square > 0.0 ? float(double(params.temperature) / std::sqrt(square)) : 0.0f)
-                           : params.temperature;
+  for (int64_t a = 0; a < anchors; ++a) scores[a] *= factor;
 
-  const Vec factors = broadcast(factor), shift = broadcast(largest);
-  double sum = 0.0;
-  constexpr int64_t kRun = 64 * kWidth;  // float partial sums this short lose nothing that matters
-  for (int64_t run = 0; run < whole; run += kRun) {
-    const int64_t stop = run + kRun < whole ? run + kRun : whole;
-    Vec sums = Vec{};
-    for (int64_t a = run; a < stop; a += kWidth) sums += exp((load(scores + a) - shift) * factors);
-    sum += double(sum_lanes(sums));
-  }
-  for (int64_t a = whole; a < anchors; ++a) sum += double(expf((scores[a] - largest) * factor));
-
-  for (int64_t a = 0; a < anchors; ++a) keys[a] = pack_key(scores[a], uint32_t(a));
-  keep_largest(keys, anchors, entries);
-  sort_down(keys, entries);
-  int32_t* columns = params.columns + (block.first + n) * entries;
-  float* values = params.values + (block.first + n) * entries;
-  double kept = 0.0;
-  for (int64_t j = 0; j < entries; ++j) {
-    const double value = double(expf((key_value(keys[j]) - largest) * factor)) / sum;
-    columns[j] = int32_t(key_index(keys[j]));
-    values[j] = float(value);
-    kept += value;
-  }
-  params.rest[block.first + n] = entries == anchors || kept >= 1.0 ? 0.0f : float(1.0 - kept);
+  const int64_t to = block.first + n;
+  const TopkSoftmaxParams row{scores,
+                              params.columns + to * params.entries,
+                              params.values + to * params.entries,
+                              params.rest + to,
+                              block.status + n,
+                              nullptr,
+                              1,
+                              anchors,
+                              params.entries,
+                              Dtype::f32};
+  topk_softmax_row(row, 0, keys);
 }
 
 }  // namespace DEEPEN_ISA

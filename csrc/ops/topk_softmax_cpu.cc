@@ -14,21 +14,32 @@ namespace DEEPEN_ISA {
 
 static const float kMinusInfinity = -INFINITY;
 
+constexpr int64_t kGroup = 4 * kWidth;  // logits that one comparison with the bar can rule out
+
+static inline const float* as_floats(const float* from, int64_t, float*) { return from; }
+template <class T>
+static inline const float* as_floats(const T* from, int64_t count, float* buffer) {
+  const int64_t whole = count / kWidth * kWidth;
+  for (int64_t i = 0; i < whole; i += kWidth) store(buffer + i, load(from + i));
+  for (int64_t i = whole; i < count; ++i) buffer[i] = to_float(from[i]);
+  return buffer;
+}
+
 template <class T>
 static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64_t row, uint64_t* keys) {
   const int64_t vocab = params.vocab, k = params.k;
   const int64_t capacity = topk_softmax_keys(vocab, k);
-  float block[kTopkBlock];
+  float buffer[kTopkBlock];
   float largest = kMinusInfinity;  // running maximum of the row
   double sum = 0.0;                // of exp(logit - largest)
   float bar = kMinusInfinity;      // the k-th largest so far, once `barred`
   bool barred = false;
   int64_t count = 0;
-  bool finite = true;
 
   for (int64_t begin = 0; begin < vocab; begin += kTopkBlock) {
     const int64_t size = vocab - begin < kTopkBlock ? vocab - begin : kTopkBlock;
-    const int64_t whole = size / kWidth * kWidth;
+    const int64_t whole = size / kGroup * kGroup;
+    const float* block = as_floats(logits + begin, size, buffer);
     // A low bar lets many through, so it is raised early and often: a cut of a few k keys costs little.
     if (count + size > capacity || count > 4 * k + 256) {
       keep_largest(keys, count, k);
@@ -39,48 +50,46 @@ static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64
       barred = true;
     }
 
-    // Maximum, NaN check and candidates. Later ids lose ties, so a logit equal to the bar is out.
-    Vec maximum = broadcast(kMinusInfinity), unordered = Vec{};
+    // Maximum and candidates, four vectors to a comparison. Later ids lose ties, so a logit equal to the bar
+    // is out.
+    Vec maximum = broadcast(kMinusInfinity);
     const Vec bars = broadcast(bar);
-    for (int64_t i = 0; i < whole; i += kWidth) {
-      const Vec v = load(logits + begin + i);
-      store(block + i, v);
-      maximum = max(v, maximum);
-      unordered += v != v ? broadcast(1.0f) : Vec{};
-      uint32_t mask = barred ? greater_mask(v, bars) : (1u << kWidth) - 1u;
-      for (; mask != 0; mask &= mask - 1) {
-        const int64_t j = i + __builtin_ctz(mask);
-        keys[count++] = pack_key(block[j], uint32_t(begin + j));
+    for (int64_t i = 0; i < whole; i += kGroup) {
+      const Vec highest = max(max(load(block + i), load(block + i + kWidth)),
+                              max(load(block + i + 2 * kWidth), load(block + i + 3 * kWidth)));
+      maximum = max(highest, maximum);
+      if (barred && greater_mask(highest, bars) == 0) continue;
+      for (int64_t j = i; j < i + kGroup; j += kWidth) {
+        uint32_t mask = barred ? greater_mask(load(block + j), bars) : (1u << kWidth) - 1u;
+        for (; mask != 0; mask &= mask - 1) {
+          const int64_t at = j + __builtin_ctz(mask);
+          keys[count++] = pack_key(block[at], uint32_t(begin + at));
+        }
       }
     }
     float block_largest = max_lanes(maximum);
-    finite = finite && sum_lanes(unordered) == 0.0f;
     for (int64_t i = whole; i < size; ++i) {
-      const float v = to_float(logits[begin + i]);
-      block[i] = v;
-      if (v > block_largest) block_largest = v;
-      finite = finite && v == v;
-      if (!barred || v > bar) keys[count++] = pack_key(v, uint32_t(begin + i));
-    }
-    if (!finite || block_largest == INFINITY) {
-      params.status[row] = kRowNotFinite;
-      return;
+      if (block[i] > block_largest) block_largest = block[i];
+      if (!barred || block[i] > bar) keys[count++] = pack_key(block[i], uint32_t(begin + i));
     }
 
     if (block_largest > largest) {
       sum *= std::exp(double(largest) - double(block_largest));
       largest = block_largest;
     }
-    if (largest == kMinusInfinity) continue;
-    const Vec shift = broadcast(largest);
+    // NaN goes through exp into the sum and stays there; +inf - inf makes one.
+    const float base = largest == kMinusInfinity ? 0.0f : largest;
+    const Vec shift = broadcast(base);
     Vec sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= size; i += 4 * kWidth) {
+    for (int64_t i = 0; i < whole; i += kGroup) {
       for (int lane = 0; lane < 4; ++lane) sums[lane] += exp(load(block + i + lane * kWidth) - shift);
     }
-    for (; i < whole; i += kWidth) sums[0] += exp(load(block + i) - shift);
     sum += double(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
-    for (; i < size; ++i) sum += double(expf(block[i] - largest));
+    for (int64_t i = whole; i < size; ++i) sum += double(expf(block[i] - base));
+  }
+  if (sum != sum) {
+    params.status[row] = kRowNotFinite;
+    return;
   }
   if (largest == kMinusInfinity) {
     params.status[row] = kRowEmpty;

@@ -56,7 +56,9 @@ def relative_rows(
     columns = torch.empty(count, entries, dtype=torch.int32)
     values = torch.empty(count, entries, dtype=torch.float32)
     rest = torch.empty(count, dtype=torch.float32)
-    scratch = workspace(_core.relative_rows_workspace(dim, anchors, count), device)
+    threads = torch.get_num_threads()
+    size = _core.relative_rows_workspace(dim, anchors, entries, count, threads)
+    scratch = workspace(size, device)
     _core.relative_rows(
         embedding.data_ptr(),
         FLOAT_CODES[embedding.dtype],
@@ -75,6 +77,6 @@ def relative_rows(
         values.data_ptr(),
         rest.data_ptr(),
         scratch.data_ptr(),
-        torch.get_num_threads(),
+        threads,
     )
     return columns, values, rest

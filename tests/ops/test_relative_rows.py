@@ -110,3 +110,11 @@ def _call(**changes):
 def test_bad_input(changes, message):
     with pytest.raises(InputError, match=message):
         _call(**changes)
+
+
+@pytest.mark.parametrize("where", ["token", "anchor"])
+def test_nan_in_the_embedding(where):
+    embedding = random_embedding(40, 8, seed=3)
+    embedding[30 if where == "token" else 5, 2] = float("nan")
+    with pytest.raises(InputError, match="the embedding of token 30 or of an anchor has NaN"):
+        _call(embedding=embedding, tokens=torch.tensor([30]), anchor_ids=torch.arange(5, 10))
