@@ -43,13 +43,13 @@ def _row(figure: dict[str, Any]) -> str:
 
 def _section(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
-    dirty = " with uncommitted changes" if result["dirty"] else ""
+    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
     lines = [
         f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB, "
         f"{result['torch_threads']} threads; Python {versions['python']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, {versions['compiler']}; "
-        f"commit {result['commit'][:10]}{dirty}, {result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of "
-        "an operation is baseline / ours, that of decoding ours / baseline.",
+        f"transformers {versions['transformers']}, {versions['compiler']}; commit {commit}, "
+        f"{result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of an "
+        "operation is baseline / ours, that of decoding ours / baseline.",
         "",
         "| what | ours | baseline, in the same run | ratio | budget |",
         "| --- | --- | --- | --- | --- |",
