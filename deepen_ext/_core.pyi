@@ -6,13 +6,14 @@ from typing import TypeAlias
 _Address: TypeAlias = int
 _Rows: TypeAlias = tuple[_Address, _Address, _Address, int, int]  # columns, values, rest, vocab, entries
 _Member: TypeAlias = tuple[_Address, _Address, _Address, int, _Rows]  # ids, probs, tail, k, rows
+_Backend: TypeAlias = tuple[int, int, int]  # threads, CUDA device or -1 for the CPU, cudaStream_t
 
 def cuda_compiled() -> bool: ...
 def cuda_device_count() -> int: ...
 def isa() -> str: ...
 def best_isa() -> str: ...
 def set_isa(name: str, /) -> None: ...
-def topk_softmax_workspace(vocab: int, k: int, threads: int) -> int: ...
+def topk_softmax_workspace(batch: int, vocab: int, k: int, backend: _Backend) -> int: ...
 def topk_softmax(
     logits: _Address,
     dtype: int,
@@ -24,9 +25,9 @@ def topk_softmax(
     tail: _Address,
     status: _Address,
     workspace: _Address,
-    threads: int,
+    backend: _Backend,
 ) -> None: ...
-def relative_rows_workspace(dim: int, anchors: int, entries: int, count: int, threads: int) -> int: ...
+def relative_rows_workspace(dim: int, anchors: int, entries: int, count: int, backend: _Backend) -> int: ...
 def relative_rows(
     embedding: _Address,
     dtype: int,
@@ -44,10 +45,13 @@ def relative_rows(
     columns: _Address,
     values: _Address,
     rest: _Address,
+    status: _Address,
     workspace: _Address,
-    threads: int,
+    backend: _Backend,
 ) -> None: ...
-def inverse_search_workspace(rows: _Rows, candidates: int, anchors: int, threads: int) -> int: ...
+def inverse_search_workspace(
+    rows: _Rows, batch: int, candidates: int, anchors: int, backend: _Backend
+) -> int: ...
 def inverse_search(
     logits: _Address,
     ids: _Address,
@@ -61,9 +65,9 @@ def inverse_search(
     steps: int,
     found: _Address,
     workspace: _Address,
-    threads: int,
+    backend: _Backend,
 ) -> None: ...
-def fuse_workspace(main_rows: _Rows, k: int, anchors: int, threads: int) -> int: ...
+def fuse_workspace(main_rows: _Rows, batch: int, k: int, anchors: int, backend: _Backend) -> int: ...
 def fuse(
     members: list[_Member],
     weights: _Address,
@@ -77,5 +81,5 @@ def fuse(
     fused: _Address,
     chosen: _Address,
     workspace: _Address,
-    threads: int,
+    backend: _Backend,
 ) -> None: ...

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "core/backend.h"
 #include "ops/relative_map.h"
 
 namespace deepen {
@@ -27,6 +28,13 @@ using PackedRows = std::tuple<Address, Address, Address, int64_t, int64_t>;
 inline RelativeRows unpack(const PackedRows& rows) {
   return {at<const int32_t>(std::get<0>(rows)), at<const float>(std::get<1>(rows)),
           at<const float>(std::get<2>(rows)), std::get<3>(rows), std::get<4>(rows)};
+}
+
+// (threads, device, stream): device -1 is the CPU; the stream is a cudaStream_t as an integer.
+using PackedBackend = std::tuple<int, int, Address>;
+
+inline Backend unpack(const PackedBackend& backend) {
+  return {std::get<0>(backend), std::get<1>(backend), at<void>(std::get<2>(backend))};
 }
 
 void bind_topk_softmax(py::module_& module);

@@ -14,18 +14,19 @@ using PackedMember = std::tuple<Address, Address, Address, int64_t, PackedRows>;
 void bind_fuse(py::module_& module) {
   module.def(
       "fuse_workspace",
-      [](const PackedRows& main_rows, int64_t k, int64_t anchors, int threads) {
+      [](const PackedRows& main_rows, int64_t batch, int64_t k, int64_t anchors,
+         const PackedBackend& backend) {
         FuseMember main{};
         main.rows = unpack(main_rows);
         main.k = k;
-        return fuse_workspace(main, anchors, threads);
+        return fuse_workspace(main, batch, anchors, unpack(backend));
       },
-      py::arg("main_rows"), py::arg("k"), py::arg("anchors"), py::arg("threads"));
+      py::arg("main_rows"), py::arg("batch"), py::arg("k"), py::arg("anchors"), py::arg("backend"));
   module.def(
       "fuse",
       [](const std::vector<PackedMember>& members, Address weights, Address logits, int dtype, int64_t batch,
          int64_t anchors, double learning_rate, int32_t steps, float min_probability, Address fused,
-         Address chosen, Address workspace, int threads) {
+         Address chosen, Address workspace, const PackedBackend& backend) {
         DEEPEN_CHECK(members.size() <= size_t(kMaxMembers), "there are ", members.size(),
                      " members; at most ", kMaxMembers, " are possible");
         FuseParams params{};
@@ -47,11 +48,11 @@ void bind_fuse(py::module_& module) {
         params.member_count = int32_t(members.size());
         params.dtype = Dtype(dtype);
         py::gil_scoped_release release;
-        fuse_cpu(params, threads);
+        fuse(params, unpack(backend));
       },
       py::arg("members"), py::arg("weights"), py::arg("logits"), py::arg("dtype"), py::arg("batch"),
       py::arg("anchors"), py::arg("learning_rate"), py::arg("steps"), py::arg("min_probability"),
-      py::arg("fused"), py::arg("chosen"), py::arg("workspace"), py::arg("threads"));
+      py::arg("fused"), py::arg("chosen"), py::arg("workspace"), py::arg("backend"));
 }
 
 }  // namespace deepen

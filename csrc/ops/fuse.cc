@@ -9,13 +9,19 @@
 
 namespace deepen {
 
-size_t fuse_workspace(const FuseMember& main, int64_t anchors, int threads) {
+static size_t cpu_workspace(const FuseMember& main, int64_t anchors) {
   Arena arena{nullptr};
   take_search_row(arena, main.rows, main.k, anchors);
-  return arena.used * size_t(std::max(threads, 1));
+  return arena.used;
 }
 
-void fuse_cpu(const FuseParams& params, int threads) {
+size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, const Backend& backend) {
+  if (!on_cpu(backend)) return fuse_cuda_workspace(main, batch, anchors);
+  return cpu_workspace(main, anchors) *
+         size_t(std::max<int64_t>(std::min<int64_t>(backend.threads, batch), 1));
+}
+
+void fuse(const FuseParams& params, const Backend& backend) {
   DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
   DEEPEN_CHECK(params.member_count >= 1 && params.member_count <= kMaxMembers, "there are ",
                params.member_count, " members; 1 to ", kMaxMembers, " are possible");
@@ -36,14 +42,14 @@ void fuse_cpu(const FuseParams& params, int threads) {
                params.learning_rate, "; it must be positive");
   DEEPEN_CHECK(params.min_probability >= 0 && params.min_probability < 1, "min_probability is ",
                params.min_probability, "; choose 0 to below 1");
-  DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");
   if (params.batch == 0) return;
 
   AdamStep schedule[kMaxSearchSteps];
   for (int step = 0; step < params.steps; ++step) schedule[step] = adam_step(params.learning_rate, step);
+  if (!on_cpu(backend)) return fuse_cuda(params, schedule, backend);
   const auto row_kernel = DEEPEN_CPU(fuse_row);
-  const size_t per_thread = fuse_workspace(params.members[0], params.anchors, 1);
-  parallel_for(params.batch, threads, [&](int thread, int64_t begin, int64_t end) {
+  const size_t per_thread = cpu_workspace(params.members[0], params.anchors);
+  parallel_for(params.batch, backend.threads, [&](int thread, int64_t begin, int64_t end) {
     char* workspace = static_cast<char*>(params.workspace) + size_t(thread) * per_thread;
     for (int64_t row = begin; row < end; ++row) row_kernel(params, schedule, row, workspace);
   });

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/dtype.h"
 #include "core/isa.h"
 #include "ops/adamw.h"
@@ -46,9 +47,13 @@ struct FuseParams {
   Dtype dtype;
 };
 
-size_t fuse_workspace(const FuseMember& main, int64_t anchors, int threads);
+size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, const Backend& backend);
 
-void fuse_cpu(const FuseParams& params, int threads);
+void fuse(const FuseParams& params, const Backend& backend);
+
+// fuse.cu; params were checked, `schedule` has params.steps entries in host memory.
+size_t fuse_cuda_workspace(const FuseMember& main, int64_t batch, int64_t anchors);
+void fuse_cuda(const FuseParams& params, const AdamStep* schedule, const Backend& backend);
 
 DEEPEN_DECLARE_CPU(void fuse_row(const FuseParams& params, const AdamStep* schedule, int64_t row,
                                  char* workspace))

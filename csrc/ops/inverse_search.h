@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/isa.h"
 #include "ops/adamw.h"
 #include "ops/relative_map.h"
@@ -36,9 +37,15 @@ struct InverseSearchParams {
   int32_t steps;
 };
 
-size_t inverse_search_workspace(const RelativeRows& rows, int64_t candidates, int64_t anchors, int threads);
+size_t inverse_search_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates, int64_t anchors,
+                                const Backend& backend);
 
-void inverse_search_cpu(const InverseSearchParams& params, int threads);
+void inverse_search(const InverseSearchParams& params, const Backend& backend);
+
+// inverse_search.cu; params were checked, `schedule` has params.steps entries in host memory.
+size_t inverse_search_cuda_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates,
+                                     int64_t anchors);
+void inverse_search_cuda(const InverseSearchParams& params, const AdamStep* schedule, const Backend& backend);
 
 DEEPEN_DECLARE_CPU(void inverse_search_row(const InverseSearchParams& params, const AdamStep* schedule,
                                            int64_t row, char* workspace))

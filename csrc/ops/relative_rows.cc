@@ -19,17 +19,18 @@ static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, 
   block.offsets = take<float>(arena, tokens);
   block.scores = take<float>(arena, tokens * anchors);
   block.keys = take<uint64_t>(arena, threads * topk_softmax_keys(anchors, entries));
-  block.status = take<int32_t>(arena, tokens);
   return block;
 }
 
-size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count, int threads) {
+size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count,
+                               const Backend& backend) {
+  if (!on_cpu(backend)) return relative_rows_cuda_workspace(dim, anchors, entries, count);
   Arena arena{nullptr};
-  take_block(arena, dim, anchors, entries, count, std::max(threads, 1));
+  take_block(arena, dim, anchors, entries, count, std::max(backend.threads, 1));
   return arena.used;
 }
 
-void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
+void relative_rows(const RelativeRowsParams& params, const Backend& backend) {
   DEEPEN_CHECK(params.count >= 0, "count is ", params.count, "; it cannot be negative");
   DEEPEN_CHECK(params.anchors >= 1 && params.anchors <= INT32_MAX, "there are ", params.anchors,
                " anchors; 1 to 2^31-1 are possible");
@@ -38,7 +39,10 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
                "; choose 1 to the number of anchors, ", params.anchors);
   DEEPEN_CHECK(params.temperature > 0 && std::isfinite(params.temperature), "temperature is ",
                params.temperature, "; it must be positive");
-  DEEPEN_CHECK(threads >= 1, "threads is ", threads, "; at least one is needed");
+  if (params.count == 0) return;
+  if (!on_cpu(backend)) return relative_rows_cuda(params, backend);
+
+  const int threads = backend.threads;
   for (int64_t n = 0; n < params.count; ++n) {
     DEEPEN_CHECK(params.tokens[n] >= 0 && params.tokens[n] < params.vocab, "token ", params.tokens[n],
                  " is outside the embedding's ", params.vocab, " rows");
@@ -63,10 +67,6 @@ void relative_rows_cpu(const RelativeRowsParams& params, int threads) {
     parallel_for(block.count, threads, [&](int thread, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) finish(params, block, n, block.keys + thread * keys_per_thread);
     });
-    for (int64_t n = 0; n < block.count; ++n) {
-      DEEPEN_CHECK(block.status[n] == kRowOk, "the embedding of token ", params.tokens[block.first + n],
-                   " or of an anchor has NaN or infinite entries");
-    }
   }
 }
 

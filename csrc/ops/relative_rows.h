@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/dtype.h"
 #include "core/isa.h"
 
@@ -27,6 +28,7 @@ struct RelativeRowsParams {
   int32_t* columns;                  // [count, entries]
   float* values;                     // [count, entries]
   float* rest;                       // [count]
+  int32_t* status;                   // [count] RowStatus: kRowNotFinite if an embedding has NaN or infinity
   void* workspace;                   // relative_rows_workspace(...) bytes
   int64_t vocab;
   int64_t dim;
@@ -38,9 +40,14 @@ struct RelativeRowsParams {
   Dtype dtype;
 };
 
-size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count, int threads);
+size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count,
+                               const Backend& backend);
 
-void relative_rows_cpu(const RelativeRowsParams& params, int threads);
+void relative_rows(const RelativeRowsParams& params, const Backend& backend);
+
+// relative_rows.cu; params were checked, but for the ids, which the host does not read.
+size_t relative_rows_cuda_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count);
+void relative_rows_cuda(const RelativeRowsParams& params, const Backend& backend);
 
 // Tokens are done kTokenBlock at a time: their centred, normalised embeddings stay in cache while the anchors
 // stream by once for all of them.
@@ -52,7 +59,6 @@ struct RelativeRowsBlock {
   float* offsets;        // [kTokenBlock] query . mean
   float* scores;         // [kTokenBlock, anchors]
   uint64_t* keys;        // [threads, topk_softmax_keys]
-  int32_t* status;       // [kTokenBlock] RowStatus
 };
 
 DEEPEN_DECLARE_CPU(void prepare_queries(const RelativeRowsParams& params, const RelativeRowsBlock& block))

@@ -117,7 +117,7 @@ void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block
                               params.columns + to * params.entries,
                               params.values + to * params.entries,
                               params.rest + to,
-                              block.status + n,
+                              params.status + to,
                               nullptr,
                               1,
                               anchors,

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/dtype.h"
 #include "core/isa.h"
 
@@ -31,10 +32,13 @@ struct TopkSoftmaxParams {
   Dtype dtype;
 };
 
-// Bytes of workspace for `threads` rows at a time.
-size_t topk_softmax_workspace(int64_t vocab, int64_t k, int threads);
+size_t topk_softmax_workspace(int64_t batch, int64_t vocab, int64_t k, const Backend& backend);
 
-void topk_softmax_cpu(const TopkSoftmaxParams& params, int threads);
+void topk_softmax(const TopkSoftmaxParams& params, const Backend& backend);
+
+// topk_softmax.cu; params were checked.
+size_t topk_softmax_cuda_workspace(int64_t batch, int64_t vocab, int64_t k);
+void topk_softmax_cuda(const TopkSoftmaxParams& params, const Backend& backend);
 
 DEEPEN_DECLARE_CPU(void topk_softmax_row(const TopkSoftmaxParams& params, int64_t row, uint64_t* keys))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deepen_ext import _core
 from deepen_ext.errors import InputError
 
 # The core's dtype codes (csrc/core/dtype.h).
@@ -40,10 +41,26 @@ def check_tensor(
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
 
 
-def check_cpu(operation: str, device: torch.device) -> None:
-    """Raise InputError for a device the core has no kernel for."""
-    if device.type != "cpu":
-        raise InputError(f"{operation} has no {device.type} kernel yet; move its tensors to the CPU")
+def backend_of(operation: str, tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(threads, device, stream) for the core: where the tensor is, on torch's current stream.
+
+    Raises:
+        InputError: a device the core has no kernel for, or a build without its CUDA part.
+    """
+    device = tensor.device
+    if device.type == "cpu":
+        return torch.get_num_threads(), -1, 0
+    if device.type != "cuda":
+        raise InputError(
+            f"{operation} has no {device.type} kernel; move its tensors to the CPU or a CUDA device"
+        )
+    if not _core.cuda_compiled():
+        raise InputError(
+            f"{operation} was called on {device}, but this build of deepen-ext has no CUDA part; install the "
+            "CUDA toolkit (nvcc) and build again with DEEPEN_CUDA=ON"
+        )
+    stream = torch.cuda.current_stream(device)
+    return 1, stream.device_index, stream.cuda_stream
 
 
 def workspace(size: int, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, check_cpu, check_tensor, workspace
+from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
 from deepen_ext.ops.rows import Rows
 from deepen_ext.ops.topk_softmax import TopK
 
@@ -50,7 +50,7 @@ def fuse(
     batch = main.topk.ids.shape[0]
     check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=tuple(FLOAT_CODES))
     device = logits.device
-    check_cpu("fuse", device)
+    backend = backend_of("fuse", logits)
     check_tensor("weights", weights, shape=[batch, len(members)], dtype=torch.float32, device=device)
     packed = []
     for i, (topk, rows) in enumerate(members):
@@ -66,10 +66,9 @@ def fuse(
         packed.append((topk.ids.data_ptr(), topk.probs.data_ptr(), topk.tail.data_ptr(), k, rows.pack()))
 
     k = main.topk.ids.shape[1]
-    fused = torch.empty(batch, k, dtype=torch.float32)
-    chosen = torch.empty(batch, dtype=torch.int32)
-    threads = max(1, min(batch, torch.get_num_threads()))
-    scratch = workspace(_core.fuse_workspace(packed[0][4], k, main.rows.anchors, threads), device)
+    fused = torch.empty(batch, k, dtype=torch.float32, device=device)
+    chosen = torch.empty(batch, dtype=torch.int32, device=device)
+    scratch = workspace(_core.fuse_workspace(packed[0][4], batch, k, main.rows.anchors, backend), device)
     _core.fuse(
         packed,
         weights.data_ptr(),
@@ -83,6 +82,6 @@ def fuse(
         fused.data_ptr(),
         chosen.data_ptr(),
         scratch.data_ptr(),
-        threads,
+        backend,
     )
     return fused, chosen

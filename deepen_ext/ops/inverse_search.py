@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from deepen_ext import _core
-from deepen_ext.ops.checks import check_cpu, check_tensor, workspace
+from deepen_ext.ops.checks import backend_of, check_tensor, workspace
 from deepen_ext.ops.rows import Rows
 
 
@@ -37,7 +37,7 @@ def inverse_search(
         float32 [B, K], the new logits.
     """
     check_tensor("logits", logits, shape=[None, None], dtype=torch.float32)
-    check_cpu("inverse_search", logits.device)
+    backend = backend_of("inverse_search", logits)
     batch, candidates = logits.shape
     device = logits.device
     check_tensor("ids", ids, shape=[batch, candidates], dtype=torch.int32, device=device)
@@ -46,8 +46,9 @@ def inverse_search(
     rows.check("rows", device)
     found = torch.empty_like(logits)
     packed = rows.pack()
-    threads = max(1, min(batch, torch.get_num_threads()))
-    scratch = workspace(_core.inverse_search_workspace(packed, candidates, rows.anchors, threads), device)
+    scratch = workspace(
+        _core.inverse_search_workspace(packed, batch, candidates, rows.anchors, backend), device
+    )
     _core.inverse_search(
         logits.data_ptr(),
         ids.data_ptr(),
@@ -61,6 +62,6 @@ def inverse_search(
         steps,
         found.data_ptr(),
         scratch.data_ptr(),
-        threads,
+        backend,
     )
     return found

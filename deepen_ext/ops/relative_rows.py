@@ -6,7 +6,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, check_cpu, check_tensor, workspace
+from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
 
 
 def relative_rows(
@@ -40,7 +40,7 @@ def relative_rows(
         [N].
     """
     check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
-    check_cpu("relative_rows", embedding.device)
+    backend = backend_of("relative_rows", embedding)
     vocab, dim = embedding.shape
     device = embedding.device
     check_tensor("tokens", tokens, shape=[None], dtype=torch.int64, device=device)
@@ -53,12 +53,11 @@ def relative_rows(
         check_tensor("mean", mean, shape=[dim], dtype=torch.float32, device=device)
     if not 1 <= entries <= anchors:
         raise InputError(f"entries is {entries}; choose 1 to the number of anchors, {anchors}")
-    columns = torch.empty(count, entries, dtype=torch.int32)
-    values = torch.empty(count, entries, dtype=torch.float32)
-    rest = torch.empty(count, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    size = _core.relative_rows_workspace(dim, anchors, entries, count, threads)
-    scratch = workspace(size, device)
+    columns = torch.empty(count, entries, dtype=torch.int32, device=device)
+    values = torch.empty(count, entries, dtype=torch.float32, device=device)
+    rest = torch.empty(count, dtype=torch.float32, device=device)
+    status = torch.empty(count, dtype=torch.int32, device=device)
+    scratch = workspace(_core.relative_rows_workspace(dim, anchors, entries, count, backend), device)
     _core.relative_rows(
         embedding.data_ptr(),
         FLOAT_CODES[embedding.dtype],
@@ -76,7 +75,12 @@ def relative_rows(
         columns.data_ptr(),
         values.data_ptr(),
         rest.data_ptr(),
+        status.data_ptr(),
         scratch.data_ptr(),
-        threads,
+        backend,
     )
+    # Rows are computed when a map is filled, never inside a decoding step: waiting here is no loss.
+    for token, code in zip(tokens.tolist(), status.tolist(), strict=True):
+        if code:
+            raise InputError(f"the embedding of token {token} or of an anchor has NaN or infinite entries")
     return columns, values, rest

@@ -8,7 +8,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, check_cpu, check_tensor, workspace
+from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
 
 _ROW_STATUS = {1: "NaN or +inf among its logits", 2: "nothing but -inf among its logits"}
 
@@ -19,6 +19,13 @@ class TopK(NamedTuple):
     ids: torch.Tensor  # int32 [B, k]
     probs: torch.Tensor  # float32 [B, k], of the full softmax
     tail: torch.Tensor  # float32 [B], what the other tokens have together
+    status: torch.Tensor  # int32 [B], 0 where the row has a softmax
+
+    def check(self, name: str) -> None:
+        """Raise InputError for a row that has no softmax. On CUDA this waits for the device."""
+        for row, code in enumerate(self.status.tolist()):
+            if code:
+                raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
 
 
 def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
@@ -32,33 +39,36 @@ def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
         name: what to call the logits in an error.
 
     Raises:
-        InputError: wrong shape, dtype, device or k; a row with NaN, +inf or nothing but -inf.
+        InputError: wrong shape, dtype, device or k; on the CPU also a row with NaN, +inf or nothing but
+            -inf. On CUDA nothing waits for the device: call `.check(name)` on the result when you read from
+            it anyway.
     """
     check_tensor(name, logits, shape=[None, None], dtype=tuple(FLOAT_CODES))
-    check_cpu("topk_softmax", logits.device)
+    backend = backend_of("topk_softmax", logits)
     batch, vocab = logits.shape
     if not 1 <= k <= vocab:
         raise InputError(f"k is {k}; choose 1 to the vocabulary's {vocab}")
-    ids = torch.empty(batch, k, dtype=torch.int32)
-    probs = torch.empty(batch, k, dtype=torch.float32)
-    tail = torch.empty(batch, dtype=torch.float32)
-    status = torch.empty(batch, dtype=torch.int32)
-    threads = max(1, min(batch, torch.get_num_threads()))
-    scratch = workspace(_core.topk_softmax_workspace(vocab, k, threads), logits.device)
+    device = logits.device
+    found = TopK(
+        ids=torch.empty(batch, k, dtype=torch.int32, device=device),
+        probs=torch.empty(batch, k, dtype=torch.float32, device=device),
+        tail=torch.empty(batch, dtype=torch.float32, device=device),
+        status=torch.empty(batch, dtype=torch.int32, device=device),
+    )
+    scratch = workspace(_core.topk_softmax_workspace(batch, vocab, k, backend), device)
     _core.topk_softmax(
         logits.data_ptr(),
         FLOAT_CODES[logits.dtype],
         batch,
         vocab,
         k,
-        ids.data_ptr(),
-        probs.data_ptr(),
-        tail.data_ptr(),
-        status.data_ptr(),
+        found.ids.data_ptr(),
+        found.probs.data_ptr(),
+        found.tail.data_ptr(),
+        found.status.data_ptr(),
         scratch.data_ptr(),
-        threads,
+        backend,
     )
-    for row, code in enumerate(status.tolist()):
-        if code:
-            raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
-    return TopK(ids, probs, tail)
+    if device.type == "cpu":
+        found.check(name)
+    return found

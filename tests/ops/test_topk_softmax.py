@@ -21,7 +21,7 @@ def expected(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def assert_topk(logits: torch.Tensor, k: int) -> None:
-    ids, probs, tail = topk_softmax(logits, k)
+    ids, probs, tail, _ = topk_softmax(logits, k)
     want_ids, want_probs, want_tail = expected(logits, k)
     assert torch.equal(ids, want_ids)
     torch.testing.assert_close(probs, want_probs, rtol=2e-6, atol=1e-9)
@@ -69,7 +69,7 @@ def test_minus_infinity_is_probability_zero():
     logits = torch.full((2, 6000), float("-inf"))
     logits[0, 4321] = 3.0
     logits[1, [5, 5999]] = torch.tensor([1.0, 2.0])
-    ids, probs, tail = topk_softmax(logits, 4)
+    ids, probs, tail, _ = topk_softmax(logits, 4)
     assert ids[0].tolist() == [4321, 0, 1, 2]
     assert probs[0].tolist() == [1, 0, 0, 0]
     assert ids[1].tolist() == [5999, 5, 0, 1]
@@ -107,7 +107,7 @@ def test_half_precision_values_are_exact():
 
 
 def test_empty_batch():
-    ids, probs, tail = topk_softmax(torch.empty(0, 100), 5)
+    ids, probs, tail, _ = topk_softmax(torch.empty(0, 100), 5)
     assert ids.shape == probs.shape == (0, 5)
     assert tail.shape == (0,)
 
@@ -150,10 +150,12 @@ def test_writes_stay_inside_the_outputs():
     probs = torch.full((batch * k + 2 * fence,), -77.0)
     tail = torch.full((batch + 2 * fence,), -77.0)
     status = torch.full((batch + 2 * fence,), -77, dtype=torch.int32)
-    size = _core.topk_softmax_workspace(vocab, k, 2)
+    size = _core.topk_softmax_workspace(batch, vocab, k, (2, -1, 0))
     workspace = torch.full((size + 2 * 64,), 0xA5, dtype=torch.uint8)
     addresses = [one[fence:].data_ptr() for one in (ids, probs, tail, status)]
-    _core.topk_softmax(logits.data_ptr(), 0, batch, vocab, k, *addresses, workspace[64:].data_ptr(), 2)
+    _core.topk_softmax(
+        logits.data_ptr(), 0, batch, vocab, k, *addresses, workspace[64:].data_ptr(), (2, -1, 0)
+    )
     for buffer in (ids, probs, tail, status):
         assert (buffer[:fence] == -77).all()
         assert (buffer[-fence:] == -77).all()
