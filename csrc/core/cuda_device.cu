@@ -1,6 +1,6 @@
-#include <cuda_runtime.h>
-
 #include "core/cuda_device.h"
+
+#include "core/cuda.h"
 
 namespace deepen {
 
@@ -11,5 +11,31 @@ int cuda_device_count() {
   // A machine without a driver is no error here: the caller asks precisely to find that out.
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error) {
+  throw CudaError(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + ", from " + call +
+                  " [" + file + ":" + std::to_string(line) + "]");
+}
+
+DeviceGuard::DeviceGuard(int device) {
+  DEEPEN_CUDA_CHECK(cudaGetDevice(&previous_));
+  if (previous_ == device) return;
+  DEEPEN_CUDA_CHECK(cudaSetDevice(device));
+  switched_ = true;
+}
+
+// The device was current before, so this fails only after an error that the next call reports.
+DeviceGuard::~DeviceGuard() {
+  if (switched_) cudaSetDevice(previous_);
+}
+
+static int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  DEEPEN_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+int max_shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 }  // namespace deepen

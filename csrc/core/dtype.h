@@ -1,8 +1,10 @@
-// Element types that cross the boundary, and their conversion to float on the host.
+// Element types that cross the boundary, and their conversion to and from float.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "core/host_device.h"
 
 namespace deepen {
 
@@ -16,20 +18,22 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-static inline float bits_to_float(uint32_t bits) {
+static inline DEEPEN_HOST_DEVICE float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-static inline uint32_t float_to_bits(float value) {
+static inline DEEPEN_HOST_DEVICE uint32_t float_to_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float to_float(float value) { return value; }
-static inline float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
-static inline float to_float(Half value) {
+static inline DEEPEN_HOST_DEVICE float to_float(float value) { return value; }
+static inline DEEPEN_HOST_DEVICE float to_float(BFloat16 value) {
+  return bits_to_float(uint32_t(value.bits) << 16);
+}
+static inline DEEPEN_HOST_DEVICE float to_float(Half value) {
   const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
   const uint32_t rest = uint32_t(value.bits & 0x7fffu) << 13;
   if (rest >= 0x0f800000u) return bits_to_float(sign | (rest + 0x70000000u));  // inf and NaN
@@ -38,8 +42,8 @@ static inline float to_float(Half value) {
 }
 
 // Rounds to nearest, ties to even.
-static inline void from_float(float value, float* out) { *out = value; }
-static inline void from_float(float value, BFloat16* out) {
+static inline DEEPEN_HOST_DEVICE void from_float(float value, float* out) { *out = value; }
+static inline DEEPEN_HOST_DEVICE void from_float(float value, BFloat16* out) {
   const uint32_t bits = float_to_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     out->bits = uint16_t((bits >> 16) | 0x40u);
@@ -47,7 +51,7 @@ static inline void from_float(float value, BFloat16* out) {
   }
   out->bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
-static inline void from_float(float value, Half* out) {
+static inline DEEPEN_HOST_DEVICE void from_float(float value, Half* out) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

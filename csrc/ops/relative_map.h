@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
+
 namespace deepen {
 
 struct RelativeRows {
@@ -17,9 +19,9 @@ struct RelativeRows {
   int64_t entries;
 };
 
-static inline bool is_dense(const RelativeRows& rows) { return rows.columns == nullptr; }
+static inline DEEPEN_HOST_DEVICE bool is_dense(const RelativeRows& rows) { return rows.columns == nullptr; }
 
-static inline int64_t row_length(const RelativeRows& rows, int64_t token) {
+static inline DEEPEN_HOST_DEVICE int64_t row_length(const RelativeRows& rows, int64_t token) {
   const int32_t* columns = rows.columns + token * rows.entries;
   int64_t length = 0;
   while (length < rows.entries && columns[length] >= 0) ++length;
@@ -27,7 +29,8 @@ static inline int64_t row_length(const RelativeRows& rows, int64_t token) {
 }
 
 // What each anchor the row does not name gets: u_t = rest_t / (|A| - entries of t).
-static inline float uniform_share(const RelativeRows& rows, int64_t token, int64_t length, int64_t anchors) {
+static inline DEEPEN_HOST_DEVICE float uniform_share(const RelativeRows& rows, int64_t token, int64_t length,
+                                                     int64_t anchors) {
   return length < anchors ? rows.rest[token] / float(anchors - length) : 0.0f;
 }
 

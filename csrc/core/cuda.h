@@ -1,0 +1,83 @@
+// What kernel sources (.cu) use of CUDA, and nothing else of it. nvcc compiles them against <cuda_runtime.h>;
+// a host compiler with DEEPEN_EMULATE compiles the same sources against tests/emulator/emulator.h, which
+// gives the same names a fiber for each CUDA thread.
+//
+//   DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, args...)
+//     launches and checks for a launch error (CudaError); a template instance goes in parentheses
+//   DEEPEN_SHARED(type, name)                the block's dynamic shared memory as `type* name`, 16-byte
+//   aligned,
+//                                            one per kernel
+//   DEEPEN_STATIC_SHARED(type, name, count)  `__shared__ type name[count]`
+//   DEEPEN_CUDA_CHECK(call)                  throws CudaError with the place, the call and CUDA's own text
+//   DeviceGuard                              makes a device current, and the previous one again at its end
+//   max_shared_bytes(device)                 the most shared memory a block may have there
+//   multiprocessors(device)
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#ifdef DEEPEN_EMULATE
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace deepen {
+
+struct CudaError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error);
+
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+  bool switched_ = false;
+};
+
+int max_shared_bytes(int device);
+int multiprocessors(int device);
+
+// Above this a kernel must be told before its launch.
+constexpr size_t kSharedBytesByDefault = 48 * 1024;
+
+}  // namespace deepen
+
+#define DEEPEN_CUDA_CHECK(call)                                                                           \
+  do {                                                                                                    \
+    const cudaError_t deepen_error = (call);                                                              \
+    if (deepen_error != cudaSuccess) ::deepen::throw_cuda_error(__FILE__, __LINE__, #call, deepen_error); \
+  } while (0)
+
+#ifndef DEEPEN_EMULATE
+
+#define DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                                \
+  do {                                                                                                       \
+    auto* const deepen_kernel = kernel;                                                                      \
+    const size_t deepen_shared_bytes = (dynamic_shared_bytes);                                               \
+    if (deepen_shared_bytes > ::deepen::kSharedBytesByDefault) {                                             \
+      DEEPEN_CUDA_CHECK(cudaFuncSetAttribute(deepen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,     \
+                                             int(deepen_shared_bytes)));                                     \
+    }                                                                                                        \
+    deepen_kernel<<<(grid), (block), deepen_shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    const cudaError_t deepen_launched = cudaGetLastError();                                                  \
+    if (deepen_launched != cudaSuccess) {                                                                    \
+      ::deepen::throw_cuda_error(__FILE__, __LINE__, "launch of " #kernel, deepen_launched);                 \
+    }                                                                                                        \
+  } while (0)
+
+#define DEEPEN_SHARED(type, name)                                        \
+  extern __shared__ __align__(16) unsigned char deepen_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(deepen_dynamic_shared)
+
+#define DEEPEN_STATIC_SHARED(type, name, count) __shared__ type name[count]
+
+#endif
