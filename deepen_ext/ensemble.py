@@ -16,7 +16,8 @@ from deepen_ext.errors import DeepenError, InputError
 from deepen_ext.fusion import Fuser, check_weights
 from deepen_ext.generation import FinishReason, Generation, Timings
 from deepen_ext.member import Member, MemberSession
-from deepen_ext.models import Progress, load_member
+from deepen_ext.models import Progress, find_device, load_member
+from deepen_ext.ops.checks import check_built_for
 from deepen_ext.relative_map import RelativeMap
 from deepen_ext.row_sources import DEFAULT_ENTRIES, PrefixRows, Recipe, RowSource, SimilarityRows
 from deepen_ext.sampler import Sampler
@@ -59,19 +60,23 @@ class Ensemble:
             min_probability: less probable tokens are not worth a row (see `Fuser`).
             cache: keep computed rows on disk, and use those of earlier runs.
 
+        On CUDA all rows are computed here, so that no step ever waits for the device.
+
         Raises:
-            InputError: fewer than two members, fewer than 100 shared anchors, or a setting out of range.
+            InputError: fewer than two members, fewer than 100 shared anchors, a setting out of range, members
+                on different devices, or on CUDA with a build that has no CUDA part.
         """
         if len(members) < 2:
             raise InputError(f"an ensemble needs two or more members, not {len(members)}")
         if recipe not in RECIPES:
             raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
-        for member in members:
-            if member.device.type != "cpu":
-                raise InputError(
-                    f"{member.name} is on {member.device}, but fusion has no kernel for it yet; "
-                    "use device='cpu'"
-                )
+        devices = {str(member.device): member.device for member in members}
+        if len(devices) > 1:
+            raise InputError(
+                "members are on " + " and ".join(devices) + "; fusion needs all of them on one device"
+            )
+        (self.device,) = devices.values()
+        check_built_for(self.device)
         self.members = list(members)
         self.names = _unique_names(member.name for member in members)
         self.recipe: Recipe = recipe
@@ -92,6 +97,10 @@ class Ensemble:
         self._rows_saved = [0] * len(self.maps)
         for relative, file in zip(self.maps, self._map_files, strict=False):
             _read_rows(relative, file)
+        if self.device.type == "cuda":
+            for relative in self.maps:
+                relative.fill()
+            self.save_rows()
 
     @classmethod
     def from_pretrained(
@@ -108,12 +117,13 @@ class Ensemble:
         Args:
             members: hub names, local folders or `.gguf` files, the main model first.
             dtype: of all members' weights: "float32", "float16" or "bfloat16".
-            device: where the models go.
+            device: where the models and the fusion go: "cpu", "cuda" or "cuda:1".
             progress: called with a line of text as each stage starts.
             settings: everything else `Ensemble(...)` takes: weights, recipe, learning_rate, ...
 
         Raises:
-            InputError: fewer than two members, an unknown path, or a setting out of range.
+            InputError: fewer than two members, an unknown path, a setting out of range, or a CUDA
+                device that is not there or that this build has no kernels for.
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
         if len(members) < 2:
@@ -122,7 +132,9 @@ class Ensemble:
             )
         if settings.get("weights") is not None:
             check_weights(settings["weights"], len(members))  # before minutes of loading
-        loaded = [load_member(name, dtype=dtype, device=device, progress=progress) for name in members]
+        where = find_device(device)
+        check_built_for(where)
+        loaded = [load_member(name, dtype=dtype, device=where, progress=progress) for name in members]
         if progress is not None:
             progress("Matching vocabularies")
         return cls(loaded, **settings)
@@ -160,7 +172,9 @@ class Ensemble:
             InputError: empty prompt, setting out of range, or a prompt that with its new tokens exceeds some
                 member's context; a member that gives NaN.
         """
-        sampler = Sampler(do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed)
+        sampler = Sampler(
+            do_sample=do_sample, temperature=temperature, top_p=top_p, seed=seed, device=self.device
+        )
         stops = _stop_list(stop_strings)
         if not isinstance(prompt, str) or not prompt:
             raise InputError("the prompt is empty; give some text to continue")
@@ -265,9 +279,9 @@ class _Run:
         fused = self.ensemble._fuser.step(logits, self.ensemble.weights)
         ended = perf_counter()
         self.timings.fusion_ms += (ended - began) * 1e3
-        token = int(sampler(fused))
+        (token,), (main_choice,) = fused.read(sampler(fused))
         self.timings.sampling_ms += (perf_counter() - ended) * 1e3
-        self.changed += token != int(fused.main_choice)
+        self.changed += token != main_choice
         self.main_ids.append(token)
         return token
 
@@ -298,7 +312,7 @@ def _row_sources(
         if temperature is not None:
             raise InputError("the bytes recipe has no temperature; leave relative_temperature out")
         prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
-        return [PrefixRows(anchors, prefixes, i) for i in range(len(members))]
+        return [PrefixRows(anchors, prefixes, i, device=member.device) for i, member in enumerate(members)]
     similarity = [
         SimilarityRows(member.embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
         for member, ids in zip(members, anchors.token_ids, strict=True)

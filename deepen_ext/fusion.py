@@ -10,7 +10,10 @@ import torch
 
 from deepen_ext import ops
 from deepen_ext.errors import InputError
+from deepen_ext.ops.topk_softmax import check_status
 from deepen_ext.relative_map import RelativeMap
+
+_SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
 
 
 def fuse_logits(
@@ -45,7 +48,8 @@ def fuse_logits(
 
     Raises:
         InputError: settings out of range; shapes, dtypes or devices that do not fit; NaN in some member's
-            logits.
+            logits. On CUDA nothing waits for the device, so NaN raises nothing and gives that row unspecified
+            logits: `Fuser.step(...).check()` tells.
     """
     fuser = Fuser(maps, learning_rate=learning_rate, steps=steps, candidates=candidates)
     return fuser.step(logits, check_weights(weights, len(maps))).logits
@@ -74,6 +78,28 @@ class FusedStep:
     logits: torch.Tensor  # [B, V_main], the main model's new logits
     chosen: torch.Tensor  # int32 [B], their argmax
     main_choice: torch.Tensor  # int32 [B], the argmax of the main model's own logits
+    status: tuple[tuple[str, torch.Tensor], ...] = ()  # of each member that took part: name, int32 [B]
+
+    def check(self) -> None:
+        """Raise InputError where a member's row has no softmax. On CUDA this waits for the device."""
+        for name, status in self.status:
+            check_status(name, status.tolist())
+
+    def read(self, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The sampled tokens (an integer dtype, [B]) and the main model's own choices, on the host.
+
+        With what `check` looks at this is one copy from the device, the only one of a step.
+
+        Raises:
+            InputError: see `check`.
+        """
+        if tokens.device.type == "cpu":  # the top-k operation has looked at the status
+            return tokens.tolist(), self.main_choice.tolist()
+        parts = [tokens.int(), self.main_choice, *(status for _, status in self.status)]
+        chosen, main, *codes = torch.stack(parts).tolist()
+        for (name, _), code in zip(self.status, codes, strict=True):
+            check_status(name, code)
+        return chosen, main
 
 
 class Fuser:
@@ -82,6 +108,10 @@ class Fuser:
     A token whose probability is below `min_probability` is not worth its row: it counts as part of its
     member's tail, and is no candidate. Whether a row happens to be known already never matters, so results do
     not depend on what is cached.
+
+    On CUDA a step is launches alone: it never waits for the device, reads nothing back, and after a first
+    step copies nothing there, so that a CUDA graph can capture it. Missing rows are all computed by the first
+    step (or before, by `RelativeMap.fill`).
     """
 
     def __init__(
@@ -114,12 +144,19 @@ class Fuser:
         anchors = {one.anchors for one in maps}
         if len(anchors) > 1:
             raise InputError(f"the relative maps have {sorted(anchors)} anchors; all must have the same ones")
+        devices = {str(one.device) for one in maps}
+        if len(devices) > 1:
+            raise InputError(
+                f"the relative maps are on {' and '.join(sorted(devices))}; "
+                "move them to one device with .to()"
+            )
         self.maps = list(maps)
         self.learning_rate = learning_rate
         self.steps = steps
         self.candidates = candidates
         self.min_probability = min_probability
         self.names = list(names) if names is not None else [f"member {i}" for i in range(len(maps))]
+        self._shares: dict[tuple[object, ...], torch.Tensor] = {}
 
     def step(self, logits: Sequence[torch.Tensor | None], weights: Sequence[float]) -> FusedStep:
         """Fuse B rows.
@@ -142,9 +179,12 @@ class Fuser:
         total = sum(weights[i] for i in present)
         members = [self._member(i, logits[i], logits[0]) for i in present]
         main_choice = members[0].topk.ids[:, 0]
+        status = tuple(
+            (f"logits of {self.names[i]}", member.topk.status)
+            for i, member in zip(present, members, strict=True)
+        )
         if len(present) == 1 < len(logits) or total == 0:
-            return FusedStep(logits[0], main_choice, main_choice)
-        share = torch.tensor([[weights[i] / total for i in present]], dtype=torch.float32)
+            return FusedStep(logits[0], main_choice, main_choice, status)
         # A plain copy: logits made under inference_mode could not be written to outside it.
         fused = torch.empty_like(logits[0], requires_grad=False)
         with torch.no_grad():
@@ -152,12 +192,24 @@ class Fuser:
         _, chosen = ops.fuse(
             fused,
             members,
-            share.expand(len(fused), -1).contiguous(),
+            self._share([weights[i] / total for i in present], fused),
             learning_rate=self.learning_rate,
             steps=self.steps,
             min_probability=self.min_probability,
         )
-        return FusedStep(fused, chosen, main_choice)
+        return FusedStep(fused, chosen, main_choice, status)
+
+    def _share(self, weights: list[float], logits: torch.Tensor) -> torch.Tensor:
+        """The weights for each row, float32 [B, n], where the logits are; made once, since a copy to a device
+        waits for it. A CUDA graph of the step reads this tensor: it must not outlive the Fuser."""
+        key = (*weights, len(logits), logits.device)
+        found = self._shares.get(key)
+        if found is None:
+            if len(self._shares) >= _SHARES_KEPT:
+                self._shares.clear()
+            found = torch.tensor([weights], dtype=torch.float32).repeat(len(logits), 1).to(logits.device)
+            self._shares[key] = found
+        return found
 
     def _member(self, i: int, logits: torch.Tensor | None, main: torch.Tensor) -> ops.FuseInput:
         assert logits is not None
@@ -169,7 +221,9 @@ class Fuser:
                 "as many tokens as its relative map has"
             )
         topk = ops.topk_softmax(logits, min(self.candidates, relative.vocab_size), name=name)
-        if relative.is_dense:
+        if relative.device.type == "cuda":
+            relative.fill()
+        if relative.is_complete:
             return ops.FuseInput(topk, relative.rows)
         # The most probable token always counts (the fuse operation keeps at least one).
         needed = topk.probs >= self.min_probability

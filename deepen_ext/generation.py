@@ -12,7 +12,8 @@ FinishReason = Literal["eos", "length", "stop_string", "context"]
 class Timings:
     """Where the time of one generation went, in milliseconds of wall clock; `steps` tokens were made.
 
-    The first step reads the prompt: its share is in `prompt_ms` and in nothing else.
+    The first step reads the prompt: its share is in `prompt_ms` and in nothing else. On CUDA work is only
+    queued until the token is read: what the device takes for members and fusion shows in `sampling_ms`.
     """
 
     steps: int = 0

@@ -15,7 +15,7 @@ from deepen_ext.member import Member
 from deepen_ext.quiet import quiet
 from deepen_ext.text import Vocabulary
 
-__all__ = ["DTYPES", "Progress", "convert_gguf", "load_member", "resolve"]
+__all__ = ["DTYPES", "Progress", "convert_gguf", "find_device", "load_member", "resolve"]
 
 Progress = Callable[[str], None]
 
@@ -84,7 +84,7 @@ def load_member(
         ModelError: the model cannot be loaded, or its tokenizer fails the byte round trip.
     """
     torch_dtype = _dtype(dtype)
-    torch_device = _device(device)
+    torch_device = find_device(device)
     target = resolve(name_or_path, progress)
     name = target.name if isinstance(target, Path) else target
     if progress is not None:
@@ -130,7 +130,12 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _device(device: str | torch.device) -> torch.device:
+def find_device(device: str | torch.device) -> torch.device:
+    """The device as tensors name it: with its index where it is CUDA.
+
+    Raises:
+        InputError: no such device, or a CUDA device that torch does not see.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -141,6 +146,8 @@ def _device(device: str | torch.device) -> torch.device:
         raise InputError(
             f"device {found}: torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu'"
         )
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return found
 
 

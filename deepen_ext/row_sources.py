@@ -33,14 +33,15 @@ class SparseRows(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Computes relative rows."""
+    """Computes relative rows, on its device."""
 
     vocab_size: int
     anchors: int
     entries: int
+    device: torch.device
 
     def compute(self, tokens: torch.Tensor) -> SparseRows:
-        """Rows of these tokens (int64 [N])."""
+        """Rows of these tokens (int64 [N], on any device)."""
 
     def fingerprint(self) -> str:
         """sha256 over everything the rows depend on."""
@@ -85,6 +86,7 @@ class SimilarityRows:
         if int(anchor_ids.min()) < 0 or int(anchor_ids.max()) >= len(embedding):
             raise InputError(f"anchor_ids lie outside the embedding's {len(embedding)} rows")
         self.embedding = embedding.detach()
+        self.device = embedding.device
         self.anchor_ids = anchor_ids.to(device=embedding.device, dtype=torch.int64).contiguous()
         self.recipe = recipe
         self.temperature = float(temperature)
@@ -112,10 +114,10 @@ class SimilarityRows:
         return torch.where(norm > 0, 1 / norm, 0.0)
 
     def compute(self, tokens: torch.Tensor) -> SparseRows:
-        """Rows of these tokens (int64 [N])."""
+        """Rows of these tokens (int64 [N], on any device), where the embedding is."""
         return SparseRows(
             *ops.relative_rows(
-                tokens,
+                tokens.to(self.device),
                 self.embedding,
                 self.anchor_ids,
                 self._inverse_norm,
@@ -143,10 +145,18 @@ class PrefixRows:
     similarity row. Without (the bytes recipe), an anchor stands for itself alone and a token that begins with
     no anchor says nothing: its mass is spread over all anchors. EOS tokens stand for the EOS anchor in both,
     whatever their embedding.
+
+    The bytes are looked at on the host; the rows come out on `device`, the similarity rows' own where there
+    are any.
     """
 
     def __init__(
-        self, anchors: Anchors, prefixes: PrefixColumns, member: int, similarity: SimilarityRows | None = None
+        self,
+        anchors: Anchors,
+        prefixes: PrefixColumns,
+        member: int,
+        similarity: SimilarityRows | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         self._columns = anchors.columns[member]
         self._eos_column = anchors.eos_column
@@ -154,27 +164,32 @@ class PrefixRows:
         self._prefixes = prefixes
         self._member = member
         self._similarity = similarity
+        self.device = torch.device(device) if similarity is None else similarity.device
         self.vocab_size = len(self._columns)
         self.anchors = len(anchors)
         self.entries = 1 if similarity is None else similarity.entries
 
     def compute(self, tokens: torch.Tensor) -> SparseRows:
-        """Rows of these tokens (int64 [N])."""
+        """Rows of these tokens (int64 [N], on any device)."""
+        tokens = tokens.cpu()
         own = self._columns[tokens]
         standing_for = own.clone()
-        for n in torch.nonzero(own < 0).flatten().tolist():
-            standing_for[n] = self._prefixes.column(self._member, int(tokens[n]))
+        others = torch.nonzero(own < 0).flatten()
+        for n, token in zip(others.tolist(), tokens[others].tolist(), strict=True):
+            standing_for[n] = self._prefixes.column(self._member, token)
 
         count = len(tokens)
-        columns = torch.full((count, self.entries), -1, dtype=torch.int32)
-        values = torch.zeros(count, self.entries, dtype=torch.float32)
-        columns[:, 0] = standing_for
-        values[:, 0] = (standing_for >= 0).float()
-        rest = (standing_for < 0).float()
+        columns = torch.full((count, self.entries), -1, dtype=torch.int32, device=self.device)
+        values = torch.zeros(count, self.entries, dtype=torch.float32, device=self.device)
+        named = standing_for.to(self.device)
+        columns[:, 0] = named
+        values[:, 0] = (named >= 0).float()
+        rest = (named < 0).float()
         if self._similarity is not None:
             by_similarity = (standing_for < 0) | ((own >= 0) & (own != self._eos_position()))
-            rows = self._similarity.compute(tokens[by_similarity])
-            columns[by_similarity], values[by_similarity], rest[by_similarity] = rows
+            which = torch.nonzero(by_similarity).flatten()
+            there = which.to(self.device)
+            columns[there], values[there], rest[there] = self._similarity.compute(tokens[which])
         return SparseRows(columns, values, rest)
 
     def _eos_position(self) -> int:

@@ -19,8 +19,9 @@ class Sampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        """Check the settings.
+        """Check the settings; `device` is the logits', and each has its own sequence for a seed.
 
         Raises:
             InputError: temperature not above 0 or top_p not in (0, 1].
@@ -35,7 +36,7 @@ class Sampler:
         self._warpers = LogitsProcessorList()
         if not do_sample:
             return
-        self._generator = torch.Generator()
+        self._generator = torch.Generator(device)
         if seed is None:
             self._generator.seed()
         else:
@@ -46,10 +47,14 @@ class Sampler:
             self._warpers.append(TopPLogitsWarper(top_p))
 
     def __call__(self, fused: FusedStep) -> torch.Tensor:
-        """One token id for each row, int64 [B]."""
+        """One token id for each row, int64 [B], where the logits are. Nothing waits for a CUDA device."""
         if self._generator is None:
             return fused.chosen.long()
         # The warpers here look at the scores alone; the token ids they take are for repetition penalties.
-        ids = torch.empty(len(fused.logits), 0, dtype=torch.long)
+        ids = torch.empty(len(fused.logits), 0, dtype=torch.long, device=fused.logits.device)
         scores = self._warpers(ids, fused.logits.float())  # type: ignore[arg-type]
-        return torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=self._generator).squeeze(1)
+        # What torch.multinomial computes for one draw, without its look at the probabilities: on CUDA that
+        # ends the whole process for a row of NaN, which the status of the step reports as an error instead.
+        probs = torch.softmax(scores, dim=-1)
+        noise = torch.empty_like(probs).exponential_(1, generator=self._generator)
+        return probs.div_(noise).argmax(dim=-1)

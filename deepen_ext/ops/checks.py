@@ -54,13 +54,20 @@ def backend_of(operation: str, tensor: torch.Tensor) -> tuple[int, int, int]:
         raise InputError(
             f"{operation} has no {device.type} kernel; move its tensors to the CPU or a CUDA device"
         )
-    if not _core.cuda_compiled():
-        raise InputError(
-            f"{operation} was called on {device}, but this build of deepen-ext has no CUDA part; install the "
-            "CUDA toolkit (nvcc) and build again with DEEPEN_CUDA=ON"
-        )
+    check_built_for(device)
     stream = torch.cuda.current_stream(device)
     return 1, stream.device_index, stream.cuda_stream
+
+
+def check_built_for(device: torch.device) -> None:
+    """Raise InputError for a CUDA device if this build has no CUDA part, for any other that is no CPU."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"the core has no {device.type} kernels; use the CPU or a CUDA device")
+    if device.type == "cuda" and not _core.cuda_compiled():
+        raise InputError(
+            f"asked to run on {device}, but this build of deepen-ext has no CUDA part; install the CUDA "
+            "toolkit (nvcc) and build again with DEEPEN_CUDA=ON, or use device='cpu'"
+        )
 
 
 def workspace(size: int, device: torch.device) -> torch.Tensor:

@@ -38,7 +38,52 @@ def relative_rows(
     Returns:
         columns int32 [N, m] and values float32 [N, m], sorted down, ties to the lower column; rest float32
         [N].
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, ids outside the embedding, or an embedding with
+            NaN or infinite entries. On CUDA this waits for the device: rows are computed when a map is
+            filled, never inside a decoding step.
     """
+    if embedding.device.type == "cuda":  # on the CPU the core looks at the ids
+        _check_ids("token", tokens, len(embedding))
+        _check_ids("anchor token", anchor_ids, len(embedding))
+    *rows, status = launch(
+        tokens,
+        embedding,
+        anchor_ids,
+        anchor_inverse_norm,
+        mean=mean,
+        temperature=temperature,
+        normalise=normalise,
+        entries=entries,
+    )
+    if bool(status.any()):
+        token = int(tokens[status.nonzero()[0, 0]])
+        raise InputError(f"the embedding of token {token} or of an anchor has NaN or infinite entries")
+    columns, values, rest = rows
+    return columns, values, rest
+
+
+def _check_ids(name: str, ids: torch.Tensor, vocab: int) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(torch.aminmax(ids)).tolist()
+    if low < 0 or high >= vocab:
+        raise InputError(f"{name} {low if low < 0 else high} is outside the embedding's {vocab} rows")
+
+
+def launch(
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    anchor_inverse_norm: torch.Tensor,
+    *,
+    mean: torch.Tensor | None,
+    temperature: float,
+    normalise: bool,
+    entries: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`relative_rows` without looking at the result: its three tensors, and status int32 [N]."""
     check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
     backend = backend_of("relative_rows", embedding)
     vocab, dim = embedding.shape
@@ -79,8 +124,4 @@ def relative_rows(
         scratch.data_ptr(),
         backend,
     )
-    # Rows are computed when a map is filled, never inside a decoding step: waiting here is no loss.
-    for token, code in zip(tokens.tolist(), status.tolist(), strict=True):
-        if code:
-            raise InputError(f"the embedding of token {token} or of an anchor has NaN or infinite entries")
-    return columns, values, rest
+    return columns, values, rest, status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,14 @@ class TopK(NamedTuple):
 
     def check(self, name: str) -> None:
         """Raise InputError for a row that has no softmax. On CUDA this waits for the device."""
-        for row, code in enumerate(self.status.tolist()):
-            if code:
-                raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
+        check_status(name, self.status.tolist())
+
+
+def check_status(name: str, status: Sequence[int]) -> None:
+    """Raise InputError for a row that has no softmax, by its status [B] on the host."""
+    for row, code in enumerate(status):
+        if code:
+            raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
 
 
 def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
@@ -43,6 +49,14 @@ def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
             -inf. On CUDA nothing waits for the device: call `.check(name)` on the result when you read from
             it anyway.
     """
+    found = launch(logits, k, name=name)
+    if logits.device.type == "cpu":
+        found.check(name)
+    return found
+
+
+def launch(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
+    """`topk_softmax` without looking at the status, on any device."""
     check_tensor(name, logits, shape=[None, None], dtype=tuple(FLOAT_CODES))
     backend = backend_of("topk_softmax", logits)
     batch, vocab = logits.shape
@@ -69,6 +83,4 @@ def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
         scratch.data_ptr(),
         backend,
     )
-    if device.type == "cpu":
-        found.check(name)
     return found

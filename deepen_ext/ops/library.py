@@ -1,0 +1,179 @@
+"""The operations as torch.library operators, `torch.ops.deepen_ext.*`.
+
+torch.compile traces them by their fake kernels, CUDA graphs capture their launches. Importing this module,
+which `deepen_ext.ops` does, registers them:
+
+    topk_softmax(logits, k) -> (ids, probs, tail, status)
+    relative_rows(tokens, embedding, anchor_ids, anchor_inverse_norm, mean, temperature, normalise, entries)
+        -> (columns, values, rest, status)
+    inverse_search(logits, ids, tail_logit, target, columns, values, rest, anchors, learning_rate, steps)
+        -> found
+    fuse(logits!, ids[], probs[], tails[], columns[], values[], rest[], anchors, weights, learning_rate,
+         steps, min_probability) -> (fused, chosen)
+
+Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry a member, and dense
+rows no `columns` and `rest`. They never wait for a device: a row that has no result is reported in `status`,
+on the CPU too, and raises nothing. None has a derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from deepen_ext.ops.fuse import FuseInput, fuse
+from deepen_ext.ops.inverse_search import inverse_search
+from deepen_ext.ops.relative_rows import launch as launch_relative_rows
+from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.topk_softmax import TopK
+from deepen_ext.ops.topk_softmax import launch as launch_topk_softmax
+
+_Tensors = Sequence[torch.Tensor]
+_Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = f"deepen_ext::{schema.partition('(')[0]}"
+    torch.library.define(name, schema[schema.index("(") :], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, ("cpu", "cuda"), kernel)
+    torch.library.register_fake(name, fake)
+
+
+def _topk_softmax(logits: torch.Tensor, k: int) -> _Four:
+    ids, probs, tail, status = launch_topk_softmax(logits, k)
+    return ids, probs, tail, status
+
+
+def _topk_softmax_fake(logits: torch.Tensor, k: int) -> _Four:
+    batch = logits.shape[0]
+    return (
+        logits.new_empty(batch, k, dtype=torch.int32),
+        logits.new_empty(batch, k, dtype=torch.float32),
+        logits.new_empty(batch, dtype=torch.float32),
+        logits.new_empty(batch, dtype=torch.int32),
+    )
+
+
+def _relative_rows(
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    anchor_inverse_norm: torch.Tensor,
+    mean: torch.Tensor | None,
+    temperature: float,
+    normalise: bool,
+    entries: int,
+) -> _Four:
+    return launch_relative_rows(
+        tokens,
+        embedding,
+        anchor_ids,
+        anchor_inverse_norm,
+        mean=mean,
+        temperature=temperature,
+        normalise=normalise,
+        entries=entries,
+    )
+
+
+def _relative_rows_fake(
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    anchor_inverse_norm: torch.Tensor,
+    mean: torch.Tensor | None,
+    temperature: float,
+    normalise: bool,
+    entries: int,
+) -> _Four:
+    count = tokens.shape[0]
+    return (
+        tokens.new_empty(count, entries, dtype=torch.int32),
+        tokens.new_empty(count, entries, dtype=torch.float32),
+        tokens.new_empty(count, dtype=torch.float32),
+        tokens.new_empty(count, dtype=torch.int32),
+    )
+
+
+def _inverse_search(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    tail_logit: torch.Tensor,
+    target: torch.Tensor,
+    columns: torch.Tensor | None,
+    values: torch.Tensor,
+    rest: torch.Tensor | None,
+    anchors: int,
+    learning_rate: float,
+    steps: int,
+) -> torch.Tensor:
+    rows = Rows(columns, values, rest, anchors)
+    return inverse_search(logits, ids, tail_logit, target, rows, learning_rate=learning_rate, steps=steps)
+
+
+def _inverse_search_fake(logits: torch.Tensor, *_: object) -> torch.Tensor:
+    return torch.empty_like(logits)
+
+
+def _fuse(
+    logits: torch.Tensor,
+    ids: _Tensors,
+    probs: _Tensors,
+    tails: _Tensors,
+    columns: _Tensors,
+    values: _Tensors,
+    rest: _Tensors,
+    anchors: int,
+    weights: torch.Tensor,
+    learning_rate: float,
+    steps: int,
+    min_probability: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    members = []
+    for i, top in enumerate(zip(ids, probs, tails, strict=True)):
+        rows = Rows(columns[i] if columns else None, values[i], rest[i] if rest else None, anchors)
+        members.append(FuseInput(TopK(*top, status=top[0]), rows))  # nobody looks at the status here
+    return fuse(
+        logits,
+        members,
+        weights,
+        learning_rate=learning_rate,
+        steps=steps,
+        min_probability=min_probability,
+    )
+
+
+def _fuse_fake(logits: torch.Tensor, ids: _Tensors, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(ids[0], dtype=torch.float32),
+        logits.new_empty(logits.shape[0], dtype=torch.int32),
+    )
+
+
+_register(
+    "topk_softmax(Tensor logits, SymInt k) -> (Tensor ids, Tensor probs, Tensor tail, Tensor status)",
+    _topk_softmax,
+    _topk_softmax_fake,
+)
+_register(
+    "relative_rows(Tensor tokens, Tensor embedding, Tensor anchor_ids, Tensor anchor_inverse_norm, "
+    "Tensor? mean, float temperature, bool normalise, SymInt entries)"
+    " -> (Tensor columns, Tensor values, Tensor rest, Tensor status)",
+    _relative_rows,
+    _relative_rows_fake,
+)
+_register(
+    "inverse_search(Tensor logits, Tensor ids, Tensor tail_logit, Tensor target, Tensor? columns, "
+    "Tensor values, Tensor? rest, SymInt anchors, float learning_rate, int steps) -> Tensor",
+    _inverse_search,
+    _inverse_search_fake,
+)
+_register(
+    "fuse(Tensor(a!) logits, Tensor[] ids, Tensor[] probs, Tensor[] tails, Tensor[] columns, "
+    "Tensor[] values, Tensor[] rest, SymInt anchors, Tensor weights, float learning_rate, int steps, "
+    "float min_probability) -> (Tensor fused, Tensor chosen)",
+    _fuse,
+    _fuse_fake,
+)
