@@ -20,6 +20,12 @@ struct Plus {
 struct Larger {  // of numbers; a NaN is no number
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
+struct Smaller {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
 struct Either {
   template <class T>
   __device__ __forceinline__ T operator()(T a, T b) const {
