@@ -1,17 +1,59 @@
-"""Every test of an operation runs on every instruction set this processor has."""
+"""Every test of an operation runs on every instruction set this processor has; in a process that test_emulation.py
+starts, on the emulated CUDA kernels instead, in several orders of their threads."""
 
 from __future__ import annotations
 
+import sys
+
+import emulated
 import pytest
+import torch
 
 from deepen_ext import _core
+from deepen_ext.ops import checks
 
-_ALL = ("portable", "avx2", "avx512")
-_HERE = _ALL[: _ALL.index(_core.best_isa()) + 1]
+_ISAS = ("portable", "avx2", "avx512")
+_HERE = _ISAS[: _ISAS.index(_core.best_isa()) + 1]
 
 
-@pytest.fixture(params=_HERE, autouse=True)
-def isa(request):
-    _core.set_isa(request.param)
-    yield request.param
-    _core.set_isa(_core.best_isa())
+class Backend:
+    """What the operations of a test run on."""
+
+    def __init__(self, emulator: emulated.Emulator | None) -> None:
+        self.emulator = emulator
+        # (threads, device, stream) for the core. Emulated device memory is the host's.
+        self.packed = (2, -1, 0) if emulator is None else (1, 0, 0)
+
+    def size(self, full: int, small: int) -> int:
+        """`full`, or `small` where each CUDA thread is emulated and `full` would take many seconds."""
+        return full if self.emulator is None else small
+
+
+@pytest.fixture(
+    params=_HERE if emulated.EMULATOR is None else [f"seed{seed}" for seed in emulated.SEEDS], autouse=True
+)
+def backend(request, monkeypatch):
+    emulator = emulated.EMULATOR
+    if emulator is None:
+        _core.set_isa(request.param)
+        yield Backend(None)
+        _core.set_isa(_core.best_isa())
+        return
+    emulator.set_seed(int(request.param.removeprefix("seed")))
+    backend = Backend(emulator)
+    real = checks.backend_of
+
+    def backend_of(operation, tensor):
+        threads, device, stream = real(operation, tensor)
+        return backend.packed if device == -1 else (threads, device, stream)
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deepen_ext.") and getattr(module, "backend_of", None) is real:
+            monkeypatch.setattr(module, "backend_of", backend_of)
+    # What torch.empty gives (outputs and workspace) is then NaN, or the largest integer.
+    torch.use_deterministic_algorithms(True)
+    yield backend
+    torch.use_deterministic_algorithms(False)
+    emulated.LAUNCHED.update(line.split(" grid ")[0] for line in emulator.take_launches())
+    emulator.set_max_shared_bytes()
+    emulator.set_multiprocessors()

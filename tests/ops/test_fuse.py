@@ -68,6 +68,20 @@ def test_half_precision_logits_are_rounded_once(dtype):
     assert torch.equal(chosen.long(), main.float().argmax(dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_start_at_any_element(dtype):
+    maps = members(9)
+    logits = [random_logits(3, vocab, seed=i).to(dtype) for i, vocab in enumerate(VOCABS[:2])]
+    want, *_, inputs = run(logits, maps, [0.5, 0.5], candidates=40, learning_rate=0.2)
+    weights = torch.full((3, 2), 0.5)
+    for offset in (1, 3):
+        main = torch.zeros(offset + logits[0].numel(), dtype=dtype)[offset:].view_as(logits[0])
+        main.copy_(logits[0])
+        _, chosen = fuse(main, inputs, weights, learning_rate=0.2)
+        assert torch.equal(main, want)
+        assert torch.equal(chosen.long(), want.float().argmax(dim=1))
+
+
 def test_only_candidates_move():
     logits = [random_logits(2, vocab, seed=i) for i, vocab in enumerate(VOCABS[:2])]
     main, _, _, inputs = run(logits, members(9), [0.5, 0.5], candidates=20, learning_rate=0.2)

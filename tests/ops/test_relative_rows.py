@@ -54,6 +54,20 @@ def test_a_token_without_direction_is_uniform():
     torch.testing.assert_close(values, torch.full((1, 10), 0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 24, 33])
+def test_an_embedding_that_starts_at_any_element(dtype, dim):
+    embedding = random_embedding(60, dim, seed=dim).to(dtype)
+    anchor_ids = torch.arange(0, 60, 3)
+    want = SimilarityRows(embedding, anchor_ids, entries=4).compute(torch.arange(60))
+    moved = torch.zeros(1 + embedding.numel(), dtype=dtype)[1:].view_as(embedding)
+    moved.copy_(embedding)
+    for one, other in zip(
+        SimilarityRows(moved, anchor_ids, entries=4).compute(torch.arange(60)), want, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 def test_no_tokens():
     columns, values, rest = SimilarityRows(torch.randn(20, 4), torch.arange(6)).compute(
         torch.tensor([], dtype=torch.int64)
@@ -107,7 +121,9 @@ def _call(**changes):
         ({"temperature": float("nan")}, "temperature is nan"),
     ],
 )
-def test_bad_input(changes, message):
+def test_bad_input(changes, message, backend):
+    if backend.emulator is not None and "outside" in message:
+        pytest.skip("the kernel's caller looks at the ids: on CUDA the host reads nothing (tests/gpu)")
     with pytest.raises(InputError, match=message):
         _call(**changes)
 

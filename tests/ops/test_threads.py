@@ -11,13 +11,14 @@ from deepen_ext.ops import topk_softmax
 from deepen_ext.row_sources import SimilarityRows
 
 
-def test_other_threads_run_while_the_core_works():
-    source = SimilarityRows(random_embedding(20_000, 128, seed=0), torch.arange(20_000), entries=8)
+def test_other_threads_run_while_the_core_works(backend):
+    vocab, count = backend.size(20_000, 1000), backend.size(256, 64)
+    source = SimilarityRows(random_embedding(vocab, 128, seed=0), torch.arange(vocab), entries=8)
     begun, done = threading.Event(), threading.Event()
 
     def work():
         begun.set()
-        source.compute(torch.arange(256))
+        source.compute(torch.arange(count))
         done.set()
 
     worker = threading.Thread(target=work)

@@ -58,6 +58,16 @@ def test_zeros_of_both_signs_are_ties():
     assert topk_softmax(logits, 10).ids.tolist() == [list(range(10))]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (5003, 64), (8192, 1)])
+def test_logits_that_start_at_any_element(dtype, vocab, k):
+    """Vector loads need aligned addresses; logits that are a slice of something have none."""
+    for offset in range(1, 8):
+        logits = torch.zeros(offset + 3 * vocab, dtype=dtype)[offset:].view(3, vocab)
+        logits.copy_(random_logits(3, vocab, seed=vocab) if vocab > 6 else torch.randn(3, vocab))
+        assert_topk(logits, k)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling"])
 def test_sorted_logits(order):
     # Rising logits pass the running bar every time: the worst case for the candidate list.
@@ -142,7 +152,7 @@ def test_bad_input(logits, k, message):
         topk_softmax(logits, k)
 
 
-def test_writes_stay_inside_the_outputs():
+def test_writes_stay_inside_the_outputs(backend):
     """Poison around every buffer that the core writes to."""
     batch, vocab, k, fence = 3, 7001, 33, 16
     logits = random_logits(batch, vocab, seed=7)
@@ -150,11 +160,11 @@ def test_writes_stay_inside_the_outputs():
     probs = torch.full((batch * k + 2 * fence,), -77.0)
     tail = torch.full((batch + 2 * fence,), -77.0)
     status = torch.full((batch + 2 * fence,), -77, dtype=torch.int32)
-    size = _core.topk_softmax_workspace(batch, vocab, k, (2, -1, 0))
+    size = _core.topk_softmax_workspace(batch, vocab, k, backend.packed)
     workspace = torch.full((size + 2 * 64,), 0xA5, dtype=torch.uint8)
     addresses = [one[fence:].data_ptr() for one in (ids, probs, tail, status)]
     _core.topk_softmax(
-        logits.data_ptr(), 0, batch, vocab, k, *addresses, workspace[64:].data_ptr(), (2, -1, 0)
+        logits.data_ptr(), 0, batch, vocab, k, *addresses, workspace[64:].data_ptr(), backend.packed
     )
     for buffer in (ids, probs, tail, status):
         assert (buffer[:fence] == -77).all()

@@ -1,0 +1,149 @@
+"""The CUDA kernels on the host (tests/emulator): builds the module, and takes the core's place in a process of its own.
+
+    pytest -p emulated tests/ops    with `environment(core)`: the operations' tests on emulated kernels
+
+AddressSanitizer must be the first library of a process, hence the process of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
+SEEDS = (0, 1, 2)  # rising, falling and shuffled order of blocks and threads
+
+_CORE = "DEEPEN_EMULATED_CORE"  # the module to load in place of deepen_ext._core
+_REPORT = "DEEPEN_EMULATED_REPORT"  # where to write how often each kernel was launched
+
+
+def build() -> Path:
+    """The folder with the module and `emulator_self_test`, up to date."""
+    import pybind11
+
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    scripts = Path(sys.executable).parent
+    cmake, ninja = cmake or str(scripts / "cmake"), ninja or str(scripts / "ninja")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):
+        _run(
+            cmake,
+            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+            *("-DDEEPEN_CUDA=OFF", "-DDEEPEN_EMULATOR=ON"),
+        )
+        _run(cmake, "--build", str(BUILD), "--target", "emulated", "emulator_self_test")
+    return BUILD / "tests" / "emulator"
+
+
+def core_in(folder: Path) -> Path:
+    """The Python module in a folder."""
+    (core,) = folder.glob("_core*.so")
+    return core
+
+
+def with_another(source: Path, original: Path, folder: Path) -> Path:
+    """The module with one kernel source replaced, in `folder`: compiles and links as the build did."""
+    commands = json.loads((BUILD / "compile_commands.json").read_text())
+    (compile_,) = [
+        one for one in commands if one["file"] == str(original) and "emulated_kernels" in one["output"]
+    ]
+    old = BUILD / compile_["output"]
+    new = folder / "kernel.o"
+    words = compile_["command"].split()
+    words = [
+        str(new) if word == compile_["output"] else str(source) if word == str(original) else word
+        for word in words
+    ]
+    _run(*words, cwd=BUILD)
+    objects = [one for one in BUILD.glob("tests/emulator/CMakeFiles/emul*.dir/**/*.o") if one != old]
+    objects = [one for one in objects if "emulator_self_test" not in str(one)]
+    core = folder / core_in(BUILD / "tests" / "emulator").name
+    _run(words[0], "-shared", "-fsanitize=address,undefined", *map(str, objects), str(new), "-o", str(core))
+    return core
+
+
+def environment(core: Path, report: Path | None = None) -> dict[str, str]:
+    """For a process that runs on this module instead of the real one."""
+    # libstdc++ must be there when AddressSanitizer starts, or it does not find __cxa_throw.
+    preload = [_run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
+    more = {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        _CORE: str(core),
+    }
+    return os.environ | more | ({_REPORT: str(report)} if report else {})
+
+
+def _run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+class Emulator:
+    """Settings and records of the emulator in a module."""
+
+    def __init__(self, core: Path) -> None:
+        self._library = ctypes.CDLL(str(core))
+        self._library.deepen_emulator_launch.restype = ctypes.c_char_p
+        self._library.deepen_emulator_launch.argtypes = [ctypes.c_int64]
+        self._library.deepen_emulator_launch_count.restype = ctypes.c_int64
+        self._library.deepen_emulator_set_seed.argtypes = [ctypes.c_uint64]
+        self._library.deepen_emulator_set_max_shared_bytes.argtypes = [ctypes.c_int64]
+
+    def set_seed(self, seed: int) -> None:
+        self._library.deepen_emulator_set_seed(seed)
+
+    def set_max_shared_bytes(self, size: int = 232_448) -> None:
+        """What a block may have at most; the default is that of compute capability 9.0."""
+        self._library.deepen_emulator_set_max_shared_bytes(size)
+
+    def set_multiprocessors(self, count: int = 4) -> None:
+        self._library.deepen_emulator_set_multiprocessors(count)
+
+    @property
+    def current_device(self) -> int:
+        return int(self._library.deepen_emulator_current_device())
+
+    def take_launches(self) -> list[str]:
+        """A line for each launch since the last call: kernel, grid, block, shared bytes, device and stream."""
+        count = self._library.deepen_emulator_launch_count()
+        lines = [self._library.deepen_emulator_launch(i).decode() for i in range(count)]
+        self._library.deepen_emulator_forget_launches()
+        return lines
+
+
+def _take_the_cores_place(core: Path) -> Emulator:
+    name = "deepen_ext._core"
+    assert name not in sys.modules, "too late: the real core is loaded"
+    spec = importlib.util.spec_from_file_location(name, core)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    return Emulator(core)
+
+
+EMULATOR = _take_the_cores_place(Path(os.environ[_CORE])) if _CORE in os.environ else None
+LAUNCHED: collections.Counter[str] = collections.Counter()  # by kernel
+
+
+def pytest_sessionfinish() -> None:
+    if _REPORT in os.environ:
+        Path(os.environ[_REPORT]).write_text(json.dumps(LAUNCHED))
