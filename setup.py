@@ -1,6 +1,7 @@
 """Builds the compiled core with CMake. All other metadata is in pyproject.toml.
 
-Environment: DEEPEN_CUDA=AUTO|ON|OFF is handed to CMake (see CMakeLists.txt).
+Environment: DEEPEN_CUDA=AUTO|ON|OFF is handed to CMake (see CMakeLists.txt), and so is
+DEEPEN_CUDA_ARCHITECTURES, for example "90-real" for one card alone; unset, the declared list is built.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class CMakeBuild(build_ext):
             f"-DDEEPEN_CUDA={os.environ.get('DEEPEN_CUDA', 'AUTO')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]
+        if architectures := os.environ.get("DEEPEN_CUDA_ARCHITECTURES"):
+            configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         # CMake caches its tools and never looks at them again. A folder configured with others (those of an
         # isolated build are gone afterwards) starts over, which compiles everything.
         compilers = [f"{name}={os.environ.get(name, '')}" for name in ("CC", "CXX", "CUDACXX")]

@@ -1,4 +1,4 @@
-"""What CUDA asks of the Python side, as far as a machine without a device shows it; tests/gpu has the rest."""
+"""What CUDA asks of the Python side, as far as a machine without a device shows; tests/gpu has the rest."""
 
 from __future__ import annotations
 

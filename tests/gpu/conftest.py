@@ -1,0 +1,53 @@
+"""Tests that need a CUDA device: all are marked `gpu`, left out of `make test` and run by `make gpu-test`.
+
+They import torch, pytest and the package alone: no network, no embedded models. Random weights have the
+shapes of real ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepen_ext import _core
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "ops"))  # the CPU tests' inputs, for the same cases here
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_device_is_there() -> None:
+    """`-m gpu` asks for a device: without one nothing is skipped in silence."""
+    if not _core.cuda_compiled():
+        pytest.exit("this build of deepen-ext has no CUDA part: make gpu-build", returncode=3)
+    if not torch.cuda.is_available() or _core.cuda_device_count() == 0:
+        pytest.exit("no CUDA device: the tests marked gpu need one", returncode=3)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda:0"
+
+
+@pytest.fixture
+def no_waiting() -> Callable[[], object]:
+    """A context in which anything that makes the host wait for the device raises."""
+
+    class NoWaiting:
+        def __enter__(self) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return NoWaiting
