@@ -1,28 +1,26 @@
-// topk_softmax on CUDA. Bytes: the logits once (V * 4 a row in f32: 1 MB at V 262,144, 0.3 us of an H100's
-// memory), plus splits * k candidate keys of 8 bytes written and partly read back. Operations: one
-// exponential and two comparisons a logit.
+// topk_softmax on CUDA. Bytes: the logits once (1 MB a row of 262,144 in f32, 0.3 us of an H100's memory),
+// plus splits * k candidate keys of 8 bytes written and partly read back. Operations: one exponential and two
+// comparisons a logit.
 //
-//   topk_slices  batch * splits blocks of 512 threads. A block streams its slice of a row with 16-byte loads,
-//   8
-//                logits a thread at a time, the next ones already under way. Each thread keeps a running
-//                maximum and sum of exponentials; keys that reach the bar go into a list in shared memory.
-//                The first bar is the k-th largest of the threads' own largest; whenever the list might
-//                overflow it is cut to its k largest, which raises the bar. The list ends as the slice's k
-//                largest, sorted.
-//   topk_merge   one block a row. Some key of every split's first ceil(k / splits) is at least the smallest
-//   of
-//                the splits' ceil(k / splits)-th keys, so that one is a bar which at least k keys reach, and
-//                on real logits few more than k: most of the candidates are never read.
+//   topk_slices  batch * splits blocks of 512 threads, two to a multiprocessor. A block streams its slice of
+//                a row with 16-byte loads, 8 logits a thread at a time, the next ones already under way. Each
+//                thread keeps a running maximum and sum of exponentials; keys that reach the bar go into a
+//                list in shared memory. The first bar is the k-th largest of the threads' own largest;
+//                whenever the list might overflow it is cut to its k largest, which raises the bar. The list
+//                ends as the slice's k largest, sorted.
+//   topk_merge   one block a row. Every split has ceil(k / splits) keys that are at least the smallest of the
+//                splits' ceil(k / splits)-th keys, so that one is a bar which at least k keys reach, and on
+//                real logits a few times k: most of the candidates are never read.
 //
-// With one split the first kernel writes the result itself. k above kListEntries takes a plainer way: a row's
-// keys go to the workspace and are sorted there (a bitonic network, one launch a step).
+// With one split the first kernel writes the result itself. For k above kListEntries:
+// topk_softmax_sort.cuh.
 #include <algorithm>
-#include <cmath>
 
 #include "core/arena.h"
-#include "core/block_select.cuh"
 #include "core/check.h"
 #include "ops/topk_softmax.h"
+#include "ops/topk_softmax_rows.cuh"
+#include "ops/topk_softmax_sort.cuh"
 
 namespace deepen {
 namespace {
@@ -30,15 +28,9 @@ namespace {
 constexpr int kListEntries = 1024;  // the largest k whose lists stay in shared memory
 constexpr int kPerThread = 8;       // logits a thread handles between two looks at the list
 constexpr int kChunk = kSelectThreads * kPerThread;
-constexpr int kLoose = 16;      // room for logits outside the 16-byte vectors of an unaligned row
-constexpr int kMaxSplits = 64;  // of a row
+constexpr int kLoose = 16;  // room for logits outside the 16-byte vectors of an unaligned row
 constexpr int kMergeKeys = kMaxSplits / (kSelectThreads / 32);  // of a thread at a time, in topk_merge
 static_assert(kMergeKeys * kSelectThreads <= kChunk, "a round of topk_merge fits where a chunk does");
-
-struct RowStats {
-  float largest;
-  float sum;  // of exp(logit - largest)
-};
 
 struct Layout {
   RowStats* stats;       // [batch, kMaxSplits]
@@ -47,12 +39,6 @@ struct Layout {
 };
 
 int64_t split_limit(int64_t vocab) { return std::min<int64_t>((vocab + kChunk - 1) / kChunk, kMaxSplits); }
-
-int64_t padded(int64_t vocab) {
-  int64_t size = 1;
-  while (size < vocab) size *= 2;
-  return size;
-}
 
 Layout lay_out(Arena& arena, int64_t batch, int64_t vocab, int64_t k) {
   const bool lists = k <= kListEntries;
@@ -66,30 +52,6 @@ Layout lay_out(Arena& arena, int64_t batch, int64_t vocab, int64_t k) {
 int list_capacity(int64_t k) { return int(4 * k) + kChunk + kLoose; }
 size_t list_bytes(int64_t k) {
   return sizeof(SelectScratch) + size_t(list_capacity(k) + k) * sizeof(uint64_t);
-}
-
-// The largest so far and the sum of exponentials relative to it. NaN and +inf - inf go into the sum and stay.
-struct RunningStats {
-  float largest = -INFINITY;
-  float sum = 0.0f;
-
-  __device__ __forceinline__ float base() const { return largest == -INFINITY ? 0.0f : largest; }
-  __device__ __forceinline__ void raise(float other) {
-    if (other > largest) {
-      sum *= __expf(largest - other);
-      largest = other;
-    }
-  }
-  __device__ __forceinline__ void add(float value) {
-    raise(value);
-    sum += __expf(value - base());
-  }
-};
-
-__device__ __forceinline__ RowStats combine(float largest, float sum, SelectScratch* scratch) {
-  const float most = block_reduce(largest, -INFINITY, Larger(), scratch->numbers);
-  const float scale = largest == -INFINITY ? (most == -INFINITY ? 1.0f : 0.0f) : expf(largest - most);
-  return {most, block_reduce(sum * scale, 0.0f, Plus(), scratch->numbers)};
 }
 
 // One 16-byte vector of logits as floats.
@@ -106,26 +68,6 @@ __device__ __forceinline__ void unpack(const uint4& raw, float* values, T) {
     values[2 * i] = to_float(T{uint16_t(words[i])});
     values[2 * i + 1] = to_float(T{uint16_t(words[i] >> 16)});
   }
-}
-
-// The row's results from its sorted keys.
-__device__ void write_row(const TopkSoftmaxParams& params, int64_t row, const uint64_t* sorted,
-                          const RowStats& stats, SelectScratch* scratch) {
-  float kept = 0.0f;
-  for (int64_t i = threadIdx.x; i < params.k; i += kSelectThreads) {
-    const float weight = expf(key_value(sorted[i]) - stats.largest);
-    params.ids[row * params.k + i] = int32_t(key_index(sorted[i]));
-    params.probs[row * params.k + i] = weight / stats.sum;
-    kept += weight;
-  }
-  kept = block_reduce(kept, 0.0f, Plus(), scratch->numbers);
-  if (threadIdx.x != 0) return;
-  // k = V leaves nothing; rounding must not leave a trace of it.
-  const bool nothing_left = params.k == params.vocab || kept >= stats.sum;
-  params.tail[row] = nothing_left ? 0.0f : (stats.sum - kept) / stats.sum;
-  params.status[row] = stats.sum != stats.sum       ? kRowNotFinite
-                       : stats.largest == -INFINITY ? kRowEmpty
-                                                    : kRowOk;
 }
 
 template <class T>
@@ -239,13 +181,6 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   if (thread == 0) layout.stats[row * kMaxSplits + split] = whole_slice;
 }
 
-__device__ __forceinline__ RowStats merge_stats(const Layout& layout, int64_t row, int splits,
-                                                SelectScratch* scratch) {
-  RowStats part{-INFINITY, 0.0f};
-  if (int(threadIdx.x) < splits) part = layout.stats[row * kMaxSplits + threadIdx.x];
-  return combine(part.largest, part.sum, scratch);
-}
-
 __global__ void __launch_bounds__(kSelectThreads)
     topk_merge(TopkSoftmaxParams params, Layout layout, int splits, int capacity) {
   DEEPEN_SHARED(SelectScratch, scratch);
@@ -255,7 +190,7 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int64_t row = blockIdx.x;
   const uint64_t* const candidates = layout.candidates + row * splits * params.k;
 
-  const RowStats stats = merge_stats(layout, row, splits, scratch);
+  const RowStats stats = merge_stats(layout.stats + row * kMaxSplits, splits, scratch);
   // The smallest of the splits' keys at this place. ~key turns it into a maximum; padding is no key.
   uint64_t bar = ~uint64_t(0);
   if (thread < splits) bar = candidates[thread * params.k + (k + splits - 1) / splits - 1];
@@ -296,54 +231,6 @@ __global__ void __launch_bounds__(kSelectThreads)
   write_row(params, row, spare, stats, scratch);
 }
 
-// The way for large k.
-
-template <class T>
-__global__ void __launch_bounds__(kSelectThreads)
-    topk_keys(TopkSoftmaxParams params, Layout layout, int splits, int64_t size) {
-  DEEPEN_SHARED(SelectScratch, scratch);
-  const int64_t row = blockIdx.x / unsigned(splits);
-  const int split = int(blockIdx.x % unsigned(splits));
-  const T* const logits = static_cast<const T*>(params.logits) + row * params.vocab;
-  uint64_t* const keys = layout.rows + row * size;
-  RunningStats stats;
-  for (int64_t i = int64_t(split) * kSelectThreads + threadIdx.x; i < size; i += splits * kSelectThreads) {
-    uint64_t key = 0;
-    if (i < params.vocab) {
-      const float value = to_float(logits[i]);
-      stats.add(value);
-      key = pack_key(value, uint32_t(i));
-    }
-    keys[i] = key;
-  }
-  const RowStats slice = combine(stats.largest, stats.sum, scratch);
-  if (threadIdx.x == 0) layout.stats[row * kMaxSplits + split] = slice;
-}
-
-// One step of the bitonic network over rows of `size` keys, a power of two: pairs `distance` apart in runs of
-// `run`, which alternate between falling and rising until one run is the row.
-__global__ void __launch_bounds__(kSelectThreads)
-    sort_step(uint64_t* keys, int64_t pairs, int64_t size, int64_t run, int64_t distance) {
-  const int64_t threads = int64_t(gridDim.x) * kSelectThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kSelectThreads + threadIdx.x; i < pairs; i += threads) {
-    const int64_t low = (i & ~(distance - 1)) * 2 + (i & (distance - 1));
-    const bool falling = (low & (size - 1) & run) == 0;
-    const uint64_t one = keys[low], other = keys[low + distance];
-    if ((one < other) == falling) {
-      keys[low] = other;
-      keys[low + distance] = one;
-    }
-  }
-}
-
-__global__ void __launch_bounds__(kSelectThreads)
-    write_sorted(TopkSoftmaxParams params, Layout layout, int splits, int64_t size) {
-  DEEPEN_SHARED(SelectScratch, scratch);
-  const int64_t row = blockIdx.x;
-  const RowStats stats = merge_stats(layout, row, splits, scratch);
-  write_row(params, row, layout.rows + row * size, stats, scratch);
-}
-
 template <class T>
 void launch(const TopkSoftmaxParams& params, const Backend& backend) {
   const int64_t batch = params.batch, vocab = params.vocab, k = params.k;
@@ -351,34 +238,18 @@ void launch(const TopkSoftmaxParams& params, const Backend& backend) {
   const int splits = int(std::min(std::max<int64_t>(blocks / batch, 1), split_limit(vocab)));
   Arena arena{static_cast<char*>(params.workspace)};
   const Layout layout = lay_out(arena, batch, vocab, k);
-  const unsigned slices = unsigned(batch * splits);
-
-  if (k <= kListEntries) {
-    const int capacity = list_capacity(k);
-    const size_t bytes = list_bytes(k);
-    DEEPEN_CHECK(bytes <= size_t(max_shared_bytes(backend.device)), "k is ", k, ": its lists take ", bytes,
-                 " bytes of shared memory, device ", backend.device, " has ",
-                 max_shared_bytes(backend.device));
-    DEEPEN_LAUNCH((topk_slices<T>), slices, kSelectThreads, bytes, backend.stream, params, layout, splits,
-                  capacity);
-    if (splits == 1) return;
-    DEEPEN_LAUNCH(topk_merge, unsigned(batch), kSelectThreads, bytes, backend.stream, params, layout, splits,
-                  capacity);
-    return;
+  if (k > kListEntries) {
+    return launch_sorted<T>(params, layout.stats, layout.rows, splits, 2 * blocks, backend.stream);
   }
-  const int64_t size = padded(vocab), pairs = batch * size / 2;
-  const unsigned grid =
-      unsigned(std::min<int64_t>((pairs + kSelectThreads - 1) / kSelectThreads, 2 * blocks));
-  DEEPEN_LAUNCH((topk_keys<T>), slices, kSelectThreads, sizeof(SelectScratch), backend.stream, params, layout,
-                splits, size);
-  for (int64_t run = 2; run <= size; run *= 2) {
-    for (int64_t distance = run / 2; distance > 0; distance /= 2) {
-      DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, backend.stream, layout.rows, pairs, size, run,
-                    distance);
-    }
-  }
-  DEEPEN_LAUNCH(write_sorted, unsigned(batch), kSelectThreads, sizeof(SelectScratch), backend.stream, params,
-                layout, splits, size);
+  const int capacity = list_capacity(k), most = max_shared_bytes(backend.device);
+  const size_t bytes = list_bytes(k);
+  DEEPEN_CHECK(bytes <= size_t(most), "k is ", k, ": its lists take ", bytes,
+               " bytes of shared memory, device ", backend.device, " has ", most);
+  DEEPEN_LAUNCH((topk_slices<T>), unsigned(batch * splits), kSelectThreads, bytes, backend.stream, params,
+                layout, splits, capacity);
+  if (splits == 1) return;
+  DEEPEN_LAUNCH(topk_merge, unsigned(batch), kSelectThreads, bytes, backend.stream, params, layout, splits,
+                capacity);
 }
 
 }  // namespace
