@@ -66,7 +66,7 @@ gpu-sanitize:  ## memcheck and racecheck over a short list, where compute-saniti
 	for tool in memcheck racecheck; do \
 	  echo "compute-sanitizer --tool $$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
-	    $(PYTHON) tests/gpu/sanitize.py || exit 1; \
+	    env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PYTHON) tests/gpu/sanitize.py || exit 1; \
 	done; \
 	else echo "make gpu-sanitize: NO compute-sanitizer ON PATH, so neither memcheck nor racecheck ran"; fi
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -68,6 +69,11 @@ class Figure:
     budget: str = ""
     met: bool | None = None
     note: str = ""
+    # Of GPU figures: 99th percentile, the bytes that must be moved, their time in µs at measured bandwidth.
+    p99: float | None = None
+    bytes: int | None = None
+    floor: float | None = None
+    floor_ratio: float | None = None  # value / floor
 
     def as_dict(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value not in ("", None)}
@@ -160,6 +166,8 @@ def environment() -> dict[str, Any]:
     from deepen_ext import _core
 
     def git(*arguments: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 

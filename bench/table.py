@@ -41,7 +41,48 @@ def _row(figure: dict[str, Any]) -> str:
     return f"| {figure['name']} | {ours} | {baseline} | {ratio} | {budget} |"
 
 
+def _gpu_row(figure: dict[str, Any]) -> str:
+    ours = _number(figure["value"], figure["unit"])
+    if "p99" in figure:
+        ours += f" (p99 {_number(figure['p99'], 'µs')})"
+    floor = ""
+    if "floor" in figure:
+        floor = f"{figure['bytes'] / 1e6:,.2f} MB, {figure['floor']:.2f} µs, {figure['floor_ratio']:.1f} ×"
+    baseline = ""
+    if "baseline_value" in figure:
+        baseline = (
+            f"{figure['baseline']}: {_number(figure['baseline_value'], 'µs')}, {figure['ratio']:,.1f} ×"
+        )
+    budget = figure.get("budget", "")
+    if "met" in figure:
+        budget += ": met" if figure["met"] else ": **missed**"
+    return f"| {figure['name']} | {ours} | {floor} | {baseline} | {budget} |"
+
+
+def _gpu_section(result: dict[str, Any]) -> str:
+    """Only what has a budget, and the filling of maps: the file has all of it."""
+    gpu, versions = result["machine"]["gpu"], result["versions"]
+    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
+    lines = [
+        f"**{gpu['name']}** ({gpu['multiprocessors']} multiprocessors, {gpu['l2_mb']:.0f} MB of L2, a large "
+        f"copy moves {gpu['bandwidth_gb_s']:,} GB/s); Python {versions['python']}, torch "
+        f"{versions['torch']}, CUDA {versions['cuda']}; commit {commit}, {result['date'][:10]}. Medians of a "
+        "CUDA graph's replays, between events; the floor is the bytes that must be moved, at that bandwidth, "
+        "and ours against it.",
+        "",
+        "| what | ours | floor | baseline, in the same run, and its ratio to ours | budget |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    figures = result["figures"]["gpu"]
+    lines += [_gpu_row(one) for one in figures if "budget" in one or one["unit"] == "ms"]
+    if result["skipped"]:
+        lines += ["", "Not measured: " + "; ".join(result["skipped"]) + "."]
+    return "\n".join(lines)
+
+
 def _section(result: dict[str, Any]) -> str:
+    if "gpu" in result["machine"]:
+        return _gpu_section(result)
     machine, versions = result["machine"], result["versions"]
     commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
     lines = [

@@ -1,5 +1,9 @@
-"""A short list of calls for compute-sanitizer, which makes each some hundred times slower: every kernel once or
-twice, at sizes that reach its edges. Results are compared with the CPU twin, since a sanitizer sees no wrong sum."""
+"""A short list of calls for compute-sanitizer, which makes each some hundred times slower.
+
+Every kernel once or twice, at sizes that reach its edges. Results are compared with the CPU twin: a sanitizer
+sees no wrong sum. `PYTORCH_NO_CUDA_MEMORY_CACHING=1` gives each tensor an allocation of its own, so that a
+write past its end is one past the allocation's.
+"""
 
 from __future__ import annotations
 
