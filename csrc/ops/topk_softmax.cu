@@ -232,6 +232,23 @@ __global__ void __launch_bounds__(kSelectThreads)
 }
 
 template <class T>
+void launch_sorted(const TopkSoftmaxParams& params, RowStats* stats, uint64_t* keys, int splits, int blocks,
+                   void* stream) {
+  const int64_t size = padded(params.vocab), pairs = params.batch * size / 2;
+  const unsigned rows = unsigned(params.batch);
+  const unsigned grid = unsigned(std::min<int64_t>((pairs + kSelectThreads - 1) / kSelectThreads, blocks));
+  const size_t bytes = sizeof(SelectScratch);
+  DEEPEN_LAUNCH((topk_keys<T>), rows * splits, kSelectThreads, bytes, stream, params, stats, keys, splits,
+                size);
+  for (int64_t run = 2; run <= size; run *= 2) {
+    for (int64_t distance = run / 2; distance > 0; distance /= 2) {
+      DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, stream, keys, pairs, size, run, distance);
+    }
+  }
+  DEEPEN_LAUNCH(write_sorted, rows, kSelectThreads, bytes, stream, params, stats, keys, splits, size);
+}
+
+template <class T>
 void launch(const TopkSoftmaxParams& params, const Backend& backend) {
   const int64_t batch = params.batch, vocab = params.vocab, k = params.k;
   const int blocks = 2 * multiprocessors(backend.device);  // resident at once

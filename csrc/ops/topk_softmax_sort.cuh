@@ -3,8 +3,6 @@
 // launches (171 for V 262,144), each reading and writing the row's keys. Plain, and rarely wanted.
 #pragma once
 
-#include <algorithm>
-
 #include "ops/topk_softmax_rows.cuh"
 
 namespace deepen {
@@ -61,23 +59,6 @@ __global__ void __launch_bounds__(kSelectThreads)
   const int64_t row = blockIdx.x;
   const RowStats stats = merge_stats(parts + row * kMaxSplits, splits, scratch);
   write_row(params, row, sorted + row * size, stats, scratch);
-}
-
-template <class T>
-void launch_sorted(const TopkSoftmaxParams& params, RowStats* stats, uint64_t* keys, int splits, int blocks,
-                   void* stream) {
-  const int64_t size = padded(params.vocab), pairs = params.batch * size / 2;
-  const unsigned rows = unsigned(params.batch);
-  const unsigned grid = unsigned(std::min<int64_t>((pairs + kSelectThreads - 1) / kSelectThreads, blocks));
-  const size_t bytes = sizeof(SelectScratch);
-  DEEPEN_LAUNCH((topk_keys<T>), rows * splits, kSelectThreads, bytes, stream, params, stats, keys, splits,
-                size);
-  for (int64_t run = 2; run <= size; run *= 2) {
-    for (int64_t distance = run / 2; distance > 0; distance /= 2) {
-      DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, stream, keys, pairs, size, run, distance);
-    }
-  }
-  DEEPEN_LAUNCH(write_sorted, rows, kSelectThreads, bytes, stream, params, stats, keys, splits, size);
 }
 
 }  // namespace
