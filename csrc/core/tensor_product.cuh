@@ -15,15 +15,17 @@
 
 namespace deepen {
 
-// The leading 11 bits of a float, rounded, and the leading 11 bits of what is left. A NaN or infinity leaves
-// NaN in the second part.
+// The leading 11 bits of a float, rounded, and the leading 11 bits of what is left, rounded (Veltkamp's way,
+// which keeps NaN). A NaN or infinity leaves NaN in the second part.
 struct SplitFloat {
   uint32_t big, small;
 };
 
 __device__ __forceinline__ SplitFloat split_float(float value) {
   const uint32_t big = (float_to_bits(value) + 0x1000u) & 0xffffe000u;
-  return {big, float_to_bits(value - bits_to_float(big)) & 0xffffe000u};
+  const float left = value - bits_to_float(big);
+  const float scaled = __fmul_rn(left, 8193.0f);  // 2^13 + 1; never fused with what follows
+  return {big, float_to_bits(scaled - (scaled - left))};
 }
 
 // c += a b, operands in tf32.
