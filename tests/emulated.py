@@ -1,8 +1,7 @@
-"""The CUDA kernels on the host (tests/emulator): builds the module, and takes the core's place in a process of its own.
+"""The CUDA kernels on the host (tests/emulator): builds the module, which takes the core's place in a process
+of its own, because AddressSanitizer must be the first library of a process.
 
     pytest -p emulated tests/ops    with `environment(core)`: the operations' tests on emulated kernels
-
-AddressSanitizer must be the first library of a process, hence the process of its own.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ class Emulator:
         return int(self._library.deepen_emulator_current_device())
 
     def take_launches(self) -> list[str]:
-        """A line for each launch since the last call: kernel, grid, block, shared bytes, device and stream."""
+        """A line for each launch since the last call: kernel, grid, block, shared bytes, device, stream."""
         count = self._library.deepen_emulator_launch_count()
         lines = [self._library.deepen_emulator_launch(i).decode() for i in range(count)]
         self._library.deepen_emulator_forget_launches()

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
+#ifdef DEEPEN_SANITIZED
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -99,7 +99,7 @@ static void start(Context* context, void (*entry)()) {
     context->stack = static_cast<char*>(memory) + guard;
     context->stack_bytes = kStackBytes;
   }
-#ifdef __SANITIZE_ADDRESS__
+#ifdef DEEPEN_SANITIZED
   __asan_unpoison_memory_region(context->stack, context->stack_bytes);  // of what a failed launch left there
 #endif
   context->fake_stack = nullptr;
@@ -119,7 +119,7 @@ static void start(Context* context, void (*entry)()) {
 
 // On the new stack, before anything else there.
 static void arrived(Context* here, [[maybe_unused]] Context* from) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef DEEPEN_SANITIZED
   const void* bottom = nullptr;
   __sanitizer_finish_switch_fiber(here->fake_stack, &bottom, &from->stack_bytes);
   from->stack = static_cast<char*>(const_cast<void*>(bottom));
@@ -129,7 +129,7 @@ static void arrived(Context* here, [[maybe_unused]] Context* from) {
 }
 
 static void go(Context* from, Context* to) {
-#ifdef __SANITIZE_ADDRESS__
+#ifdef DEEPEN_SANITIZED
   __sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->stack_bytes);
 #endif
 #ifdef __x86_64__
@@ -145,6 +145,11 @@ static void go(Context* from, Context* to) {
 
 enum class State { ready, waiting, exited };
 
+// Lanes at a collective, and lanes that have exited or never were.
+struct Warp {
+  unsigned waiting, exited;
+};
+
 // What a fiber waits for.
 struct Wait {
   Kind kind;
@@ -154,6 +159,10 @@ struct Wait {
   const char* file;
   int line;
 };
+
+static bool same_place(const Wait& one, const Wait& other) {
+  return one.line == other.line && (one.file == other.file || std::strcmp(one.file, other.file) == 0);
+}
 
 struct Fiber {
   Context context;
@@ -180,6 +189,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>>
       fibers;  // kept from launch to launch; the block has the first `threads`
   unsigned threads = 0;
+  Warp warps[kMaxThreads / 32] = {};
   unsigned exited = 0, at_barrier = 0;
   std::vector<unsigned> ready;
   Fiber* current = nullptr;
@@ -243,6 +253,7 @@ static const char* name_of(Kind kind) {
     case Kind::any: return "__any_sync";
     case Kind::all: return "__all_sync";
     case Kind::match_any: return "__match_any_sync";
+    case Kind::multiply: return "a tensor-core product";
   }
   return "?";
 }
@@ -325,28 +336,50 @@ static uint64_t result_for(Kind kind, unsigned warp, unsigned lane, unsigned lan
   }
 }
 
+// PTX ISA, mma.m16n8k8 for .tf32. With lane = 4 g + t, a lane holds
+//   a: [g][t], [g + 8][t], [g][t + 4], [g + 8][t + 4]    b: [t][g], [t + 4][g]
+//   c: [g][2t], [g][2t + 1], [g + 8][2t], [g + 8][2t + 1]
+static void multiply(unsigned warp, unsigned lanes) {
+  if (lanes != 0xffffffffu) fail("a tensor-core product without the whole warp");
+  float a[16][8], b[8][8];
+  const auto fragments = [warp](unsigned lane) {
+    return *reinterpret_cast<const Fragments*>(uintptr_t(lane_of_warp(warp, lane)->wait.value));
+  };
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const unsigned g = lane / 4, t = lane % 4;
+    const Fragments mine = fragments(lane);
+    for (unsigned i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = bits<float>(mine.a[i]);
+    for (unsigned i = 0; i < 2; ++i) b[t + 4 * i][g] = bits<float>(mine.b[i]);
+  }
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const unsigned g = lane / 4, t = lane % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+      double sum = 0.0;
+      for (unsigned k = 0; k < 8; ++k) sum += double(a[g + i / 2 * 8][k]) * double(b[k][2 * t + i % 2]);
+      float& c = fragments(lane).c[i];
+      c = float(double(c) + sum);
+    }
+  }
+}
+
 // Lets the lanes of this fiber's collective go on if all have come. Lanes that exited are not waited for.
 static bool complete(const Fiber& arrival) {
   const Wait& wait = arrival.wait;
-  const unsigned warp = arrival.number / 32;
-  unsigned lanes = 0;
+  const unsigned warp = arrival.number / 32, lanes = wait.mask & ~machine.warps[warp].exited;
+  if (lanes & ~machine.warps[warp].waiting) return false;
   bool alike = true;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(wait.mask >> lane & 1)) continue;
-    const Fiber* fiber = lane_of_warp(warp, lane);
-    if (fiber == nullptr || fiber->state == State::exited) continue;
-    if (fiber->state != State::waiting || fiber->wait.kind == Kind::sync_threads ||
-        fiber->wait.mask != wait.mask)
-      return false;
-    lanes |= 1u << lane;
-    alike = alike && fiber->wait.kind == wait.kind && fiber->wait.line == wait.line &&
-            std::strcmp(fiber->wait.file, wait.file) == 0;
+  for (unsigned left = lanes; left != 0; left &= left - 1) {
+    const Wait& other = lane_of_warp(warp, unsigned(__builtin_ctz(left)))->wait;
+    if (other.mask != wait.mask) return false;
+    alike = alike && other.kind == wait.kind && same_place(other, wait);
   }
   if (!alike) fail("lanes meet at different warp collectives", everyone());
+  if (wait.kind == Kind::multiply) multiply(warp, lanes);
   uint64_t results[32];
   for (unsigned lane = 0; lane < 32; ++lane) {
     if (lanes >> lane & 1) results[lane] = result_for(wait.kind, warp, lane, lanes);
   }
+  machine.warps[warp].waiting &= ~lanes;
   for (unsigned lane = 0; lane < 32; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     lane_of_warp(warp, lane)->result = results[lane];
@@ -361,6 +394,7 @@ uint64_t collective(Kind kind, unsigned mask, uint64_t value, int source, const 
   if (!(mask >> (me->number % 32) & 1))
     fail(std::string("a lane calls ") + name_of(kind) + " without being in its mask");
   me->state = State::waiting;
+  machine.warps[me->number / 32].waiting |= 1u << me->number % 32;
   complete(*me);
   suspend();
   return me->result;
@@ -407,6 +441,7 @@ static void fiber_main() {
     Fiber* me = machine.current;
     me->state = State::exited;
     ++machine.exited;
+    machine.warps[me->number / 32].exited |= 1u << me->number % 32;
     for (unsigned lane = 0; lane < 32; ++lane) {  // some may have waited for this one alone
       const Fiber* other = lane_of_warp(me->number / 32, lane);
       if (other != nullptr && other->state == State::waiting && other->wait.kind != Kind::sync_threads)
@@ -422,7 +457,7 @@ static void open_barrier() {
   bool together = machine.at_barrier == machine.threads;
   for (unsigned i = 0; together && i < machine.threads; ++i) {
     const Wait& wait = machine.fibers[i]->wait;
-    together = wait.line == first.line && std::strcmp(wait.file, first.file) == 0;
+    together = same_place(wait, first);
   }
   if (!together) {
     const char* what = machine.at_barrier > 0 ? "divergent barrier" : "deadlock";
@@ -436,6 +471,10 @@ static void run_block() {
   for (const StaticArray& array : machine.static_arrays) poison(array.memory, array.bytes);
   poison(machine.shared.get(), machine.launch->shared_bytes);
   machine.exited = machine.at_barrier = 0;
+  for (unsigned i = 0; i < kMaxThreads; i += 32) {
+    const unsigned lanes = machine.threads <= i ? 0 : machine.threads - i;
+    machine.warps[i / 32] = {0, lanes >= 32 ? 0 : ~0u << lanes};
+  }
   machine.ready.clear();
   for (unsigned i = 0; i < machine.threads; ++i) make_ready(machine.fibers[i].get());
   std::vector<unsigned> turn;

@@ -113,7 +113,7 @@ cudaError_t launch(const Launch& what, void (*kernel)(Parameters...), const Argu
 void* dynamic_shared();                              // of the block that runs
 void* static_shared(const void* key, size_t bytes);  // one array for each key and block
 
-enum class Kind { sync_threads, sync_warp, shuffle, ballot, any, all, match_any };
+enum class Kind { sync_threads, sync_warp, shuffle, ballot, any, all, match_any, multiply };
 
 void sync_threads(const char* file, int line);
 
@@ -131,6 +131,19 @@ inline T shuffle(unsigned mask, T value, int source, const char* file, int line)
   bits = collective(Kind::shuffle, mask, bits, source, file, line);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// What mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 does with the whole warp's fragments: c += a b. In
+// one collective, because the same with shuffles takes sixteen.
+struct Fragments {
+  float* c;           // [4]
+  const uint32_t* a;  // [4]
+  const uint32_t* b;  // [2]
+};
+inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                          const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const Fragments mine{c, a, b};
+  collective(Kind::multiply, 0xffffffffu, reinterpret_cast<uintptr_t>(&mine), 0, file, line);
 }
 
 }  // namespace emulator

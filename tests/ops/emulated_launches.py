@@ -1,0 +1,100 @@
+"""What only the emulator can show of the launches: test_emulation.py adds this file to the emulated run.
+
+Device and stream, results that no order of threads changes, and devices with less shared memory or other
+numbers of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from library_cases import maps
+from oracle import random_embedding, random_logits
+
+from deepen_ext import InputError
+from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
+from deepen_ext.row_sources import SimilarityRows
+
+
+def run_topk():
+    return [*topk_softmax(random_logits(3, 9001, seed=1), 70), *topk_softmax(random_logits(2, 3001, 2), 1500)]
+
+
+def run_relative_rows():
+    rows = SimilarityRows(random_embedding(300, 24, seed=0), torch.arange(0, 300, 3), entries=9)
+    return list(rows.compute(torch.arange(150, 180)))
+
+
+def run_search(dense: bool):
+    relative = maps("cpu", dense=dense)[0]
+    ids = torch.arange(relative.vocab_size, dtype=torch.int32)[:60].expand(2, -1).contiguous()
+    relative.ensure(ids)
+    logits, target = random_logits(2, 60, seed=3), torch.softmax(random_logits(2, relative.anchors, 4), dim=1)
+    tail = torch.tensor([float("-inf"), 1.0])
+    return [inverse_search(logits, ids, tail, target, relative.rows, learning_rate=0.2)]
+
+
+def run_fuse(dense: bool):
+    inputs = []
+    for i, relative in enumerate(maps("cpu", dense=dense)):
+        topk = topk_softmax(random_logits(3, relative.vocab_size, seed=i), 40)
+        relative.ensure(topk.ids)
+        inputs.append(FuseInput(topk, relative.rows))
+    logits = random_logits(3, inputs[0].rows.values.shape[0], seed=0)
+    weights = torch.full((3, len(inputs)), 1 / len(inputs))
+    return [*fuse(logits, inputs, weights, learning_rate=0.2), logits]
+
+
+OPERATIONS = {
+    "topk_softmax": run_topk,
+    "relative_rows": run_relative_rows,
+    "inverse_search": lambda: run_search(False),
+    "inverse_search_dense": lambda: run_search(True),
+    "fuse": lambda: run_fuse(False),
+    "fuse_dense": lambda: run_fuse(True),
+}
+
+
+@pytest.fixture(params=OPERATIONS)
+def operation(request, backend):
+    backend.emulates_rows = request.param == "relative_rows"
+    return OPERATIONS[request.param]
+
+
+def test_launches_go_to_the_callers_device_and_stream(operation, backend):
+    backend.packed = (1, 1, 4242)
+    operation()
+    launches = backend.emulator.take_launches()
+    assert launches
+    assert all(line.endswith(" device 1 stream 4242") for line in launches), launches
+    assert backend.emulator.current_device == 0, "the device guard did not restore the device"
+
+
+def test_no_order_of_threads_changes_a_bit(operation, backend):
+    want = operation()
+    for seed in range(3, 9):
+        backend.emulator.set_seed(seed)
+        for one, other in zip(want, operation(), strict=True):
+            assert torch.equal(one, other), seed
+
+
+@pytest.mark.parametrize("count", [1, 2, 132])
+def test_any_number_of_multiprocessors(operation, backend, count):
+    want = operation()
+    backend.emulator.set_multiprocessors(count)
+    for one, other in zip(want, operation(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [101_376, 65_536, 49_152])
+def test_less_shared_memory_takes_another_path_or_an_error(operation, backend, size):
+    want = operation()
+    backend.emulator.set_max_shared_bytes(size)
+    try:
+        found = operation()
+    except InputError as refused:
+        if "shared memory" not in str(refused):
+            raise
+        return
+    for one, other in zip(want, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,151 @@
+"""The CUDA kernels without a GPU: all compile, all pass the operations' tests under emulation with
+sanitizers, and the emulator sees what it is there to see."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated
+import pytest
+
+ROOT = emulated.ROOT
+KERNELS = sorted((ROOT / "csrc").glob("*/*.cu"))
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """What emulated.build() has built."""
+    return emulated.build()
+
+
+def emulated_tests(
+    core: Path, *arguments: str, report: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "emulated", "-p", "no:cacheprovider", "-q", *arguments],
+        cwd=ROOT,
+        env=emulated.environment(core, report),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_operation_passes_its_tests_on_emulated_kernels(folder: Path, tmp_path: Path) -> None:
+    files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+    files = [str(file) for file in files if file.name != "test_library.py"]  # it is about Python alone
+    done = emulated_tests(
+        emulated.core_in(folder), *files, "tests/ops/emulated_launches.py", report=tmp_path / "launched.json"
+    )
+    print(done.stdout[-2000:])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
+    launched = {
+        re.sub(r"\W.*", "", name.lstrip("(")) for name in json.loads((tmp_path / "launched.json").read_text())
+    }
+    sources = "".join(file.read_text() for file in KERNELS)
+    assert launched == set(re.findall(r"DEEPEN_LAUNCH\(\(?(\w+)", sources)), "a kernel never ran"
+
+
+# These barriers keep a write apart from another thread's read.
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("topk_softmax", r"bests\[thread\] = best;\n"),
+        ("fuse", r"\n"),
+    ],
+)
+def test_a_barrier_taken_out_is_noticed(folder: Path, tmp_path: Path, name: str, before: str) -> None:
+    original = ROOT / "csrc" / "ops" / f"{name}.cu"
+    text, count = re.subn(rf"({before}\s*)__syncthreads\(\);", r"\1", original.read_text(), count=1)
+    assert count == 1, f"{original} has changed; choose another barrier"
+    planted = tmp_path / original.name
+    planted.write_text(text)
+    core = emulated.with_another(planted, original, tmp_path)
+    done = emulated_tests(core, f"tests/ops/test_{name}.py", "-k", "against", "-x", "--tb=line")
+    assert done.returncode != 0, "nothing was noticed"
+    assert re.search(r"1 failed|ERROR: AddressSanitizer|runtime error", done.stdout + done.stderr)
+
+
+def self_test(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(folder / "emulator_self_test"), *arguments],
+        env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_small_kernels_give_what_was_worked_out_by_hand(folder: Path, seed: int) -> None:
+    """Shuffles, ballots, matches, atomics, shared memory, launch errors: tests/emulator/self_test.cu."""
+    done = self_test(folder, "all", str(seed))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "exit",
+            r"divergent barrier: kernel some_skip_the_barrier \(launched at .*self_test.cu:\d+\), block "
+            r"\(0, 0, 0\)\n.*39 more: waits at __syncthreads in .*self_test.cu:\d+\n.*23 more: has exited",
+        ),
+        (
+            "warp",
+            r"divergent barrier.*\n.*62 more: waits at __syncthreads.*\n  thread \(5, 0, 0\): waits at "
+            r"__syncwarp of lanes 0xffffffff in .*self_test.cu:\d+",
+        ),
+        ("two-barriers", r"divergent barrier.*\n.*15 more: waits at __sync.*\n.*47 more: waits at __sync"),
+        ("lanes", r"lanes meet at different warp collectives.*\n.*__ballot_sync.*\n.*__any_sync"),
+        ("mask", r"a lane calls __ballot_sync without being in its mask"),
+        ("bounds", r"AddressSanitizer: heap-buffer-overflow[\s\S]*writes_past_the_end"),
+        ("static-bounds", r"AddressSanitizer: heap-buffer-overflow[\s\S]*writes_past_the_static_end"),
+        ("alignment", r"misaligned address .* for type 'const struct float4', which requires 16 byte"),
+        ("uninitialised", r"read 0x7fe1dead from dynamic shared memory"),
+        ("static-uninitialised", r"read 0x7fe1dead from static shared memory"),
+        ("missing-barrier", r"a thread read what another had not written yet"),
+    ],
+)
+def test_the_emulator_reports(folder: Path, case: str, message: str, seed: int) -> None:
+    done = self_test(folder, f"bad-{case}", str(seed))
+    assert done.returncode != 0
+    assert re.search(message, done.stderr), done.stderr
+
+
+def _nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+@pytest.mark.skipif(
+    _nvcc() is None, reason="NO CUDA COMPILER HERE (nvcc): whether the kernels compile is not known"
+)
+@pytest.mark.parametrize(
+    "source", [*KERNELS, ROOT / "tests" / "emulator" / "self_test.cu"], ids=lambda path: path.stem
+)
+def test_the_kernels_compile_for_80_90_and_the_newest(source: Path, tmp_path: Path) -> None:
+    newest = "120"
+    done = subprocess.run(
+        [
+            *(
+                str(_nvcc()),
+                "-std=c++17",
+                "-O3",
+                "-Xcompiler=-Wall,-Wextra",
+                f"-I{ROOT / 'csrc'}",
+                "--threads=2",
+            ),
+            *(f"-gencode=arch=compute_{one},code=sm_{one}" for one in ("80", "90", newest)),
+            f"-gencode=arch=compute_{newest},code=compute_{newest}",
+            *("-c", str(source), "-o", str(tmp_path / "kernel.o")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
