@@ -175,8 +175,8 @@ class PrefixRows:
         own = self._columns[tokens]
         standing_for = own.clone()
         others = torch.nonzero(own < 0).flatten()
-        for n, token in zip(others.tolist(), tokens[others].tolist(), strict=True):
-            standing_for[n] = self._prefixes.column(self._member, token)
+        found = [self._prefixes.column(self._member, token) for token in tokens[others].tolist()]
+        standing_for[others] = torch.tensor(found, dtype=torch.int32)
 
         count = len(tokens)
         columns = torch.full((count, self.entries), -1, dtype=torch.int32, device=self.device)
