@@ -117,18 +117,19 @@ static void start(Context* context, void (*entry)()) {
 #endif
 }
 
+static Context* leaving;  // who switched last
+
 // On the new stack, before anything else there.
-static void arrived(Context* here, [[maybe_unused]] Context* from) {
+static void arrived([[maybe_unused]] Context* here) {
 #ifdef DEEPEN_SANITIZED
   const void* bottom = nullptr;
-  __sanitizer_finish_switch_fiber(here->fake_stack, &bottom, &from->stack_bytes);
-  from->stack = static_cast<char*>(const_cast<void*>(bottom));
-#else
-  (void)here;
+  __sanitizer_finish_switch_fiber(here->fake_stack, &bottom, &leaving->stack_bytes);
+  leaving->stack = static_cast<char*>(const_cast<void*>(bottom));  // news for the scheduler's own
 #endif
 }
 
 static void go(Context* from, Context* to) {
+  leaving = from;
 #ifdef DEEPEN_SANITIZED
   __sanitizer_start_switch_fiber(&from->fake_stack, to->stack, to->stack_bytes);
 #endif
@@ -137,7 +138,7 @@ static void go(Context* from, Context* to) {
 #else
   swapcontext(&from->machine, &to->machine);
 #endif
-  arrived(from, to);
+  arrived(from);
 }
 
 // --- The block that runs
@@ -191,7 +192,8 @@ struct Machine {
   unsigned threads = 0;
   Warp warps[kMaxThreads / 32] = {};
   unsigned exited = 0, at_barrier = 0;
-  std::vector<unsigned> ready;
+  std::vector<unsigned> turn, ready;  // who runs in this round, from `position` on; and in the next
+  size_t position = 0;
   Fiber* current = nullptr;
   Context scheduler;
   std::unique_ptr<char, Free> shared;
@@ -293,7 +295,31 @@ static std::string everyone() {
 // --- What kernels call
 // -----------------------------------------------------------------------------------------------
 
-static void suspend() { go(&machine.current->context, &machine.scheduler); }
+// Null if there is nothing to run: all wait, all have exited, or one did something wrong.
+static Fiber* next_fiber() {
+  if (!machine.error.empty()) return nullptr;
+  if (machine.position == machine.turn.size()) {
+    if (machine.ready.empty()) return nullptr;
+    machine.turn.swap(machine.ready);
+    machine.ready.clear();
+    machine.position = 0;
+    arrange(&machine.turn);
+  }
+  return machine.fibers[machine.turn[machine.position++]].get();
+}
+
+static void resume(Context* from, Fiber* fiber) {
+  machine.current = fiber;
+  threadIdx = fiber->index;
+  go(from, &fiber->context);
+}
+
+static void suspend() {
+  Fiber* const me = machine.current;
+  Fiber* const next = next_fiber();
+  if (next == nullptr) return go(&me->context, &machine.scheduler);
+  if (next != me) resume(&me->context, next);
+}
 
 // The scheduler throws; this fiber is never resumed.
 [[noreturn]] static void fail(const std::string& what, const std::string& details = "") {
@@ -435,14 +461,15 @@ void* static_shared(const void* key, size_t bytes) {
 // ---------------------------------------------------------------------------------------------------------
 
 static void fiber_main() {
-  arrived(&machine.current->context, &machine.scheduler);
+  arrived(&machine.current->context);
   for (;;) {
     (*machine.body)();
     Fiber* me = machine.current;
     me->state = State::exited;
     ++machine.exited;
     machine.warps[me->number / 32].exited |= 1u << me->number % 32;
-    for (unsigned lane = 0; lane < 32; ++lane) {  // some may have waited for this one alone
+    const bool awaited = machine.warps[me->number / 32].waiting != 0;
+    for (unsigned lane = 0; awaited && lane < 32; ++lane) {  // some may have waited for this one alone
       const Fiber* other = lane_of_warp(me->number / 32, lane);
       if (other != nullptr && other->state == State::waiting && other->wait.kind != Kind::sync_threads)
         complete(*other);
@@ -475,20 +502,14 @@ static void run_block() {
     const unsigned lanes = machine.threads <= i ? 0 : machine.threads - i;
     machine.warps[i / 32] = {0, lanes >= 32 ? 0 : ~0u << lanes};
   }
+  machine.turn.clear();
   machine.ready.clear();
+  machine.position = 0;
   for (unsigned i = 0; i < machine.threads; ++i) make_ready(machine.fibers[i].get());
-  std::vector<unsigned> turn;
   while (machine.exited < machine.threads) {
     if (machine.ready.empty()) open_barrier();
-    turn.swap(machine.ready);
-    machine.ready.clear();
-    arrange(&turn);
-    for (const unsigned number : turn) {
-      machine.current = machine.fibers[number].get();
-      threadIdx = machine.current->index;
-      go(&machine.scheduler, &machine.current->context);
-      if (!machine.error.empty()) throw Error(machine.error);
-    }
+    resume(&machine.scheduler, next_fiber());
+    if (!machine.error.empty()) throw Error(machine.error);
   }
 }
 
