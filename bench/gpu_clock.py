@@ -76,6 +76,7 @@ class Baseline:
 
     name: str
     times: list[float]
+    min_ratio: float | None = None  # the budget: how many times ours it must at least take
 
 
 @dataclass
@@ -103,7 +104,6 @@ class Bench:
         equality: str,
         baselines: Sequence[Baseline] = (),
         budget_us: float | None = None,
-        min_ratio: float | None = None,
         note: str = "",
     ) -> None:
         """Cold, warm and plain figures of `call`, which must move at least `moved` bytes."""
@@ -132,11 +132,11 @@ class Bench:
             if budget_us is not None and "plain" not in way:
                 figure = replace(figure, budget=f"at most {budget_us:.3g} µs", met=value <= budget_us)
             for baseline in baselines or (None,):
-                self.figures.append(_beside(figure, baseline, min_ratio).as_dict())
+                self.figures.append(_beside(figure, baseline).as_dict())
             print(f"{figure.name}: {value:.1f} µs, p99 {figure.p99:.1f}, floor {floor:.2f}", flush=True)
 
 
-def _beside(figure: Figure, baseline: Baseline | None, min_ratio: float | None) -> Figure:
+def _beside(figure: Figure, baseline: Baseline | None) -> Figure:
     if baseline is None:
         return figure
     theirs = statistics.median(baseline.times)
@@ -150,8 +150,8 @@ def _beside(figure: Figure, baseline: Baseline | None, min_ratio: float | None) 
         ratio=ratio,
         ratio_of="baseline / ours",
     )
-    if min_ratio is not None and "plain" not in figure.name:
+    if baseline.min_ratio is not None and "plain" not in figure.name:
         budget = f"{figure.budget}, " if figure.budget else ""
-        beside.budget = f"{budget}at least {min_ratio:g} times the baseline"
-        beside.met = figure.met is not False and ratio >= min_ratio
+        beside.budget = f"{budget}at least {baseline.min_ratio:g} times the baseline"
+        beside.met = figure.met is not False and ratio >= baseline.min_ratio
     return beside

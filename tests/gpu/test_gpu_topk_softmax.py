@@ -18,12 +18,12 @@ EDGES = [(1, 1), (2, 1), (2, 2), (17, 17), (1023, 5), (1025, 1025), (4099, 4099)
 
 
 def assert_like_the_twin(logits: torch.Tensor, k: int, device: str) -> None:
-    """Equal ids, since both order the same logits; probabilities to the rounding of a sum."""
+    """Equal ids, since both order the same logits; probabilities to the rounding of the card's `__expf`."""
     want = topk_softmax(logits, k)
     found = topk_softmax(logits.to(device), k)
     assert torch.equal(found.status.cpu(), want.status)
     assert torch.equal(found.ids.cpu(), want.ids)
-    torch.testing.assert_close(found.probs.cpu(), want.probs, rtol=4e-6, atol=1e-9)
+    torch.testing.assert_close(found.probs.cpu(), want.probs, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found.tail.cpu(), want.tail, rtol=2e-5, atol=1e-6)
 
 
@@ -51,7 +51,7 @@ def test_rows_that_no_vector_load_fits(device, dtype, vocab, offset):
     assert on_device.data_ptr() % 16
     want, found = topk_softmax(logits, min(vocab, 50)), topk_softmax(on_device, min(vocab, 50))
     assert torch.equal(found.ids.cpu(), want.ids)
-    torch.testing.assert_close(found.probs.cpu(), want.probs, rtol=4e-6, atol=1e-9)
+    torch.testing.assert_close(found.probs.cpu(), want.probs, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +120,7 @@ def test_the_same_bits_every_time_and_in_any_batch(device, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, topk_softmax(logits, 128), strict=True))
     alone = topk_softmax(logits[7:8].contiguous(), 128)
     assert torch.equal(alone.ids, first.ids[7:8])
-    torch.testing.assert_close(alone.probs, first.probs[7:8], rtol=4e-6, atol=1e-9)
+    torch.testing.assert_close(alone.probs, first.probs[7:8], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(("batch", "vocab", "k"), [(3, 7001, 33), (1, 262_144, 128), (2, 9000, 9000)])
