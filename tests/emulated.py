@@ -60,10 +60,8 @@ def with_another(source: Path, original: Path, folder: Path) -> Path:
     old = BUILD / compile_["output"]
     new = folder / "kernel.o"
     words = compile_["command"].split()
-    words = [
-        str(new) if word == compile_["output"] else str(source) if word == str(original) else word
-        for word in words
-    ]
+    words[words.index("-o") + 1] = str(new)
+    words[words.index(str(original))] = str(source)
     _run(*words, cwd=BUILD)
     objects = [one for one in BUILD.glob("tests/emulator/CMakeFiles/emul*.dir/**/*.o") if one != old]
     objects = [one for one in objects if "emulator_self_test" not in str(one)]

@@ -1,6 +1,7 @@
 """Every test of an operation runs on every instruction set this processor has; in a process that
-test_emulation.py starts, on the emulated CUDA kernels instead: each test in one of three orders of threads and
-with one of three numbers of multiprocessors, drawn by its name (emulated_launches.py tries more of both)."""
+test_emulation.py starts, on the emulated CUDA kernels instead: each test in one of three orders of threads
+and with one of three numbers of multiprocessors, drawn by its name (emulated_launches.py tries more of both).
+"""
 
 from __future__ import annotations
 
