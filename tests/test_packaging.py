@@ -203,7 +203,7 @@ def test_without_a_cuda_compiler_the_build_says_that_it_goes_without(tmp_path: P
     done = configure(tmp_path, switch, **NO_COMPILER)
     assert done.returncode == 0, done.stderr
     assert f"CUDA part OFF (DEEPEN_CUDA={switch})" in done.stdout
-    assert "cuda_device_absent.cc" in (tmp_path / "compile_commands.json").read_text()
+    assert "cuda_absent.cc" in (tmp_path / "compile_commands.json").read_text()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no CUDA compiler on PATH")
