@@ -28,10 +28,10 @@ def emulated_tests(
     core: Path, *arguments: str, report: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        # pytest's own fault handler would keep AddressSanitizer from saying where a wild pointer came from.
+        # pytest's own fault handler and capture would keep AddressSanitizer's report from us.
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "emulated", "-p", "no:cacheprovider"),
-            *("-p", "no:faulthandler", *arguments),
+            *("-p", "no:faulthandler", "--capture=sys", *arguments),
         ],
         cwd=ROOT,
         env=emulated.environment(core, report),
