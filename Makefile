@@ -47,7 +47,7 @@ format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
 
 bench: $(INSTALLED)  ## time everything, write bench/results/*.json and the table in README.md
 	$(PY) bench/run.py
-	$(PY) bench/table.py README.md
+	$(PY) bench/table.py
 
 # For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. Each step is a
 # target of its own, for machines that lend their GPU for minutes. pytest's exit code 5 (no test ran) is an error.

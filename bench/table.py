@@ -15,26 +15,28 @@ BENCH = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
-def _number(value: float, unit: str) -> str:
-    if unit == "µs" and value >= 10_000:
-        value, unit = value / 1000, "ms"
+def _number(value: float) -> str:
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f} {unit}"
+    return f"{value:,.{digits}f}"
 
 
 def _row(figure: dict[str, Any]) -> str:
-    unit = figure["unit"]
-    low, high = figure["spread"]
-    ours = _number(figure["value"], unit)
+    def shown(value: float) -> str:
+        return f"{_number(value / 1000)} ms" if milli(value) else f"{_number(value)} {figure['unit']}"
+
+    def milli(value: float) -> bool:
+        return bool(figure["unit"] == "µs" and value >= 10_000)
+
+    ours = shown(figure["value"])
     if figure["repetitions"] > 1:
-        ours += f" ({_number(low, unit)} to {_number(high, unit)})"
+        scale = 1000 if milli(figure["value"]) else 1
+        ours += " (" + " to ".join(_number(value / scale) for value in figure["spread"]) + ")"
     baseline = ""
     if "baseline_value" in figure:
-        baseline = f"{figure['baseline']}: {_number(figure['baseline_value'], unit)}"
+        baseline = f"{figure['baseline']}: {shown(figure['baseline_value'])}"
     ratio = ""
     if "ratio" in figure:
-        digits = 0 if figure["ratio"] >= 100 else 1 if figure["ratio"] >= 10 else 2
-        ratio = f"{figure['ratio']:,.{digits}f} ×"
+        ratio = f"{_number(figure['ratio'])} ×"
     budget = figure.get("budget", "")
     if "met" in figure:
         budget += ": met" if figure["met"] else ": **missed**"

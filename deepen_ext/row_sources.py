@@ -21,7 +21,7 @@ Recipe = Literal["paper", "calibrated", "bytes"]
 DEFAULT_TEMPERATURE = {"paper": 100.0, "calibrated": 40.0}
 DEFAULT_ENTRIES = 32
 
-_CHUNK = 4096  # embedding rows looked at together, so that no copy of the whole matrix is made
+_CHUNK = 256  # embedding rows looked at together, so that no copy of the whole matrix is made
 
 
 class SparseRows(NamedTuple):

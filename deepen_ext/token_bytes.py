@@ -9,6 +9,7 @@ reason about.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,11 +103,11 @@ class Encoder:
                 tokens[token_id] = to_bytes(token)
         return tokens
 
-    def token_texts(self) -> list[str]:
+    def token_texts(self) -> Iterator[str]:
         """Every token as text, special ones included (SentencePiece only)."""
         known = self.view.get_vocab_size(with_added_tokens=True)
         names = (self.view.id_to_token(token_id) for token_id in range(known))
-        return [name.replace(SPACE_MARK, " ") for name in names if name is not None]
+        return (name.replace(SPACE_MARK, " ") for name in names if name is not None)
 
 
 def _byte_level_bytes(token: str) -> bytes | None:

@@ -151,9 +151,9 @@ class TestGenerate:
 
 class TestEnding:
     def test_eos(self, smollm2, gemma, cache):
-        chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+        chat = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
         result = Ensemble([smollm2, gemma], weights=[0.9, 0.1], recipe="bytes").generate(
-            chat, max_new_tokens=96
+            chat, max_new_tokens=32
         )
         assert result.finish_reason == "eos"
         assert result.token_ids[-1] in smollm2.eos_ids
