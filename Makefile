@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Stamps: a step is done again when what it was made from has changed.
 DEPENDENCIES := $(VENV)/dependencies
 INSTALLED := $(VENV)/installed-$(DEEPEN_CUDA)
-CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cc csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cc csrc/*/*.cu tests/emulator/*.h tests/emulator/*.cc tests/emulator/*.cu)
 # pip hides what CMake prints, so say it again.
 SAY_CUDA := from deepen_ext import _core; \
   print('deepen-ext: CUDA part', 'ON,' if _core.cuda_compiled() else 'OFF,', _core.cuda_device_count(), 'devices')

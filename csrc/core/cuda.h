@@ -46,8 +46,10 @@ class DeviceGuard {
 int max_shared_bytes(int device);
 int multiprocessors(int device);
 
-// Above this a kernel must be told before its launch.
+// Above this a kernel must be told before its launch. It is always told the most the device has, not what one
+// launch needs: two threads that launch it with different sizes would take each other's room away.
 constexpr size_t kSharedBytesByDefault = 48 * 1024;
+void allow_most_shared(const void* kernel, const char* file, int line);
 
 }  // namespace deepen
 
@@ -64,8 +66,7 @@ constexpr size_t kSharedBytesByDefault = 48 * 1024;
     auto* const deepen_kernel = kernel;                                                                      \
     const size_t deepen_shared_bytes = (dynamic_shared_bytes);                                               \
     if (deepen_shared_bytes > ::deepen::kSharedBytesByDefault) {                                             \
-      DEEPEN_CUDA_CHECK(cudaFuncSetAttribute(deepen_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,     \
-                                             int(deepen_shared_bytes)));                                     \
+      ::deepen::allow_most_shared(reinterpret_cast<const void*>(deepen_kernel), __FILE__, __LINE__);         \
     }                                                                                                        \
     deepen_kernel<<<(grid), (block), deepen_shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     const cudaError_t deepen_launched = cudaGetLastError();                                                  \

@@ -38,4 +38,20 @@ static int attribute(cudaDeviceAttr which, int device) {
 int max_shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
+#ifndef DEEPEN_EMULATE
+void allow_most_shared(const void* kernel, const char* file, int line) {
+  const auto check = [&](cudaError_t error, const char* call) {
+    if (error != cudaSuccess) throw_cuda_error(file, line, call, error);
+  };
+  int device = 0;
+  cudaFuncAttributes attributes{};
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  const int most = max_shared_bytes(device) - int(attributes.sharedSizeBytes);
+  if (attributes.maxDynamicSharedSizeBytes == most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "cudaFuncSetAttribute");
+}
+#endif
+
 }  // namespace deepen
