@@ -72,7 +72,7 @@ gpu-sanitize:  ## memcheck and racecheck over a short list, where compute-saniti
 
 gpu-bench:  ## GPU benchmarks: bench/results/<gpu>.json and the table in README.md
 	$(PYTHON) bench/gpu.py
-	$(PYTHON) bench/table.py README.md
+	$(PYTHON) bench/table.py
 
 clean:  ## remove the environment and everything built (the cache of converted models stays)
 	rm -rf $(VENV) build dist *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
