@@ -30,9 +30,12 @@ def build() -> Path:
     """The folder with the module and `emulator_self_test`, up to date."""
     import pybind11
 
-    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    # The ones beside Python first: their versions are pinned.
     scripts = Path(sys.executable).parent
-    cmake, ninja = cmake or str(scripts / "cmake"), ninja or str(scripts / "ninja")
+    search = f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    cmake, ninja = shutil.which("cmake", path=search), shutil.which("ninja", path=search)
+    if cmake is None or ninja is None:
+        raise RuntimeError("the emulator needs cmake and ninja; install them with pip")
     BUILD.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILD / "lock"):
         _run(
@@ -54,13 +57,14 @@ def core_in(folder: Path) -> Path:
 def with_another(source: Path, original: Path, folder: Path) -> Path:
     """The module with one kernel source replaced, in `folder`: compiles and links as the build did."""
     commands = json.loads((BUILD / "compile_commands.json").read_text())
-    (compile_,) = [
-        one for one in commands if one["file"] == str(original) and "emulated_kernels" in one["output"]
+    (words,) = [
+        one["command"].split()
+        for one in commands
+        if one["file"] == str(original) and "emulated_kernels.dir" in one["command"]
     ]
-    old = BUILD / compile_["output"]
-    new = folder / "kernel.o"
-    words = compile_["command"].split()
-    words[words.index("-o") + 1] = str(new)
+    new, place = folder / "kernel.o", words.index("-o") + 1
+    old = BUILD / words[place]
+    words[place] = str(new)
     words[words.index(str(original))] = str(source)
     _run(*words, cwd=BUILD)
     objects = [one for one in BUILD.glob("tests/emulator/CMakeFiles/emul*.dir/**/*.o") if one != old]
