@@ -154,6 +154,8 @@ def test_a_reader_that_leaves_and_an_interrupt(how: str, code: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
+        # Where the tests run in the background, Ctrl-C is ignored and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stderr is not None
