@@ -12,7 +12,7 @@ from oracle import random_embedding, random_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepen_ext import Ensemble, InputError, RelativeMap, _core, fuse_logits
-from deepen_ext.fusion import FusedStep, Fuser
+from deepen_ext.fusion import FusedStep, Fuser, Part
 from deepen_ext.ops import topk_softmax
 from deepen_ext.sampler import Sampler
 
@@ -114,11 +114,12 @@ def test_the_sampler_draws_what_multinomial_draws():
 def test_what_a_step_reads_back():
     logits = random_logits(3, 200, seed=0)
     top = topk_softmax(logits, 5)
-    step = FusedStep(logits, top.ids[:, 1], top.ids[:, 0], (("logits of main", top.status),))
+    step = FusedStep(logits, top.ids[:, 1], top.ids[:, 0], (Part(0, "logits of main", top, range(3)),))
     step.check()
     assert step.read(step.chosen) == (top.ids[:, 1].tolist(), top.ids[:, 0].tolist())
-    bad = dataclasses.replace(step, status=(("logits of gemma", torch.tensor([0, 0, 2])),))
-    with pytest.raises(InputError, match="logits of gemma: row 2 has no softmax, there is nothing but -inf"):
+    broken = top._replace(status=torch.tensor([0, 0, 2], dtype=torch.int32))
+    bad = dataclasses.replace(step, parts=(Part(1, "logits of gemma", broken, [0, 1, 4]),))
+    with pytest.raises(InputError, match="logits of gemma: row 4 has no softmax, there is nothing but -inf"):
         bad.check()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from golden_cases import golden_case, golden_names
@@ -169,3 +171,36 @@ def test_tensors_that_do_not_fit(pair):
         fuse_logits([], [], [], **settings)
     with pytest.raises(InputError, match="main model cannot sit out"):
         Fuser(maps, **settings).step([None, logits[1]], weights)
+
+
+def test_assistants_may_speak_for_some_rows_only():
+    """Each row of such a step is the row as it is fused alone, with the members that speak for it."""
+    logits = [random_logits(5, 300, seed=0), random_logits(5, 400, seed=1), random_logits(5, 350, seed=2)]
+    maps = [
+        RelativeMap.from_embedding(random_embedding(vocab, 16, seed=vocab), torch.arange(120), temperature=20)
+        for vocab in (300, 400, 350)
+    ]
+    speaks = {1: [0, 2, 3], 2: [2, 4]}
+    weights = [0.5, 0.3, 0.2]
+    fuser = Fuser(maps, learning_rate=0.2)
+    rows = [None, speaks[1], speaks[2]]
+    step = fuser.step([logits[0], logits[1][speaks[1]], logits[2][speaks[2]]], weights, rows=rows)
+    for row in range(5):
+        present = [logits[i][row : row + 1] if i == 0 or row in speaks[i] else None for i in range(3)]
+        alone = fuser.step(present, weights)
+        torch.testing.assert_close(step.logits[row : row + 1], alone.logits, atol=1e-5, rtol=0)
+        assert int(step.chosen[row]) == int(alone.chosen)
+        assert torch.equal(step.logits[row], logits[0][row]) == (row == 1)
+    logits[2][4, 3] = float("nan")
+    with pytest.raises(InputError, match="logits of member 2: row 4 has no softmax"):
+        fuser.step([logits[0], logits[1][speaks[1]], logits[2][speaks[2]]], weights, rows=rows)
+
+
+def test_threads_may_share_a_fuser(pair):
+    logits, maps = pair
+    want = fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
+    cold = [RelativeMap.from_source(one.source) for one in maps]
+    fuser = Fuser(cold, learning_rate=0.2)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: fuser.step(logits, [0.5, 0.5]).logits, range(16)))
+    assert all(torch.equal(one, want) for one in found)

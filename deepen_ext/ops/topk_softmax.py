@@ -27,9 +27,9 @@ class TopK(NamedTuple):
         check_status(name, self.status.tolist())
 
 
-def check_status(name: str, status: Sequence[int]) -> None:
+def check_status(name: str, status: Sequence[int], rows: Sequence[int] | None = None) -> None:
     """Raise InputError for a row that has no softmax, by its status [B] on the host."""
-    for row, code in enumerate(status):
+    for row, code in zip(range(len(status)) if rows is None else rows, status, strict=True):
         if code:
             raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
 
