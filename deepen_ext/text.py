@@ -11,6 +11,7 @@ import hashlib
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable
+from copy import copy
 from functools import cached_property
 from typing import Any
 
@@ -235,17 +236,25 @@ class GrowingText:
     the last cut before the old end (see `cuts.py`), most often the last word, however long the text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, text: str) -> None:
+    def __init__(self, vocabulary: Vocabulary, text: str, *, prefix: bool = True) -> None:
+        """Encode the text; `prefix=False` leaves `prefix_ids` out (a chat template writes its own)."""
         self._vocabulary = vocabulary
         self._text = text
         # `_ends`: where each id ends, in characters; without the prefix.
         ids, self._ends = vocabulary.encode_spans(text)
-        self.ids: list[int] = vocabulary.prefix_ids + ids
+        self._start = len(vocabulary.prefix_ids) if prefix else 0
+        self.ids: list[int] = vocabulary.prefix_ids[: self._start] + ids
 
     @property
     def text(self) -> str:
         """The whole text so far."""
         return self._text
+
+    def copy(self) -> GrowingText:
+        """The same text, to go on in another way."""
+        twin = copy(self)
+        twin.ids, twin._ends = list(self.ids), list(self._ends)
+        return twin
 
     def append(self, text: str) -> int:
         """Add text to the end; returns how many ids, from the start, are the same as before.
@@ -263,7 +272,7 @@ class GrowingText:
         else:
             ids, ends = vocabulary.encode_spans(self._text)
         self._ends[kept:] = ends
-        start = kept + len(vocabulary.prefix_ids)
+        start = kept + self._start
         old = self.ids[start:]
         same = 0
         for before, after in zip(old, ids, strict=False):

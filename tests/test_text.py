@@ -250,6 +250,25 @@ def test_every_cut_divides_the_ids(vocabulary: Vocabulary) -> None:
     assert sum(assert_cuts_hold(vocabulary, text) for text in NATURAL) > 60
 
 
+def test_growing_without_the_prefix(real: dict[str, Vocabulary]) -> None:
+    """A chat template writes BOS itself: it is there once, and appends know where the text begins."""
+    gemma = real["gemma"]
+    assert gemma.prefix_ids
+    growing = GrowingText(gemma, "<bos>Hel", prefix=False)
+    growing.append("lo wor")
+    growing.append("ld")
+    assert growing.ids == gemma.prefix_ids + gemma.encode("Hello world")
+
+
+def test_a_copy_goes_its_own_way(vocabulary: Vocabulary) -> None:
+    growing = GrowingText(vocabulary, "Hello wor")
+    twin = growing.copy()
+    twin.append("ld, and")
+    growing.append("k")
+    assert growing.ids == GrowingText(vocabulary, "Hello work").ids
+    assert twin.ids == GrowingText(vocabulary, "Hello world, and").ids
+
+
 def test_an_append_encodes_only_the_end(vocabulary: Vocabulary) -> None:
     """Not in time but in work: the cut lies within the last words of ordinary text, Chinese included."""
     for text in NATURAL[:5]:
