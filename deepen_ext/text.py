@@ -289,6 +289,12 @@ class Utf8Stream:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
+    def copy(self) -> Utf8Stream:
+        """The same stream, to go on in another way."""
+        twin = Utf8Stream()
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
+
     def feed(self, data: bytes) -> str:
         """The characters that `data` completes; "" while one is unfinished."""
         return self._decoder.decode(data)

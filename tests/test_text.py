@@ -339,6 +339,15 @@ def test_utf8_stream(data: bytes) -> None:
     assert (text + ("\ufffd" if stream.pending else "")) == data.decode("utf-8", "replace")
 
 
+def test_a_copied_utf8_stream_goes_its_own_way() -> None:
+    stream = Utf8Stream()
+    assert stream.feed("é".encode()[:1]) == ""
+    twin = stream.copy()
+    assert twin.feed("é".encode()[1:]) == "é"
+    assert stream.pending
+    assert stream.feed("è".encode()[1:]) == "è"
+
+
 def test_utf8_stream_waits() -> None:
     stream = Utf8Stream()
     assert [stream.feed(bytes([byte])) for byte in "é€".encode()] == ["", "é", "", "", "€"]
