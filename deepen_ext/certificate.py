@@ -1,0 +1,151 @@
+"""Certified skip: the greedy tokens that no assistant can change.
+
+AdamW bounds every step of the inverse search, whatever the gradients are. With
+
+    a_i = (1 - b1) b1^(t-i) / (1 - b1^t),    b_i = (1 - b2) b2^(t-i) / (1 - b2^t)
+
+the moments of step t = 1..T are m = sum_i a_i g_i and v = sum_i b_i g_i^2, so by Cauchy and Schwarz
+
+    |m| / (sqrt(v) + eps) <= c_t = sqrt(sum_i a_i^2 / b_i).
+
+(Gradients that grow by b2/b1 a step reach c_t at every step at once: nothing is given away.) Weight decay
+first scales the logit by k_t = 1 - 0.01 eta_t. After T steps a candidate's logit z lies within
+
+    D z - M .. D z + M,    D = prod_t k_t,    M = sum_t eta_t c_t prod_{s>t} k_s
+
+and any other token's where it was. The main model's first choice z_1 is a candidate, so it stays first if
+
+    D z_1 - M > D z_2 + M    and    D z_1 - M > z_2.
+
+Floating point: M gets a ten-thousandth more (the float32 moments, the rounded b1 and b2), each bound 3 T + 8
+rounding errors of the logit. Then both sides are rounded to the logits' dtype, as the fusion rounds what it
+writes back. Rounding keeps order, so a tie on one side of it is a tie here, and a tie is not settled.
+
+Processors that give each token a score by its own logit and the ids, rising with the logit, keep order too:
+the bounds go through them, all tokens' upper ones with the first choice's lower one among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from deepen_ext.sampler import Chooser
+
+# Score by score, rising (or constant), without a state that a second call would change. Not among them:
+# ExponentialDecayLengthPenalty, which may fall with a negative logit, and what looks at all scores.
+_ORDERLY = {
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+}
+
+# The optimiser of csrc/ops/adamw.h.
+_BETA1, _BETA2, _WEIGHT_DECAY, _COSINE_PERIOD = 0.9, 0.999, 0.01, 10
+_ROUNDING = 2.0**-24  # of float32
+
+
+def movement(learning_rate: float, steps: int) -> tuple[float, float]:
+    """(D, M) of the inverse search: a candidate's logit z ends within D z - M .. D z + M."""
+    decay, reach = 1.0, 0.0
+    for step in range(steps):
+        lowest = learning_rate / 4
+        eta = lowest + (learning_rate - lowest) * (1 + math.cos(math.pi * step / _COSINE_PERIOD)) / 2
+        keep = 1 - _WEIGHT_DECAY * eta
+        decay, reach = decay * keep, reach * keep + eta * _largest_ratio(step + 1)
+    return decay, reach
+
+
+def _largest_ratio(t: int) -> float:
+    """c_t, the largest |m| / sqrt(v) of step t, counted from 1."""
+    first, second = (1 - _BETA1) / (1 - _BETA1**t), (1 - _BETA2) / (1 - _BETA2**t)
+    return math.sqrt(sum((first * _BETA1**i) ** 2 / (second * _BETA2**i) for i in range(t)))
+
+
+class Certificate:
+    """Says which rows' greedy tokens are settled by the main model alone."""
+
+    def __init__(self, learning_rate: float, steps: int, chooser: Chooser) -> None:
+        """Bound the search of these settings, for what `chooser` makes of its logits."""
+        self._decay, reach = movement(learning_rate, steps)
+        self._reach = reach * (1 + 1e-4)
+        self._rounding = (3 * steps + 8) * _ROUNDING
+        self._chooser = chooser
+
+    def settled(
+        self,
+        main_logits: torch.Tensor,
+        rows: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        *,
+        top: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Where the chosen token is the main model's own (after processors), whatever the target.
+
+        Nothing waits for the device. A row with NaN or of -inf alone is not settled, so that the fusion step
+        reports it; nor is any row when something is drawn, or when a processor does not keep order.
+
+        Args:
+            main_logits: [b, V], float32, float16 or bfloat16.
+            rows: which rows they are of.
+            ids: of each of them, prompt and new tokens so far.
+            top: integer [b, k], the token ids of the largest logits, sorted down, if they are known.
+
+        Returns:
+            bool [b], where the logits are.
+        """
+        processors = self._chooser.processors(rows[0])
+        if self._chooser.settings.do_sample or any(type(one) not in _ORDERLY for one in processors):
+            return torch.zeros(len(rows), dtype=torch.bool, device=main_logits.device)
+        if processors:
+            return self._settled_after(main_logits, rows, ids)
+        if top is None or top.shape[1] < 2:
+            largest = main_logits.topk(2).values
+        else:
+            largest = main_logits.gather(1, top[:, :2].long())
+        lower, upper = self._bounds(largest)
+        return lower[:, 0] > upper[:, 1]
+
+    def _settled_after(
+        self, main_logits: torch.Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """`settled` after processors: the first choice at its worst against all others at their best."""
+        first = self._chooser.processed(main_logits, rows, ids).argmax(dim=-1, keepdim=True)
+        lower, upper = self._bounds(main_logits)
+        worst = upper.scatter(1, first, lower.gather(1, first))
+        scores = self._chooser.processed(worst, rows, ids)
+        score = scores.gather(1, first)
+        return (score > scores.scatter(1, first, -torch.inf).amax(dim=-1, keepdim=True)).squeeze(1)
+
+    def _bounds(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each logit may end, in its dtype: as a candidate it moves, otherwise it stays."""
+        z = logits.float()
+        decayed, moved = z * self._decay, z.abs() * self._rounding + self._reach
+        lower = torch.minimum(decayed - moved, z)
+        upper = torch.maximum(decayed + moved, z).masked_fill(z == -torch.inf, -torch.inf)
+        return lower.to(logits.dtype), upper.to(logits.dtype)
