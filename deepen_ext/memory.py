@@ -1,0 +1,54 @@
+"""What a batch would take, and what a device still has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from deepen_ext.kv_cache import CHUNK, cache_bytes
+from deepen_ext.member import Member
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (  # the limit and the use of version 2 and of version 1
+    (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
+    (_CGROUPS / "memory/memory.limit_in_bytes", _CGROUPS / "memory/memory.usage_in_bytes"),
+)
+
+
+def estimate_bytes(member: Member, rows: int, tokens: int) -> int:
+    """Bytes that a session of ``rows`` rows with ``tokens`` tokens each takes, beside the model's weights.
+
+    The cache, the logits of two steps, and the largest activations of one layer.
+    """
+    config = member.model.config.get_text_config()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    fed = min(rows * tokens, CHUNK)
+    activations = fed * (4 * hidden + 3 * inner + 4 * heads * head_dim)
+    # Masks, and keys and values repeated for every query head, where lanes are fed together.
+    attention = 2 * fed * tokens + 2 * rows * tokens * heads * head_dim if rows > 1 else fed * tokens
+    logits = 2 * rows * member.vocab_size
+    others = (activations + attention + logits) * member.dtype.itemsize
+    return int(cache_bytes(member, rows, tokens) + others)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device: of a machine, also below its control group's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for limit, used in _CGROUP_FILES:
+        # "max" where there is no limit. What is cached from files counts as used, and can be given back.
+        if limit.is_file() and (bound := limit.read_text().strip()).isdigit():
+            available = min(available, int(bound) - int(used.read_text()) + _file_cache(used.parent))
+    return available
+
+
+def _file_cache(group: Path) -> int:
+    found = re.search(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -1,0 +1,410 @@
+"""Sessions against fresh forwards of the same models: one row, ragged batches, rollbacks, failures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepen_ext import memory
+from deepen_ext import session as module
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.kv_cache import cache_bytes
+from deepen_ext.member import Member
+from deepen_ext.session import BatchSession
+
+TEXT = (Path(__file__).parent.parent / "deepen_ext" / "member.py").read_text()
+POSITIONS = (490, 511, 600)  # below, at and past Gemma's window of 512
+DEPTHS = (1, 3, 40)
+
+# Other families in a few thousand weights: what matters is how their code takes masks, windows and positions.
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen2 with a window": {"sliding_window": 16, "use_sliding_window": True, "layer_types": MIXED},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 16, "layer_types": MIXED},  # softcap: its attention is eager
+    "gemma3_text": {"sliding_window": 16, "layer_types": MIXED},
+    "phi3": {"sliding_window": 16, "pad_token_id": 0},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "num_key_value_heads": None},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, "num_key_value_heads": None},
+}
+
+
+@pytest.fixture(params=["smollm2", "gemma"])
+def member(request: pytest.FixtureRequest) -> Member:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tiny(smollm2: Member):
+    """Makes a member of another family, with random weights."""
+
+    def make(family: str, **settings: object) -> Member:
+        config = AutoConfig.for_model(
+            family.split()[0],
+            vocab_size=smollm2.vocab_size,
+            **(TINY | FAMILIES.get(family, {}) | settings),
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(6)  # from the usual initialisation no token would depend on another
+        return replace(smollm2, name=family, model=model, context_length=256)
+
+    return make
+
+
+def ids_of(member: Member, count: int) -> list[int]:
+    ids = member.vocabulary.prefix_ids + member.vocabulary.encode(TEXT)
+    assert len(ids) > count
+    return ids[:count]
+
+
+def fresh_logits(member: Member, ids: list[int], lengths: list[int]) -> torch.Tensor:
+    """Logits after the first n ids, for each n of lengths, from one forward without a cache."""
+    at = torch.tensor([n - 1 for n in lengths])
+    with torch.inference_mode():
+        output = member.model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=at)
+    return output.logits[0]
+
+
+def assert_fresh(member: Member, targets: dict[int, list[int]], logits: torch.Tensor) -> None:
+    """Each row's logits are those of its ids alone."""
+    assert len(logits) == len(targets)
+    for ids, got in zip(targets.values(), logits, strict=True):
+        expected = fresh_logits(member, ids, [len(ids)])[0]
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+        assert int(got.argmax()) == int(expected.argmax())
+
+
+@contextmanager
+def forwards(member: Member) -> Iterator[list[tuple[int, int]]]:
+    """Shapes of all inputs that go through the model's embedding meanwhile."""
+    seen: list[tuple[int, int]] = []
+    hook = member.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def failing(layer: torch.nn.Module, error: BaseException) -> Iterator[None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    hook = layer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class TestOneRow:
+    def test_rollback_equals_a_fresh_forward(self, member: Member) -> None:
+        """Wrong tokens are fed, rolled back and replaced, on both sides of the window and across it."""
+        ids = ids_of(member, POSITIONS[-1] + 2)
+        junk = ids_of(member, 200)[::-1]
+        expected = dict(zip(POSITIONS, fresh_logits(member, ids, [p + 2 for p in POSITIONS]), strict=True))
+        session = BatchSession(member)
+        for position in POSITIONS:
+            for depth in DEPTHS:
+                wrong = session.sync({0: ids[:position] + junk[:depth]}).clone()
+                right = session.sync({0: ids[: position + 2]})
+                torch.testing.assert_close(right[0], expected[position], atol=1e-3, rtol=0)
+                assert (wrong - right).abs().max() > 1  # the rollback had something to undo
+
+    def test_rollbacks_in_a_row_reach_any_depth(self, member: Member) -> None:
+        """Each sync is a strict prefix of the one before, down through the window, nothing fed in between."""
+        lengths = [640, 639, 600, 511, 90, 1]
+        ids = ids_of(member, lengths[0])
+        session = BatchSession(member)
+        for length, expected in zip(lengths, fresh_logits(member, ids, lengths), strict=True):
+            torch.testing.assert_close(session.sync({0: ids[:length]})[0], expected, atol=1e-3, rtol=0)
+            assert session.ids(0) == ids[:length]
+
+    def test_nothing_is_computed_twice(self, smollm2: Member) -> None:
+        ids = ids_of(smollm2, 60)
+        session = BatchSession(smollm2)
+        with forwards(smollm2) as seen:
+            session.sync({0: ids[:50]})
+            first = session.sync({0: ids[:51]})
+            assert session.sync({0: ids[:51]}) is first
+            session.sync({0: [*ids[:48], 7, 8]})
+            session.sync({0: ids[:60]})
+            session.sync({0: ids[:58]})
+        assert seen == [(1, 50), (1, 1), (1, 2), (1, 12), (1, 1)]
+        assert session.tokens_fed == 50 + 1 + 2 + 12 + 1
+
+    def test_logits_keep_shape_and_dtype(self, member: Member) -> None:
+        logits = BatchSession(member).sync({0: ids_of(member, 5)})
+        assert logits.shape == (1, member.vocab_size)
+        assert logits.dtype == member.dtype == torch.float32
+
+    def test_a_long_prompt_goes_in_chunks(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "CHUNK", 256)
+        ids = ids_of(gemma, 600)
+        session = BatchSession(gemma)
+        with forwards(gemma) as seen:
+            logits = session.sync({0: ids})
+        assert seen == [(1, 256), (1, 256), (1, 88)]
+        assert_fresh(gemma, {0: ids}, logits)
+
+    def test_sessions_of_one_member_do_not_meet(self, smollm2: Member) -> None:
+        ids = ids_of(smollm2, 40)
+        one, two = BatchSession(smollm2), BatchSession(smollm2)
+        one.sync({0: ids[:30]})
+        two.sync({0: ids[::-1]})
+        assert_fresh(smollm2, {0: ids}, one.sync({0: ids}))
+
+
+class TestBatch:
+    def test_ragged_rows_equal_rows_alone(self, member: Member) -> None:
+        """Prompts, then steps of one to several tokens, each row rolled back by its own number."""
+        ids = ids_of(member, 400)
+        session = BatchSession(member, rows=5)
+        targets = {row: ids[10 * row : 10 * row + n] for row, n in enumerate((7, 130, 64, 1, 33))}
+        assert_fresh(member, targets, session.sync(targets))
+        for step, (drop, add) in enumerate([(0, 1), (1, 2), (3, 1), (0, 4)]):
+            for row in targets:
+                depth = min(drop * (row % 3), len(targets[row]) - 1)
+                kept = targets[row][: len(targets[row]) - depth]
+                targets[row] = kept + ids[100 + row + step :][: add + row % 2]
+            with forwards(member) as seen:
+                logits = session.sync(targets)
+            assert max(rows for rows, _ in seen) > 1  # together, not one by one
+            assert_fresh(member, targets, logits)
+            assert [session.ids(row) for row in range(5)] == list(targets.values())
+
+    def test_past_the_window(self, gemma: Member) -> None:
+        """Rows below, at and far past Gemma's window roll back by different depths in one forward."""
+        ids = ids_of(gemma, 700)
+        junk = ids_of(gemma, 90)[::-1]
+        lengths, depths = (505, 512, 690), (40, 1, 3)
+        session = BatchSession(gemma, rows=3)
+        targets = {row: ids[:n] for row, n in enumerate(lengths)}
+        assert_fresh(gemma, targets, session.sync(targets))
+        session.sync({row: ids[: lengths[row]] + junk[: depths[row]] for row in range(3)})
+        targets = {row: ids[: n + 2] for row, n in enumerate(lengths)}
+        with forwards(gemma) as seen:
+            logits = session.sync(targets)
+        assert seen == [(3, 2)]
+        assert_fresh(gemma, targets, logits)
+        targets = {row: target[:-5] + junk[:1] for row, target in targets.items()}
+        assert_fresh(gemma, targets, session.sync(targets))
+
+    def test_rows_sit_out(self, smollm2: Member) -> None:
+        """Any rows may take part in a step, in any order; what the others hold and know stays."""
+        ids = ids_of(smollm2, 60)
+        session = BatchSession(smollm2, rows=8)
+        targets = {row: ids[row : 20 + 2 * row] for row in range(8)}
+        session.sync(targets)
+        for chosen in [(0, 7), (6, 1), (3,), (5, 2, 4, 1), (0, 1, 2, 4, 5, 6, 7)]:
+            step = {row: [*targets[row], 50 + row] for row in chosen}
+            targets |= step
+            assert_fresh(smollm2, step, session.sync(step))
+        fed = session.tokens_fed
+        assert_fresh(smollm2, targets, session.sync(targets))
+        assert session.tokens_fed == fed
+
+    def test_released_rows(self, smollm2: Member) -> None:
+        ids = ids_of(smollm2, 80)
+        session = BatchSession(smollm2, rows=4)
+        targets = {row: ids[row : 30 + 5 * row] for row in range(4)}
+        session.sync(targets)
+        for row in (1, 0):
+            session.release(row)
+            del targets[row]
+            targets = {row: [*target[:-2], 11, 12, 13] for row, target in targets.items()}
+            with forwards(smollm2) as seen:
+                logits = session.sync(targets)
+            assert seen == [(len(targets), 3)]
+            assert_fresh(smollm2, targets, logits)
+        with pytest.raises(InputError, match=r"row 1 was released"):
+            session.sync({1: ids})
+        with pytest.raises(InputError, match=r"row 4 is not one of 0\.\.3"):
+            session.sync({4: ids})
+
+    def test_a_closed_session_holds_nothing(self, smollm2: Member) -> None:
+        with BatchSession(smollm2, rows=2) as session:
+            session.sync({0: [1, 2], 1: [3]})
+            assert session._cache.nbytes > 0
+        assert session._cache.nbytes == 0
+        session.close()
+        with pytest.raises(InputError, match="released"):
+            session.sync({0: [1, 2]})
+
+    @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+    def test_a_failed_forward_leaves_the_session_usable(self, gemma: Member, error: BaseException) -> None:
+        """Half the layers hold the new states of all rows when the forward ends."""
+        ids = ids_of(gemma, 80)
+        session = BatchSession(gemma, rows=3)
+        before = {row: ids[: 40 + row] for row in range(3)}
+        session.sync(before)
+        with failing(gemma.model.model.layers[9], error), pytest.raises(type(error)):
+            session.sync({row: [*before[row][:-row], 5, 6, 7] for row in (1, 2)})
+        assert [session.ids(row) for row in range(3)] == [ids[:40]] * 3
+        targets = {row: ids[: 50 + row] for row in range(3)}
+        assert_fresh(gemma, targets, session.sync(targets))
+
+    def test_a_failure_while_prompts_are_read(self, smollm2: Member) -> None:
+        """The first forward of all fails half way: nothing is held, the next call works."""
+        ids = ids_of(smollm2, 300)
+        session = BatchSession(smollm2, rows=2)
+        with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
+            session.sync({0: ids[:30], 1: ids[:35]})
+        targets = {0: ids[5:300], 1: ids[:40]}  # more than there was room for
+        assert_fresh(smollm2, targets, session.sync(targets))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_other_families(self, tiny, family: str) -> None:
+        """Random histories: rows that grow, roll back, sit out, in batches of any size."""
+        member = tiny(family)
+        rng = random.Random(family)
+        session = BatchSession(member, rows=5)
+        held = {row: [rng.randrange(5, 999) for _ in range(rng.randint(1, 40))] for row in range(5)}
+        assert_fresh(member, held, session.sync(held))
+        for _ in range(12):
+            for row in rng.sample(range(5), rng.randint(1, 5)):
+                keep = len(held[row]) - rng.choice([0, 0, 1, 3, 25])
+                new = [rng.randrange(5, 999) for _ in range(rng.randint(1, 4))]
+                held[row] = held[row][: max(keep, 0)] + new
+            part = {row: held[row] for row in rng.sample(range(5), rng.randint(2, 5))}
+            assert_fresh(member, part, session.sync(part))
+        first, second = fresh_logits(member, held[0] * 9, [len(held[0]), 9 * len(held[0])])
+        assert (first - second).abs().max() > 0.1  # the model does look back
+
+
+class TestGroups:
+    def test_padding_is_worth_its_forward(self) -> None:
+        """Decode steps go together, a long prompt does not pad short ones."""
+        assert module._groups({0: 1, 3: 1, 5: 1}, "cpu") == [[0, 3, 5]]
+        assert module._groups({0: 1, 1: 3, 2: 1}, "cpu") == [[0, 1, 2]]
+        assert module._groups({0: 300, 1: 2, 2: 280, 3: 1}, "cpu") == [[1, 3], [2], [0]]
+        assert module._groups({}, "cpu") == []
+
+    def test_the_cheapest_cut(self) -> None:
+        rng = random.Random(1)
+        fixed = module._FORWARD_COST["cpu"]
+        for _ in range(50):
+            new = {row: rng.choice([1, 2, 3, 20, 400, 3000]) for row in range(rng.randint(1, 6))}
+            groups = module._groups(new, "cpu")
+            assert sorted(row for group in groups for row in group) == sorted(new)
+            assert all(
+                len(group) * max(new[row] for row in group) <= module.CHUNK
+                for group in groups
+                if len(group) > 1
+            )
+            cost = sum(fixed + len(group) * max(new[row] for row in group) for group in groups)
+            assert cost <= sum(fixed + n for n in new.values())  # one by one
+
+
+class TestMemory:
+    def test_the_estimate_holds_the_cache(self, member: Member) -> None:
+        """The cache's part of it is what is really allocated; little is added for the rest."""
+        session = BatchSession(member, rows=3)
+        session.sync({row: ids_of(member, 290) for row in range(3)})
+        allocated = session._cache.nbytes
+        assert cache_bytes(member, 3, 290) == allocated
+        logits = 3 * member.vocab_size * 4
+        assert allocated + logits < memory.estimate_bytes(member, 3, 290) < 2 * allocated + 4 * logits
+        assert memory.estimate_bytes(member, 6, 290) > 1.9 * allocated
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_estimate_of_other_families(self, tiny, family: str) -> None:
+        member = tiny(family)
+        session = BatchSession(member, rows=2)
+        session.sync({0: [5, 6], 1: [7]})
+        assert session._cache.nbytes == cache_bytes(member, 2, 2)
+
+    def test_available_bytes_follow_an_allocation(self) -> None:
+        before = memory.available_bytes(torch.device("cpu"))
+        ballast = torch.ones(1 << 28)  # 1 GiB
+        after = memory.available_bytes(torch.device("cpu"))
+        assert before - after > ballast.nbytes // 2
+
+    def test_a_control_group_sets_the_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+        monkeypatch.setattr(memory, "_CGROUP_FILES", ((limit, used),))
+        free = memory.available_bytes(torch.device("cpu"))
+        used.write_text("9000\n")
+        (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 3000\n")
+        limit.write_text("10000\n")
+        assert memory.available_bytes(torch.device("cpu")) == 4000
+        limit.write_text("max\n")
+        assert memory.available_bytes(torch.device("cpu")) > free // 2
+
+
+class TestBadInput:
+    def test_bad_ids(self, smollm2: Member) -> None:
+        short = replace(smollm2, context_length=10)
+        session = BatchSession(short)
+        with pytest.raises(InputError, match=rf"^{short.name}: 11 tokens exceed its context of 10"):
+            session.sync({0: ids_of(short, 11)})
+        assert session.sync({0: ids_of(short, 10)}).shape == (1, short.vocab_size)
+        with pytest.raises(InputError, match="nothing to feed"):
+            session.sync({0: []})
+        with pytest.raises(InputError, match=r"0\.\.49151"):
+            session.sync({0: [49152]})
+        with pytest.raises(InputError, match="0 rows"):
+            BatchSession(short, rows=0)
+
+    def test_the_row_is_named_and_the_others_untouched(self, smollm2: Member) -> None:
+        session = BatchSession(smollm2, rows=3)
+        session.sync({0: [1, 2], 1: [3], 2: [4]})
+        with pytest.raises(InputError, match=rf"{smollm2.name}, row 2: nothing to feed"):
+            session.sync({0: [1, 2, 3], 2: []})
+        assert session.ids(0) == [1, 2]
+        assert session.sync({}).shape == (0, smollm2.vocab_size)
+
+    def test_a_model_that_cannot_roll_back_is_refused(self, tiny) -> None:
+        with pytest.raises(ModelError, match=r"mamba: .*cannot be rolled back"):
+            BatchSession(tiny("mamba", state_size=4))
+
+    @pytest.mark.parametrize(
+        ("family", "settings", "reason"),
+        [
+            ("bloom", {"n_layer": 1, "n_head": 4}, "takes no position_ids"),
+            ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2}, "has chunked attention"),
+            (
+                "llama",
+                {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                "'dynamic', which depend on the longest",
+            ),
+            ("llama", {"attn_implementation": "flex_attention"}, "has attention 'flex_attention'; load it"),
+        ],
+    )
+    def test_a_model_that_runs_no_ragged_rows(self, tiny, family: str, settings: dict, reason: str) -> None:
+        member = tiny(family, **settings)
+        with pytest.raises(ModelError, match=f"^{family}: this model .*{reason}"):
+            BatchSession(member, rows=2)
+        ids = list(range(5, 30))
+        assert_fresh(member, {0: ids}, BatchSession(member).sync({0: ids}))
+
+    def test_different_windows_and_one_mask(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A model whose code would not take one mask for each layer type."""
+        monkeypatch.setattr(type(gemma.model.model), "forward", lambda self, input_ids: None)
+        with pytest.raises(ModelError, match="layers with different windows but takes one mask for all"):
+            BatchSession(gemma, rows=2)
