@@ -47,6 +47,11 @@ class _Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class _WithoutTemplate(str, Enum):
+    error = "error"
+    plain = "plain"
+
+
 def main() -> None:
     """Entry point of `deepen-ext`."""
     app()
@@ -100,8 +105,38 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling: the same seed, the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End after this text. Repeat it.")] = None,
-    dtype: Annotated[_Dtype, typer.Option(help="Of the models' weights.")] = _Dtype.float32,
-    device: Annotated[str, typer.Option(help="Where the models run.")] = "cpu",
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The prompt is a user's message; each member reads its own chat template."
+        ),
+    ] = False,
+    without_template: Annotated[
+        _WithoutTemplate,
+        typer.Option(help="In a chat, a member that has no chat template: an error, or a plain transcript."),
+    ] = _WithoutTemplate.error,
+    certified_skip: Annotated[
+        bool,
+        typer.Option(
+            "--certified-skip",
+            help="Ask the assistants only where they can change the token: same text, faster.",
+        ),
+    ] = False,
+    confidence_gate: Annotated[
+        float | None,
+        typer.Option(help="Do not ask them where the main model is at least so sure (0 to 1). Not exact."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a line of JSON for every token: what each member said.")
+    ] = None,
+    dtype: Annotated[
+        list[_Dtype] | None,
+        typer.Option(help="Of the models' weights: one for all, or one for each. float32 by default."),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the models run: one for all, or one for each. cpu by default."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")
     ] = False,
@@ -118,27 +153,38 @@ def generate(
                 "name the models with --model, two or more, or take the embedded pair with --demo"
             )
         text = _prompt(prompt)
+        if certified_skip and sample:
+            raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
         ensemble = _load(
             model,
             weights=weight or None,
             recipe=recipe.value,
             learning_rate=learning_rate,
-            dtype=dtype.value,
-            device=device,
+            dtype=_one_or_more([one.value for one in dtype or []], "float32"),
+            device=_one_or_more(device, "cpu"),
         )
         result = ensemble.generate(
-            text,
+            [{"role": "user", "content": text}] if chat else text,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             stop_strings=stop or None,
-            on_text=None if as_json else _writer(text),
-            **given,  # type: ignore[arg-type]
+            certified_skip=certified_skip,
+            confidence_gate=confidence_gate,
+            trace=trace,
+            without_template=without_template.value,
+            on_text=None if as_json else _writer("" if chat else text),
+            **given,
         )
         if as_json:
             _write(json.dumps(_report(ensemble, result)) + "\n")
         else:
             _write("\n")
             _summarise(ensemble, result)
+
+
+def _one_or_more(values: list[str] | None, default: str) -> str | list[str]:
+    """A repeated option: one value for all members, or a list for each."""
+    return values if values and len(values) > 1 else values[0] if values else default
 
 
 def _prompt(prompt: str | None) -> str:
@@ -216,6 +262,8 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         "fusion_ms_per_token": round(timings.fusion_ms_per_token, 3),
         "handoff_ms_per_token": round(timings.handoff_ms / later, 3),
         "prompt_ms": round(timings.prompt_ms, 3),
+        "tokens_per_second": round(timings.tokens_per_second, 3),
+        "skipped_share": round(timings.skipped_share, 4),
         "members": [
             {"name": name, "weight": weight, "ms_per_token": round(timings.members_ms[name] / later, 3)}
             for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
@@ -234,6 +282,11 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
         f"{len(result.token_ids)} tokens by {main}, {result.changed_tokens} of them changed by "
         f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of "
         f"it fusion (ended by {result.finish_reason})"
+        + (
+            f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
+            if timings.skipped_share
+            else ""
+        )
     )
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 

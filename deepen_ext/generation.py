@@ -1,38 +1,56 @@
-"""What a generation is asked for, and what it gives back."""
+"""What a generation gives back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["eos", "length", "stop_string", "context"]
+FinishReason = Literal["eos", "length", "stop_string", "stopping_criteria", "context", "cancelled"]
 
 
 @dataclass
 class Timings:
-    """Where the time of one generation went, in milliseconds of wall clock; `steps` tokens were made.
+    """Where the time of one generation went, in milliseconds of wall clock.
 
-    The first step reads the prompt: its share is in `prompt_ms` and in nothing else. On CUDA work is only
-    queued until the token is read: what the device takes for members and fusion shows in `sampling_ms`.
+    `steps` steps made `tokens` tokens, one for each row still being written. The first step reads the
+    prompts: its share is in `prompt_ms` (the time to the first token) and in nothing else. On CUDA work is
+    only queued until the tokens are read: what members and fusion take there shows in `sampling_ms`.
     """
 
     steps: int = 0
+    tokens: int = 0
+    settled: int = 0  # tokens that no assistant could have changed (the certified skip), so none was asked
+    gated: int = 0  # tokens for which the main model was sure enough (`confidence_gate`)
     prompt_ms: float = 0.0
     members_ms: dict[str, float] = field(default_factory=dict)  # forward passes, by member
-    fusion_ms: float = 0.0  # top-k, relative rows, search
+    fusion_ms: float = 0.0  # top-k, certificate, relative rows, search
     handoff_ms: float = 0.0  # bytes, re-tokenisation
     sampling_ms: float = 0.0
     total_ms: float = 0.0
+    step_ms: list[float] = field(default_factory=list)  # of every step, the first included
+    rows: int = 1  # rows of the first step
 
     @property
     def ms_per_token(self) -> float:
-        """Total without the prompt, for each token after the first."""
+        """Total without the prompt, for each step after the first: milliseconds a token of each row."""
         return (self.total_ms - self.prompt_ms) / max(self.steps - 1, 1)
 
     @property
     def fusion_ms_per_token(self) -> float:
-        """Fusion without the prompt's step, for each token after the first."""
+        """Fusion without the prompt's step, for each step after the first."""
         return self.fusion_ms / max(self.steps - 1, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all rows, without the prompt's step."""
+        seconds = (self.total_ms - self.prompt_ms) / 1e3
+        return (self.tokens - self.rows) / seconds if seconds > 0 else 0.0
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of the tokens for which the assistants were not asked, as settled or gated."""
+        return (self.settled + self.gated) / max(self.tokens, 1)
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,11 @@ class Generation:
     Attributes:
         text: the new text, without the prompt. A stop string that ended it is kept, as transformers keeps it.
         token_ids: the main model's new tokens, a final EOS included.
-        finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", or "context": some member's
-            context is full (an assistant may need more tokens for the text than the main model).
+        finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", "stopping_criteria",
+            "context": some member's context is full (an assistant may need more tokens for the text than the
+            main model), or "cancelled": a stream that was closed before the end.
         changed_tokens: how many tokens differ from the most probable one of the main model alone.
-        timings: where the time went.
+        timings: where the time went; of the whole batch where there was one.
     """
 
     text: str
@@ -53,3 +72,25 @@ class Generation:
     finish_reason: FinishReason
     changed_tokens: int
     timings: Timings
+
+
+@dataclass(frozen=True)
+class BatchGeneration:
+    """The texts of a list of prompts, in its order; `batch[b]` is row b's `Generation`."""
+
+    generations: list[Generation]
+    timings: Timings
+
+    @property
+    def texts(self) -> list[str]:
+        """The new texts."""
+        return [one.text for one in self.generations]
+
+    def __len__(self) -> int:
+        return len(self.generations)
+
+    def __getitem__(self, row: int) -> Generation:
+        return self.generations[row]
+
+    def __iter__(self) -> Iterator[Generation]:
+        return iter(self.generations)

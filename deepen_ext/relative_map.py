@@ -48,9 +48,10 @@ class RelativeMap:
         )
 
     @classmethod
-    def from_source(cls, source: RowSource) -> RelativeMap:
-        """An empty map where the source is, whose rows come from it as they are needed."""
-        return cls(source.vocab_size, source.anchors, source.entries, source, source.device)
+    def from_source(cls, source: RowSource, device: str | torch.device | None = None) -> RelativeMap:
+        """An empty map, whose rows come from the source as they are needed; None: where the source is."""
+        where = source.device if device is None else device
+        return cls(source.vocab_size, source.anchors, source.entries, source, where)
 
     @classmethod
     def from_embedding(

@@ -1,0 +1,321 @@
+"""The loop: for every row of a batch main model's logits, assistants' word, a token, its text."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepen_ext.assistants import Assistants, AssistedStep, Reason, forward
+from deepen_ext.certificate import Certificate
+from deepen_ext.errors import InputError
+from deepen_ext.fusion import Part
+from deepen_ext.generation import FinishReason, Generation, Timings
+from deepen_ext.memory import available_bytes, estimate_bytes
+from deepen_ext.prompts import Prompt
+from deepen_ext.sampler import Chooser
+from deepen_ext.session import BatchSession
+from deepen_ext.settings import Settings
+from deepen_ext.trace import Trace
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+
+
+@dataclass(frozen=True)
+class Written:
+    """A token that was written, and the characters it completed ("" while one is unfinished)."""
+
+    row: int
+    token: int
+    text: str
+
+
+@dataclass
+class _Row:
+    ids: list[int]  # the main model's: prompt and what was chosen; only assistants re-tokenise
+    prompt_length: int
+    new_tokens: int  # at most so many
+    pieces: list[str] = field(default_factory=list)
+    recent: str = ""  # the end of the text, for stop strings
+    changed: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def written(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+class Run:
+    """One generation for B prompts: iterate it, a step at a time; `close` frees the caches.
+
+    Closing early is no error: `results` then gives what was written.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        prompts: Sequence[Prompt],
+        settings: Settings,
+        *,
+        certified_skip: bool = False,
+        confidence_gate: float | None = None,
+        trace: Trace | None = None,
+        streamer: Any = None,
+    ) -> None:
+        """Check that everything fits, before anything is computed.
+
+        Args:
+            ensemble: whose members write.
+            prompts: one for each row.
+            settings: of the decoding.
+            certified_skip: ask the assistants only where they can change a greedy token.
+            confidence_gate: nor where the main model's first choice has at least this probability.
+            trace: is told every token.
+            streamer: one of transformers', for a single row.
+
+        Raises:
+            InputError: no prompts, a setting that does not fit, a prompt that with its new tokens exceeds
+                some member's context, or a batch that exceeds the memory.
+        """
+        if not prompts:
+            raise InputError("there are no prompts; give one or more")
+        if certified_skip and settings.do_sample:
+            raise InputError(
+                "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
+                "which is not exact"
+            )
+        if confidence_gate is not None and not 0 < confidence_gate <= 1:
+            raise InputError(f"confidence_gate is {confidence_gate}; choose above 0 to 1")
+        if streamer is not None and len(prompts) > 1:
+            raise InputError("a streamer takes one prompt; leave it out, or give the prompts one at a time")
+        self.ensemble = ensemble
+        self.settings = settings
+        self._rows = [
+            _Row(list(one.main_ids), len(one.main_ids), settings.new_tokens(len(one.main_ids)))
+            for one in prompts
+        ]
+        longest = max(row.new_tokens for row in self._rows)
+        self._assistants = Assistants(ensemble, [prompt.texts for prompt in prompts], new_tokens=longest)
+        self._check_lengths()
+        capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
+        self._main = BatchSession(ensemble.members[0], len(prompts), capacity=capacity)
+        self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
+        self._criteria = [settings.criteria() for _ in prompts]
+        self._certificate = (
+            Certificate(ensemble.fuser.learning_rate, ensemble.fuser.steps, self._chooser)
+            if certified_skip
+            else None
+        )
+        self._gate = confidence_gate
+        self._trace = trace
+        self._streamer = streamer
+        self._longest_stop = max(map(len, settings.stop_strings), default=0)
+        self._active = list(range(len(prompts)))
+        self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=len(prompts))
+        self._steps = self._write()
+
+    def __iter__(self) -> Generator[list[Written], None, None]:
+        return self._steps
+
+    def close(self) -> None:
+        """Stop, free all caches, and keep the relative rows that were computed."""
+        self._steps.close()
+        self._free()
+
+    def results(self) -> list[Generation]:
+        """What was written, row by row."""
+        return [
+            Generation(
+                text="".join(row.pieces),
+                token_ids=row.ids[row.prompt_length :],
+                finish_reason=row.finish_reason or "cancelled",
+                changed_tokens=row.changed,
+                timings=self._timings,
+            )
+            for row in self._rows
+        ]
+
+    @property
+    def timings(self) -> Timings:
+        """Of the whole batch."""
+        return self._timings
+
+    def _write(self) -> Generator[list[Written], None, None]:
+        start = perf_counter()
+        try:
+            if self._streamer is not None:
+                self._streamer.put(torch.tensor([self._rows[0].ids]))
+            while self._drop_full():
+                began = perf_counter()
+                written = self._step()
+                now = perf_counter()
+                self._timings.step_ms.append((now - began) * 1e3)
+                self._timings.total_ms = (now - start) * 1e3
+                if self._timings.steps == 1:
+                    self._end_of_prompt()
+                yield written
+            rest = [self._end_of_text(row) for row in range(len(self._rows))]
+            if any(one.text for one in rest):
+                yield [one for one in rest if one.text]
+            self._timings.total_ms = (perf_counter() - start) * 1e3
+        finally:
+            self._free()  # also after an interrupt: what was computed is not lost
+
+    def _step(self) -> list[Written]:
+        """One token for every row that is not finished."""
+        rows, timings, names = list(self._active), self._timings, self.ensemble.names
+        began = perf_counter()
+        main_logits = forward(self._main, {row: self._rows[row].ids for row in rows}, names[0])
+        read = perf_counter()
+        main = self.ensemble.fuser.top(0, main_logits)
+        reasons = self._unneeded(main_logits, main)
+        step = self._assistants.step(main_logits, rows, main=main, unneeded=reasons)
+        fused = perf_counter()
+        ids = [self._rows[row].ids for row in rows]
+        chosen = self._chooser.choose(step.fused.logits, rows, ids, step.fused.chosen)
+        tokens, main_choices = step.fused.read(chosen)
+        sampled = perf_counter()
+        stages = {
+            "fusion": (fused - read) * 1e3 - sum(step.members_ms.values()) - step.handoff_ms,
+            "handoff": step.handoff_ms,
+            "sampling": (sampled - fused) * 1e3,
+        }
+        members_ms = {names[0]: (read - began) * 1e3, **step.members_ms}
+        if self._trace is not None:
+            positions = [self._rows[row].written for row in rows]
+            self._trace.step(self.ensemble, step, rows, positions, tokens, {"members": members_ms, **stages})
+        for row, token, main_choice in zip(rows, tokens, main_choices, strict=True):
+            self._rows[row].ids.append(token)
+            self._rows[row].changed += token != main_choice
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor(tokens))
+        written = [self._hand_over(row, token) for row, token in zip(rows, tokens, strict=True)]
+        self._end_rows(written, step)
+        for name, spent in members_ms.items():
+            timings.members_ms[name] += spent
+        timings.fusion_ms += stages["fusion"]
+        timings.sampling_ms += stages["sampling"]
+        timings.handoff_ms += step.handoff_ms + (perf_counter() - sampled) * 1e3
+        timings.steps += 1
+        timings.tokens += len(rows)
+        timings.settled += step.reasons.count("settled")
+        timings.gated += step.reasons.count("gated")
+        return written
+
+    def _unneeded(self, main_logits: torch.Tensor, main: Part) -> list[Reason | None]:
+        """Of each active row, why its token needs no assistant, or None."""
+        reasons: list[Reason | None] = [None] * len(self._active)
+        if self._gate is not None:
+            sure = (main.topk.probs[:, 0] >= self._gate).tolist()
+            reasons = ["gated" if one else None for one in sure]
+        if self._certificate is not None:
+            ids = [self._rows[row].ids for row in self._active]
+            settled = self._certificate.settled(main_logits, self._active, ids, top=main.topk.ids).tolist()
+            reasons = ["settled" if one else old for one, old in zip(settled, reasons, strict=True)]
+        return reasons
+
+    def _hand_over(self, row: int, token: int) -> Written:
+        """Give the token's text to the assistants."""
+        if token in self.settings.eos_ids:
+            return Written(row, token, "")
+        piece = self._assistants.append(row, self.ensemble.members[0].vocabulary.bytes_of(token))
+        if piece:
+            self._rows[row].pieces.append(piece)
+        return Written(row, token, piece)
+
+    def _end_rows(self, written: list[Written], step: AssistedStep) -> None:
+        """See which rows are finished, and free what they hold."""
+        for i, one in enumerate(written):
+            row = self._rows[one.row]
+            if one.token in self.settings.eos_ids:
+                row.finish_reason = "eos"
+            elif self._stops(row, one.text):
+                row.finish_reason = "stop_string"
+            elif self._criteria[one.row] and bool(
+                self._criteria[one.row](torch.tensor([row.ids]), step.fused.logits[i : i + 1]).all()
+            ):
+                row.finish_reason = "stopping_criteria"
+            elif row.written >= row.new_tokens:
+                row.finish_reason = "length"
+            if row.finish_reason is not None:
+                self._release(one.row)
+
+    def _stops(self, row: _Row, piece: str) -> bool:
+        """Whether the new piece completes a stop string."""
+        if not piece or not self._longest_stop:
+            return False
+        row.recent = (row.recent + piece)[-(self._longest_stop + len(piece)) :]
+        return any(stop in row.recent for stop in self.settings.stop_strings)
+
+    def _drop_full(self) -> bool:
+        """End the rows that some member cannot read any more; whether any row is left."""
+        limit = self.ensemble.members[0].context_length
+        for number in list(self._active):
+            row = self._rows[number]
+            if (limit is not None and len(row.ids) > limit) or not self._assistants.fits(number):
+                row.finish_reason = "context"
+                self._release(number)
+        return bool(self._active)
+
+    def _release(self, row: int) -> None:
+        self._active.remove(row)
+        self._main.release(row)
+        self._assistants.release(row)
+
+    def _end_of_text(self, number: int) -> Written:
+        rest = self._assistants.finish(number)
+        if rest:
+            self._rows[number].pieces.append(rest)
+        return Written(number, self._rows[number].ids[-1], rest)
+
+    def _end_of_prompt(self) -> None:
+        """Put the first step's time under the prompt, so that the rest are times a token."""
+        timings = self._timings
+        timings.prompt_ms = timings.total_ms
+        timings.members_ms = dict.fromkeys(timings.members_ms, 0.0)
+        timings.fusion_ms = timings.handoff_ms = timings.sampling_ms = 0.0
+
+    def _free(self) -> None:
+        self._main.close()
+        self._assistants.close()
+        if self._streamer is not None:
+            self._streamer.end()  # whoever reads from it must not wait for ever
+            self._streamer = None
+        if self._trace is not None:
+            self._trace.close()
+        self.ensemble.save_rows()
+
+    def _check_lengths(self) -> None:
+        """That every prompt with its new tokens fits every member's context, and the batch the memory."""
+        members = self.ensemble.members
+        longest = [0] * len(members)
+        for number, row in enumerate(self._rows):
+            lengths = [row.prompt_length, *self._assistants.tokens(number)]
+            new = row.new_tokens
+            for i, (member, length) in enumerate(zip(members, lengths, strict=True)):
+                longest[i] = max(longest[i], length + new)
+                limit = member.context_length
+                if limit is not None and length + new > limit:
+                    which = (
+                        f"the prompt's {length}" if len(self._rows) == 1 else f"prompt {number}'s {length}"
+                    )
+                    raise InputError(
+                        f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
+                        f"shorten the prompt or ask for at most {max(limit - length, 0)}"
+                    )
+        needed: dict[torch.device, int] = {}
+        for member, tokens in zip(members, longest, strict=True):
+            needed[member.device] = needed.get(member.device, 0) + estimate_bytes(
+                member, len(self._rows), tokens
+            )
+        for device, size in needed.items():
+            if size > (available := available_bytes(device)):
+                raise InputError(
+                    f"{len(self._rows)} prompts, with their new tokens up to {max(longest)} long, need about "
+                    f"{size / 1e9:.1f} GB on {device} for caches and logits, and {available / 1e9:.1f} GB "
+                    "are free; give fewer prompts at a time, or ask for fewer new tokens"
+                )

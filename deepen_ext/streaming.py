@@ -1,0 +1,50 @@
+"""A text as it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from types import TracebackType
+
+from deepen_ext.decoding import Run
+from deepen_ext.generation import Generation
+
+
+class TextStream(Iterator[str]):
+    """Pieces of one text, whole characters only; a context manager.
+
+    The work is done as pieces are asked for. `close`, the end of the ``with`` block or dropping the stream
+    ends it and frees the caches.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._pieces = self._read()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the work and free the caches; no more pieces come."""
+        self._pieces.close()
+        self._run.close()
+
+    @property
+    def result(self) -> Generation:
+        """What has been written so far; `finish_reason` is "cancelled" where it was closed early."""
+        return self._run.results()[0]
+
+    def _read(self) -> Generator[str, None, None]:
+        try:
+            for written in self._run:
+                if text := "".join(one.text for one in written):
+                    yield text
+        finally:
+            self._run.close()

@@ -1,0 +1,321 @@
+"""The loop on real models: batches, the certified skip, streams, traces, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
+
+from deepen_ext import Ensemble, InputError, ModelError
+
+PROMPTS = [
+    "The capital of France is",
+    "Question: A train covers 180 km in 2.5 hours. What is its average speed?\nAnswer:",
+    "def quicksort(values):\n    if len(values) <= 1:\n",
+    "Once",
+    "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot "
+    "of boiling water. From there it spread to",
+]
+# Questions of GSM8K's kind: text on which models are often sure.
+SUMS = [
+    "Question: Tom has 3 boxes with 12 pencils each and gives 7 pencils away. How many pencils are left?\n"
+    "Let's think step by step\nAnswer:",
+    "Question: A baker makes 24 rolls an hour and works 6 hours. He sells 100 rolls. How many are left?\n"
+    "Let's think step by step\nAnswer:",
+]
+
+
+@pytest.fixture(scope="module")
+def pair(smollm2, gemma, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepen_ext.ensemble.cache_dir", lambda *parts: folder.joinpath(*parts))
+        yield Ensemble([smollm2, gemma])
+
+
+class TestBatch:
+    def test_each_row_is_the_row_alone(self, pair):
+        """Rows of other lengths beside it, rows that end sooner: none of it changes a row's tokens."""
+        batch = pair.generate(PROMPTS, max_new_tokens=16, stop_strings=["\n\n", "."])
+        alone = [pair.generate(prompt, max_new_tokens=16, stop_strings=["\n\n", "."]) for prompt in PROMPTS]
+        assert batch.texts == [one.text for one in alone]
+        assert [one.token_ids for one in batch] == [one.token_ids for one in alone]
+        assert [one.finish_reason for one in batch] == [one.finish_reason for one in alone]
+        assert [one.changed_tokens for one in batch] == [one.changed_tokens for one in alone]
+        assert len({one.finish_reason for one in batch}) > 1  # some end early
+        assert batch.timings.tokens == sum(len(one.token_ids) for one in batch)
+
+    def test_past_the_sliding_window(self, pair):
+        """Gemma's windows are 512 tokens: rows on both sides of it, with rollbacks of their own."""
+        assert pair.members[1].model.config.sliding_window == 512
+        long = " ".join(PROMPTS) * 9
+        prompts = [long[:3000], PROMPTS[0], long[300:1400]]
+        assert len(pair.members[1].vocabulary.encode(prompts[0])) > 540
+        batch = pair.generate(prompts, max_new_tokens=8)
+        assert batch.texts == [pair.generate(prompt, max_new_tokens=8).text for prompt in prompts]
+
+    def test_another_main_model_and_three_members(self, smollm2, gemma):
+        trio = Ensemble([gemma, smollm2, smollm2], recipe="bytes", weights=[0.5, 0.3, 0.2], cache=False)
+        batch = trio.generate(PROMPTS[:2], max_new_tokens=8)
+        assert batch.texts == [trio.generate(prompt, max_new_tokens=8).text for prompt in PROMPTS[:2]]
+
+    def test_unfinished_characters_in_some_rows(self, pair):
+        """A row in the middle of a character waits for its assistants, the others do not."""
+        prompts = ["日本の首都は", "Emoji: 🙂🙃🫠", PROMPTS[0]]
+        batch = pair.generate(prompts, max_new_tokens=10)
+        assert batch.texts == [pair.generate(prompt, max_new_tokens=10).text for prompt in prompts]
+
+    def test_a_seed_gives_a_row_its_own_draws(self, pair):
+        settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.1, "top_k": 40}
+        batch = pair.generate([PROMPTS[0]] * 3, seed=5, **settings)
+        assert len(set(batch.texts)) > 1  # one draw each
+        assert batch.texts[0] == pair.generate(PROMPTS[0], seed=5, **settings).text
+
+    def test_one_prompt_in_a_list(self, pair):
+        batch = pair.generate(PROMPTS[:1], max_new_tokens=4)
+        assert len(batch) == 1
+        assert batch.texts == [pair.generate(PROMPTS[0], max_new_tokens=4).text]
+
+
+class TestSkip:
+    @pytest.mark.parametrize(("learning_rate", "tokens"), [(0.1, 40), (0.15, 64), (0.3, 40)])
+    def test_the_text_is_the_same(self, smollm2, gemma, learning_rate, tokens):
+        ensemble = Ensemble([smollm2, gemma], recipe="bytes", learning_rate=learning_rate, cache=False)
+        asked = ensemble.generate(SUMS, max_new_tokens=tokens)
+        skipped = ensemble.generate(SUMS, max_new_tokens=tokens, certified_skip=True)
+        assert [one.token_ids for one in skipped] == [one.token_ids for one in asked]
+        assert sum(one.changed_tokens for one in asked) > 0
+        assert asked.timings.settled == 0
+        assert 0.1 < skipped.timings.skipped_share < 0.9
+
+    def test_under_processors(self, pair):
+        settings = {"max_new_tokens": 24, "repetition_penalty": 1.2, "suppress_tokens": [28, 198]}
+        asked = pair.generate(SUMS[0], **settings)
+        skipped = pair.generate(SUMS[0], certified_skip=True, **settings)
+        assert skipped.token_ids == asked.token_ids
+        assert 0 < skipped.timings.settled < 24
+        assert asked.token_ids != pair.generate(SUMS[0], max_new_tokens=24).token_ids
+
+    def test_a_processor_that_nobody_knows_turns_it_off(self, pair):
+        def upside_down(ids, scores):
+            return scores if ids.shape[1] % 2 else -scores
+
+        settings = {"max_new_tokens": 6, "logits_processor": [upside_down]}
+        asked = pair.generate(SUMS[0], **settings)
+        skipped = pair.generate(SUMS[0], certified_skip=True, **settings)
+        assert skipped.token_ids == asked.token_ids
+        assert skipped.timings.settled == 0
+
+    def test_the_assistant_catches_up(self, pair):
+        fed = []
+
+        def count(_module, _arguments, keywords):
+            fed.append(keywords["input_ids"].shape[1])
+
+        hook = pair.members[1].model.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            result = pair.generate(SUMS[0], max_new_tokens=24, certified_skip=True)
+        finally:
+            hook.remove()
+        assert len(fed) == 24 - result.timings.settled
+        assert max(fed[1:]) > 2
+
+    def test_a_gate_is_no_certificate(self, pair):
+        settings = {"max_new_tokens": 20, "do_sample": True, "seed": 3}
+        gated = pair.generate(SUMS[0], confidence_gate=0.8, **settings)
+        assert 0 < gated.timings.gated < 20
+        assert pair.generate(SUMS[0], confidence_gate=1.0, **settings).timings.gated <= gated.timings.gated
+        with pytest.raises(
+            InputError, match="certified_skip holds for greedy decoding only; for sampling use"
+        ):
+            pair.generate(SUMS[0], certified_skip=True, **settings)
+        with pytest.raises(InputError, match=r"confidence_gate is 1\.5"):
+            pair.generate(SUMS[0], confidence_gate=1.5)
+
+
+class TestStream:
+    def test_the_pieces_are_the_text(self, pair):
+        with pair.stream(PROMPTS[0], max_new_tokens=16) as stream:
+            pieces = list(stream)
+        assert len(pieces) > 5
+        assert "".join(pieces) == stream.result.text == pair.generate(PROMPTS[0], max_new_tokens=16).text
+
+    def test_closing_ends_the_work_and_frees_the_caches(self, pair):
+        stream = pair.stream(PROMPTS[0], max_new_tokens=100)
+        first = next(stream)
+        sessions = [stream._run._main, *stream._run._assistants._sessions]
+        stream.close()
+        assert list(stream) == []
+        assert stream.result.text == first
+        assert stream.result.finish_reason == "cancelled"
+        for session in sessions:
+            with pytest.raises(InputError, match="was released"):
+                session.sync({0: [1]})
+        stream.close()  # again is no error
+
+    def test_a_stream_that_was_never_read(self, pair):
+        stream = pair.stream(PROMPTS[0], max_new_tokens=4)
+        stream.close()
+        assert stream.result.text == ""
+
+    def test_streamers_of_transformers(self, pair, capsys):
+        tokenizer = pair.members[0].tokenizer
+        text = pair.generate(PROMPTS[0], max_new_tokens=10).text
+        pair.generate(PROMPTS[0], max_new_tokens=10, streamer=TextStreamer(tokenizer, skip_prompt=True))
+        assert capsys.readouterr().out == text + "\n"
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        settings = {"max_new_tokens": 10, "streamer": streamer}
+        thread = threading.Thread(target=pair.generate, args=(PROMPTS[0],), kwargs=settings)
+        thread.start()
+        assert "".join(streamer) == text
+        thread.join()
+
+    def test_a_streamer_ends_also_after_an_error(self, pair):
+        streamer = TextIteratorStreamer(pair.members[0].tokenizer, skip_prompt=True, timeout=60)
+        hook = pair.members[1].model.register_forward_pre_hook(_fail)
+        try:
+            with pytest.raises(ModelError):
+                pair.generate(PROMPTS[0], max_new_tokens=4, streamer=streamer)
+        finally:
+            hook.remove()
+        assert list(streamer) == [""]
+
+
+class TestTrace:
+    def test_every_token_is_explained(self, pair, tmp_path):
+        records: list[dict] = []
+        batch = pair.generate(SUMS, max_new_tokens=12, certified_skip=True, trace=records.append)
+        assert len(records) == 24
+        for row, generation in enumerate(batch):
+            mine = [one for one in records if one["row"] == row]
+            assert [one["position"] for one in mine] == list(range(12))
+            assert [one["token"]["id"] for one in mine] == generation.token_ids
+            assert "".join(one["token"]["text"] for one in mine) == generation.text
+        assert batch.timings.settled == sum(one["not_asked"] == "settled" for one in records) > 0
+        for one in records:
+            asked = one["not_asked"] is None
+            assert [member["name"] for member in one["members"]] == pair.names[: 1 + asked]
+            assert [member["weight"] for member in one["members"]] == ([0.5, 0.5] if asked else [1.0])
+            assert one["fused"][0]["id"] == one["token"]["id"]
+            assert one["members"][0]["top"][0]["id"] == one["main_choice"]["id"]
+            assert one["ms"]["members"][pair.names[0]] > 0
+
+        file = tmp_path / "trace.jsonl"
+        pair.generate(SUMS, max_new_tokens=12, certified_skip=True, trace=file)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert [{**one, "ms": None} for one in lines] == [{**one, "ms": None} for one in records]
+
+    def test_a_file_that_cannot_be_written(self, pair, tmp_path):
+        with pytest.raises(InputError, match="the trace cannot be written to"):
+            pair.generate(PROMPTS[0], trace=tmp_path / "no" / "trace.jsonl")
+
+
+class TestTransformersSettings:
+    def test_a_generation_config(self, pair):
+        config = GenerationConfig(max_new_tokens=12, repetition_penalty=1.3)
+        result = pair.generate(PROMPTS[4], generation_config=config)
+        assert len(result.token_ids) == 12
+        assert (
+            result.token_ids == pair.generate(PROMPTS[4], max_new_tokens=12, repetition_penalty=1.3).token_ids
+        )
+        assert result.token_ids != pair.generate(PROMPTS[4], max_new_tokens=12).token_ids
+
+    def test_several_eos_ids(self, pair):
+        plain = pair.generate(PROMPTS[0], max_new_tokens=12)
+        ends = [plain.token_ids[3], plain.token_ids[7]]
+        result = pair.generate(PROMPTS[0], max_new_tokens=12, eos_token_id=ends)
+        assert result.finish_reason == "eos"
+        assert result.token_ids == plain.token_ids[: 1 + min(plain.token_ids.index(one) for one in ends)]
+
+    def test_a_stopping_criterion(self, pair):
+        def five(ids, scores):
+            return torch.tensor([ids.shape[1] >= 10])
+
+        result = pair.generate(PROMPTS[0], max_new_tokens=12, stopping_criteria=[five])
+        assert result.finish_reason == "stopping_criteria"
+        prompt = pair.members[0].vocabulary.encode(PROMPTS[0])
+        assert len(prompt) + len(result.token_ids) == 10
+
+    def test_stop_strings_inside_characters(self, pair):
+        """The last byte of the stop string's last character comes with a token of its own."""
+        main = pair.members[0].vocabulary
+        spelled = main.encode(" a🫠b")
+        part = [i for i in spelled if main.bytes_of(i)[-1:] > b"\x7f"]
+        assert len(part) > 1
+        left = iter(spelled)
+
+        def force(ids, scores):
+            forced = torch.full_like(scores, -float("inf"))
+            forced[:, next(left)] = 0
+            return forced
+
+        result = pair.generate("Hi", max_new_tokens=20, stop_strings="a🫠", logits_processor=[force])
+        assert result.finish_reason == "stop_string"
+        assert result.text == " a🫠"
+
+    def test_what_is_not_supported_is_refused_by_name(self, pair):
+        with pytest.raises(InputError, match="num_beams"):
+            pair.generate(PROMPTS[0], num_beams=2)
+        with pytest.raises(InputError, match="did you mean max_new_tokens"):
+            pair.generate(PROMPTS[0], max_new_token=2)
+
+
+def _fail(*_):
+    raise RuntimeError("no more room")
+
+
+class TestBadInput:
+    def test_an_empty_prompt_among_good_ones(self, pair):
+        with pytest.raises(InputError, match="prompt 1 is empty"):
+            pair.generate([PROMPTS[0], "", PROMPTS[1]])
+        with pytest.raises(InputError, match="there is no prompt"):
+            pair.generate([])
+        with pytest.raises(InputError, match="prompt 1 is 7"):
+            pair.generate([PROMPTS[0], 7])
+
+    def test_a_prompt_that_is_too_long_is_named(self, pair):
+        with pytest.raises(
+            InputError, match=r"prompt 1's .* tokens and 128 new ones exceed its context of 8192"
+        ):
+            pair.generate([PROMPTS[0], "word " * 8100])
+
+    def test_a_batch_that_does_not_fit(self, pair, monkeypatch):
+        monkeypatch.setattr("deepen_ext.decoding.available_bytes", lambda device: 1_000_000)
+        with pytest.raises(InputError, match=r"5 prompts.*need about .* GB on cpu.*give fewer prompts"):
+            pair.generate(PROMPTS)
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_a_member_that_fails_in_the_middle_of_a_batch(self, pair, which):
+        calls = 0
+
+        def later(*_):
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise RuntimeError("no more room")
+
+        hook = pair.members[which].model.register_forward_pre_hook(later)
+        try:
+            message = f"{pair.names[which]}: its forward pass failed: RuntimeError: no more room"
+            with pytest.raises(ModelError, match=message):
+                pair.generate(PROMPTS[:2], max_new_tokens=8)
+        finally:
+            hook.remove()
+        assert pair.generate(PROMPTS[:2], max_new_tokens=2).timings.tokens == 4
+
+    def test_two_threads(self, pair):
+        want = [pair.generate(prompt, max_new_tokens=6).text for prompt in PROMPTS[:4]]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda prompt: pair.generate(prompt, max_new_tokens=6).text, PROMPTS[:4]))
+        assert found == want
+
+    def test_on_text_and_streams_take_one_prompt(self, pair):
+        for settings in ({"on_text": print}, {"streamer": TextStreamer(pair.members[0].tokenizer)}):
+            with pytest.raises(InputError, match="takes one prompt"):
+                pair.generate(PROMPTS[:2], **settings)
+        with pytest.raises(InputError, match="a stream takes one prompt"):
+            pair.stream(PROMPTS[:2])
