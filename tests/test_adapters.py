@@ -1,0 +1,430 @@
+"""transformers' own calls, with an ensemble behind them: the same text as `Ensemble.generate`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    SuppressTokensLogitsProcessor,
+    TextIteratorStreamer,
+    set_seed,
+)
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.adapters import DeepenLogitsProcessor, custom_generate, pipeline
+from deepen_ext.adapters.prompt_texts import text_of
+from deepen_ext.assistants import Assistants
+
+SHORT = "The capital of France is"
+LONG = (
+    "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot "
+    "of boiling water. From there it spread to"
+)
+CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
+TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def pair(smollm2, gemma, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepen_ext.ensemble.cache_dir", lambda *parts: folder.joinpath(*parts))
+        yield Ensemble([smollm2, gemma], recipe="bytes")
+
+
+@pytest.fixture(scope="module")
+def main(pair):
+    """The main model, as transformers has it."""
+    return pair.members[0].model
+
+
+@pytest.fixture(scope="module")
+def expected(pair):
+    """What `Ensemble.generate` writes; not what the main model writes alone."""
+    batch = pair.generate([SHORT, LONG], max_new_tokens=TOKENS)
+    assert all(one.changed_tokens for one in batch)
+    return [one.token_ids for one in batch]
+
+
+@pytest.fixture
+def fuse(pair):
+    with DeepenLogitsProcessor(pair) as processor:
+        yield processor
+
+
+def inputs(pair, *prompts: str):
+    """What a tokenizer gives `generate`: ids and mask, shorter prompts padded on the left."""
+    return pair.members[0].tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
+
+
+def new_ids(output: torch.Tensor, given) -> list[list[int]]:
+    return output[:, given["input_ids"].shape[1] :].tolist()
+
+
+class TestSameText:
+    """Greedy: two rows, of which the shorter is padded."""
+
+    def test_logits_processor(self, pair, main, fuse, expected):
+        given = inputs(pair, SHORT, LONG)
+        assert (given["attention_mask"] == 0).any()
+        output = main.generate(**given, logits_processor=[fuse], max_new_tokens=TOKENS, do_sample=False)
+        assert new_ids(output, given) == expected
+
+    def test_custom_generate(self, pair, main, expected):
+        given = inputs(pair, SHORT, LONG)
+        output = main.generate(
+            **given, custom_generate=pair.custom_generate, max_new_tokens=TOKENS, do_sample=False
+        )
+        assert output.dtype == torch.int64
+        assert torch.equal(output[:, : given["input_ids"].shape[1]], given["input_ids"])
+        assert new_ids(output, given) == expected
+
+    def test_pipeline(self, pair, expected):
+        write = pipeline(pair, max_new_tokens=TOKENS, do_sample=False)
+        texts = [pair.members[0].tokenizer.decode(ids) for ids in expected]
+        for batch_size in (1, 2):
+            records = write([SHORT, LONG], return_full_text=False, batch_size=batch_size)
+            assert [record[0]["generated_text"] for record in records] == texts
+        assert write(SHORT)[0]["generated_text"] == SHORT + texts[0]
+
+    def test_rows_that_end_at_different_steps(self, pair, main, fuse):
+        """A stop after the tokens of one row; the other goes on, and the first is padded."""
+        chats = [
+            [{"role": "user", "content": "Answer with one word: what colour is the sky?"}],
+            [{"role": "user", "content": "Count from one to five."}],
+        ]
+        tokenizer = pair.members[0].tokenizer
+        texts = [
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
+        ]
+        stop = tokenizer(".").input_ids
+        alone = [
+            pair.generate(text, max_new_tokens=TOKENS, eos_token_id=[*pair.members[0].eos_ids, *stop])
+            for text in texts
+        ]
+        lengths = [len(one.token_ids) for one in alone]
+        assert lengths[0] != lengths[1]
+        padding = [[tokenizer.pad_token_id] * (max(lengths) - length) for length in lengths]
+        padded = [one.token_ids + pads for one, pads in zip(alone, padding, strict=True)]
+        given = inputs(pair, *texts)
+        settings = {
+            "max_new_tokens": TOKENS,
+            "do_sample": False,
+            "eos_token_id": [*pair.members[0].eos_ids, *stop],
+        }
+        assert new_ids(main.generate(**given, logits_processor=[fuse], **settings), given) == padded
+        output = main.generate(**given, custom_generate=pair.custom_generate, **settings)
+        assert new_ids(output, given) == padded
+
+    def test_gemma_as_the_main_model(self, smollm2, gemma, pair):
+        """Its tokenizer puts BOS before the text, and pads with a token of its own."""
+        swapped = Ensemble([gemma, smollm2], recipe="bytes")
+        tokens = [one.token_ids for one in swapped.generate([SHORT, LONG], max_new_tokens=5)]
+        given = inputs(swapped, SHORT, LONG)
+        assert (given["input_ids"] == gemma.tokenizer.bos_token_id).sum() == 2
+        settings = {"max_new_tokens": 5, "do_sample": False}
+        with DeepenLogitsProcessor(swapped) as processor:
+            output = gemma.model.generate(**given, logits_processor=[processor], **settings)
+        assert new_ids(output, given) == tokens
+        output = gemma.model.generate(**given, custom_generate=swapped.custom_generate, **settings)
+        assert new_ids(output, given) == tokens
+
+
+class TestLogitsProcessor:
+    def test_beams(self, pair, main, fuse, monkeypatch):
+        """Rows change places at every step: each is what it would be alone, and no prompt is read twice."""
+        orders: list[list[int]] = []
+        reorder = Assistants.reorder
+        monkeypatch.setattr(
+            Assistants, "reorder", lambda self, sources: orders.append(sources) or reorder(self, sources)
+        )
+        calls = []
+
+        def record(ids, scores):
+            fused = fuse(ids, scores)
+            calls.append((ids.clone(), scores.clone(), fused.clone()))
+            return fused
+
+        given = inputs(pair, SHORT, LONG)
+        main.generate(**given, logits_processor=[record], num_beams=3, max_new_tokens=5, do_sample=False)
+        assert len(calls) == 5
+        assert any(len(set(order)) < 6 for order in orders)  # some beam gave two, another none
+        ids, scores, fused = calls[-1]
+        torch.testing.assert_close(fused.logsumexp(-1), torch.zeros(6), atol=1e-4, rtol=0)
+        for row in range(0, 6, 2):
+            with DeepenLogitsProcessor(pair) as alone:
+                one = slice(row, row + 1)
+                torch.testing.assert_close(alone(ids[one], scores[one]), fused[one], atol=2e-4, rtol=1e-4)
+        (session,) = fuse._assistants._sessions
+        prompts = sum(
+            len(pair.members[1].vocabulary.encode(text)) + 1 for text in (SHORT, LONG) for _ in range(3)
+        )
+        assert prompts < session.tokens_fed < prompts + 6 * 4 * 5
+
+    def test_one_processor_for_several_calls(self, pair, main, fuse, expected):
+        """Another prompt, fewer rows, the first prompt once more."""
+        settings = {"logits_processor": [fuse], "max_new_tokens": TOKENS, "do_sample": False}
+        for rows in ([0, 1], [1], [0, 1]):
+            given = inputs(pair, *([SHORT, LONG][row] for row in rows))
+            assert new_ids(main.generate(**given, **settings), given) == [expected[row] for row in rows]
+
+    def test_a_processor_after_it_acts_on_the_fused_scores(self, pair, main, fuse):
+        penalised = pair.generate(LONG, max_new_tokens=TOKENS, repetition_penalty=1.5)
+        assert penalised.token_ids != pair.generate(LONG, max_new_tokens=TOKENS).token_ids
+        given = inputs(pair, LONG)
+        after = [fuse, RepetitionPenaltyLogitsProcessor(1.5)]
+        output = main.generate(**given, logits_processor=after, max_new_tokens=TOKENS, do_sample=False)
+        assert new_ids(output, given) == [penalised.token_ids]
+
+    def test_a_chat(self, pair, main):
+        answer = pair.generate(CHAT, without_template="plain", max_new_tokens=TOKENS)
+        given = chat_inputs(pair)
+        with DeepenLogitsProcessor(pair, messages=CHAT, without_template="plain") as fuse:
+            output = main.generate(**given, logits_processor=[fuse], max_new_tokens=TOKENS, do_sample=False)
+        assert new_ids(output, given) == [answer.token_ids]
+
+    def test_scores_of_another_model(self, fuse):
+        with pytest.raises(InputError, match="as many tokens as its relative map has"):
+            fuse(torch.tensor([[1, 2, 3]]), torch.randn(1, 1000))
+
+    def test_chats_and_rows_that_do_not_fit(self, pair):
+        fuse = DeepenLogitsProcessor(pair, messages=[CHAT, CHAT], without_template="plain")
+        with pytest.raises(InputError, match="there are 2 chats for 3 prompts"):
+            fuse(torch.ones(3, 4, dtype=torch.long), torch.randn(3, pair.members[0].vocab_size))
+
+    def test_close_frees_the_caches(self, pair, monkeypatch):
+        closed = []
+        monkeypatch.setattr(Assistants, "close", lambda self: closed.append(self))
+        with DeepenLogitsProcessor(pair) as fuse:
+            fuse(inputs(pair, SHORT)["input_ids"], torch.randn(1, pair.members[0].vocab_size))
+            assert not closed
+        assert len(closed) == 1
+        assert fuse._assistants is None
+
+
+class TestCustomGenerate:
+    def test_streamers_get_the_text(self, pair, main, expected):
+        """transformers keeps the streamer from a callable: only the prompt would arrive, and no end."""
+        tokenizer = pair.members[0].tokenizer
+        text = tokenizer.decode(expected[1])
+        given = inputs(pair, LONG)
+        for skip_prompt, start in ((True, ""), (False, LONG)):
+            streamer = TextIteratorStreamer(tokenizer, skip_prompt=skip_prompt, timeout=1)
+            output = main.generate(
+                **given,
+                custom_generate=pair.custom_generate,
+                streamer=streamer,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+            )
+            assert "".join(streamer) == start + text
+            assert new_ids(output, given) == [expected[1]]
+
+    @pytest.mark.parametrize("settings", [{"guidance_scale": 2.0}, {"max_new_tokens": 8190}])
+    def test_a_streamer_ends_with_an_error(self, pair, main, settings):
+        streamer = TextIteratorStreamer(pair.members[0].tokenizer, timeout=1)
+        with pytest.raises(InputError):
+            main.generate(
+                **inputs(pair, SHORT),
+                custom_generate=pair.custom_generate,
+                streamer=streamer,
+                **({"max_new_tokens": 4} | settings),
+            )
+        assert "".join(streamer) == SHORT  # and no queue.Empty: it has an end
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"repetition_penalty": 1.5},
+            {"stop_strings": ["aris"]},
+            {"min_new_tokens": TOKENS, "no_repeat_ngram_size": 2},
+            {"do_sample": True, "temperature": 1.5, "top_k": 20, "seed": 7},
+            {"certified_skip": True},
+        ],
+    )
+    def test_settings_act_as_in_the_ensemble(self, pair, main, settings):
+        """On rows without their padding, which transformers' own processors would take for text."""
+        alone = pair.generate([SHORT, LONG], max_new_tokens=TOKENS, **settings)
+        given = inputs(pair, SHORT, LONG)
+        output = main.generate(
+            **given,
+            custom_generate=pair.custom_generate,
+            max_new_tokens=TOKENS,
+            tokenizer=pair.members[0].tokenizer,
+            **({"do_sample": False} | settings),
+        )
+        for ids, one in zip(new_ids(output, given), alone, strict=True):
+            assert ids[: len(one.token_ids)] == one.token_ids
+            assert set(ids[len(one.token_ids) :]) <= {pair.members[0].tokenizer.pad_token_id}
+
+    def test_own_processors_and_criteria(self, pair, main, expected):
+        class AfterFour(StoppingCriteria):
+            def __call__(self, input_ids, scores, **_):
+                return torch.tensor([input_ids.shape[1] >= prompt + 4])
+
+        prompt = len(pair.members[0].vocabulary.encode(SHORT))
+        forbid = SuppressTokensLogitsProcessor([expected[0][0]], device="cpu")
+        arguments = {"logits_processor": [forbid], "stopping_criteria": [AfterFour()]}
+        alone = pair.generate(SHORT, max_new_tokens=TOKENS, **arguments)
+        assert alone.finish_reason == "stopping_criteria"
+        assert alone.token_ids[0] != expected[0][0]
+        given = inputs(pair, SHORT)
+        output = main.generate(
+            **given,
+            custom_generate=pair.custom_generate,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            **arguments,
+        )
+        assert new_ids(output, given) == [alone.token_ids]
+
+    def test_a_generation_config_and_a_dictionary_back(self, pair, main, expected):
+        given = inputs(pair, SHORT)
+        length = given["input_ids"].shape[1]
+        config = GenerationConfig(max_length=length + 3, do_sample=False, return_dict_in_generate=True)
+        output = main.generate(**given, generation_config=config, custom_generate=pair.custom_generate)
+        assert new_ids(output.sequences, given) == [expected[0][:3]]
+        assert config.max_length == length + 3
+
+    def test_greedy_whatever_the_model_says_about_sampling(self, pair, main, expected, monkeypatch):
+        """A chat model's generation_config.json often has a temperature, which greedy decoding ignores."""
+        monkeypatch.setattr(main.generation_config, "do_sample", True)
+        monkeypatch.setattr(main.generation_config, "temperature", 0.6)
+        given = inputs(pair, SHORT)
+        output = main.generate(
+            **given, custom_generate=pair.custom_generate, max_new_tokens=3, do_sample=False
+        )
+        assert new_ids(output, given) == [expected[0][:3]]
+
+    def test_several_samples_and_set_seed(self, pair, main):
+        def draw():
+            set_seed(3)
+            return main.generate(
+                **inputs(pair, LONG),
+                custom_generate=pair.custom_generate,
+                do_sample=True,
+                temperature=1.5,
+                num_return_sequences=2,
+                max_new_tokens=5,
+            )
+
+        first = draw()
+        assert first.shape[0] == 2
+        assert not torch.equal(first[0], first[1])
+        assert torch.equal(first, draw())
+
+    def test_a_chat(self, pair, main):
+        """The assistants read it in their own way, not in the main model's template."""
+        answer = pair.generate(CHAT, without_template="plain", max_new_tokens=TOKENS)
+        given, records = chat_inputs(pair), []
+        output = main.generate(
+            **given,
+            custom_generate=pair.custom_generate,
+            messages=CHAT,
+            without_template="plain",
+            trace=records.append,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+        )
+        assert new_ids(output, given) == [answer.token_ids]
+        assert len(records) == len(answer.token_ids)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"num_beams": 2}, "num_beams is 2, .* logits processor"),
+            ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+            ({"certified_skip": True, "do_sample": True}, "certified_skip"),
+            ({"messages": CHAT}, "Gemma-3-270M: its tokenizer has no chat template"),
+            ({"messages": [CHAT, CHAT], "without_template": "plain"}, "there are 2 chats for 1 prompts"),
+            ({"attention_mask": torch.zeros(1, 5, dtype=torch.long)}, "prompt 0 is empty"),
+        ],
+    )
+    def test_what_it_refuses(self, pair, main, settings, message):
+        given = {**inputs(pair, SHORT), "max_new_tokens": 4} | settings
+        with pytest.raises(InputError, match=message):
+            main.generate(**given, custom_generate=pair.custom_generate)
+
+    def test_the_main_model_alone_may_call_it(self, pair, gemma):
+        with pytest.raises(InputError, match="belongs to SmolLM2-135M-Instruct"):
+            gemma.model.generate(**inputs(pair, SHORT), custom_generate=pair.custom_generate)
+
+    def test_not_both_at_once(self, pair, main, fuse):
+        with pytest.raises(InputError, match="fuses already"):
+            main.generate(
+                **inputs(pair, SHORT), custom_generate=pair.custom_generate, logits_processor=[fuse]
+            )
+
+    def test_other_ways_of_decoding(self, pair, main, smollm2):
+        with pytest.raises(InputError, match="no use for assistant_model"):
+            main.generate(
+                **inputs(pair, SHORT), custom_generate=pair.custom_generate, assistant_model=smollm2.model
+            )
+
+    def test_called_by_hand(self, pair, main, expected):
+        """Not from transformers' generate: processors and streamer are what it is given."""
+        ids = inputs(pair, SHORT)["input_ids"]
+        config = GenerationConfig(max_length=ids.shape[1] + 3, do_sample=False)
+        output = custom_generate(pair)(main, ids, None, None, config)
+        assert output[0, ids.shape[1] :].tolist() == expected[0][:3]
+
+
+class TestPipeline:
+    def test_a_chat(self, pair):
+        answer = pair.generate(CHAT, without_template="plain", max_new_tokens=TOKENS)
+        write = pipeline(pair, without_template="plain")
+        (record,) = write(CHAT, max_new_tokens=TOKENS, do_sample=False)
+        assert record["generated_text"] == [*CHAT, {"role": "assistant", "content": answer.text}]
+
+    def test_it_samples_by_default(self, pair):
+        write = pipeline(pair, max_new_tokens=4)
+        set_seed(11)
+        texts = [write(LONG)[0]["generated_text"] for _ in range(4)]
+        assert len(set(texts)) > 1
+
+    @pytest.mark.parametrize("name", ["tools", "documents", "continue_final_message"])
+    def test_what_only_the_main_template_would_see(self, pair, name):
+        with pytest.raises(InputError, match=f"{name} is not supported"):
+            pipeline(pair)(CHAT, **{name: [{}]})
+
+    def test_the_members_tokenizer_is_left_alone(self, pair):
+        assert pipeline(pair).tokenizer.padding_side == "left"
+        assert pair.members[0].tokenizer.padding_side == "right"
+
+
+class TestTextOfIds:
+    @pytest.mark.parametrize(
+        "text", ["Hello", " two  spaces", "日本 🫠\n", "<|im_start|>user\nHi<|im_end|>\n"]
+    )
+    def test_main_ids_back_to_text(self, smollm2, gemma, text):
+        for member in (smollm2, gemma):
+            vocabulary = member.vocabulary
+            assert text_of(member, vocabulary.prefix_ids + vocabulary.encode(text)) == text
+
+    def test_nothing_but_bos(self, gemma):
+        assert text_of(gemma, gemma.vocabulary.prefix_ids) == ""
+
+
+def test_the_snippets_of_the_documentation(pair, monkeypatch, capsys):
+    """`docs/adapters.md` from top to bottom; only the loading is left out."""
+    monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders: pair)
+    page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(snippets) == 6
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert capsys.readouterr().out.count("Paris") == 3
+
+
+def chat_inputs(pair):
+    """The chat in the main model's template."""
+    return pair.members[0].tokenizer.apply_chat_template(
+        CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
