@@ -9,13 +9,15 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -159,6 +161,30 @@ def check_equal(what: str, ours: torch.Tensor, baseline: torch.Tensor, tolerance
     off = float((ours.double() - baseline.double()).abs().max())
     assert off <= tolerance, f"{what} differ by {off:.2e}; {tolerance:.0e} is allowed"
     return f"{what}: largest difference {off:.1e}, allowed {tolerance:.0e}"
+
+
+def resident(key: str = "VmRSS") -> float:
+    """Megabytes (10^6 bytes) of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def start_of_peak() -> float:
+    """Resident set now; from here on `resident("VmHWM")` is its peak. Linux only."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident()
+
+
+def again_with_an_empty_cache(folders: Sequence[Path]) -> NoReturn:
+    """Run this script again for the models in these folders, in a process with no relative rows on disk.
+
+    The models come from the usual cache. Hugging Face reads the variable on import: hence a new process.
+    """
+    with tempfile.TemporaryDirectory(prefix="deepen-ext-bench-") as empty:
+        command = [sys.executable, *sys.argv, "--members", *map(str, folders)]
+        raise SystemExit(subprocess.run(command, env={**os.environ, "HF_ASSETS_CACHE": empty}).returncode)
 
 
 def environment() -> dict[str, Any]:

@@ -7,8 +7,9 @@ import torch
 from common import PROMPTS
 
 from deepen_ext import Ensemble, demo
-from deepen_ext.member import Member, MemberSession
+from deepen_ext.member import Member
 from deepen_ext.models import load_member
+from deepen_ext.session import BatchSession
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +28,5 @@ def logits(pair: list[Member]) -> list[torch.Tensor]:
     found = []
     for member in pair:
         ids = [member.vocabulary.prefix_ids + member.vocabulary.encode(prompt) for prompt in PROMPTS]
-        found.append(torch.cat([MemberSession(member).sync(one).clone() for one in ids]))
+        found.append(torch.cat([BatchSession(member).sync({0: one}).clone() for one in ids]))
     return found

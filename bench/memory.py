@@ -12,24 +12,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import LONG_TEXT, Figure, write_json
+from common import LONG_TEXT, Figure, again_with_an_empty_cache, resident, start_of_peak, write_json
 
 BUDGET_MB = 150
-
-
-def _status(key: str) -> float:
-    """Megabytes (10^6 bytes) of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def _give_back_free_memory() -> None:
@@ -57,8 +45,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
         models.append((Path(folder).name, tokenizer, model))
     _give_back_free_memory()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM starts again from here
-    base = _status("VmRSS")
+    base = start_of_peak()
 
     members = []
     for name, tokenizer, model in models:
@@ -75,15 +62,15 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
                 dtype=torch.float32,
             )
         )
-    stages["after the vocabularies"] = _status("VmRSS") - base
+    stages["after the vocabularies"] = resident() - base
     ensemble = deepen_ext.Ensemble(members)
-    stages["after the ensemble was made"] = _status("VmRSS") - base
+    stages["after the ensemble was made"] = resident() - base
     ids = members[0].vocabulary.encode(LONG_TEXT)[:256]
     generation = ensemble.generate(members[0].vocabulary.decode(ids).decode(), max_new_tokens=new_tokens)
-    stages["after generating, free memory kept"] = _status("VmRSS") - base
+    stages["after generating, free memory kept"] = resident() - base
     _give_back_free_memory()
-    stages["after generating"] = _status("VmRSS") - base
-    stages["peak"] = _status("VmHWM") - base
+    stages["after generating"] = resident() - base
+    stages["peak"] = resident("VmHWM") - base
     return {
         "base": base,
         "stages": stages,
@@ -122,13 +109,9 @@ def main() -> None:
     parser.add_argument("--members", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.members is None:
-        # As in decode.py: the models from the usual cache, an empty one for what is measured.
         from deepen_ext import demo
 
-        folders = [str(path) for path in demo.members(progress=print)]
-        with tempfile.TemporaryDirectory(prefix="deepen-ext-bench-") as empty:
-            command = [sys.executable, *sys.argv, "--members", *folders]
-            raise SystemExit(subprocess.run(command, env={**os.environ, "HF_ASSETS_CACHE": empty}).returncode)
+        again_with_an_empty_cache(demo.members(progress=print))
     found = measure(options.members, options.new_tokens)
     print(f"resident set with both models loaded and warm: {found['base']:.0f} MB; beyond it, in MB:")
     for stage, value in found["stages"].items():

@@ -31,6 +31,8 @@ def _row(figure: dict[str, Any]) -> str:
     if figure["repetitions"] > 1:
         scale = 1000 if milli(figure["value"]) else 1
         ours += " (" + " to ".join(_number(value / scale) for value in figure["spread"]) + ")"
+    if "p99" in figure:
+        ours += f", p99 {shown(figure['p99'])}"
     baseline = ""
     if "baseline_value" in figure:
         baseline = f"{figure['baseline']}: {shown(figure['baseline_value'])}"
@@ -43,18 +45,21 @@ def _row(figure: dict[str, Any]) -> str:
     return f"| {figure['name']} | {ours} | {baseline} | {ratio} | {budget} |"
 
 
+def _decode_row(figure: dict[str, Any]) -> str:
+    return f"{_row(figure)} {figure.get('note', '')} |"
+
+
 def _gpu_row(figure: dict[str, Any]) -> str:
-    ours = _number(figure["value"], figure["unit"])
+    ours = f"{_number(figure['value'])} {figure['unit']}"
     if "p99" in figure:
-        ours += f" (p99 {_number(figure['p99'], 'µs')})"
+        ours += f" (p99 {_number(figure['p99'])})"
     floor = ""
     if "floor" in figure:
         floor = f"{figure['bytes'] / 1e6:,.2f} MB, {figure['floor']:.2f} µs, {figure['floor_ratio']:.1f} ×"
     baseline = ""
     if "baseline_value" in figure:
-        baseline = (
-            f"{figure['baseline']}: {_number(figure['baseline_value'], 'µs')}, {figure['ratio']:,.1f} ×"
-        )
+        value = f"{_number(figure['baseline_value'])} {figure['unit']}"
+        baseline = f"{figure['baseline']}: {value}, {figure['ratio']:,.1f} ×"
     budget = figure.get("budget", "")
     if "met" in figure:
         budget += ": met" if figure["met"] else ": **missed**"
@@ -97,7 +102,13 @@ def _section(result: dict[str, Any]) -> str:
         "| what | ours | baseline, in the same run | ratio | budget |",
         "| --- | --- | --- | --- | --- |",
     ]
-    lines += [_row(figure) for group in result["figures"].values() for figure in group]
+    lines += [_row(one) for name, group in result["figures"].items() if name != "decode" for one in group]
+    lines += [
+        "",
+        "| greedy decoding, the demo pair | ours | baseline, in the same run | ratio | budget | more |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *map(_decode_row, result["figures"].get("decode", [])),
+    ]
     return "\n".join(lines)
 
 
@@ -116,7 +127,8 @@ def main() -> None:
     text = options.readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         sys.exit(f"{options.readme} needs one {BEGIN} line and one {END} line after it")
-    table = "\n\n".join(_section(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    table = "\n\n".join(_section(one) for one in results if "figures" in one)
     head, rest = text.split(BEGIN)
     wanted = f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
     if wanted == text:

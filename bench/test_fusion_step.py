@@ -58,7 +58,7 @@ def test_fusion_step(
     equality: str,
     settings: str,
 ) -> None:
-    fuser = ensemble._fuser
+    fuser = ensemble.fuser
     if settings == "all candidates":
         fuser = Fuser(ensemble.maps, learning_rate=LEARNING_RATE)
     steps = [[one[b : b + 1].contiguous() for one in logits] for b in range(len(logits[0]))]

@@ -214,7 +214,7 @@ class Run:
             reasons = ["gated" if one else None for one in sure]
         if self._certificate is not None:
             ids = [self._rows[row].ids for row in self._active]
-            settled = self._certificate.settled(main_logits, self._active, ids, top=main.topk.ids).tolist()
+            settled = self._certificate.settled(main_logits, self._active, ids, top=main.topk).tolist()
             reasons = ["settled" if one else old for one, old in zip(settled, reasons, strict=True)]
         return reasons
 

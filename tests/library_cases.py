@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from oracle import random_embedding, random_logits, similarity_rows
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext import RelativeMap
 from deepen_ext.ops import topk_softmax
 from deepen_ext.row_sources import SimilarityRows
+from deepen_ext.sampler import Chooser
+from deepen_ext.settings import Settings
 
 VOCABS, ANCHORS, K = (400, 520), 120, 40
+
+
+def chooser(rows: int, vocab_size: int, device: str = "cpu", **settings: Any) -> Callable[..., torch.Tensor]:
+    """A `Chooser` of rows without prompts: scores [rows, V] and their argmax, if known -> tokens [rows]."""
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    main = SimpleNamespace(model=LlamaForCausalLM(config), vocab_size=vocab_size, eos_ids=(2,))
+    made = Chooser(Settings.read(main, **settings), [[1]] * rows, device)
+    return lambda scores, chosen=None: made.choose(scores, range(rows), [[1]] * rows, chosen)
 
 
 def maps(device: str, *, dense: bool = False) -> list[RelativeMap]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +64,17 @@ class TestBatch:
         trio = Ensemble([gemma, smollm2, smollm2], recipe="bytes", weights=[0.5, 0.3, 0.2], cache=False)
         batch = trio.generate(PROMPTS[:2], max_new_tokens=8)
         assert batch.texts == [trio.generate(prompt, max_new_tokens=8).text for prompt in PROMPTS[:2]]
+
+    def test_members_of_different_dtypes(self, pair, smollm2, gemma):
+        half = dataclasses.replace(
+            gemma, model=copy.deepcopy(gemma.model).to(torch.bfloat16), dtype=torch.bfloat16, name="half"
+        )
+        mixed = Ensemble([smollm2, half], cache=False)
+        records: list[dict] = []
+        batch = mixed.generate(PROMPTS[:2], max_new_tokens=4, trace=records.append)
+        assert [one["members"][1]["name"] for one in records] == ["half"] * 8
+        assert "Paris" in batch.texts[0]
+        assert mixed.fuser.maps[1].rows.values.dtype == torch.float32
 
     def test_unfinished_characters_in_some_rows(self, pair):
         """A row in the middle of a character waits for its assistants, the others do not."""

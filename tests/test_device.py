@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
-from library_cases import maps
+from library_cases import chooser, maps
 from oracle import random_embedding, random_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepen_ext import Ensemble, InputError, RelativeMap, _core, fuse_logits
 from deepen_ext.fusion import FusedStep, Fuser, Part
 from deepen_ext.ops import topk_softmax
-from deepen_ext.sampler import Sampler
 
 without_cuda = pytest.mark.skipif(_core.cuda_compiled(), reason="this build has its CUDA part")
 
@@ -80,10 +78,10 @@ class _NoQuestions(TorchDispatchMode):
 def test_a_step_on_filled_maps_asks_nothing_of_the_data(dense, sampling):
     fuser = Fuser(maps("cpu", dense=dense), learning_rate=0.2, min_probability=1e-3)
     logits = [random_logits(3, one.vocab_size, seed=i) for i, one in enumerate(fuser.maps)]
-    sampler = Sampler(**sampling)
+    choose = chooser(rows=3, vocab_size=fuser.maps[0].vocab_size, **sampling)
     with _NoQuestions():
         fused = fuser.step(logits, [0.5, 0.5])
-        sampler(fused)
+        choose(fused.logits, fused.chosen)
     assert not torch.equal(fused.logits, logits[0])
 
 
@@ -102,13 +100,13 @@ def test_the_weights_are_put_on_the_device_once():
     assert torch.equal(one, fuse_logits(logits, fuser.maps, [0.9, 0.1], learning_rate=0.2))
 
 
-def test_the_sampler_draws_what_multinomial_draws():
+def test_the_chooser_draws_what_multinomial_draws():
     scores = random_logits(50, 300, seed=0)
-    fused = SimpleNamespace(logits=scores, chosen=None)
-    ours = Sampler(do_sample=True, seed=7)(fused)
-    generator = torch.Generator().manual_seed(7)
-    want = torch.multinomial(torch.softmax(scores, dim=-1), 1, generator=generator).squeeze(1)
-    assert torch.equal(ours, want)
+    ours = chooser(rows=50, vocab_size=300, do_sample=True, seed=7)(scores)
+    for row in range(50):
+        generator = torch.Generator().manual_seed(7 + row)
+        want = torch.multinomial(torch.softmax(scores[row : row + 1], dim=-1), 1, generator=generator)
+        assert int(ours[row]) == int(want)
 
 
 def test_what_a_step_reads_back():
@@ -123,12 +121,6 @@ def test_what_a_step_reads_back():
         bad.check()
 
 
-def test_members_on_different_devices(smollm2, gemma):
-    moved = dataclasses.replace(gemma, device=torch.device("cuda", 1))
-    with pytest.raises(InputError, match="members are on cpu and cuda:1; fusion needs all of them on one"):
-        Ensemble([smollm2, moved], cache=False)
-
-
 def test_a_device_without_kernels(smollm2, gemma):
     moved = [dataclasses.replace(one, device=torch.device("meta")) for one in (smollm2, gemma)]
     with pytest.raises(InputError, match="no meta kernels; use the CPU or a CUDA device"):
@@ -136,8 +128,11 @@ def test_a_device_without_kernels(smollm2, gemma):
 
 
 @without_cuda
-def test_a_build_without_cuda_says_so(smollm2, gemma):
-    moved = [dataclasses.replace(one, device=torch.device("cuda", 0)) for one in (smollm2, gemma)]
+@pytest.mark.parametrize("which", [(0, 1), (1,)])
+def test_a_build_without_cuda_says_so(smollm2, gemma, which):
+    moved = [smollm2, gemma]
+    for i in which:
+        moved[i] = dataclasses.replace(moved[i], device=torch.device("cuda", 0))
     with pytest.raises(InputError, match=r"no CUDA part; install the CUDA toolkit.*DEEPEN_CUDA=ON"):
         Ensemble(moved, cache=False)
 

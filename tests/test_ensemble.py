@@ -45,6 +45,18 @@ def main_alone(member, prompt: str, count: int) -> list[int]:
     return output[0, ids.shape[1] :].tolist()
 
 
+def forcing(tokens):
+    """A logits processor that leaves these tokens no choice."""
+    left = iter(tokens)
+
+    def force(ids, scores):
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, next(left)] = 0
+        return forced
+
+    return force
+
+
 class TestGenerate:
     def test_writes_a_fused_text(self, pair):
         pieces: list[str] = []
@@ -100,7 +112,7 @@ class TestGenerate:
                 ours = main.model(torch.tensor([ids])).logits[:, -1]
                 assistant_ids = assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text)
                 theirs = assistant.model(torch.tensor([assistant_ids])).logits[:, -1]
-            step = pair._fuser.step([ours, None if characters.pending else theirs], pair.weights)
+            step = pair.fuser.step([ours, None if characters.pending else theirs], pair.weights)
             assert int(step.chosen) == token
             ids.append(token)
             text += characters.feed(main.vocabulary.bytes_of(token))
@@ -113,17 +125,14 @@ class TestGenerate:
         assert any(
             b"\xf0" in main.vocabulary.bytes_of(i) and len(main.vocabulary.bytes_of(i)) < 5 for i in spelled
         )
-        forced = iter(spelled)
-        monkeypatch.setattr(
-            "deepen_ext.ensemble.Sampler.__call__", lambda self, fused: torch.tensor([next(forced)])
-        )
         read: list[str] = []
         original = GrowingText.append
         monkeypatch.setattr(
             GrowingText, "append", lambda self, text: read.append(text) or original(self, text)
         )
-        result = pair.generate("Hi", max_new_tokens=len(spelled))
-        assert result.text == "".join(read) == f" {emoji}!"
+        result = pair.generate("Hi", max_new_tokens=len(spelled), logits_processor=[forcing(spelled)])
+        assert result.text == f" {emoji}!"
+        assert "".join(read) == f" {emoji}"  # nobody reads the last token
         assert all("\ufffd" not in piece for piece in read)
 
     def test_no_token_is_fed_twice(self, pair, monkeypatch):
@@ -176,17 +185,15 @@ class TestEnding:
         shorter = pair.members[0].vocabulary.decode(result.token_ids[:-1]).decode()
         assert not any(one in shorter for one in stops)
 
-    def test_an_assistant_that_runs_out_of_context(self, smollm2, gemma, cache, monkeypatch):
+    def test_an_assistant_that_runs_out_of_context(self, smollm2, gemma, cache):
         """Its tokens may be more than main's: the text so far is returned, not lost."""
         spelled = gemma.vocabulary.encode("日本語の文章は長いです")
         assert len(smollm2.vocabulary.encode("日本語の文章は長いです")) > 2 * len(spelled)
-        forced = iter(spelled)
-        monkeypatch.setattr(
-            "deepen_ext.ensemble.Sampler.__call__", lambda self, fused: torch.tensor([next(forced)])
-        )
         prompt = len(smollm2.vocabulary.encode(PROMPT))
         short = dataclasses.replace(smollm2, context_length=prompt + len(spelled))
-        result = Ensemble([gemma, short], recipe="bytes").generate(PROMPT, max_new_tokens=len(spelled))
+        result = Ensemble([gemma, short], recipe="bytes").generate(
+            PROMPT, max_new_tokens=len(spelled), logits_processor=[forcing(spelled)]
+        )
         assert result.finish_reason == "context"
         assert 0 < len(result.token_ids) < len(spelled)
         assert "日本語の文章は長いです".startswith(result.text)
@@ -261,9 +268,9 @@ class TestBadInput:
         [
             ({"prompt": ""}, "prompt is empty"),
             ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-            ({"temperature": 0.0}, "temperature is 0"),
-            ({"top_p": 0.0}, "top_p is 0"),
-            ({"top_p": 1.1}, "top_p is 1.1"),
+            ({"temperature": 0.0, "do_sample": True}, "temperature is 0"),
+            ({"top_p": 0.0, "do_sample": True}, "top_p is 0"),
+            ({"top_p": 1.1, "do_sample": True}, "top_p is 1.1"),
             ({"stop_strings": [""]}, "stop_strings"),
             ({"max_new_tokens": 8190}, "SmolLM2.*|.*context of 8192; shorten the prompt"),
         ],

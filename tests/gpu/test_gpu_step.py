@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from golden_cases import golden_case, golden_names
+from library_cases import chooser
 from oracle import random_embedding, random_logits
 from test_fuse import VOCABS, members
 from test_inverse_search import SETTINGS, problem
@@ -12,7 +13,6 @@ from test_inverse_search import SETTINGS, problem
 from deepen_ext import InputError, RelativeMap, fuse_logits, reference
 from deepen_ext.fusion import Fuser
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
-from deepen_ext.sampler import Sampler
 
 # Real vocabularies need more anchors than test_fuse's: rows that name many of them, in many buckets.
 PAIRS = [(32_000, 32_000), (49_152, 262_144), (128_256, 151_936)]
@@ -235,11 +235,11 @@ class TestFuser:
     def test_a_step_waits_for_nothing(self, device, no_waiting, pair, sampling):
         logits, maps = pair
         fuser = Fuser(maps, learning_rate=0.2, min_probability=1e-4)
-        sampler = Sampler(**sampling, device=device)
-        sampler(fuser.step(logits, [0.5, 0.5]))  # fills the maps
+        choose = chooser(rows=2, vocab_size=fuser.maps[0].vocab_size, device=device, **sampling)
+        choose(fuser.step(logits, [0.5, 0.5]).logits)  # fills the maps
         with no_waiting():
             fused = fuser.step(logits, [0.5, 0.5])
-            tokens = sampler(fused)
+            tokens = choose(fused.logits, fused.chosen)
         chosen, main = fused.read(tokens)
         assert main == logits[0].argmax(dim=1).tolist()
         if not sampling:
@@ -276,7 +276,8 @@ class TestFuser:
         logits, maps = pair
         logits[0][0] = float("nan")
         fused = Fuser(maps, learning_rate=0.2).step(logits, [0.5, 0.5])
-        tokens = Sampler(do_sample=True, seed=0, device=device)(fused)
+        choose = chooser(rows=2, vocab_size=3000, do_sample=True, seed=0, device=device)
+        tokens = choose(fused.logits)
         with pytest.raises(InputError, match="row 0 has no softmax"):
             fused.read(tokens)
         torch.cuda.synchronize()
