@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -86,26 +87,23 @@ class Chooser:
             chosen: their argmax, if it is known: greedy decoding without processors then costs nothing.
 
         Raises:
-            InputError: on the CPU, a row whose processors forbid every token.
+            InputError: on the CPU, a row whose processors forbid every token or give NaN.
         """
         if not self.settings.do_sample and not self._processors[rows[0]]:
             return scores.argmax(dim=-1) if chosen is None else chosen.long()
         scores = self.processed(scores, rows, ids)
-        if scores.device.type == "cpu":
+        on_cpu = scores.device.type == "cpu"
+        if on_cpu:
             for row, best in zip(rows, scores.amax(dim=-1).tolist(), strict=True):
-                if best == float("-inf"):
+                if not math.isfinite(best):
                     raise InputError(
-                        f"row {row}: the processors forbid every token; forbid fewer, or end the text sooner"
+                        f"row {row}: the processors forbid every token, or give NaN; forbid fewer"
                     )
         if not self.settings.do_sample:
             return scores.argmax(dim=-1)
-        # What torch.multinomial computes for one draw, without its look at the probabilities: on CUDA that
-        # ends the whole process for a row of NaN, which the status of the step reports as an error instead.
         probs = torch.softmax(scores, dim=-1)
-        noise = torch.empty_like(probs)
-        for i, row in enumerate(rows):
-            noise[i].exponential_(1, generator=self._generators[row])
-        return probs.div_(noise).argmax(dim=-1)
+        generators = [self._generators[row] for row in rows]
+        return _draw_one_number(probs, generators) if on_cpu else _draw_noise(probs, generators)
 
     def processed(
         self, scores: torch.Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]
@@ -127,6 +125,26 @@ class Chooser:
             ]
             scores = torch.cat(parts) if len(parts) > 1 else parts[0]
         return scores
+
+
+def _draw_one_number(probs: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Where the running sum first exceeds a random share of the whole: one random number a row, not V."""
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    share = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=one) for one in generators])
+    # Below the whole even after rounding. A token of probability 0 is never the first to exceed anything.
+    wanted = share * (1 - 2**-50) * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True).squeeze(1)
+
+
+def _draw_noise(probs: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """What torch.multinomial computes for one draw, without its look at the probabilities.
+
+    On CUDA that look ends the whole process for a row of NaN, which the step's status reports as an error.
+    """
+    noise = torch.empty_like(probs)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(1, generator=generator)
+    return probs.div_(noise).argmax(dim=-1)
 
 
 class _RowIds:

@@ -8,7 +8,7 @@ from tiny_models import tiny_main_model
 from transformers import LogitsProcessor
 
 from deepen_ext import InputError
-from deepen_ext.sampler import Chooser
+from deepen_ext.sampler import Chooser, _draw_noise, _draw_one_number
 from deepen_ext.settings import Settings
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [10], [5, 6, 5, 6, 5]]
@@ -117,6 +117,27 @@ class TestChoice:
         assert (share - expected).abs().max() < 0.03
         assert share[expected == 0].sum() == 0
 
+    def test_both_ways_of_drawing(self):
+        """The one for CUDA too: shares like the probabilities, nothing without any, row by row."""
+        probs = torch.tensor([[0.0, 0.6, 0.0, 0.1, 0.3, 0.0], [0.25, 0.0, 0.75, 0.0, 0.0, 0.0]])
+        for draw in (_draw_one_number, _draw_noise):
+            generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+            draws = torch.stack([draw(probs.clone(), generators) for _ in range(4000)])
+            again = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+            alone = torch.cat([draw(probs[1:].clone(), again[1:]) for _ in range(4000)])
+            assert torch.equal(draws[:, 1], alone)
+            for row, expected in enumerate(probs):
+                share = torch.bincount(draws[:, row], minlength=6) / len(draws)
+                assert (share - expected).abs().max() < 0.03
+                assert share[expected == 0].sum() == 0
+
+    def test_the_ends_of_the_running_sum(self, monkeypatch):
+        probs = torch.tensor([[0.0, 0.0, 0.4, 0.6, 0.0]])
+        for number, token in ((0.0, 2), (1 - 2**-53, 3)):
+            fixed = torch.full((1, 1), number, dtype=torch.float64)
+            monkeypatch.setattr(torch, "rand", lambda *_, fixed=fixed, **__: fixed)
+            assert _draw_one_number(probs, [torch.Generator()]).tolist() == [token]
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_greedy_takes_the_known_argmax(self, main, dtype):
         scores = scores_of(1, main.vocab_size)[0].to(dtype)
@@ -158,5 +179,5 @@ class TestChoice:
     @pytest.mark.parametrize("do_sample", [False, True])
     def test_every_token_forbidden(self, main, do_sample):
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
-        with pytest.raises(InputError, match="row 0: the processors forbid every token"):
+        with pytest.raises(InputError, match="row 0: the processors forbid every token, or give NaN"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
