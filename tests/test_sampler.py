@@ -181,3 +181,29 @@ class TestChoice:
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
         with pytest.raises(InputError, match="row 0: the processors forbid every token, or give NaN"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5, "max_new_tokens": 16},
+        {"max_length": 20, "forced_eos_token_id": 2, "sequence_bias": {(5,): -3.0}, "suppress_tokens": [28]},
+    ],
+    ids=lambda one: "-".join(one),
+)
+def test_greedy_as_transformers_generates(smollm2, settings):
+    """One real model alone: prompt lengths, EOS ids and ends mean the same as in its own generate()."""
+    ids = smollm2.vocabulary.prefix_ids + smollm2.vocabulary.encode("The history of tea begins in")
+    prompt = torch.tensor([ids])
+    expected = smollm2.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=2, **settings
+    )
+    read = Settings.read(smollm2, **settings)
+    chooser, now = Chooser(read, [ids], "cpu"), list(ids)
+    for _ in range(read.new_tokens(len(ids))):
+        with torch.inference_mode():
+            logits = smollm2.model(torch.tensor([now])).logits[:, -1]
+        now += chooser.choose(logits, [0], [now]).tolist()
+        if now[-1] in read.eos_ids:
+            break
+    assert now == expected[0].tolist()
