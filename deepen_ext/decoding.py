@@ -236,7 +236,7 @@ class Run:
             elif self._stops(row, one.text):
                 row.finish_reason = "stop_string"
             elif self._criteria[one.row] and bool(
-                self._criteria[one.row](torch.tensor([row.ids]), step.fused.logits[i : i + 1]).all()
+                self._criteria[one.row](torch.tensor([row.ids]), (step.fused.logits[i : i + 1],)).all()
             ):
                 row.finish_reason = "stopping_criteria"
             elif row.written >= row.new_tokens:

@@ -92,7 +92,8 @@ class Settings:
                 unless set, where transformers would take 50.
             logits_processor: more of them, after those the settings ask for. They are called row by row with
                 ids [1, L] and scores [1, V], the same object for all rows.
-            stopping_criteria: more of them, called row by row with ids [1, L] and the fused logits [1, V].
+            stopping_criteria: more of them, called row by row with ids [1, L] and the fused
+                logits in a tuple, ([1, V],).
             prefix_allowed_tokens_fn: (row, ids [L]) -> the token ids allowed next.
             seed: of sampling; row b draws by `seed + b`.
             keywords: fields of GenerationConfig; None is as good as not given.

@@ -100,15 +100,6 @@ def test_the_weights_are_put_on_the_device_once():
     assert torch.equal(one, fuse_logits(logits, fuser.maps, [0.9, 0.1], learning_rate=0.2))
 
 
-def test_the_chooser_draws_what_multinomial_draws():
-    scores = random_logits(50, 300, seed=0)
-    ours = chooser(rows=50, vocab_size=300, do_sample=True, seed=7)(scores)
-    for row in range(50):
-        generator = torch.Generator().manual_seed(7 + row)
-        want = torch.multinomial(torch.softmax(scores[row : row + 1], dim=-1), 1, generator=generator)
-        assert int(ours[row]) == int(want)
-
-
 def test_what_a_step_reads_back():
     logits = random_logits(3, 200, seed=0)
     top = topk_softmax(logits, 5)
