@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.text import Vocabulary
+from deepen_ext.text import Vocabulary, whole_characters
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _anchor_ids(vocabulary: Vocabulary, eos_ids: Sequence[int], shared: set[byte
             if first != i:
                 repeated.setdefault(text, {first}).add(i)
     for text, candidates in repeated.items():
-        if whole := _whole_characters(text):
+        if whole := whole_characters(text):
             own = vocabulary.encode_part(whole, 0)[0]
             if len(own) == 1 and own[0] in candidates:
                 ids[text] = own[0]
@@ -124,14 +124,6 @@ def _anchor_ids(vocabulary: Vocabulary, eos_ids: Sequence[int], shared: set[byte
 
 def _look_up(column_of: dict[bytes, int], tokens: Iterable[bytes | None]) -> list[int]:
     return [column_of.get(text, -1) if text else -1 for text in tokens]
-
-
-def _whole_characters(data: bytes) -> str:
-    """The longest prefix of the bytes that is valid UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].decode()
 
 
 class PrefixColumns:
@@ -183,7 +175,7 @@ class PrefixColumns:
 
     def _first_token(self, member: int, data: bytes) -> int | None:
         """The first token of a member's tokenisation of the bytes; None if that does not begin them."""
-        text = _whole_characters(data)
+        text = whole_characters(data)
         if not text:
             return None
         vocabulary = self._vocabularies[member]

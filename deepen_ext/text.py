@@ -229,6 +229,14 @@ def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
     raise ModelError(f"{name}: its special tokens change the ids of the text itself; use another model")
 
 
+def whole_characters(data: bytes) -> str:
+    """The longest prefix of the bytes that is valid UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
 class GrowingText:
     """A member's token ids for a text that only grows.
 
@@ -244,6 +252,7 @@ class GrowingText:
         ids, self._ends = vocabulary.encode_spans(text)
         self._start = len(vocabulary.prefix_ids) if prefix else 0
         self.ids: list[int] = vocabulary.prefix_ids[: self._start] + ids
+        self._last_cut: int | None = None  # of the text so far, before its last character; once asked for
 
     @property
     def text(self) -> str:
@@ -256,6 +265,28 @@ class GrowingText:
         twin.ids, twin._ends = list(self.ids), list(self._ends)
         return twin
 
+    def keeps_ids(self, text: str) -> bool:
+        """Whether `append(text)` would leave all present ids as they are. Changes nothing.
+
+        Most often the text begins a new word, and two characters tell; else the last word is encoded again.
+        """
+        old = self._text
+        if not text or not old:
+            return True
+        cuts = self._vocabulary.cuts
+        if cuts.last(old[-1] + text[0], 1):
+            return True
+        if self._last_cut is None:
+            self._last_cut = cuts.last(old, len(old) - 1)
+        cut = self._last_cut
+        kept = bisect_right(self._ends, cut) if cut else 0
+        present = self.ids[kept + self._start :]
+        if cut:
+            ids, _ = self._vocabulary.encode_part(old[cut:] + text, cut)
+        else:
+            ids, _ = self._vocabulary.encode_spans(old + text)
+        return ids[: len(present)] == present
+
     def append(self, text: str) -> int:
         """Add text to the end; returns how many ids, from the start, are the same as before.
 
@@ -265,6 +296,7 @@ class GrowingText:
             return len(self.ids)
         vocabulary, old_length = self._vocabulary, len(self._text)
         self._text += text
+        self._last_cut = None
         cut = vocabulary.cuts.last(self._text, old_length)
         kept = bisect_right(self._ends, cut) if cut else 0
         if cut:

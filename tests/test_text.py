@@ -120,12 +120,15 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
 
 
 def assert_grows(vocabulary: Vocabulary, pieces: list[str]) -> None:
-    """Ids as afresh after every append, and the returned prefix truly unchanged."""
+    """Ids as afresh after every append; the returned prefix unchanged, and known before if it is all."""
     growing = GrowingText(vocabulary, pieces[0])
     whole = pieces[0]
     for piece in pieces[1:]:
         before = list(growing.ids)
+        foreseen = growing.keeps_ids(piece)
+        assert growing.ids == before
         kept = growing.append(piece)
+        assert foreseen == (kept == len(before))
         whole += piece
         assert growing.ids == vocabulary.prefix_ids + vocabulary.encode(whole)
         assert growing.ids[:kept] == before[:kept]

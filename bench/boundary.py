@@ -1,0 +1,361 @@
+"""What the boundary rule gains: the change in negative log-likelihood by fusing, with the rule and without.
+
+Real text is read token by token in the main model's own tokens (teacher forcing). At every token the
+assistant has read the text so far as the loop would have it, and the two are fused as in `Ensemble`. The
+figure is the negative log-likelihood of the text's next token under the fused distribution less that under
+the main model alone: below 0 is a gain. Positions fall into two classes by what comes later, which the rule
+does not see: the text so far ends `between` two tokens of the assistant's tokenisation of the whole text, or
+`inside` one of them. Errors are standard errors of the mean over positions.
+
+The texts are not those that the threshold was chosen on (the development questions of GSM8K and ARC, other
+modules of Python's library). At most `INSIDE_A_TEXT` positions inside tokens are taken from a text, since
+each costs a forward pass; shares count all, and the mean over both classes is weighted with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import inspect
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, environment, machine_name, percentile, write_json
+from transformers import DynamicCache
+
+from deepen_ext import Ensemble, demo
+from deepen_ext.boundary import CANDIDATES, THRESHOLD, BoundaryRule
+from deepen_ext.member import Member
+from deepen_ext.models import load_member
+from deepen_ext.text import GrowingText, Utf8Stream, whole_characters
+
+SMOLLM2, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"
+PAIRS = ((SMOLLM2, GEMMA), (GEMMA, SMOLLM2), (QWEN, GEMMA))
+SHORT = {SMOLLM2: "SmolLM2", GEMMA: "Gemma", QWEN: "Qwen"}
+MODULES = (
+    *(
+        "json.decoder",
+        "sched",
+        "copy",
+        "glob",
+        "tokenize",
+        "difflib",
+        "ast",
+        "random",
+        "html.parser",
+        "zipfile",
+    ),
+    *("smtplib", "gettext", "pprint", "ftplib", "tempfile", "mailbox", "imaplib", "wave"),
+)
+INSIDE_A_TEXT = 24
+CLASSES = ("between", "inside", "all")
+FIRST = 8  # tokens of the main model before the first position
+ALTERNATIVES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+def texts(data: Path) -> Iterator[tuple[str, str]]:
+    """Kind and text, the kinds in turn."""
+
+    def items(name: str) -> list[dict[str, Any]]:
+        with (data / name / "test.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    gsm8k, triviaqa = items("gsm8k"), items("triviaqa")
+    for i, module in enumerate(MODULES):
+        pair = gsm8k[2 * i : 2 * i + 2]
+        yield (
+            "GSM8K",
+            "".join(
+                f"Question: {q['question']}\nLet's think step by step\nAnswer:{q['answer']}\n" for q in pair
+            ),
+        )
+        source = inspect.getsource(importlib.import_module(module))
+        start = source.index("\n", len(source) // 3) + 1
+        yield "code", source[start : start + 900]
+        lines = [f"Question:{q['question']}\nAnswer:{q['answer'][0]}\n" for q in triviaqa[9 * i : 9 * i + 9]]
+        yield "TriviaQA", "Answer this questions:\n" + "".join(lines)
+
+
+@dataclass
+class Position:
+    """One next token of one text."""
+
+    kind: str
+    inside: bool
+    weight: float  # how many positions of its text and class it stands for
+    change: float  # by fusing, without the rule
+    scaled: float  # with the assistant's weight scaled by the probability that its token stands
+    spoilt: bool  # the main model alone has the next token on top, fused it has not
+    repaired: bool  # the other way round
+    mass: float  # probability of the candidates that change the assistant's last token
+    top: bool  # whether the most probable candidate does
+    sits_out: bool
+    microseconds: float  # of the rule
+
+
+class Reading:
+    """A member that has read a whole text: logits after each of its tokens, and after other endings."""
+
+    def __init__(self, member: Member, text: str) -> None:
+        self.member = member
+        self.ids = member.vocabulary.prefix_ids + member.vocabulary.encode(text)
+        self._cache = self._whole = DynamicCache(config=member.model.config)
+        self.logits = self._forward(self.ids, 0)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go back to the whole text."""
+        self._cache, self._cached = copy.deepcopy(self._whole), list(self.ids)
+
+    def after(self, ids: list[int]) -> torch.Tensor:
+        """Logits [1, V] after these ids. With the longest first, each call only rolls back what was read."""
+        if ids == self.ids[: len(ids)]:
+            return self.logits[len(ids) - 1 : len(ids)]
+        shorter = min(len(ids) - 1, len(self._cached))
+        keep = next((i for i in range(shorter) if ids[i] != self._cached[i]), shorter)
+        self._cache.crop(keep - len(self._cached))
+        self._cached = list(ids)
+        return self._forward(ids[keep:], 1)
+
+    @torch.inference_mode()
+    def _forward(self, ids: list[int], logits_to_keep: int) -> torch.Tensor:
+        output = self.member.model(
+            input_ids=torch.tensor([ids]),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        return output.logits[0].float()
+
+
+def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, text: str) -> list[Position]:
+    """All positions of a text between the assistant's tokens, and some of those inside them."""
+    vocabulary = main.member.vocabulary
+    rule = BoundaryRule(vocabulary)
+    characters = Utf8Stream()
+    start = len(vocabulary.prefix_ids) + FIRST
+    growing = GrowingText(assistant.member.vocabulary, characters.feed(vocabulary.decode(main.ids[:start])))
+    found: list[tuple[int, list[int], bool, float, bool, float, float]] = []
+    for place in range(start, len(main.ids)):
+        if not characters.pending:
+            probabilities = torch.softmax(main.logits[place - 1], -1)
+            top = probabilities.topk(CANDIDATES)
+            candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            began = time.thread_time()
+            sits_out = rule.sits_out(growing, candidates)
+            taken = (time.thread_time() - began) * 1e6
+            changes = [
+                not growing.keeps_ids(whole_characters(vocabulary.bytes_of(token))) for token, _ in candidates
+            ]
+            mass = sum(share for (_, share), change in zip(candidates, changes, strict=True) if change)
+            inside = growing.ids != assistant.ids[: len(growing.ids)]
+            found.append((place, list(growing.ids), inside, mass, changes[0], sits_out, taken))
+        growing.append(characters.feed(vocabulary.bytes_of(main.ids[place])))
+    inside_all = [one for one in found if one[2]]
+    step = max(1, math.ceil(len(inside_all) / INSIDE_A_TEXT))
+    taken_inside = inside_all[::step]
+    weight = len(inside_all) / len(taken_inside) if taken_inside else 1.0
+    chosen = [one for one in found if not one[2]] + taken_inside
+    positions = []
+    assistant.rewind()
+    _compute_rows(ensemble, [main, assistant])
+    for place, ids, inside, mass, top_changes, sits_out, taken in sorted(chosen, key=lambda one: -one[0]):
+        theirs = assistant.after(ids)
+        ours = main.logits[place - 1 : place]
+        token = main.ids[place]
+        alone_right = int(ours.argmax()) == token
+        change, right = _fuse(ensemble, ours, theirs, token, 0.5)
+        scaled = change if mass < 1e-3 else _fuse(ensemble, ours, theirs, token, 0.5 * max(1 - mass, 0.0))[0]
+        positions.append(
+            Position(
+                kind=kind,
+                inside=inside,
+                weight=weight if inside else 1.0,
+                change=change,
+                scaled=scaled,
+                spoilt=alone_right and not right,
+                repaired=right and not alone_right,
+                mass=mass,
+                top=top_changes,
+                sits_out=sits_out,
+                microseconds=taken,
+            )
+        )
+    return positions
+
+
+def _compute_rows(ensemble: Ensemble, readings: list[Reading]) -> None:
+    """The relative rows that a text will need, in one product for each member."""
+    for relative, reading in zip(ensemble.maps, readings, strict=True):
+        top = torch.softmax(reading.logits, -1).topk(ensemble._fuser.candidates)
+        relative.ensure(top.indices[top.values >= ensemble._fuser.min_probability].unique().int())
+
+
+def _fuse(
+    ensemble: Ensemble, ours: torch.Tensor, theirs: torch.Tensor, token: int, weight: float
+) -> tuple[float, bool]:
+    """The change in the token's negative log-likelihood, and whether it comes out on top."""
+    step = ensemble._fuser.step([ours.contiguous(), theirs.contiguous()], [1 - weight, weight])
+    before, after = (one[0, token] - one[0].logsumexp(-1) for one in (ours, step.logits))
+    return float(before - after), int(step.chosen) == token
+
+
+def summarise(positions: list[Position]) -> dict[str, Any]:
+    """Means by class, without the rule, with it, and with what else could have been done."""
+
+    def figures(fires: list[bool], otherwise: list[float]) -> dict[str, Any]:
+        def one_class(which: list[int]) -> dict[str, Any]:
+            weights = [positions[i].weight for i in which]
+            return {
+                **_mean([after[i] for i in which], weights),
+                "fires": _share([fires[i] for i in which], weights),
+                "spoilt": _share([positions[i].spoilt and not fires[i] for i in which], weights),
+                "repaired": _share([positions[i].repaired and not fires[i] for i in which], weights),
+            }
+
+        after = [
+            other if fired else p.change for p, fired, other in zip(positions, fires, otherwise, strict=True)
+        ]
+        found: dict[str, Any] = {}
+        for name in CLASSES:
+            which = [
+                i for i, p in enumerate(positions) if name in ("all", "inside" if p.inside else "between")
+            ]
+            found[name] = one_class(which)
+        return found
+
+    zero = [0.0] * len(positions)
+    mass = [p.mass for p in positions]
+    never = [False] * len(positions)
+    lost = [p.change for p in positions if p.sits_out and not p.inside]
+    microseconds = [p.microseconds for p in positions]
+    return {
+        "positions": {
+            "between": sum(not p.inside for p in positions),
+            "inside": sum(p.inside for p in positions),
+        },
+        "share_inside": _share([p.inside for p in positions], [p.weight for p in positions]),
+        "without": figures(never, zero),
+        "with": figures([p.sits_out for p in positions], zero),
+        "false_alarms": {"positions": len(lost), "change_lost": _mean(lost, [1.0] * len(lost))},
+        "alternatives": {
+            **{f"threshold {t:g}": figures([m >= t for m in mass], zero) for t in ALTERNATIVES},
+            "most probable candidate only": figures([p.top for p in positions], zero),
+            "weight x (1 - probability)": figures([m >= 1e-3 for m in mass], [p.scaled for p in positions]),
+        },
+        "microseconds": {
+            "mean": sum(microseconds) / len(microseconds),
+            "p50": percentile(microseconds, 0.5),
+            "p99": percentile(microseconds, 0.99),
+        },
+    }
+
+
+def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
+    total = sum(weights)
+    if len(values) < 2:
+        return {"mean": values[0] if values else 0.0, "error": math.inf}
+    mean = sum(w * v for v, w in zip(values, weights, strict=True)) / total
+    squares = sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
+    return {"mean": mean, "error": math.sqrt(squares) / total}
+
+
+def _share(flags: list[bool], weights: list[float]) -> float:
+    return sum(w for flag, w in zip(flags, weights, strict=True) if flag) / max(sum(weights), 1e-9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
+    parser.add_argument("--positions", type=int, default=4000, help="of each pair, about")
+    parser.add_argument("--output", type=Path, help="default: bench/results/boundary-<machine>.json")
+    options = parser.parse_args()
+
+    found = environment()
+    members = {name: load_member(demo.embedded(name)) for name in {name for pair in PAIRS for name in pair}}
+    ensembles = {pair: Ensemble([members[name] for name in pair]) for pair in PAIRS}
+    positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
+    read = 0
+    for kind, text in texts(options.data):
+        if min(map(len, positions.values())) >= options.positions:
+            break
+        whole = {name: Reading(member, text) for name, member in members.items()}
+        for pair in PAIRS:
+            positions[pair] += measure(ensembles[pair], whole[pair[0]], whole[pair[1]], kind, text)
+            ensembles[pair].save_rows()
+        read += 1
+        print(f"{read} texts, {[len(p) for p in positions.values()]} positions", flush=True)
+
+    kinds = sorted({p.kind for p in positions[PAIRS[0]]})
+    result = {
+        "environment": found,
+        "threshold": THRESHOLD,
+        "candidates": CANDIDATES,
+        "texts": read,
+        "pairs": [
+            {
+                "main": pair[0],
+                "assistant": pair[1],
+                **summarise(positions[pair]),
+                "kinds": {kind: summarise([p for p in positions[pair] if p.kind == kind]) for kind in kinds},
+            }
+            for pair in PAIRS
+        ],
+    }
+    output = options.output or ROOT / "bench" / "results" / f"boundary-{machine_name(found)}.json"
+    write_json(output, result)
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    names = [f"{SHORT[pair['main']]} + {SHORT[pair['assistant']]}" for pair in result["pairs"]]
+    lines = [
+        "| main + assistant | class | share | positions | without the rule | with it | sits out | "
+        "spoilt, repaired without | with |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for title, pair in zip(names, result["pairs"], strict=True):
+        inside = pair["share_inside"]
+        shares = {"between": 1 - inside, "inside": inside, "all": 1.0}
+        counts = pair["positions"] | {"all": sum(pair["positions"].values())}
+        for name in CLASSES:
+            before, after = pair["without"][name], pair["with"][name]
+            lines.append(
+                f"| {title} | {name} | {shares[name]:.1%} | {counts[name]:,} | "
+                f"{_signed(before['mean'])} ± {before['error']:.3f} | "
+                f"{_signed(after['mean'])} ± {after['error']:.3f} | {after['fires']:.1%} | "
+                f"{before['spoilt']:.1%}, {before['repaired']:.1%} | "
+                f"{after['spoilt']:.1%}, {after['repaired']:.1%} |"
+            )
+    lines += ["", "| change between, inside, all | " + " | ".join(names) + " |"]
+    lines.append("| --- |" + " --- |" * len(names))
+    for name in result["pairs"][0]["alternatives"]:
+        found = [pair["alternatives"][name] for pair in result["pairs"]]
+        cells = [", ".join(_signed(one[part]["mean"]) for part in CLASSES) for one in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    costs = [pair["microseconds"] for pair in result["pairs"]]
+    lines += [
+        "",
+        "Microseconds a step (median, mean, 99th percentile): "
+        + "; ".join(
+            f"{title}: {cost['p50']:.0f}, {cost['mean']:.0f}, {cost['p99']:.0f}"
+            for title, cost in zip(names, costs, strict=True)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+if __name__ == "__main__":
+    main()
