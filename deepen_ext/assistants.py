@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from deepen_ext.boundary import CANDIDATES
 from deepen_ext.chat import PromptText
 from deepen_ext.errors import DeepenError, ModelError
 from deepen_ext.fusion import FusedStep, Part
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
 
 # Why no assistant was asked about a row's token; None where they were.
-Reason = Literal["settled", "gated", "unfinished character"]
+Reason = Literal["settled", "gated", "unfinished character", "boundary"]
 
 
 @dataclass
@@ -140,20 +141,31 @@ class Assistants:
         for i, row in enumerate(rows):
             if reasons[i] is None and self._characters[row].pending:
                 reasons[i] = "unfinished character"
-        asked = [i for i, reason in enumerate(reasons) if reason is None]
+        open_rows = [i for i, reason in enumerate(reasons) if reason is None]
+        fuser, rule = self._ensemble.fuser, self._ensemble.boundary_rule
+        if main is None:
+            main = fuser.top(0, main_logits)
+        candidates = _candidates(main, open_rows) if rule is not None and open_rows else {}
         members_ms: dict[str, float] = {}
         handoff = 0.0
         logits: list[torch.Tensor | None] = [main_logits]
+        speaks: list[list[int] | None] = [None]
         for i, session in enumerate(self._sessions):
             name = self._ensemble.names[i + 1]
             began = perf_counter()
-            targets = {rows[k]: self._text(rows[k], i).ids for k in asked}
+            texts = {k: self._text(rows[k], i) for k in open_rows}
+            if rule is not None:
+                texts = {k: text for k, text in texts.items() if not rule.sits_out(text, candidates[k])}
+            targets = {rows[k]: text.ids for k, text in texts.items()}
+            speaks.append(list(texts))
             read = perf_counter()
             logits.append(forward(session, targets, name) if targets else None)
             handoff += read - began
             members_ms[name] = (perf_counter() - read) * 1e3
-        speaks = [None, *([asked] * len(self._sessions))]
-        fused = self._ensemble.fuser.step(logits, self._ensemble.weights, rows=speaks, main=main)
+        for k in open_rows:
+            if not any(k in own for own in speaks[1:] if own is not None):
+                reasons[k] = "boundary"
+        fused = fuser.step(logits, self._ensemble.weights, rows=speaks, main=main)
         return AssistedStep(fused, reasons, members_ms, handoff * 1e3)
 
     def _text(self, row: int, i: int) -> GrowingText:
@@ -163,6 +175,12 @@ class Assistants:
             text.append(unread)
             self._unread[row][i] = ""
         return text
+
+
+def _candidates(main: Part, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
+    """The main model's most probable tokens with their probabilities, by row of the step."""
+    ids, probs = main.topk.ids[:, :CANDIDATES].tolist(), main.topk.probs[:, :CANDIDATES].tolist()
+    return {row: list(zip(ids[row], probs[row], strict=True)) for row in rows}
 
 
 def forward(session: BatchSession, targets: dict[int, list[int]], name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.boundary import BoundaryRule
 from deepen_ext.cache import cache_dir
 from deepen_ext.decoding import Run
 from deepen_ext.errors import DeepenError, InputError
@@ -50,6 +51,7 @@ class Ensemble:
         relative_temperature: float | None = None,
         entries: int = DEFAULT_ENTRIES,
         min_probability: float = 1e-4,
+        boundary_aware: bool = True,
         cache: bool = True,
     ) -> None:
         """Find the shared anchors and prepare a relative map for each member.
@@ -64,6 +66,8 @@ class Ensemble:
             relative_temperature: of the similarity rows; None for the recipe's own.
             entries: how many of a row's largest entries are kept.
             min_probability: less probable tokens are not worth a row (see `Fuser`).
+            boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
+                one (see `BoundaryRule`).
             cache: keep computed rows on disk, and use those of earlier runs.
 
         With the main model on CUDA all rows are computed here, so that no step ever waits for the device.
@@ -95,6 +99,7 @@ class Ensemble:
             min_probability=min_probability,
             names=self.names,
         )
+        self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware else None
         self._map_files = [_map_file(one) for one in self.maps] if cache else []
         self._rows_saved = [0] * len(self.maps)
         self._saving = threading.Lock()
