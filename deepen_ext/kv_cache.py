@@ -41,7 +41,7 @@ class ManyLanes:
 
 
 @dataclass
-class _Room:
+class _Shared:
     """What all layers of one cache share."""
 
     rows: int
@@ -59,20 +59,25 @@ class LaneCache:
     """
 
     def __init__(self, member: Member, rows: int) -> None:
-        self._room = _Room(rows, slots=0, feed=OneLane(0, 0))
-        layers = _layers(member, self._room)
+        self._shared = _Shared(rows, slots=0, feed=OneLane(0, 0))
+        layers = _layers(member, self._shared)
         self.cache = Cache(layers=layers)
         self._own = [layer for layer in layers if isinstance(layer, _LaneLayer)]
 
     def at(self, feed: OneLane | ManyLanes) -> Cache:
         """The cache as the model's forward takes it, to be fed there."""
-        self._room.feed = feed
+        self._shared.feed = feed
         return self.cache
 
     @property
     def slots(self) -> int:
         """Slots of a lane; the last one holds no position."""
-        return self._room.slots
+        return self._shared.slots
+
+    @property
+    def rows(self) -> int:
+        """Number of lanes."""
+        return self._shared.rows
 
     @property
     def windows(self) -> list[int | None]:
@@ -87,7 +92,7 @@ class LaneCache:
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in every lane, keeping what the lanes hold."""
         if positions + 1 > self.slots:
-            self._room.slots = _slots(positions)
+            self._shared.slots = _slots(positions)
         for layer in self._own:  # each looks at its own size: an interrupted growth is finished here
             layer.grow(self.slots)
 
@@ -98,9 +103,15 @@ class LaneCache:
                 for target in range(lane, lanes - 1):
                     buffer[target].copy_(buffer[target + 1])
 
+    def zero(self) -> None:
+        """Forget all states, also such as are not finite."""
+        for layer in self._own:
+            for buffer in layer.buffers():
+                buffer.zero_()
+
     def clear(self) -> None:
         """Give the buffers back."""
-        self._room.slots = 0
+        self._shared.slots = 0
         for layer in self._own:
             layer.keys = layer.values = None
             layer.is_initialized = False
@@ -116,11 +127,11 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
 
     is_croppable = False
 
-    def __init__(self, window: int | None, room: _Room) -> None:
+    def __init__(self, window: int | None, shared: _Shared) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.window = window
         self.is_sliding = window is not None
-        self._room = room
+        self._shared = shared
 
     def buffers(self) -> list[torch.Tensor]:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
@@ -131,7 +142,7 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows, slots = self._room.rows, self._room.slots
+        rows, slots = self._shared.rows, self._shared.slots
         self.keys, self.values = (
             states.new_zeros((rows, states.shape[1], slots, states.shape[3]))
             for states in (key_states, value_states)
@@ -150,7 +161,7 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        feed = self._room.feed
+        feed = self._shared.feed
         if isinstance(feed, OneLane):
             end = feed.start + key_states.shape[2]
             self.keys[feed.lane, :, feed.start : end] = key_states[0]
@@ -171,7 +182,7 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
         return self.get_seq_length() - first + query_length, first
 
     def get_seq_length(self) -> int:
-        feed = self._room.feed
+        feed = self._shared.feed
         return feed.start if isinstance(feed, OneLane) else feed.end
 
     def get_max_length(self) -> int:
@@ -201,14 +212,14 @@ def _grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
     return grown
 
 
-def _layers(member: Member, room: _Room) -> list[Any]:
+def _layers(member: Member, shared: _Shared) -> list[Any]:
     """A lane layer for each attention layer of the model, with the window that transformers would use."""
     layers: list[Any] = []
     for layer in DynamicCache(config=member.model.config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            layers.append(_LaneLayer(layer.sliding_window, room))
+            layers.append(_LaneLayer(layer.sliding_window, shared))
         elif type(layer) is DynamicLayer:
-            layers.append(_LaneLayer(None, room))
+            layers.append(_LaneLayer(None, shared))
         elif not isinstance(layer, CacheLayerMixin) or type(layer).__name__ != "DummyLayer":
             raise ModelError(
                 f"{member.name}: its layers of kind {type(layer).__name__} cannot be rolled back by tokens; "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from deepen_ext.graphs import idle_bytes
 from deepen_ext.kv_cache import CHUNK, cache_bytes
 from deepen_ext.member import Member
 
@@ -39,7 +40,8 @@ def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device: of a machine, also below its control group's limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + unused + idle_bytes(device))
     lines = Path("/proc/meminfo").read_text().splitlines()
     (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in _CGROUP_FILES:

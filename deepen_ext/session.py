@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from deepen_ext.attention import share_heads
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
+from deepen_ext.masks import attention_mask, check_batches
 from deepen_ext.member import Member
 from deepen_ext.memory import available_bytes, estimate_bytes
 
 __all__ = ["BatchSession", "available_bytes", "estimate_bytes"]
 
 # What a forward costs beside its tokens (its weights are read once), in tokens.
-_FORWARD_COST = {"cpu": 8, "cuda": 128}
+_FORWARD_COST = {"cpu": 50, "cuda": 128}
 
 
 class BatchSession:
@@ -44,14 +46,20 @@ class BatchSession:
         self.member = member
         self.rows = rows
         self.tokens_fed = 0
-        self._capacity = capacity
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._order = list(range(rows))  # the rows not released; a row's place is its lane in the cache
         # Logits after a row's ids: a forward's output [b, V] and the row's place in it.
         self._logits: dict[int, tuple[torch.Tensor, int]] = {}
-        self._cache = LaneCache(member, rows)
-        if rows > 1:
-            check_batches(member, self._cache.windows)
+        share_heads(member.model)
+        self._room = take_room(member, rows, capacity)
+        self._cache = self._room.cache
+        self._fixed = _on_fixed_buffers(member, self._cache)
+        self._capacity = capacity if self._fixed else 0
+        self._usable = True
+        if self._room.stream is not None:  # for the weights, should they still be on their way
+            self._room.stream.wait_stream(torch.cuda.current_stream(member.device))
+        with self._on_own_stream():
+            self._cache.zero()
 
     def __enter__(self) -> BatchSession:
         return self
@@ -98,16 +106,15 @@ class BatchSession:
             self._logits.pop(row, None)
             del self._ids[row][min(keep, len(ids) - 1) :]
             new[row] = ids[len(self._ids[row]) :]
-        with torch.inference_mode():
+        self._usable = False  # for another session, should this fail
+        with self._on_own_stream():
             self._let_go(new)
-            longest = max(len(ids) for ids in wanted.values())
-            self._cache.reserve(longest)
-            for group in _groups({row: len(ids) for row, ids in new.items()}, self.member.device.type):
-                if len(group) == 1:
-                    self._feed_one(group[0], new[group[0]])
-                else:
-                    self._feed_many({row: new[row] for row in group})
-            return self._joined(list(wanted))
+            self._feed(new, max(map(len, wanted.values())))
+            logits = self._joined(list(wanted))
+        if self._room.stream is not None:
+            logits.record_stream(torch.cuda.current_stream(self.member.device))
+        self._usable = True
+        return logits
 
     def release(self, row: int) -> None:
         """Let a finished row go: its room is freed, and it is not fed any more."""
@@ -118,7 +125,7 @@ class BatchSession:
         for other in (row, *moved):
             self._ids[other] = []
         self._logits.pop(row, None)
-        with torch.inference_mode():
+        with self._on_own_stream():
             self._cache.close_gap(lane, len(self._order))
         self._order.remove(row)
         for other, ids in moved.items():
@@ -126,9 +133,34 @@ class BatchSession:
 
     def close(self) -> None:
         """Release all rows and free the cache. A second call does nothing."""
+        if self._fixed and self._usable and self._order:
+            leave_room(self.member, self._room)
+        elif self._order:
+            self._room.steps.forget()
+            self._cache.clear()
         self._order.clear()
         self._logits.clear()
-        self._cache.clear()
+
+    @contextmanager
+    def _on_own_stream(self) -> Iterator[None]:
+        """On CUDA members work side by side: the caller's stream waits for this one, not the other way."""
+        stream = self._room.stream
+        with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
+            yield
+        if stream is not None:
+            torch.cuda.current_stream(self.member.device).wait_stream(stream)
+
+    def _feed(self, new: dict[int, list[int]], longest: int) -> None:
+        self._cache.reserve(max(longest, self._capacity))
+        waiting = {row: len(ids) for row, ids in new.items()}
+        if self._fixed and (short := [row for row in new if len(new[row]) <= WIDTHS[-1]]):
+            self._feed_fixed({row: new[row] for row in short})
+            waiting = {row: count for row, count in waiting.items() if row not in short}
+        for group in _groups(waiting, self.member.device.type):
+            if len(group) == 1:
+                self._feed_one(group[0], new[group[0]])
+            else:
+                self._feed_many({row: new[row] for row in group})
 
     def _feed_one(self, row: int, new: list[int]) -> None:
         """One row by itself: its lane is read as it lies, and no mask is needed."""
@@ -136,30 +168,61 @@ class BatchSession:
         lane = self._order.index(row)
         for at in range(0, len(new), CHUNK):
             piece = new[at : at + CHUNK]
-            fed = torch.tensor([piece], device=self.member.device)
-            logits = self._forward(OneLane(lane, len(held)), input_ids=fed)
+            fed = self._on_host([piece]).to(self.member.device, non_blocking=True)
+            logits = self._forward(OneLane(lane, len(held)), input_ids=fed, logits_to_keep=1)
             held.extend(piece)
             self.tokens_fed += len(piece)
         self._logits[row] = logits, 0
 
     def _feed_many(self, new: dict[int, list[int]]) -> None:
-        """Rows of different lengths in one forward, padded on the left.
-
-        So that each row's last token is the last of its line. Padding repeats the row's first new token: it
-        attends to what that one attends to, and its states go to the slot that nothing ever reads.
-        """
+        """Rows of different lengths in one forward."""
         lanes = sorted(self._order.index(row) for row in new)
         whole = range(lanes[0], lanes[-1] + 1)
         if len(whole) <= 2 * len(lanes):
             # Some rows in between are run for nothing, which is cheaper than a copy of all others' states.
             lanes = list(whole)
-        rows = [self._order[lane] for lane in lanes]
-        width = max(map(len, new.values()))
+        lines = self._lines(new, lanes, width=max(map(len, new.values())))
+        ends = [line[-1] + 1 for line in lines[1]]
+        lowest = min(len(self._ids[row]) for row in new)
+        inputs = self._on_host(lines).to(self.member.device, non_blocking=True)
+        index = self._on_host(lanes).to(self.member.device, non_blocking=True)
+        feed = ManyLanes(
+            lanes=slice(lanes[0], lanes[-1] + 1) if len(lanes) == len(whole) else index,
+            lane_index=index[:, None],
+            slots=inputs[2],
+            first={w: 0 if w is None else max(lowest - w + 1, 0) for w in self._cache.windows},
+            end=max(ends),
+        )
+        self._fed(new, lanes, self._masked(feed, inputs))
+
+    def _feed_fixed(self, new: dict[int, list[int]]) -> None:
+        """Short pieces of any rows in one forward over all lanes, whose shape is one of a few."""
+        width = next(width for width in WIDTHS if width >= max(map(len, new.values())))
+        lanes = list(range(self.rows))
+        lines = self._lines(new, lanes, width)
+        end = max(line[-1] + 1 for line in lines[1])
+
+        def forward(inputs: torch.Tensor, end: int) -> torch.Tensor:
+            index = torch.arange(self.rows, device=inputs.device)[:, None]
+            first = dict.fromkeys(self._cache.windows, 0)
+            return self._masked(ManyLanes(slice(None), index, inputs[2], first, end), inputs)
+
+        logits = self._room.steps.run(self._on_host(lines), end, self._cache.slots, forward)
+        self._fed(new, lanes, logits.clone())  # the step's own are overwritten by the next
+
+    def _lines(self, new: dict[int, list[int]], lanes: list[int], width: int) -> list[list[list[int]]]:
+        """Ids, positions and slots ``[3][lanes][width]`` of a forward, padded on the left.
+
+        So that each row's last token is the last of its line. Padding repeats the row's first new token: it
+        attends to what that one attends to, and its states go to the slot that nothing ever reads. A lane
+        whose row is not fed has padding only.
+        """
+        unread = self._cache.slots - 1
         lowest = min(len(self._ids[row]) for row in new)
         filler = next(iter(new.values()))[0]
-        unread = self._cache.slots - 1
         tokens, positions, slots = [], [], []
-        for row in rows:
+        for lane in lanes:
+            row = self._order[lane] if lane < len(self._order) else -1
             ids = new.get(row, [])
             start = len(self._ids[row]) if ids else lowest
             padding = width - len(ids)
@@ -167,27 +230,32 @@ class BatchSession:
             tokens.append([ids[0] if ids else filler] * padding + ids)
             positions.append([start] * padding + following)
             slots.append([unread] * padding + following)
-        packed = torch.tensor([tokens, positions, slots], device=self.member.device)
-        index = torch.tensor(lanes, device=self.member.device)
-        feed = ManyLanes(
-            lanes=slice(lanes[0], lanes[-1] + 1) if len(lanes) == len(whole) else index,
-            lane_index=index[:, None],
-            slots=packed[2],
-            first={w: 0 if w is None else max(lowest - w + 1, 0) for w in self._cache.windows},
-            end=max(line[-1] for line in positions) + 1,
+        return [tokens, positions, slots]
+
+    def _fed(self, new: dict[int, list[int]], lanes: list[int], logits: torch.Tensor) -> None:
+        """The forward over these lanes is done: the rows hold what they were fed."""
+        places = {lane: place for place, lane in enumerate(lanes)}
+        for row, ids in new.items():
+            self._ids[row].extend(ids)
+            self.tokens_fed += len(ids)
+            self._logits[row] = logits, places[self._order.index(row)]
+
+    def _on_host(self, values: list[Any]) -> torch.Tensor:
+        """An int64 tensor, in memory from which it can be sent without waiting."""
+        return torch.tensor(values, pin_memory=self.member.device.type == "cuda")
+
+    def _masked(self, feed: ManyLanes, inputs: torch.Tensor) -> torch.Tensor:
+        ids, positions, _ = inputs
+        mask = attention_mask(positions, feed, self.member.dtype)
+        # The last position as an index, not as the number 1: of a view with gaps, which that gives, the
+        # product with the vocabulary is taken row by row (80 ms for SmolLM2, 500 for Gemma, measured).
+        last = positions.new_full((1,), positions.shape[1] - 1)
+        return self._forward(
+            feed, input_ids=ids, position_ids=positions, attention_mask=mask, logits_to_keep=last
         )
-        mask = attention_mask(packed[1], feed, self.member.dtype)
-        logits = self._forward(feed, input_ids=packed[0], position_ids=packed[1], attention_mask=mask)
-        for place, row in enumerate(rows):
-            if row in new:
-                self._ids[row].extend(new[row])
-                self.tokens_fed += len(new[row])
-                self._logits[row] = logits, place
 
     def _forward(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        output = self.member.model(
-            past_key_values=self._cache.at(feed), use_cache=True, logits_to_keep=1, **inputs
-        )
+        output = self.member.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
         logits: torch.Tensor = output.logits[:, -1, :]
         return logits
 
@@ -230,64 +298,15 @@ class BatchSession:
             )
 
 
-def check_batches(member: Member, windows: Sequence[int | None]) -> None:
-    """Raise ModelError unless the model can run sequences of different lengths in one forward, each exactly.
-
-    They need positions and masks of their own. ``windows`` are those of the model's layers.
-    """
-    config = member.model.config.get_text_config()
-    attention = getattr(config, "_attn_implementation", None)
-    types = getattr(config, "layer_types", None) or []
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
-    changing = {part.get("rope_type") for part in ropes} & {"dynamic", "longrope"}
-    if "position_ids" not in inspect.signature(member.model.forward).parameters or getattr(
-        config, "alibi", False
-    ):
-        reason = "takes no position_ids"
-    elif attention not in ("sdpa", "eager"):
-        reason = f"has attention '{attention}'; load it with attn_implementation='sdpa'"
-    elif "chunked_attention" in types:
-        reason = "has chunked attention"
-    elif changing:
-        reason = f"has rotary positions of type '{changing.pop()}', which depend on the longest sequence"
-    elif len(windows) > 1 and not _takes_a_mask_by_layer_type(member):
-        reason = "has layers with different windows but takes one mask for all"
-    else:
-        return
-    raise ModelError(
-        f"{member.name}: this model ({type(member.model).__name__}) cannot run texts of different lengths "
-        f"together: it {reason}. Generate one prompt at a time"
-    )
-
-
-def _takes_a_mask_by_layer_type(member: Member) -> bool:
-    """Whether the model takes masks prepared by the caller, one for each layer type (most models do)."""
-    source = inspect.getsource(inspect.unwrap(type(member.model.base_model).forward))
-    return re.search(r"isinstance\(.*attention_mask, dict\)", source) is not None
-
-
-def attention_mask(
-    positions: torch.Tensor, feed: ManyLanes, dtype: torch.dtype
-) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Which slots each query sees: those up to its position, within its layer's window.
-
-    Additive, ``[b, 1, W, slots]``, as every attention of transformers takes it; where layers have different
-    windows, one for each layer type. ``positions`` is int64 ``[b, W]``.
-    """
-    masks = {}
-    for window, first in feed.first.items():
-        slots = torch.arange(first, feed.end, device=positions.device)
-        hidden = slots > positions[:, :, None]
-        if window is not None:
-            hidden |= slots <= positions[:, :, None] - window
-        zeros = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
-        masks[window] = zeros.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
-    if len(masks) == 1:
-        return next(iter(masks.values()))
-    return {
-        "full_attention" if window is None else "sliding_attention": mask for window, mask in masks.items()
-    }
+def _on_fixed_buffers(member: Member, cache: LaneCache) -> bool:
+    """Whether short pieces go over fixed buffers: on CUDA, where the model can."""
+    try:
+        check_batches(member, cache.windows)
+    except ModelError:
+        if cache.rows > 1:
+            raise
+        return False
+    return member.device.type == "cuda"
 
 
 def _groups(new: Mapping[int, int], device: str) -> list[list[int]]:

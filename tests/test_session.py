@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from deepen_ext import memory
+from deepen_ext import attention, graphs, memory
 from deepen_ext import session as module
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.kv_cache import cache_bytes
 from deepen_ext.member import Member
 from deepen_ext.session import BatchSession
 
-TEXT = (Path(__file__).parent.parent / "deepen_ext" / "member.py").read_text()
+TEXT = Path(__file__).read_text()
 POSITIONS = (490, 511, 600)  # below, at and past Gemma's window of 512
 DEPTHS = (1, 3, 40)
 
@@ -204,8 +206,7 @@ class TestBatch:
         junk = ids_of(gemma, 90)[::-1]
         lengths, depths = (505, 512, 690), (40, 1, 3)
         session = BatchSession(gemma, rows=3)
-        targets = {row: ids[:n] for row, n in enumerate(lengths)}
-        assert_fresh(gemma, targets, session.sync(targets))
+        session.sync({row: ids[:n] for row, n in enumerate(lengths)})
         session.sync({row: ids[: lengths[row]] + junk[: depths[row]] for row in range(3)})
         targets = {row: ids[: n + 2] for row, n in enumerate(lengths)}
         with forwards(gemma) as seen:
@@ -297,12 +298,109 @@ class TestBatch:
         assert (first - second).abs().max() > 0.1  # the model does look back
 
 
+@pytest.fixture
+def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pieces go over fixed buffers, as on CUDA; here nothing is captured."""
+    monkeypatch.setattr(module, "_on_fixed_buffers", lambda member, cache: True)
+
+
+@pytest.mark.usefixtures("fixed")
+class TestFixedBuffers:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_same_as_fresh_forwards(self, tiny, family: str) -> None:
+        """Growing rows, rollbacks, rows that sit out or are released: each step over all lanes."""
+        member = tiny(family)
+        rng = random.Random(family)
+        session = BatchSession(member, rows=4, capacity=20)
+        held = {row: [rng.randrange(5, 999) for _ in range(rng.randint(1, 20))] for row in range(4)}
+        assert_fresh(member, held, session.sync(held))
+        steps = 0
+        for step in range(16):
+            if step == 12:
+                session.release(1)
+                del held[1]
+            for row in held:
+                keep = max(len(held[row]) - rng.choice([0, 0, 1, 3]), 0)
+                held[row] = held[row][:keep] + [rng.randrange(5, 999) for _ in range(rng.randint(1, 5))]
+            part = {row: held[row] for row in rng.sample(sorted(held), rng.randint(1, len(held)))}
+            with forwards(member) as seen:
+                logits = session.sync(part)
+            assert all(shape in {(4, width) for width in graphs.WIDTHS} for shape in seen if shape[1] <= 8)
+            steps += sum(shape[1] <= 8 for shape in seen)
+            assert_fresh(member, part, logits)
+        assert steps > 10
+
+    def test_past_the_window_and_past_the_first_span(self, gemma: Member) -> None:
+        ids = ids_of(gemma, 700)
+        session = BatchSession(gemma, rows=2)
+        targets = {0: ids[:600], 1: ids[:254]}
+        session.sync(targets)
+        for n in (2, 8):
+            targets = {row: [*target[:-1], *ids[n : 2 * n]] for row, target in targets.items()}
+            assert_fresh(gemma, targets, session.sync(targets))
+
+    def test_the_next_session_takes_the_buffers_over(self, smollm2: Member) -> None:
+        """Also where the last one left states that are not finite."""
+        ids = ids_of(smollm2, 60)
+        with BatchSession(smollm2, rows=2, capacity=100) as first:
+            first.sync({0: ids[:20], 1: ids[:30]})
+            with torch.inference_mode():
+                for layer in first._cache._own:
+                    layer.keys.fill_(float("nan"))
+                    layer.values.fill_(float("nan"))
+            kept = first._cache
+        assert graphs.idle_bytes(torch.device("cpu")) == kept.nbytes > 0
+        second = BatchSession(smollm2, rows=2, capacity=200)
+        assert second._cache is kept
+        assert graphs.idle_bytes(torch.device("cpu")) == 0
+        targets = {0: ids[:5], 1: ids[:7]}
+        assert_fresh(smollm2, targets, second.sync(targets))
+        second.close()
+        second.close()
+        third = BatchSession(smollm2, rows=2, capacity=300)  # more than there is room for
+        assert third._cache is not kept
+        assert graphs.idle_bytes(torch.device("cpu")) == 0
+
+    def test_a_failure_frees_the_buffers(self, smollm2: Member) -> None:
+        session = BatchSession(smollm2, rows=2)
+        session.sync({0: [1, 2], 1: [3]})
+        with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
+            session.sync({0: [1, 2, 3]})
+        session.close()
+        assert session._cache.nbytes == graphs.idle_bytes(torch.device("cpu")) == 0
+
+
+class TestAttention:
+    @pytest.mark.parametrize(("queries", "mask_heads"), [(1, 1), (3, 1), (65, 1), (3, 4)])
+    @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
+    def test_shared_heads_equal_repeated_ones(
+        self, queries: int, mask_heads: int, mask_dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        query, key = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 70, 8)
+        mask = torch.rand(2, mask_heads, queries, 70) < 0.5
+        mask[..., 0] = True
+        if mask_dtype != torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        owner = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+        ours, _ = attention._attention(owner, query, key, key + 1, mask, scaling=0.3)
+        theirs, _ = sdpa_attention_forward(owner, query, key, key + 1, mask, scaling=0.3)
+        torch.testing.assert_close(ours, theirs)
+
+    def test_a_session_turns_it_on(self, smollm2: Member, tiny) -> None:
+        BatchSession(smollm2)
+        assert smollm2.model.config._attn_implementation == attention.NAME
+        eager = tiny("gemma2")
+        BatchSession(eager)
+        assert eager.model.config._attn_implementation == "eager"
+
+
 class TestGroups:
     def test_padding_is_worth_its_forward(self) -> None:
         """Decode steps go together, a long prompt does not pad short ones."""
         assert module._groups({0: 1, 3: 1, 5: 1}, "cpu") == [[0, 3, 5]]
         assert module._groups({0: 1, 1: 3, 2: 1}, "cpu") == [[0, 1, 2]]
-        assert module._groups({0: 300, 1: 2, 2: 280, 3: 1}, "cpu") == [[1, 3], [2], [0]]
+        assert module._groups({0: 300, 1: 2, 2: 200, 3: 1}, "cpu") == [[1, 3], [2], [0]]
         assert module._groups({}, "cpu") == []
 
     def test_the_cheapest_cut(self) -> None:

@@ -1,0 +1,119 @@
+"""Short chunks over fixed buffers: on CUDA one graph launch a step instead of a thousand kernel launches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from deepen_ext.kv_cache import BLOCK, LaneCache
+from deepen_ext.member import Member
+
+WIDTHS = (1, 2, 4, 8)  # tokens a row of the chunks that graphs are made for
+
+# What to run: int64 inputs [3, lanes, width] (ids, positions, slots) and the end of the slots to look at.
+Forward = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass
+class _Step:
+    inputs: torch.Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+    logits: torch.Tensor | None = None
+
+
+class FixedSteps:
+    """Forwards of one shape each, by width and by slots looked at; on CUDA captured when they come again.
+
+    All read their inputs from buffers of their own, so what is captured holds for every later step. They
+    share one memory pool: a step's logits last until the next step.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name = name
+        self._captures = device.type == "cuda"
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._slots = 0
+
+    def run(self, inputs: torch.Tensor, end: int, slots: int, forward: Forward) -> torch.Tensor:
+        """The logits of these inputs (on the host); slots 0 to ``end - 1`` of ``slots`` are needed."""
+        if slots != self._slots:  # the cache has grown: its buffers are others
+            self._steps.clear()
+            self._slots = slots
+        end = min(max(BLOCK, 1 << (end - 1).bit_length()), slots)
+        step = self._steps.get((inputs.shape[2], end))
+        if step is None:  # runs as it is: nothing is captured that comes once, and capture finds all warm
+            step = _Step(inputs.to(self._device, non_blocking=True))
+            self._steps[inputs.shape[2], end] = step
+            return forward(step.inputs, end)
+        step.inputs.copy_(inputs, non_blocking=True)
+        if step.graph is None and self._captures:
+            self._capture(step, end, forward)
+        if step.graph is None or step.logits is None:
+            return forward(step.inputs, end)
+        step.graph.replay()
+        return step.logits
+
+    def forget(self) -> None:
+        """Free all steps."""
+        self._steps.clear()
+
+    @property
+    def captured(self) -> list[tuple[int, int]]:
+        """Width and end of the steps that are graphs by now."""
+        return [key for key, step in self._steps.items() if step.graph is not None]
+
+    def _capture(self, step: _Step, end: int, forward: Forward) -> None:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self._device)
+        try:
+            # Other threads may use the device meanwhile: only what this one does is watched.
+            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+                step.logits = forward(step.inputs, end)
+        except RuntimeError as error:
+            self._captures = False
+            step.logits = None
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(
+                f"{self._name}: its steps cannot be captured as CUDA graphs and run without: {reason}",
+                stacklevel=2,
+            )
+        else:
+            step.graph = graph
+
+
+@dataclass
+class Room:
+    """What a session works in; on CUDA the next session of the member takes it over, graphs and all."""
+
+    cache: LaneCache
+    steps: FixedSteps
+    stream: torch.cuda.Stream | None
+
+
+_idle: WeakKeyDictionary[PreTrainedModel, Room] = WeakKeyDictionary()  # no room refers to its model
+
+
+def take_room(member: Member, rows: int, capacity: int) -> Room:
+    """The member's idle room if it fits, else a new one; what does not fit is freed."""
+    room = _idle.pop(member.model, None)
+    if room is not None and room.cache.rows == rows and room.cache.slots > capacity:
+        return room
+    stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream)
+
+
+def leave_room(member: Member, room: Room) -> None:
+    """Keep the room for the member's next session; one room is kept."""
+    _idle[member.model] = room
+
+
+def idle_bytes(device: torch.device) -> int:
+    """Bytes of idle caches on the device: they are given back when a session needs another size."""
+    return sum(room.cache.nbytes for model, room in _idle.items() if model.device == device)
