@@ -34,7 +34,7 @@ def _attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `sdpa_attention_forward`, of ``query [b, heads, n, d]``, ``key`` and ``value`` ``[b, shared, s, d]``."""
+    """As `sdpa_attention_forward`, ``query [b, heads, n, d]``, keys and values ``[b, shared, s, d]``."""
     rows, heads, queries, _ = query.shape
     shared = key.shape[1]
     if (
