@@ -42,7 +42,7 @@ def _attention(
         or attention_mask.shape[1] != 1
         or shared == heads
         or queries > _MOST_QUERIES
-        or others.get("position_bias") is not None
+        or any(others.get(name) is not None for name in ("position_bias", "softcap", "cache"))
     ):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others

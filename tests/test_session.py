@@ -390,7 +390,7 @@ class TestAttention:
     def test_a_session_turns_it_on(self, smollm2: Member, tiny) -> None:
         BatchSession(smollm2)
         assert smollm2.model.config._attn_implementation == attention.NAME
-        eager = tiny("gemma2")
+        eager = tiny("gemma2", attn_implementation="eager")
         BatchSession(eager)
         assert eager.model.config._attn_implementation == "eager"
 
