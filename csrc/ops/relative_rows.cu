@@ -60,7 +60,6 @@ __global__ void __launch_bounds__(kThreads) prepare_queries(RelativeRowsParams p
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kThreads, kTokens == kManyTokens ? kManyResident : kFewResident)
     score_strips(RelativeRowsParams params, Chunk chunk, Pass pass, int strips, bool whole) {
-  constexpr int kLaneScores = kTileAnchors / 32;
   DEEPEN_SHARED(float, scores);
   ListHead* const heads = reinterpret_cast<ListHead*>(scores + tile_floats(kTokens));
   uint64_t* const keys = reinterpret_cast<uint64_t*>(heads + kTokens);
@@ -75,32 +74,29 @@ __global__ void __launch_bounds__(kThreads, kTokens == kManyTokens ? kManyReside
   for (int row = warp; row < kTokens; row += kWarps) WarpList{nullptr, entries}.store(heads[row]);
   for (int tile = begin; tile < end; ++tile) {
     const int64_t anchor0 = int64_t(tile) * kTileAnchors;
+    const int anchors =
+        int(params.anchors - anchor0 < kTileAnchors ? params.anchors - anchor0 : kTileAnchors);
     cosine_tile<T, kTokens>(params, queries, token0, anchor0, whole, scores);
     for (int row = warp; row < kTokens && token0 + row < chunk.count; row += kWarps) {
       const int64_t n = token0 + row;
       const float factor = chunk.factors[n];
-      float values[kLaneScores], largest = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kLaneScores; ++i) {
-        const bool exists = anchor0 + 32 * i + lane < params.anchors;
-        values[i] = exists ? scores[row * kScoreStride + 32 * i + lane] * factor : -INFINITY;
-        largest = fmaxf(largest, values[i]);
-        if (pass == Pass::squares && exists) sum += values[i] * values[i];
-        if (pass == Pass::store && exists)
-          chunk.scores[n * params.anchors + anchor0 + 32 * i + lane] = values[i];
+      const auto score = [&](int a) { return scores[row * kScoreStride + a] * factor; };
+      float largest = -INFINITY, sum = 0.0f;
+      if (pass == Pass::store) {
+        for (int a = lane; a < anchors; a += 32) chunk.scores[n * params.anchors + anchor0 + a] = score(a);
+        continue;
       }
-      if (pass == Pass::store) continue;
-      if (pass == Pass::select) {
+      if (pass == Pass::squares) {
+        for (int a = lane; a < anchors; a += 32) sum += score(a) * score(a);
+      } else {
+        for (int a = lane; a < anchors; a += 32) largest = fmaxf(largest, score(a));
         largest = warp_reduce(largest, Larger());
         const float base = largest == -INFINITY ? 0.0f : largest;  // all NaN
-#pragma unroll
-        for (int i = 0; i < kLaneScores; ++i) sum += __expf(values[i] - base);
+        for (int a = lane; a < anchors; a += 32) sum += __expf(score(a) - base);
         WarpList list{keys + row * list_capacity(entries), entries};
         list.load(heads[row]);
-#pragma unroll
-        for (int i = 0; i < kLaneScores; ++i) {
-          const int64_t a = anchor0 + 32 * i + lane;
-          list.offer(a < params.anchors ? pack_key(values[i], uint32_t(a)) : 0);
+        for (int a = lane; a - lane < anchors; a += 32) {
+          list.offer(a < anchors ? pack_key(score(a), uint32_t(anchor0 + a)) : 0);
         }
         list.store(heads[row]);
       }

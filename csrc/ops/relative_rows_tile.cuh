@@ -42,31 +42,45 @@ __device__ __forceinline__ const T* embedding_row(const RelativeRowsParams& para
   return static_cast<const T*>(params.embedding) + id * params.dim;
 }
 
-__device__ __forceinline__ float4 as_floats(const float4& four, float) { return four; }
+// Four columns of an anchor's row as they lie in memory, so that nothing waits for them before they are put
+// into shared memory.
 template <class T>
-__device__ __forceinline__ float4 as_floats(const uint2& four, T) {
-  return {to_float(T{uint16_t(four.x)}), to_float(T{uint16_t(four.x >> 16)}), to_float(T{uint16_t(four.y)}),
-          to_float(T{uint16_t(four.y >> 16)})};
-}
-template <class T>
-struct Four {
-  using Type = uint2;
+struct Quad {
+  using Raw = uint2;
 };
 template <>
-struct Four<float> {
-  using Type = float4;
+struct Quad<float> {
+  using Raw = uint4;
 };
-
-// Four columns of an anchor's row; NaN where there is no row, 0 beyond its end. `whole`: quads are aligned
-// and none crosses the end.
+__device__ __forceinline__ uint4 pack_quad(const float (&four)[4]) {
+  return {float_to_bits(four[0]), float_to_bits(four[1]), float_to_bits(four[2]), float_to_bits(four[3])};
+}
 template <class T>
-__device__ __forceinline__ float4 load_quad(const T* row, int column, int dim, bool whole) {
-  if (row == nullptr) return {NAN, NAN, NAN, NAN};
-  if (column >= dim) return {0.0f, 0.0f, 0.0f, 0.0f};
-  if (whole) return as_floats(*reinterpret_cast<const typename Four<T>::Type*>(row + column), T());
-  return {to_float(row[column]), column + 1 < dim ? to_float(row[column + 1]) : 0.0f,
-          column + 2 < dim ? to_float(row[column + 2]) : 0.0f,
-          column + 3 < dim ? to_float(row[column + 3]) : 0.0f};
+__device__ __forceinline__ uint2 pack_quad(const T (&four)[4]) {
+  return {four[0].bits | uint32_t(four[1].bits) << 16, four[2].bits | uint32_t(four[3].bits) << 16};
+}
+__device__ __forceinline__ float4 as_floats(const uint4& raw, float) {
+  return {bits_to_float(raw.x), bits_to_float(raw.y), bits_to_float(raw.z), bits_to_float(raw.w)};
+}
+template <class T>
+__device__ __forceinline__ float4 as_floats(const uint2& raw, T) {
+  return {to_float(T{uint16_t(raw.x)}), to_float(T{uint16_t(raw.x >> 16)}), to_float(T{uint16_t(raw.y)}),
+          to_float(T{uint16_t(raw.y >> 16)})};
+}
+
+// NaN where there is no row, 0 beyond its end. `whole`: quads are aligned and none crosses the end.
+template <class T>
+__device__ __forceinline__ typename Quad<T>::Raw load_quad(const T* row, int column, int dim, bool whole) {
+  if (whole && row != nullptr && column < dim) {
+    return *reinterpret_cast<const typename Quad<T>::Raw*>(row + column);
+  }
+  T four[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    from_float(NAN, &four[i]);
+    if (row != nullptr) four[i] = column + i < dim ? row[column + i] : T{};
+  }
+  return pack_quad(four);
 }
 
 // shared[i * kScoreStride + j] = the cosine of queries token0 + i and anchor anchor0 + j, where both exist.
@@ -96,7 +110,8 @@ __device__ __forceinline__ void cosine_tile(const RelativeRowsParams& params, co
     anchor_rows[i] = embedding_row<T>(params, params.anchor_ids[a < params.anchors ? a : params.anchors - 1]);
   }
 
-  float4 tokens[kTokenLoads], anchors[kAnchorLoads];
+  float4 tokens[kTokenLoads];
+  typename Quad<T>::Raw anchors[kAnchorLoads];
   const auto fetch = [&](int depth) {
 #pragma unroll
     for (int i = 0; i < kTokenLoads; ++i) {
@@ -116,7 +131,8 @@ __device__ __forceinline__ void cosine_tile(const RelativeRowsParams& params, co
     }
 #pragma unroll
     for (int i = 0; i < kAnchorLoads; ++i) {
-      *reinterpret_cast<float4*>(buffer + (kTokens + line + i * kLines) * kStride + quad) = anchors[i];
+      *reinterpret_cast<float4*>(buffer + (kTokens + line + i * kLines) * kStride + quad) =
+          as_floats(anchors[i], T());
     }
   };
 
