@@ -87,7 +87,6 @@ struct WarpList {
       const unsigned stays = __ballot_sync(kWholeWarp, key >= bar);
       if (key >= bar) keys[left + place(stays)] = key;  // never past those still to be read
       left += __popc(stays);
-      __syncwarp();
     }
     count = left;
   }
