@@ -85,6 +85,7 @@ struct WarpList {
       const int at = base + int(threadIdx.x) % 32;
       const uint64_t key = at < count ? keys[at] : 0;
       const unsigned stays = __ballot_sync(kWholeWarp, key >= bar);
+      __syncwarp();
       if (key >= bar) keys[left + place(stays)] = key;  // never past those still to be read
       left += __popc(stays);
     }

@@ -1,23 +1,23 @@
 // relative_rows on CUDA: product, softmax statistics and selection in one kernel, so that scores live in
 // shared memory only. Operations: 2 * dim * anchors a token, as tf32 products on tensor cores (see
 // relative_rows_tile.cuh); with `normalise` twice, because the softmax needs the whole row's 2-norm first.
-// Bytes: the anchors' embeddings once for all tokens that run together (58 MB for 45,589 of 640 columns in
-// 16 bits, for some 4,000 tokens on an H100); from the L2, 4 * dim a token and anchor tile, and the anchors
-// once for 64 tokens; and 8 bytes of statistics a token and tile and 8 * entries a token and strip.
+// Bytes from memory: the anchors' embeddings once for the tokens that run together (58 MB for 45,589 of 640
+// columns in 16 bits, for some 4,000 tokens on an H100), and a token's queries, 8 bytes of statistics a tile
+// and 8 * entries a strip, written and read. From the L2, for each 64 tokens by 128 anchors, both's columns.
 //
 //   prepare_queries  a block of 256 threads a token: centred, normalised, and its product with the mean
 //   score_strips     a block of 256 threads for 64 tokens (16 when there are no more) and a strip of anchors,
-//                    which it goes through in tiles of 128. Of a tile in shared memory a warp takes a token
-//                    at a time: largest score, sum of exponentials, and keys above the token's bar into its
-//                    list (warp_list.cuh). 64 tokens, because two blocks then share a multiprocessor: one's
-//                    product runs beside the other's selection. As many strips as fill the device: a longer
-//                    strip has the higher bar and fewer keys to handle.
-//   find_factors     with `normalise`, between its two passes: a block a token, from the tiles' squares
+//                    in tiles of 128. Of a tile in shared memory a warp takes a token at a time: largest
+//                    score, sum of exponentials, and keys above the token's bar into its list
+//                    (warp_list.cuh). 64 tokens, so that two blocks share a multiprocessor and one's product
+//                    runs beside the other's selection. As many strips as fill the device and no more: in a
+//                    longer strip the bar is higher and fewer keys pass it.
+//   find_factors     with `normalise`, between the two passes: a block a token, from the tiles' squares
 //   merge_strips     a block of 256 threads a token: the tiles' statistics, the strips' lists, the results
 //
 // Statistics are kept by tile and not by strip, so that no bit of a row depends on the tokens that are
-// computed with it or on the device. For entries above kListEntries, or whose lists do not fit shared memory,
-// score_strips stores its scores after all, for up to kChunkBytes at a time, and topk_softmax does the rest.
+// computed with it or on the device. Entries above kListEntries, or lists that do not fit shared memory, take
+// another path: score_strips stores the scores after all, kChunkBytes at a time, and topk_softmax selects.
 #include <algorithm>
 
 #include "core/arena.h"

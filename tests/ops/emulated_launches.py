@@ -108,7 +108,7 @@ def test_less_shared_memory_takes_another_path_or_an_error(operation, backend, s
 
 
 @pytest.mark.parametrize(
-    ("entries", "size", "stores"), [(256, 232_448, False), (257, 232_448, True), (200, 49_152, True)]
+    ("entries", "size", "stores"), [(256, 232_448, False), (257, 232_448, True), (180, 49_152, True)]
 )
 def test_scores_are_stored_only_where_lists_do_not_fit(backend, entries, size, stores):
     backend.emulates_rows = True
