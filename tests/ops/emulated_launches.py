@@ -22,11 +22,10 @@ def run_topk():
 
 def run_relative_rows():
     found = []
-    for recipe, entries in (("calibrated", 9), ("paper", 31)):
-        source = SimilarityRows(
-            random_embedding(900, 11, seed=0), torch.arange(0, 900, 3), recipe=recipe, entries=entries
-        )
-        found += source.compute(torch.arange(150, 220))
+    embedding, anchors = random_embedding(600, 11, seed=0), torch.arange(0, 600, 3)
+    for recipe, entries, count in (("calibrated", 9, 70), ("paper", 31, 5)):
+        source = SimilarityRows(embedding, anchors, recipe=recipe, entries=entries)
+        found += source.compute(torch.arange(150, 150 + count))
     return found
 
 
