@@ -121,3 +121,11 @@ def test_the_stub_names_the_parameters_in_the_order_of_the_compiled_function(nam
     # A parameter without a name in the binding cannot be passed by name: the stub must not promise it.
     assert sum(bool(re.fullmatch(r"arg\d+", one)) for one in compiled) == len(arguments.posonlyargs)
     assert compiled[len(arguments.posonlyargs) :] == [argument.arg for argument in arguments.args]
+
+
+def test_errors_name_no_folder_of_the_machine_that_built_the_core() -> None:
+    """__FILE__ is csrc/..., in .cu as in .cc (-fmacro-prefix-map, which nvcc has to hand on)."""
+    module = Path(_core.__file__).read_bytes()
+    for suffix in ("cc", "cu") if _core.cuda_compiled() else ("cc",):
+        assert f"csrc/ops/topk_softmax.{suffix}".encode() in module
+    assert str(ROOT).encode() not in module

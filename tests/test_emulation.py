@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import emulated
@@ -16,6 +18,8 @@ import pytest
 
 ROOT = emulated.ROOT
 KERNELS = sorted((ROOT / "csrc").glob("*/*.cu"))
+SOURCES = [*KERNELS, ROOT / "tests" / "emulator" / "self_test.cu"]
+Compilations = dict[Path, "Future[subprocess.CompletedProcess[str]]"]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +44,36 @@ def emulated_tests(
     )
 
 
-def test_every_operation_passes_its_tests_on_emulated_kernels(folder: Path, tmp_path: Path) -> None:
+def _nvcc() -> str | None:
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+
+def _compile(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    newest = "120"
+    return subprocess.run(
+        [
+            *(str(_nvcc()), "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}"),
+            *(f"-gencode=arch=compute_{one},code=sm_{one}" for one in ("80", "90", newest)),
+            f"-gencode=arch=compute_{newest},code=compute_{newest}",
+            *("-c", str(source), "-o", str(folder / f"{source.stem}.o")),
+        ],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compilations]:
+    """nvcc on one source after the other, beside the test that asks for this first."""
+    folder = tmp_path_factory.mktemp("nvcc")
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        yield {source: pool.submit(_compile, source, folder) for source in SOURCES} if _nvcc() else {}
+        pool.shutdown(cancel_futures=True)
+
+
+def test_every_operation_passes_its_tests_on_emulated_kernels(
+    folder: Path, tmp_path: Path, compilations: Compilations
+) -> None:
     files = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
     files = [str(file) for file in files if file.name != "test_library.py"]  # it is about Python alone
     done = emulated_tests(
@@ -122,34 +155,11 @@ def test_the_emulator_reports(folder: Path, case: str, message: str, seed: int) 
     assert re.search(message, done.stderr), done.stderr
 
 
-def _nvcc() -> str | None:
-    return os.environ.get("CUDACXX") or shutil.which("nvcc")
-
-
 @pytest.mark.skipif(
     _nvcc() is None, reason="NO CUDA COMPILER HERE (nvcc): whether the kernels compile is not known"
 )
-@pytest.mark.parametrize(
-    "source", [*KERNELS, ROOT / "tests" / "emulator" / "self_test.cu"], ids=lambda path: path.stem
-)
-def test_the_kernels_compile_for_80_90_and_the_newest(source: Path, tmp_path: Path) -> None:
-    newest = "120"
-    done = subprocess.run(
-        [
-            *(
-                str(_nvcc()),
-                "-std=c++17",
-                "-O3",
-                "-Xcompiler=-Wall,-Wextra",
-                f"-I{ROOT / 'csrc'}",
-                "--threads=2",
-            ),
-            *(f"-gencode=arch=compute_{one},code=sm_{one}" for one in ("80", "90", newest)),
-            f"-gencode=arch=compute_{newest},code=compute_{newest}",
-            *("-c", str(source), "-o", str(tmp_path / "kernel.o")),
-        ],
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_kernels_compile_for_80_90_and_the_newest(source: Path, compilations: Compilations) -> None:
+    done = compilations[source].result()
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr

@@ -24,7 +24,7 @@ static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, 
 
 size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count,
                                const Backend& backend) {
-  if (!on_cpu(backend)) return relative_rows_cuda_workspace(dim, anchors, entries, count);
+  if (!on_cpu(backend)) return relative_rows_cuda_workspace(dim, anchors, entries, count, backend);
   Arena arena{nullptr};
   take_block(arena, dim, anchors, entries, count, std::max(backend.threads, 1));
   return arena.used;

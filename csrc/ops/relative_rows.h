@@ -46,7 +46,8 @@ size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, in
 void relative_rows(const RelativeRowsParams& params, const Backend& backend);
 
 // relative_rows.cu; params were checked, but for the ids, which the host does not read.
-size_t relative_rows_cuda_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count);
+size_t relative_rows_cuda_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count,
+                                    const Backend& backend);
 void relative_rows_cuda(const RelativeRowsParams& params, const Backend& backend);
 
 // Tokens are done kTokenBlock at a time: their centred, normalised embeddings stay in cache while the anchors

@@ -40,6 +40,7 @@ def rows() -> None:
         (torch.float32, 37, 301, 32),
         (torch.bfloat16, 64, 513, 7),
         (torch.float16, 5, 16, 16),
+        (torch.float32, 5, 290, 270),
     ):
         embedding = random_embedding(700, dim, seed=dim).to(dtype)
         tokens = torch.arange(67)

@@ -15,6 +15,7 @@ RECIPES = [("paper", 100.0), ("calibrated", 20.0), ("calibrated", 40.0)]
 SHAPES = [
     *[(700, 64, 333, 32), (90, 37, 41, 41), (50, 5, 16, 1), (3000, 640, 2049, 32)],
     *[(2000, 129, 1000, 300), (400, 16, 1, 1), (5000, 896, 4097, 32), (300, 1, 7, 3)],
+    *[(2000, 24, 1500, 256), (2000, 24, 1500, 257)],  # what the kernel's lists hold at most, and one more
 ]
 
 
@@ -45,6 +46,30 @@ def test_ties_go_to_the_lower_column(device):
     columns, values, _ = SimilarityRows(embedding, torch.arange(12), entries=5).compute(torch.tensor([4]))
     assert columns[0, :3].tolist() == [0, 4, 8]
     assert values[0, 0] == values[0, 2]
+
+
+def test_many_ties_at_the_last_entry(device):
+    directions = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
+    embedding = directions[torch.randint(4, (9000,), generator=torch.Generator().manual_seed(5))]
+    ids, tokens = torch.arange(9000), torch.arange(200)
+    whole = similarity_rows(embedding, ids, recipe="calibrated", temperature=40.0)[tokens]
+    assert all(len(row.unique()) == 4 for row in whole), "these are no ties"
+    want = whole.sort(dim=1, descending=True, stable=True).indices
+    for entries in (1, 31, 250):
+        source = SimilarityRows(embedding.to(device), ids, entries=entries)
+        assert torch.equal(source.compute(tokens).columns.cpu().long(), want[:, :entries])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_scores_that_rise_or_fall(device, rising):
+    """Every anchor is better than those before, so that the lists are cut all the time; or none is."""
+    angles = torch.linspace(1.5, 0.1, 9000, dtype=torch.float64)
+    angles = torch.cat([angles if rising else angles.flip(0), torch.linspace(-0.05, 0.05, 70).double()])
+    embedding = torch.stack([angles.cos(), angles.sin()], dim=1).float()
+    source = SimilarityRows(embedding.to(device), torch.arange(9000))
+    values = source.compute(torch.arange(9000, 9070)).values.cpu().double()
+    want = similarity_rows(embedding, torch.arange(9000), recipe="calibrated", temperature=40.0)[9000:]
+    torch.testing.assert_close(values, want.topk(32, dim=1).values, rtol=2e-5, atol=1e-8)
 
 
 def test_a_token_without_direction_is_uniform(device):

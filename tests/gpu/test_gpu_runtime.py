@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +154,16 @@ def test_memory_of_a_filled_map(device):
     taken = torch.cuda.memory_allocated() - before
     assert len(maps) == 2
     assert taken < 200e6
+
+
+def test_what_the_emulator_is_held_to_holds_on_the_device(device, tmp_path):
+    """tests/emulator/self_test.cu: shuffles, ballots, atomics, shared memory, launch errors by hand."""
+    root = Path(__file__).parents[2]
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    sources = [root / "tests" / "emulator" / "self_test.cu", root / "csrc" / "core" / "cuda_device.cu"]
+    program = tmp_path / "self_test"
+    major, minor = torch.cuda.get_device_capability(device)
+    flags = ["-std=c++17", f"-arch=sm_{major}{minor}", f"-I{root / 'csrc'}"]
+    subprocess.run([nvcc, *flags, *map(str, sources), "-o", str(program)], check=True)
+    done = subprocess.run([str(program), "all"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

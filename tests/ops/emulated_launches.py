@@ -21,8 +21,12 @@ def run_topk():
 
 
 def run_relative_rows():
-    rows = SimilarityRows(random_embedding(300, 24, seed=0), torch.arange(0, 300, 3), entries=9)
-    return list(rows.compute(torch.arange(150, 180)))
+    found = []
+    embedding, anchors = random_embedding(600, 11, seed=0), torch.arange(0, 600, 3)
+    for recipe, entries, count in (("calibrated", 9, 70), ("paper", 31, 5)):
+        source = SimilarityRows(embedding, anchors, recipe=recipe, entries=entries)
+        found += source.compute(torch.arange(150, 150 + count))
+    return found
 
 
 def run_search(dense: bool):
@@ -83,6 +87,8 @@ def test_any_number_of_multiprocessors(operation, backend, count):
     want = operation()
     backend.emulator.set_multiprocessors(count)
     for one, other in zip(want, operation(), strict=True):
+        if operation is run_relative_rows:
+            assert torch.equal(one, other), "rows in a map depend on the device"
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -98,3 +104,17 @@ def test_less_shared_memory_takes_another_path_or_an_error(operation, backend, s
         return
     for one, other in zip(want, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "stores"), [(256, 232_448, False), (257, 232_448, True), (180, 49_152, True)]
+)
+def test_scores_are_stored_only_where_lists_do_not_fit(backend, entries, size, stores):
+    backend.emulates_rows = True
+    backend.emulator.set_max_shared_bytes(size)
+    backend.emulator.take_launches()
+    SimilarityRows(random_embedding(400, 5, seed=0), torch.arange(400), entries=entries).compute(
+        torch.arange(20)
+    )
+    kernels = " ".join(backend.emulator.take_launches())
+    assert ("merge_strips" in kernels, "topk_slices" in kernels) == (not stores, stores)

@@ -26,10 +26,13 @@ def test_against_float64(dtype, recipe, temperature, vocab, dim, anchors, entrie
 
     source = SimilarityRows(embedding, anchor_ids, recipe=recipe, temperature=temperature, entries=entries)
     tokens = torch.randint(vocab, (13,), generator=torch.Generator().manual_seed(2))
-    columns, values, rest = source.compute(tokens)
+    assert_rows(source.compute(tokens), whole[tokens])
 
+
+def assert_rows(found, want):
+    columns, values, rest = found
+    entries = columns.shape[1]
     assert (values[:, :-1] >= values[:, 1:]).all()
-    want = whole[tokens]
     torch.testing.assert_close(values.double(), want.topk(entries, dim=1).values, rtol=2e-5, atol=1e-8)
     # Near ties may swap columns; the value at a named column is right all the same.
     torch.testing.assert_close(values.double(), want.gather(1, columns.long()), rtol=2e-5, atol=1e-8)
@@ -37,6 +40,50 @@ def test_against_float64(dtype, recipe, temperature, vocab, dim, anchors, entrie
     torch.testing.assert_close(
         rest.double(), 1 - want.topk(entries, dim=1).values.sum(dim=1), rtol=0, atol=2e-6
     )
+
+
+# On CUDA: lists that are cut again and again; entries that lists can just hold, and that they cannot; tokens
+# for several blocks, and in 16s.
+@pytest.mark.parametrize("recipe", ["paper", "calibrated"])
+@pytest.mark.parametrize(
+    ("count", "anchors", "entries"), [(5, 700, 3), (70, 300, 40), (17, 400, 256), (3, 400, 257)]
+)
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+def test_scores_in_any_order(recipe, count, anchors, entries, order):
+    angles = torch.linspace(1.5, 0.1, anchors, dtype=torch.float64)  # to the tokens, which lie at about 0
+    if order == "falling":
+        angles = angles.flip(0)
+    elif order == "mixed":
+        angles = angles[torch.randperm(anchors, generator=torch.Generator().manual_seed(3))]
+    angles = torch.cat([angles, torch.linspace(-0.05, 0.05, count, dtype=torch.float64)])
+    embedding = torch.stack([angles.cos(), angles.sin(), 0.1 * angles.cos()], dim=1).float()
+    ids, tokens = torch.arange(anchors), torch.arange(anchors, anchors + count)
+    settings = {"recipe": recipe, "temperature": 40.0}
+    found = SimilarityRows(embedding, ids, entries=entries, **settings).compute(tokens)
+    assert_rows(found, similarity_rows(embedding, ids, **settings)[tokens])
+
+
+@pytest.mark.parametrize("entries", [1, 31, 64, 97])
+def test_many_ties_at_the_last_entry(entries):
+    directions = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
+    which = torch.randint(4, (400,), generator=torch.Generator().manual_seed(5))
+    embedding = directions[which]
+    tokens = torch.arange(20)
+    columns, values, _ = SimilarityRows(embedding, torch.arange(400), entries=entries).compute(tokens)
+    whole = similarity_rows(embedding, torch.arange(400), recipe="calibrated", temperature=40.0)[tokens]
+    assert all(len(row.unique()) == 4 for row in whole), "these are no ties"
+    want = whole.sort(dim=1, descending=True, stable=True).indices[:, :entries]
+    assert torch.equal(columns.long(), want)
+    torch.testing.assert_close(values.double(), whole.gather(1, want), rtol=2e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "calibrated"])
+def test_company_does_not_change_a_bit(recipe):
+    source = SimilarityRows(random_embedding(400, 19, seed=7), torch.arange(0, 400, 2), recipe=recipe)
+    together = source.compute(torch.arange(83))
+    for first, last in ((0, 1), (60, 70), (3, 83)):
+        some = source.compute(torch.arange(first, last))
+        assert all(torch.equal(a, b[first:last]) for a, b in zip(some, together, strict=True))
 
 
 def test_ties_go_to_the_lower_column():
