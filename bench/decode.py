@@ -50,6 +50,7 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
         raise RuntimeError("warm and cold rows give different texts")
     if rows == 0 or warm.rows_computed != 0:
         raise RuntimeError(f"rows computed: {rows} cold, {warm.rows_computed} warm; expected some and none")
+    _say("beside the members, prose")
     found: dict[str, Any] = {
         "cold": _split(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
         "prose": _beside_members(warm, [prompt], new_tokens, repetitions),
@@ -63,10 +64,15 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
             if not skip or context == CONTEXT
         ],
     }
+    _say("three members")
     trio = Ensemble([*members, load_member(folders[2])])
     trio.generate(prompt, max_new_tokens=8)  # its rows
     found["trio"] = _beside_members(trio, [prompt], BATCH_TOKENS, 2)
     return found
+
+
+def _say(stage: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {stage}", flush=True)
 
 
 def _prompts(main: Any, context: int, count: int) -> list[str]:
@@ -167,6 +173,7 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
     """
     import torch
 
+    _say("the authors' way")
     done = ensemble.generate(prompt, max_new_tokens=new_tokens)
     main = ensemble.members[0].vocabulary
     every: list[float] = []
@@ -187,6 +194,7 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
 
 
 def _batch(ensemble: Any, context: int, batch: int, skip: bool) -> dict[str, Any]:
+    _say(f"batch {batch}, context {context}{', certified skip' if skip else ''}")
     prompts = _prompts(ensemble.members[0], context, batch)
     ensemble.generate(prompts[:1], max_new_tokens=2)
     base = start_of_peak()

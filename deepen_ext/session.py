@@ -15,9 +15,7 @@ from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
 from deepen_ext.masks import attention_mask, check_batches
 from deepen_ext.member import Member
-from deepen_ext.memory import available_bytes, estimate_bytes
-
-__all__ = ["BatchSession", "available_bytes", "estimate_bytes"]
+from deepen_ext.small_products import small_products
 
 # What a forward costs beside its tokens (its weights are read once), in tokens.
 _FORWARD_COST = {"cpu": 50, "cuda": 128}
@@ -255,7 +253,8 @@ class BatchSession:
         )
 
     def _forward(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        output = self.member.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
+        with small_products(self.member.device, self.member.dtype):
+            output = self.member.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
         logits: torch.Tensor = output.logits[:, -1, :]
         return logits
 

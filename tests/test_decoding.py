@@ -137,7 +137,7 @@ class TestSkip:
         finally:
             hook.remove()
         assert len(fed) == sum(one["not_asked"] is None for one in records) < 24
-        assert max(fed[1:]) > 2
+        assert max(fed[1:]) > 1
 
     def test_a_gate_is_no_certificate(self, pair):
         settings = {"max_new_tokens": 20, "do_sample": True, "seed": 3}
