@@ -30,7 +30,7 @@ import torch
 from common import ROOT, environment, machine_name, percentile, write_json
 from transformers import DynamicCache
 
-from deepen_ext import Ensemble, demo
+from deepen_ext import Ensemble, demo, ops
 from deepen_ext.boundary import CANDIDATES, THRESHOLD, BoundaryRule
 from deepen_ext.member import Member
 from deepen_ext.models import load_member
@@ -143,11 +143,10 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
     start = len(vocabulary.prefix_ids) + FIRST
     growing = GrowingText(assistant.member.vocabulary, characters.feed(vocabulary.decode(main.ids[:start])))
     found: list[tuple[int, list[int], bool, float, bool, float, float]] = []
+    top = ops.topk_softmax(main.logits, CANDIDATES)
     for place in range(start, len(main.ids)):
         if not characters.pending:
-            probabilities = torch.softmax(main.logits[place - 1], -1)
-            top = probabilities.topk(CANDIDATES)
-            candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            candidates = list(zip(top.ids[place - 1].tolist(), top.probs[place - 1].tolist(), strict=True))
             began = time.thread_time()
             sits_out = rule.sits_out(growing, candidates)
             taken = (time.thread_time() - began) * 1e6
@@ -194,8 +193,8 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
 def _compute_rows(ensemble: Ensemble, readings: list[Reading]) -> None:
     """The relative rows that a text will need, in one product for each member."""
     for relative, reading in zip(ensemble.maps, readings, strict=True):
-        top = torch.softmax(reading.logits, -1).topk(ensemble._fuser.candidates)
-        relative.ensure(top.indices[top.values >= ensemble._fuser.min_probability].unique().int())
+        top = ops.topk_softmax(reading.logits, ensemble._fuser.candidates)
+        relative.ensure(top.ids[top.probs >= ensemble._fuser.min_probability].unique())
 
 
 def _fuse(
