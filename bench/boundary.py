@@ -274,11 +274,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
     parser.add_argument("--positions", type=int, default=4000, help="of each pair, about")
-    parser.add_argument("--output", type=Path, help="default: bench/results/boundary-<machine>.json")
+    parser.add_argument("--output", type=Path, help="default: bench/results/boundary/<machine>.json")
     options = parser.parse_args()
 
     found = environment()
-    output = options.output or ROOT / "bench" / "results" / f"boundary-{machine_name(found)}.json"
+    output = options.output or ROOT / "bench" / "results" / "boundary" / f"{machine_name(found)}.json"
     members = {name: load_member(demo.embedded(name)) for name in {name for pair in PAIRS for name in pair}}
     ensembles = {pair: Ensemble([members[name] for name in pair]) for pair in PAIRS}
     positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
