@@ -30,7 +30,7 @@ import torch
 from common import ROOT, environment, machine_name, percentile, write_json
 from transformers import DynamicCache
 
-from deepen_ext import Ensemble, demo
+from deepen_ext import Ensemble, demo, ops
 from deepen_ext.boundary import CANDIDATES, THRESHOLD, BoundaryRule
 from deepen_ext.member import Member
 from deepen_ext.models import load_member
@@ -143,11 +143,10 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
     start = len(vocabulary.prefix_ids) + FIRST
     growing = GrowingText(assistant.member.vocabulary, characters.feed(vocabulary.decode(main.ids[:start])))
     found: list[tuple[int, list[int], bool, float, bool, float, float]] = []
+    top = ops.topk_softmax(main.logits, CANDIDATES)
     for place in range(start, len(main.ids)):
         if not characters.pending:
-            probabilities = torch.softmax(main.logits[place - 1], -1)
-            top = probabilities.topk(CANDIDATES)
-            candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+            candidates = list(zip(top.ids[place - 1].tolist(), top.probs[place - 1].tolist(), strict=True))
             began = time.thread_time()
             sits_out = rule.sits_out(growing, candidates)
             taken = (time.thread_time() - began) * 1e6
@@ -194,8 +193,8 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
 def _compute_rows(ensemble: Ensemble, readings: list[Reading]) -> None:
     """The relative rows that a text will need, in one product for each member."""
     for relative, reading in zip(ensemble.maps, readings, strict=True):
-        top = torch.softmax(reading.logits, -1).topk(ensemble._fuser.candidates)
-        relative.ensure(top.indices[top.values >= ensemble._fuser.min_probability].unique().int())
+        top = ops.topk_softmax(reading.logits, ensemble._fuser.candidates)
+        relative.ensure(top.ids[top.probs >= ensemble._fuser.min_probability].unique())
 
 
 def _fuse(
@@ -258,10 +257,10 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
     }
 
 
-def _mean(values: list[float], weights: list[float]) -> dict[str, float]:
+def _mean(values: list[float], weights: list[float]) -> dict[str, float | None]:
     total = sum(weights)
     if len(values) < 2:
-        return {"mean": values[0] if values else 0.0, "error": math.inf}
+        return {"mean": None, "error": None}
     mean = sum(w * v for v, w in zip(values, weights, strict=True)) / total
     squares = sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
     return {"mean": mean, "error": math.sqrt(squares) / total}
@@ -275,30 +274,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
     parser.add_argument("--positions", type=int, default=4000, help="of each pair, about")
-    parser.add_argument("--output", type=Path, help="default: bench/results/boundary-<machine>.json")
+    parser.add_argument("--output", type=Path, help="default: bench/results/boundary/<machine>.json")
     options = parser.parse_args()
 
     found = environment()
+    output = options.output or ROOT / "bench" / "results" / "boundary" / f"{machine_name(found)}.json"
     members = {name: load_member(demo.embedded(name)) for name in {name for pair in PAIRS for name in pair}}
     ensembles = {pair: Ensemble([members[name] for name in pair]) for pair in PAIRS}
     positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
-    read = 0
-    for kind, text in texts(options.data):
-        if min(map(len, positions.values())) >= options.positions:
-            break
+    for read, (kind, text) in enumerate(texts(options.data), 1):
         whole = {name: Reading(member, text) for name, member in members.items()}
         for pair in PAIRS:
             positions[pair] += measure(ensembles[pair], whole[pair[0]], whole[pair[1]], kind, text)
             ensembles[pair].save_rows()
-        read += 1
+        result = {"environment": found, "texts": read, **report(positions)}
+        write_json(output, result)  # after every text: an interrupted run keeps what it has
         print(f"{read} texts, {[len(p) for p in positions.values()]} positions", flush=True)
+        if min(map(len, positions.values())) >= options.positions:
+            break
+    print(table(result))
 
+
+def report(positions: dict[tuple[str, str], list[Position]]) -> dict[str, Any]:
+    """The figures of all pairs, and of each kind of text."""
     kinds = sorted({p.kind for p in positions[PAIRS[0]]})
-    result = {
-        "environment": found,
+    return {
         "threshold": THRESHOLD,
         "candidates": CANDIDATES,
-        "texts": read,
         "pairs": [
             {
                 "main": pair[0],
@@ -309,9 +311,6 @@ def main() -> None:
             for pair in PAIRS
         ],
     }
-    output = options.output or ROOT / "bench" / "results" / f"boundary-{machine_name(found)}.json"
-    write_json(output, result)
-    print(table(result))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -330,8 +329,7 @@ def table(result: dict[str, Any]) -> str:
             before, after = pair["without"][name], pair["with"][name]
             lines.append(
                 f"| {title} | {name} | {shares[name]:.1%} | {counts[name]:,} | "
-                f"{_signed(before['mean'])} ± {before['error']:.3f} | "
-                f"{_signed(after['mean'])} ± {after['error']:.3f} | {after['fires']:.1%} | "
+                f"{_figure(before)} | {_figure(after)} | {after['fires']:.1%} | "
                 f"{before['spoilt']:.1%}, {before['repaired']:.1%} | "
                 f"{after['spoilt']:.1%}, {after['repaired']:.1%} |"
             )
@@ -353,7 +351,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _signed(value: float) -> str:
+def _figure(found: dict[str, float | None]) -> str:
+    error = "" if found["error"] is None else f" ± {found['error']:.3f}"
+    return _signed(found["mean"]) + error
+
+
+def _signed(value: float | None) -> str:
+    if value is None:
+        return "none"
     return f"{value:+.3f}".replace("-", "−")
 
 
