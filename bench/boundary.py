@@ -193,15 +193,15 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
 def _compute_rows(ensemble: Ensemble, readings: list[Reading]) -> None:
     """The relative rows that a text will need, in one product for each member."""
     for relative, reading in zip(ensemble.maps, readings, strict=True):
-        top = ops.topk_softmax(reading.logits, ensemble._fuser.candidates)
-        relative.ensure(top.ids[top.probs >= ensemble._fuser.min_probability].unique())
+        top = ops.topk_softmax(reading.logits, ensemble.fuser.candidates)
+        relative.ensure(top.ids[top.probs >= ensemble.fuser.min_probability].unique())
 
 
 def _fuse(
     ensemble: Ensemble, ours: torch.Tensor, theirs: torch.Tensor, token: int, weight: float
 ) -> tuple[float, bool]:
     """The change in the token's negative log-likelihood, and whether it comes out on top."""
-    step = ensemble._fuser.step([ours.contiguous(), theirs.contiguous()], [1 - weight, weight])
+    step = ensemble.fuser.step([ours.contiguous(), theirs.contiguous()], [1 - weight, weight])
     before, after = (one[0, token] - one[0].logsumexp(-1) for one in (ours, step.logits))
     return float(before - after), int(step.chosen) == token
 
