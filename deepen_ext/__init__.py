@@ -14,12 +14,13 @@ from deepen_ext.errors import DeepenError, InputError, ModelError
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.fusion import fuse_logits
-    from deepen_ext.generation import Generation, Timings
+    from deepen_ext.generation import BatchGeneration, Generation, Timings
     from deepen_ext.relative_map import RelativeMap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchGeneration",
     "DeepenError",
     "Ensemble",
     "Generation",
@@ -33,6 +34,7 @@ __all__ = [
 
 # Imported when first asked for: torch and transformers take seconds, and `deepen-ext --help` needs neither.
 _HOME = {
+    "BatchGeneration": "deepen_ext.generation",
     "Ensemble": "deepen_ext.ensemble",
     "Generation": "deepen_ext.generation",
     "RelativeMap": "deepen_ext.relative_map",

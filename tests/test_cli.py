@@ -85,6 +85,24 @@ def test_sampling_and_stop_strings() -> None:
     assert [member["weight"] for member in report["members"]] == [0.7, 0.3]
 
 
+def test_a_chat_with_skip_and_trace(tmp_path: Path) -> None:
+    chat = ["generate", "--demo", "--chat", "--prompt", "What is the capital of France?"]
+    done = run(*chat, "--max-new-tokens", "4")
+    assert done.returncode == 2
+    assert "Gemma-3-270M: its tokenizer has no chat template" in done.stderr
+
+    file = tmp_path / "trace.jsonl"
+    more = ["--without-template", "plain", "--certified-skip", "--trace", str(file), "--json"]
+    done = run(*chat, "--max-new-tokens", "12", *more)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert "Paris" in report["text"]
+    assert [one["token"]["id"] for one in records] == report["token_ids"]
+    settled = sum(one["not_asked"] == "settled" for one in records)
+    assert report["skipped_share"] == round(settled / len(records), 4) > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,6 +117,10 @@ def test_sampling_and_stop_strings() -> None:
         (["--prompt", "x"], "error: name the models with --model"),
         (["--demo", "--model", "x", "--prompt", "x"], "error: name the models with --model"),
         (["--demo", "--prompt", "x", "--temperature", "0.5"], "error: --temperature needs --sample"),
+        (
+            ["--demo", "--prompt", "x", "--certified-skip", "--sample"],
+            "error: --certified-skip is for greedy",
+        ),
         (["--demo", "--prompt", "x", "--dtype", "int8"], "int8"),
         (["--demo", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
     ],
