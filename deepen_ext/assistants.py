@@ -43,7 +43,7 @@ class Assistants:
     def __init__(
         self, ensemble: Ensemble, texts: Sequence[Sequence[PromptText]], *, new_tokens: int = 0
     ) -> None:
-        """Encode the prompts.
+        """Encode the prompts; `open` comes before the first `step`.
 
         Args:
             ensemble: whose members 1.. these are.
@@ -62,9 +62,16 @@ class Assistants:
         self._unread = [[""] * len(self._members) for _ in texts]
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
         self._characters = [Utf8Stream() for _ in texts]
+        self._new_tokens = new_tokens
+        self._sessions: list[BatchSession] = []
+
+    def open(self) -> None:
+        """Make the sessions. On CUDA they take over the buffers of earlier ones."""
         self._sessions = [
             BatchSession(
-                member, len(texts), capacity=max(len(own[i].ids) for own in self._texts) + new_tokens
+                member,
+                len(self._texts),
+                capacity=max(len(own[i].ids) for own in self._texts) + self._new_tokens,
             )
             for i, member in enumerate(self._members)
         ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import inspect
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +65,7 @@ class Run:
         *,
         certified_skip: bool = False,
         confidence_gate: float | None = None,
-        trace: Trace | None = None,
+        trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         streamer: Any = None,
     ) -> None:
         """Check that everything fits, before anything is computed.
@@ -74,7 +76,7 @@ class Run:
             settings: of the decoding.
             certified_skip: ask the assistants only where they can change a greedy token.
             confidence_gate: nor where the main model's first choice has at least this probability.
-            trace: is told every token.
+            trace: a file or a function that is told every token (see `Trace`).
             streamer: one of transformers', for a single row.
 
         Raises:
@@ -101,6 +103,8 @@ class Run:
         longest = max(row.new_tokens for row in self._rows)
         self._assistants = Assistants(ensemble, [prompt.texts for prompt in prompts], new_tokens=longest)
         self._check_lengths()
+        self._assistants.open()
+        self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
         self._main = BatchSession(ensemble.members[0], len(prompts), capacity=capacity)
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
@@ -111,7 +115,7 @@ class Run:
             else None
         )
         self._gate = confidence_gate
-        self._trace = trace
+        self._cancelled = False
         self._streamer = streamer
         self._longest_stop = max(map(len, settings.stop_strings), default=0)
         self._active = list(range(len(prompts)))
@@ -123,6 +127,9 @@ class Run:
 
     def close(self) -> None:
         """Stop, free all caches, and keep the relative rows that were computed."""
+        self._cancelled = True
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
+            return  # another thread is in a step: the loop ends after it, and frees
         self._steps.close()
         self._free()
 
@@ -149,19 +156,19 @@ class Run:
         try:
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([self._rows[0].ids]))
-            while self._drop_full():
-                began = perf_counter()
+            began = start
+            while not self._cancelled and self._drop_full():
                 written = self._step()
-                now = perf_counter()
-                self._timings.step_ms.append((now - began) * 1e3)
-                self._timings.total_ms = (now - start) * 1e3
+                spent = (perf_counter() - began) * 1e3
+                self._timings.step_ms.append(spent)
+                self._timings.total_ms += spent  # the time between the steps is the reader's
                 if self._timings.steps == 1:
                     self._end_of_prompt()
                 yield written
+                began = perf_counter()
             rest = [self._end_of_text(row) for row in range(len(self._rows))]
             if any(one.text for one in rest):
                 yield [one for one in rest if one.text]
-            self._timings.total_ms = (perf_counter() - start) * 1e3
         finally:
             self._free()  # also after an interrupt: what was computed is not lost
 
@@ -188,6 +195,7 @@ class Run:
         if self._trace is not None:
             positions = [self._rows[row].written for row in rows]
             self._trace.step(self.ensemble, step, rows, positions, tokens, {"members": members_ms, **stages})
+        explained = perf_counter()  # writing the trace is no stage
         for row, token, main_choice in zip(rows, tokens, main_choices, strict=True):
             self._rows[row].ids.append(token)
             self._rows[row].changed += token != main_choice
@@ -199,7 +207,7 @@ class Run:
             timings.members_ms[name] += spent
         timings.fusion_ms += stages["fusion"]
         timings.sampling_ms += stages["sampling"]
-        timings.handoff_ms += step.handoff_ms + (perf_counter() - sampled) * 1e3
+        timings.handoff_ms += step.handoff_ms + (perf_counter() - explained) * 1e3
         timings.steps += 1
         timings.tokens += len(rows)
         timings.settled += step.reasons.count("settled")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
+from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
@@ -26,7 +27,6 @@ from deepen_ext.relative_map import RelativeMap
 from deepen_ext.row_sources import DEFAULT_ENTRIES, PrefixRows, Recipe, RowSource, SimilarityRows
 from deepen_ext.settings import Settings
 from deepen_ext.streaming import TextStream
-from deepen_ext.trace import Trace
 
 RECIPES = ("calibrated", "bytes", "paper")
 
@@ -102,7 +102,8 @@ class Ensemble:
         self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware else None
         self._map_files = [_map_file(one) for one in self.maps] if cache else []
         self._rows_saved = [0] * len(self.maps)
-        self._saving = threading.Lock()
+        # The garbage collector may end a dropped run, which saves too, in the middle of a save.
+        self._saving = threading.RLock()
         for relative, file in zip(self.maps, self._map_files, strict=False):
             _read_rows(relative, file)
         if self.device.type == "cuda":
@@ -230,7 +231,8 @@ class Ensemble:
             prompt: see `generate`.
             generation_config: transformers' settings; those set in it count, keywords come before them.
             certified_skip: greedy only: do not ask the assistants where they cannot change the token.
-                The text is the same with and without; `timings.settled` counts the tokens.
+                The text is the same with and without; `timings.settled` counts the tokens. (A stopping
+                criterion that looks at scores sees the main model's own there.)
             confidence_gate: not exact: do not ask them either where the main model's first choice has at
                 least this probability.
             streamer: one of transformers' streamers, for one prompt.
@@ -244,17 +246,22 @@ class Ensemble:
         Raises:
             InputError: see `generate`.
         """
-        settings = Settings.read(self.members[0], generation_config, **decoding)
-        prompts = read_prompts(self.members, prompt, without_template)
-        return Run(
-            self,
-            prompts,
-            settings,
-            certified_skip=certified_skip,
-            confidence_gate=confidence_gate,
-            trace=None if trace is None else Trace(trace),
-            streamer=streamer,
-        )
+        try:
+            settings = Settings.read(self.members[0], generation_config, **decoding)
+            prompts = read_prompts(self.members, prompt, without_template)
+            return Run(
+                self,
+                prompts,
+                settings,
+                certified_skip=certified_skip,
+                confidence_gate=confidence_gate,
+                trace=trace,
+                streamer=streamer,
+            )
+        except BaseException:
+            if streamer is not None:
+                streamer.end()  # whoever reads from it must not wait for ever
+            raise
 
     @property
     def custom_generate(self) -> Callable[..., Any]:
@@ -273,7 +280,10 @@ class Ensemble:
             for i, (relative, file) in enumerate(zip(self.maps, self._map_files, strict=False)):
                 if relative.rows_computed > self._rows_saved[i]:
                     computed = relative.rows_computed
-                    relative.save(file)
+                    try:
+                        relative.save(file)
+                    except (OSError, SafetensorError) as error:  # the text is worth more than the rows
+                        warnings.warn(f"computed rows cannot be kept in {file}: {error}", stacklevel=2)
                     self._rows_saved[i] = computed
 
 

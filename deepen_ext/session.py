@@ -54,6 +54,7 @@ class BatchSession:
         self._fixed = _on_fixed_buffers(member, self._cache)
         self._capacity = capacity if self._fixed else 0
         self._usable = True
+        self._closed = False  # not the same as all rows released, which is how a generation ends
         if self._room.stream is not None:  # for the weights, should they still be on their way
             self._room.stream.wait_stream(torch.cuda.current_stream(member.device))
         with self._on_own_stream():
@@ -131,9 +132,12 @@ class BatchSession:
 
     def close(self) -> None:
         """Release all rows and free the cache. A second call does nothing."""
-        if self._fixed and self._usable and self._order:
+        if self._closed:
+            return
+        self._closed = True
+        if self._fixed and self._usable:
             leave_room(self.member, self._room)
-        elif self._order:
+        else:
             self._room.steps.forget()
             self._cache.clear()
         self._order.clear()

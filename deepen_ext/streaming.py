@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Generator, Iterator
 from types import TracebackType
 
@@ -18,7 +20,8 @@ class TextStream(Iterator[str]):
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pieces = self._read()
+        self._pieces = _read(run)  # holds the run, not the stream: dropping the stream frees all at once
+        weakref.finalize(self, run.close).atexit = False
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -33,7 +36,10 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """End the work and free the caches; no more pieces come."""
-        self._pieces.close()
+        if (
+            inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING
+        ):  # else another thread is in a step: the run ends after it
+            self._pieces.close()
         self._run.close()
 
     @property
@@ -41,10 +47,11 @@ class TextStream(Iterator[str]):
         """What has been written so far; `finish_reason` is "cancelled" where it was closed early."""
         return self._run.results()[0]
 
-    def _read(self) -> Generator[str, None, None]:
-        try:
-            for written in self._run:
-                if text := "".join(one.text for one in written):
-                    yield text
-        finally:
-            self._run.close()
+
+def _read(run: Run) -> Generator[str, None, None]:
+    try:
+        for written in run:
+            if text := "".join(one.text for one in written):
+                yield text
+    finally:
+        run.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -172,6 +173,37 @@ class TestStream:
                 session.sync({0: [1]})
         stream.close()  # again is no error
 
+    def test_dropping_frees_the_caches_without_the_garbage_collector(self, pair):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in (stream := pair.stream(PROMPTS[0], max_new_tokens=20)):
+                break
+            caches = [one._cache for one in (stream._run._main, *stream._run._assistants._sessions)]
+            assert all(cache.nbytes > 0 for cache in caches)
+            del stream, _
+            assert all(cache.nbytes == 0 for cache in caches)
+        finally:
+            gc.enable()
+
+    def test_a_finished_generation_holds_no_cache(self, pair):
+        run = pair.start(PROMPTS[:2], max_new_tokens=2)
+        list(run)
+        assert run._main._cache.nbytes == 0
+        assert [one.text for one in run.results()] == pair.generate(PROMPTS[:2], max_new_tokens=2).texts
+
+    def test_closing_from_another_thread_ends_it_after_the_step(self, pair):
+        stream = pair.stream(PROMPTS[0], max_new_tokens=100)
+        hook = pair.members[1].model.register_forward_pre_hook(
+            lambda *_: threading.Thread(target=stream.close).run()
+        )
+        try:
+            pieces = list(stream)
+        finally:
+            hook.remove()
+        assert len(pieces) == 1
+        assert stream.result.finish_reason == "cancelled"
+
     def test_a_stream_that_was_never_read(self, pair):
         stream = pair.stream(PROMPTS[0], max_new_tokens=4)
         stream.close()
@@ -191,6 +223,9 @@ class TestStream:
 
     def test_a_streamer_ends_also_after_an_error(self, pair):
         streamer = TextIteratorStreamer(pair.members[0].tokenizer, skip_prompt=True, timeout=60)
+        with pytest.raises(InputError, match="top_k"):
+            pair.generate(PROMPTS[0], top_k=-1, do_sample=True, streamer=streamer)
+        assert list(streamer) == [""]
         hook = pair.members[1].model.register_forward_pre_hook(_fail)
         try:
             with pytest.raises(ModelError):
@@ -236,6 +271,13 @@ class TestTrace:
         pair.generate(SUMS, max_new_tokens=12, certified_skip=True, trace=file)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert [{**one, "ms": None} for one in lines] == [{**one, "ms": None} for one in records]
+
+    def test_a_refused_call_leaves_the_last_trace(self, pair, tmp_path):
+        file = tmp_path / "trace.jsonl"
+        file.write_text("the last one", encoding="utf-8")
+        with pytest.raises(InputError, match="exceed its context"):
+            pair.generate(PROMPTS[0], max_new_tokens=9000, trace=file)
+        assert file.read_text(encoding="utf-8") == "the last one"
 
     def test_a_file_that_cannot_be_written(self, pair, tmp_path):
         with pytest.raises(InputError, match="the trace cannot be written to"):

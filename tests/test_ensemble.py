@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from deepen_ext import Ensemble, InputError
+from deepen_ext import Ensemble, InputError, RelativeMap
 from deepen_ext.anchors import shared_anchors
 from deepen_ext.text import GrowingText, Utf8Stream
 
@@ -255,6 +255,16 @@ class TestRowsOnDisk:
         assert second.rows_computed > 0
         third = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
         assert third.maps[0].rows_known == second.maps[0].rows_known
+
+    def test_rows_that_cannot_be_kept_do_not_cost_the_text(self, smollm2, gemma, cache, monkeypatch):
+        def full(self, path):
+            raise OSError(28, "No space left on device")
+
+        ensemble = Ensemble([smollm2, gemma], recipe="bytes", candidates=65)
+        monkeypatch.setattr(RelativeMap, "save", full)
+        monkeypatch.setattr(ensemble, "_rows_saved", [-1, -1])
+        with pytest.warns(UserWarning, match="rows cannot be kept in .*No space left"):
+            assert ensemble.generate(PROMPT, max_new_tokens=2).token_ids
 
     def test_no_dense_matrix_is_allocated(self, pair):
         for relative in pair.maps:

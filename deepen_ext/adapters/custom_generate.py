@@ -23,7 +23,6 @@ from deepen_ext.member import Member
 from deepen_ext.prompts import Messages, Prompt
 from deepen_ext.setting_rules import SAMPLING
 from deepen_ext.settings import Settings
-from deepen_ext.trace import Trace
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -76,7 +75,7 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 settings,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
-                trace=None if trace is None else Trace(trace),
+                trace=trace,
                 streamer=None if streamer is None else _AfterPrompt(streamer),
             )
             for _ in run:

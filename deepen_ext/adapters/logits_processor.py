@@ -16,7 +16,7 @@ from deepen_ext.prompts import Messages
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
 
-_LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to 1 within this much are no logits
+_LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to no more than 1, within this much, are no logits
 
 
 class DeepenLogitsProcessor(LogitsProcessor):
@@ -70,8 +70,9 @@ class DeepenLogitsProcessor(LogitsProcessor):
         assistants = self._follow(input_ids)
         fused = assistants.step(scores, range(len(input_ids))).fused
         fused.check()
-        if bool((scores.logsumexp(-1).abs() < _LOG_PROBABILITIES).all()):
-            return fused.logits.log_softmax(-1)
+        mass = scores.logsumexp(-1, keepdim=True)  # below 0 where a processor before this one forbade tokens
+        if bool((mass < _LOG_PROBABILITIES).all()):
+            return fused.logits.log_softmax(-1) + mass
         return fused.logits
 
     def close(self) -> None:
@@ -94,6 +95,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
             self.close()
             prompts = [self._without_padding(row) for row in ids.tolist()]
             self._assistants = Assistants(self._ensemble, self._prompts.texts(prompts))
+            self._assistants.open()
         else:
             if sources != list(range(len(ids))):
                 self._assistants.reorder(sources)
