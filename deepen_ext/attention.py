@@ -21,7 +21,7 @@ _MOST_QUERIES = 64  # with more, the mask repeated for each head is larger than 
 
 def share_heads(model: PreTrainedModel) -> None:
     """Have a model whose attention is "sdpa" use this module's; others are left as they are."""
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    if model.config.get_text_config()._attn_implementation == "sdpa" and model._can_set_attn_implementation():
         model.set_attn_implementation(NAME)
 
 

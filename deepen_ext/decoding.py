@@ -16,6 +16,7 @@ from deepen_ext.certificate import Certificate
 from deepen_ext.errors import InputError
 from deepen_ext.fusion import Part
 from deepen_ext.generation import FinishReason, Generation, Timings
+from deepen_ext.graphs import free_idle, idle_bytes
 from deepen_ext.memory import available_bytes, estimate_bytes
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
@@ -317,10 +318,11 @@ class Run:
                     )
         needed: dict[torch.device, int] = {}
         for member, tokens in zip(members, longest, strict=True):
-            needed[member.device] = needed.get(member.device, 0) + estimate_bytes(
-                member, len(self._rows), tokens
-            )
+            more = max(estimate_bytes(member, len(self._rows), tokens) - idle_bytes(member), 0)
+            needed[member.device] = needed.get(member.device, 0) + more
         for device, size in needed.items():
+            if size > available_bytes(device):
+                free_idle(device)  # also of models that have no part in this
             if size > (available := available_bytes(device)):
                 raise InputError(
                     f"{len(self._rows)} prompts, with their new tokens up to {max(longest)} long, need about "

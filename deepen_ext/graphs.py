@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,6 +16,9 @@ from deepen_ext.kv_cache import BLOCK, LaneCache
 from deepen_ext.member import Member
 
 WIDTHS = (1, 2, 4, 8)  # tokens a row of the chunks that graphs are made for
+
+_lock = threading.Lock()  # of the idle rooms
+_capturing = threading.Lock()  # one capture at a time in a process: each begins by waiting for the device
 
 # What to run: int64 inputs [3, lanes, width] (ids, positions, slots) and the end of the slots to look at.
 Forward = Callable[[torch.Tensor, int], torch.Tensor]
@@ -44,14 +49,15 @@ class FixedSteps:
     def run(self, inputs: torch.Tensor, end: int, slots: int, forward: Forward) -> torch.Tensor:
         """The logits of these inputs (on the host); slots 0 to ``end - 1`` of ``slots`` are needed."""
         if slots != self._slots:  # the cache has grown: its buffers are others
-            self._steps.clear()
+            self.forget()
             self._slots = slots
         end = min(max(BLOCK, 1 << (end - 1).bit_length()), slots)
         step = self._steps.get((inputs.shape[2], end))
         if step is None:  # runs as it is: nothing is captured that comes once, and capture finds all warm
             step = _Step(inputs.to(self._device, non_blocking=True))
+            logits = forward(step.inputs, end)  # every layer has its buffers now: none is made in a capture
             self._steps[inputs.shape[2], end] = step
-            return forward(step.inputs, end)
+            return logits
         step.inputs.copy_(inputs, non_blocking=True)
         if step.graph is None and self._captures:
             self._capture(step, end, forward)
@@ -63,6 +69,7 @@ class FixedSteps:
     def forget(self) -> None:
         """Free all steps."""
         self._steps.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
 
     @property
     def captured(self) -> list[tuple[int, int]]:
@@ -74,11 +81,17 @@ class FixedSteps:
         stream = torch.cuda.current_stream(self._device)
         try:
             # Other threads may use the device meanwhile: only what this one does is watched.
-            with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+            with _capturing, torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
                 step.logits = forward(step.inputs, end)
         except RuntimeError as error:
             self._captures = False
             step.logits = None
+            # torch ends its allocator's part of a capture only where the capture itself ended well. Left
+            # open, no block that several streams have used would ever be free again.
+            assert self._pool is not None
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                torch._C._cuda_releasePool(self._device.index or 0, self._pool)
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
                 f"{self._name}: its steps cannot be captured as CUDA graphs and run without: {reason}",
@@ -95,6 +108,7 @@ class Room:
     cache: LaneCache
     steps: FixedSteps
     stream: torch.cuda.Stream | None
+    weights: int  # where they lie: graphs hold their addresses
 
 
 _idle: WeakKeyDictionary[PreTrainedModel, Room] = WeakKeyDictionary()  # no room refers to its model
@@ -102,18 +116,31 @@ _idle: WeakKeyDictionary[PreTrainedModel, Room] = WeakKeyDictionary()  # no room
 
 def take_room(member: Member, rows: int, capacity: int) -> Room:
     """The member's idle room if it fits, else a new one; what does not fit is freed."""
-    room = _idle.pop(member.model, None)
-    if room is not None and room.cache.rows == rows and room.cache.slots > capacity:
+    with _lock:
+        room = _idle.pop(member.model, None)
+    weights = hash(tuple(one.data_ptr() for one in member.model.parameters()))
+    same = room is not None and (room.cache.rows, room.weights) == (rows, weights)
+    if room is not None and same and room.cache.slots > capacity:
         return room
     stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream)
+    return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream, weights)
 
 
 def leave_room(member: Member, room: Room) -> None:
     """Keep the room for the member's next session; one room is kept."""
-    _idle[member.model] = room
+    with _lock:
+        _idle[member.model] = room
 
 
-def idle_bytes(device: torch.device) -> int:
-    """Bytes of idle caches on the device: they are given back when a session needs another size."""
-    return sum(room.cache.nbytes for model, room in _idle.items() if model.device == device)
+def idle_bytes(member: Member) -> int:
+    """Bytes of the member's idle room: its next session takes it over, or gives it back."""
+    with _lock:
+        room = _idle.get(member.model)
+    return 0 if room is None else room.cache.nbytes
+
+
+def free_idle(device: torch.device) -> None:
+    """Give back all idle rooms on the device, graphs and all."""
+    with _lock:
+        for model in [model for model in _idle if model.device == device]:
+            del _idle[model]

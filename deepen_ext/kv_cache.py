@@ -197,9 +197,21 @@ def cache_bytes(member: Member, rows: int, positions: int) -> int:
     """Bytes of a cache with room for so many positions in each of its lanes."""
     config = member.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = len(LaneCache(member, rows)._own)
-    return int(layers * 2 * rows * heads * _slots(positions) * head_dim * member.dtype.itemsize)
+    return int(layers * 2 * rows * heads * _slots(positions) * largest_head(config) * member.dtype.itemsize)
+
+
+def largest_head(config: Any) -> int:
+    """Numbers in the key of one head; where layers differ, of the largest."""
+    layers = list(getattr(config, "per_layer_config", None) or [config])
+    return max(
+        int(
+            getattr(one, "qk_head_dim", None)
+            or getattr(one, "head_dim", None)
+            or one.hidden_size // one.num_attention_heads
+        )
+        for one in layers
+    )
 
 
 def _slots(positions: int) -> int:

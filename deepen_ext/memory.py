@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from deepen_ext.graphs import idle_bytes
-from deepen_ext.kv_cache import CHUNK, cache_bytes
+from deepen_ext.kv_cache import CHUNK, cache_bytes, largest_head
 from deepen_ext.member import Member
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -25,7 +24,7 @@ def estimate_bytes(member: Member, rows: int, tokens: int) -> int:
     """
     config = member.model.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    head_dim = largest_head(config)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     fed = min(rows * tokens, CHUNK)
     activations = fed * (4 * hidden + 3 * inner + 4 * heads * head_dim)
@@ -41,7 +40,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + unused + idle_bytes(device))
+        return int(free + unused)
     lines = Path("/proc/meminfo").read_text().splitlines()
     (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in _CGROUP_FILES:

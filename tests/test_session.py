@@ -349,17 +349,38 @@ class TestFixedBuffers:
                     layer.keys.fill_(float("nan"))
                     layer.values.fill_(float("nan"))
             kept = first._cache
-        assert graphs.idle_bytes(torch.device("cpu")) == kept.nbytes > 0
+            for row in range(2):  # as a generation ends
+                first.release(row)
+        assert graphs.idle_bytes(smollm2) == kept.nbytes > 0
         second = BatchSession(smollm2, rows=2, capacity=200)
         assert second._cache is kept
-        assert graphs.idle_bytes(torch.device("cpu")) == 0
+        assert graphs.idle_bytes(smollm2) == 0
         targets = {0: ids[:5], 1: ids[:7]}
         assert_fresh(smollm2, targets, second.sync(targets))
         second.close()
         second.close()
         third = BatchSession(smollm2, rows=2, capacity=300)  # more than there is room for
         assert third._cache is not kept
-        assert graphs.idle_bytes(torch.device("cpu")) == 0
+        assert graphs.idle_bytes(smollm2) == 0
+
+    def test_a_first_step_that_fails_is_no_step(self, tiny) -> None:
+        """What is captured next must find every layer's buffers made."""
+        member = tiny("llama")
+        session = BatchSession(member, rows=2)
+        with failing(member.model.model.layers[1], RuntimeError("x")), pytest.raises(RuntimeError):
+            session.sync({0: [5, 6], 1: [7]})
+        assert session._room.steps._steps == {}
+        targets = {0: [5, 6], 1: [7]}
+        assert_fresh(member, targets, session.sync(targets))
+
+    def test_changed_weights_take_no_room_over(self, tiny) -> None:
+        member = tiny("llama")
+        with BatchSession(member, rows=2) as first:
+            first.sync({0: [5, 6], 1: [7]})
+            kept = first._cache
+        head = member.model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
+        assert BatchSession(member, rows=2)._cache is not kept
 
     def test_a_failure_frees_the_buffers(self, smollm2: Member) -> None:
         session = BatchSession(smollm2, rows=2)
@@ -367,7 +388,7 @@ class TestFixedBuffers:
         with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
             session.sync({0: [1, 2, 3]})
         session.close()
-        assert session._cache.nbytes == graphs.idle_bytes(torch.device("cpu")) == 0
+        assert session._cache.nbytes == graphs.idle_bytes(smollm2) == 0
 
 
 class TestAttention:
