@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from common import Figure, check_equal, environment, write_json
 from gpu_clock import DEVICE, Baseline, Bench, bandwidth, events, graph_of, pause, plain
+from gpu_decode import decode_figures
 
 from deepen_ext import RelativeMap, _core, ops, reference
 from deepen_ext.fusion import Fuser
@@ -346,6 +347,9 @@ def main() -> None:
             torch.cuda.empty_cache()
     time_topk(bench)
     time_relative_rows(bench)
+    if not bench.late("decoding"):
+        torch.cuda.empty_cache()
+        bench.figures += [one.as_dict() for one in decode_figures(torch.device(DEVICE))]
 
     target = options.results / f"{re.sub(r'[^a-z0-9]+', '-', card.name.lower()).strip('-')}.json"
     write_json(target, {**gpu_environment(rate), "figures": {"gpu": bench.figures}, "skipped": bench.skipped})

@@ -1,0 +1,136 @@
+"""Decoding by two members of random weights in the shapes of 7B models, on one card.
+
+Beside the members' own steps, as CUDA graphs, one after the other. A step of the ensemble is both forward
+passes, side by side, the fusion, and the tokens' copy to the host; random weights have no text, so the
+assistant reads the same token, and there is no hand-off. `--device cpu --tiny` runs all of it on a machine
+without a card, as a check: its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import Figure, percentile, spread
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from deepen_ext import RelativeMap
+from deepen_ext.fusion import Fuser
+from deepen_ext.member import Member
+from deepen_ext.session import BatchSession
+
+CONTEXT, STEPS, WARM_UP = 256, 64, 8
+TOLERATED = 1.10
+
+
+def shapes(tiny: bool) -> dict[str, Any]:
+    """Llama 2 7B and Qwen2.5 7B, or something that any machine runs."""
+    if tiny:
+        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return {
+            "tiny Llama": LlamaConfig(vocab_size=3000, **small),
+            "tiny Qwen": Qwen2Config(vocab_size=4000, num_key_value_heads=2, **small),
+        }
+    llama = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    qwen = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    return {
+        "Llama 2 7B": LlamaConfig(vocab_size=32000, num_attention_heads=32, **llama),
+        "Qwen2.5 7B": Qwen2Config(vocab_size=152064, num_attention_heads=28, num_key_value_heads=4, **qwen),
+    }
+
+
+def _member(name: str, config: Any, device: torch.device) -> Member:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    size: Any = SimpleNamespace(vocab_size=config.vocab_size)
+    return Member(name, model, None, size, (), None, device, dtype)  # type: ignore[arg-type]  # no text, no tokenizer
+
+
+def _times(step: Callable[[list[int]], int], length: int) -> list[float]:
+    """Milliseconds of each step, graphs captured beforehand; `step` gives the token after these ids."""
+    ids = [5 + i % 1000 for i in range(length)]
+    taken = []
+    for _ in range(WARM_UP + STEPS):
+        start = time.perf_counter()
+        ids.append(step(ids))
+        taken.append((time.perf_counter() - start) * 1e3)
+    return taken[WARM_UP:]
+
+
+def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
+    """The ensemble's step beside its members' own."""
+    members = [_member(name, config, device) for name, config in shapes(tiny).items()]
+    smallest = min(member.vocab_size for member in members)
+    anchors = torch.arange(smallest // 2, device=device)
+    maps = [RelativeMap.from_embedding(member.embedding, anchors) for member in members]
+    fuser = Fuser(maps, learning_rate=0.15, min_probability=1e-4)
+    capacity = CONTEXT + WARM_UP + STEPS
+
+    def alone(member: Member) -> list[float]:
+        with BatchSession(member, 1, capacity=capacity) as session:
+            return _times(lambda ids: int(session.sync({0: ids}).argmax()) % smallest, CONTEXT)
+
+    own = [alone(member) for member in members]
+    sessions = [BatchSession(member, 1, capacity=capacity) for member in members]
+    fusion: list[float] = []
+
+    def together(ids: list[int]) -> int:
+        logits = [session.sync({0: ids}) for session in sessions]
+        if device.type == "cuda" and len(fusion) % 2:  # every other step waits here, to see what fusion takes
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step = fuser.step(logits, [0.5, 0.5])
+        (token,), _ = step.read(step.chosen)
+        fusion.append((time.perf_counter() - start) * 1e3)
+        return token % smallest
+
+    ours = _times(together, CONTEXT)
+    for session in sessions:
+        session.close()
+    both = [sum(times) for times in zip(*own, strict=True)]
+    ratio = statistics.median(ours) / statistics.median(both)
+    names = " and ".join(member.name for member in members)
+    waited = statistics.median(fusion[WARM_UP + 1 :: 2])
+    made = [
+        Figure(
+            f"greedy decoding, {names}, random weights, batch 1, context {CONTEXT}",
+            statistics.median(ours),
+            "ms",
+            spread(ours),
+            len(ours),
+            baseline="the members' own steps, as graphs, one after the other",
+            baseline_value=statistics.median(both),
+            ratio=ratio,
+            ratio_of="ours / baseline",
+            budget=f"at most {TOLERATED:.2f} times the baseline",
+            met=ratio <= TOLERATED,
+            p99=percentile(ours, 0.99),
+            note=f"fusion and the token's copy {waited:.3f} ms, {waited / statistics.median(ours):.1%} of the step",
+        )
+    ]
+    for member, times in zip(members, own, strict=True):
+        made.append(
+            Figure(
+                f"a step of {member.name} alone", statistics.median(times), "ms", spread(times), len(times)
+            )
+        )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    for figure in decode_figures(torch.device(options.device), tiny=options.tiny):
+        print(f"{figure.name:90} {figure.value:9.3f} {figure.unit}  {figure.note}")
+
+
+if __name__ == "__main__":
+    main()
