@@ -111,7 +111,7 @@ def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
             budget=f"at most {TOLERATED:.2f} times the baseline",
             met=ratio <= TOLERATED,
             p99=percentile(ours, 0.99),
-            note=f"fusion and the token's copy {waited:.3f} ms, {waited / statistics.median(ours):.1%} of the step",
+            note=f"fusion and the token's copy {waited:.3f} ms, {waited / statistics.median(ours):.1%} of it",
         )
     ]
     for member, times in zip(members, own, strict=True):

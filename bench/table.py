@@ -52,7 +52,7 @@ def _decode_row(figure: dict[str, Any]) -> str:
 def _gpu_row(figure: dict[str, Any]) -> str:
     ours = f"{_number(figure['value'])} {figure['unit']}"
     if "p99" in figure:
-        ours += f" (p99 {_number(figure['p99'])})"
+        ours += f" (p99 {_number(figure['p99'])} {figure['unit']})"
     floor = ""
     if "floor" in figure:
         floor = f"{figure['bytes'] / 1e6:,.2f} MB, {figure['floor']:.2f} µs, {figure['floor_ratio']:.1f} ×"
