@@ -20,6 +20,11 @@ def _number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def _budget(figure: dict[str, Any]) -> str:
+    verdict = {True: ": met", False: ": **missed**"}.get(figure.get("met"), "")
+    return f"{figure.get('budget', '')}{verdict}"
+
+
 def _row(figure: dict[str, Any]) -> str:
     def shown(value: float) -> str:
         return f"{_number(value / 1000)} ms" if milli(value) else f"{_number(value)} {figure['unit']}"
@@ -39,10 +44,7 @@ def _row(figure: dict[str, Any]) -> str:
     ratio = ""
     if "ratio" in figure:
         ratio = f"{_number(figure['ratio'])} ×"
-    budget = figure.get("budget", "")
-    if "met" in figure:
-        budget += ": met" if figure["met"] else ": **missed**"
-    return f"| {figure['name']} | {ours} | {baseline} | {ratio} | {budget} |"
+    return f"| {figure['name']} | {ours} | {baseline} | {ratio} | {_budget(figure)} |"
 
 
 def _decode_row(figure: dict[str, Any]) -> str:
@@ -60,10 +62,7 @@ def _gpu_row(figure: dict[str, Any]) -> str:
     if "baseline_value" in figure:
         value = f"{_number(figure['baseline_value'])} {figure['unit']}"
         baseline = f"{figure['baseline']}: {value}, {figure['ratio']:,.1f} ×"
-    budget = figure.get("budget", "")
-    if "met" in figure:
-        budget += ": met" if figure["met"] else ": **missed**"
-    return f"| {figure['name']} | {ours} | {floor} | {baseline} | {budget} |"
+    return f"| {figure['name']} | {ours} | {floor} | {baseline} | {_budget(figure)} |"
 
 
 def _gpu_section(result: dict[str, Any]) -> str:

@@ -153,11 +153,10 @@ class Run:
         return self._timings
 
     def _write(self) -> Generator[list[Written], None, None]:
-        start = perf_counter()
+        began = perf_counter()
         try:
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([self._rows[0].ids]))
-            began = start
             while not self._cancelled and self._drop_full():
                 written = self._step()
                 spent = (perf_counter() - began) * 1e3
