@@ -17,6 +17,8 @@ from deepen_ext.masks import attention_mask, check_batches
 from deepen_ext.member import Member
 from deepen_ext.small_products import small_products
 
+READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
+
 # What a forward costs beside its tokens (its weights are read once), in tokens.
 _FORWARD_COST = {"cpu": 50, "cuda": 128}
 
@@ -114,6 +116,55 @@ class BatchSession:
             logits.record_stream(torch.cuda.current_stream(self.member.device))
         self._usable = True
         return logits
+
+    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]:
+        """Bring a row to these ids, giving the logits ``[n, V]`` after ``ids[start]`` and every later id.
+
+        They come in blocks, in the order of the ids, in the model's dtype and on its device, as inference
+        tensors; each is the caller's to keep. Of the prefix shared with the row's present ids at most
+        ``ids[:start]`` is kept. Dropped half way, or after any exception, the row holds what was fed so far.
+
+        Raises:
+            InputError: see `sync`; a start that is no place in the ids; when the next block is asked for:
+                the row has been given other ids since the last one.
+        """
+        wanted = list(ids)
+        self._check_row(row)
+        self._check_ids(row, wanted)
+        if not 0 <= start < len(wanted):
+            raise InputError(
+                f"{self.member.name}: cannot read from place {start} of {len(wanted)} ids; "
+                f"choose 0 to {len(wanted) - 1}"
+            )
+        return self._read(row, wanted, start)
+
+    def _read(self, row: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
+        at = min(_common_prefix(self._ids[row], ids), start)
+        self._logits.pop(row, None)
+        del self._ids[row][at:]
+        while at < len(ids):
+            self._check_row(row)
+            if self._ids[row] != ids[:at]:
+                raise InputError(
+                    f"{self.member.name}: row {row} was given other ids while it was read; read it to its end"
+                )
+            end = min(at + (CHUNK if at < start else READ_BLOCK), start if at < start else len(ids))
+            self._usable = False
+            with self._on_own_stream():
+                self._cache.reserve(max(len(ids), self._capacity))
+                fed = self._on_host([ids[at:end]]).to(self.member.device, non_blocking=True)
+                feed = OneLane(self._order.index(row), at)
+                wanted = end - at if at >= start else 1
+                logits = self._run(feed, input_ids=fed, logits_to_keep=wanted)[0]
+                self._ids[row].extend(ids[at:end])
+                self.tokens_fed += end - at
+                self._logits[row] = logits[-1:].clone(), 0  # a view would keep the whole block
+            if self._room.stream is not None:
+                logits.record_stream(torch.cuda.current_stream(self.member.device))
+            self._usable = True
+            if at >= start:
+                yield logits
+            at = end
 
     def release(self, row: int) -> None:
         """Let a finished row go: its room is freed, and it is not fed any more."""
@@ -257,9 +308,12 @@ class BatchSession:
         )
 
     def _forward(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
+        return self._run(feed, **inputs)[:, -1, :]
+
+    def _run(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
         with small_products(self.member.device, self.member.dtype):
             output = self.member.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
-        logits: torch.Tensor = output.logits[:, -1, :]
+        logits: torch.Tensor = output.logits
         return logits
 
     def _joined(self, rows: list[int]) -> torch.Tensor:
