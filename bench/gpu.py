@@ -21,7 +21,7 @@ from gpu_clock import DEVICE, Baseline, Bench, bandwidth, events, graph_of, paus
 from gpu_decode import decode_figures
 
 from deepen_ext import RelativeMap, _core, ops, reference
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.row_sources import SimilarityRows
 
 BATCHES = (1, 8, 32, 128)
@@ -160,8 +160,8 @@ class Pair:
         self.vocabs = vocabs
         self.on_cpu = [one.to("cpu") for one in self.maps]
         settings = {"learning_rate": LEARNING_RATE, "steps": STEPS, "candidates": K}
-        self.fuser = Fuser(self.maps, min_probability=MIN_PROBABILITY, **settings)
-        self.twin = Fuser(self.on_cpu, min_probability=MIN_PROBABILITY, **settings)
+        self.fuser = DeepenFuser(self.maps, min_probability=MIN_PROBABILITY, **settings)
+        self.twin = DeepenFuser(self.on_cpu, min_probability=MIN_PROBABILITY, **settings)
 
     def logits(self, batch: int) -> list[torch.Tensor]:
         return [_random_logits(batch, vocab, seed=i) for i, vocab in enumerate(self.vocabs)]

@@ -20,7 +20,7 @@ from common import Figure, percentile, spread
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from deepen_ext import RelativeMap
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.member import Member
 from deepen_ext.session import BatchSession
 
@@ -69,7 +69,7 @@ def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
     smallest = min(member.vocab_size for member in members)
     anchors = torch.arange(smallest // 2, device=device)
     maps = [RelativeMap.from_embedding(member.embedding, anchors) for member in members]
-    fuser = Fuser(maps, learning_rate=0.15, min_probability=1e-4)
+    fuser = DeepenFuser(maps, learning_rate=0.15, min_probability=1e-4)
     capacity = CONTEXT + WARM_UP + STEPS
 
     def alone(member: Member) -> list[float]:

@@ -11,7 +11,7 @@ from common import beside, check_equal
 from torch.nn import functional
 
 from deepen_ext import Ensemble, RelativeMap, fuse_logits, reference
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.member import Member
 
 PAPER_ANCHORS = 4000
@@ -60,7 +60,7 @@ def test_fusion_step(
 ) -> None:
     fuser = ensemble.fuser
     if settings == "all candidates":
-        fuser = Fuser(ensemble.maps, learning_rate=LEARNING_RATE)
+        fuser = DeepenFuser(ensemble.maps, learning_rate=LEARNING_RATE)
     steps = [[one[b : b + 1].contiguous() for one in logits] for b in range(len(logits[0]))]
     for given in steps:
         fuser.step(given, ensemble.weights)  # every row that the timed steps need is known: warm

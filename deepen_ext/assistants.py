@@ -16,8 +16,8 @@ import torch
 from deepen_ext.boundary import CANDIDATES
 from deepen_ext.chat import PromptText
 from deepen_ext.errors import DeepenError, ModelError
-from deepen_ext.fusion import FusedStep, Part
-from deepen_ext.session import BatchSession
+from deepen_ext.fusers import FusedStep, Part
+from deepen_ext.sharing import Session, SharedForwards, open_session
 from deepen_ext.text import GrowingText, Utf8Stream
 
 if TYPE_CHECKING:
@@ -41,7 +41,12 @@ class Assistants:
     """B texts as the assistants of an ensemble have them. Rows are named by their number, 0..B-1."""
 
     def __init__(
-        self, ensemble: Ensemble, texts: Sequence[Sequence[PromptText]], *, new_tokens: int = 0
+        self,
+        ensemble: Ensemble,
+        texts: Sequence[Sequence[PromptText]],
+        *,
+        new_tokens: int = 0,
+        shared: SharedForwards | None = None,
     ) -> None:
         """Encode the prompts; `open` comes before the first `step`.
 
@@ -49,6 +54,7 @@ class Assistants:
             ensemble: whose members 1.. these are.
             texts: of each row, the prompt as each assistant reads it.
             new_tokens: how many tokens a row may grow by, as far as is known.
+            shared: forwards to share with other runs.
         """
         self._ensemble = ensemble
         self._members = ensemble.members[1:]
@@ -63,15 +69,18 @@ class Assistants:
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
         self._characters = [Utf8Stream() for _ in texts]
         self._new_tokens = new_tokens
-        self._sessions: list[BatchSession] = []
+        self._shared = shared
+        self._sessions: list[Session] = []
+        self.weights: list[list[float]] = [ensemble.weights] * len(texts)  # of each row
 
     def open(self) -> None:
         """Make the sessions. On CUDA they take over the buffers of earlier ones."""
         self._sessions = [
-            BatchSession(
+            open_session(
                 member,
                 len(self._texts),
-                capacity=max(len(own[i].ids) for own in self._texts) + self._new_tokens,
+                max(len(own[i].ids) for own in self._texts) + self._new_tokens,
+                self._shared,
             )
             for i, member in enumerate(self._members)
         ]
@@ -169,10 +178,10 @@ class Assistants:
             logits.append(forward(session, targets, name) if targets else None)
             handoff += read - began
             members_ms[name] = (perf_counter() - read) * 1e3
-        for k in open_rows:
+        for k in open_rows if self._sessions else ():
             if not any(k in own for own in speaks[1:] if own is not None):
                 reasons[k] = "boundary"
-        fused = fuser.step(logits, self._ensemble.weights, rows=speaks, main=main)
+        fused = fuser.step(logits, [self.weights[row] for row in rows], rows=speaks, main=main)
         return AssistedStep(fused, reasons, members_ms, handoff * 1e3)
 
     def _text(self, row: int, i: int) -> GrowingText:
@@ -190,7 +199,7 @@ def _candidates(main: Part, rows: Sequence[int]) -> dict[int, list[tuple[int, fl
     return {row: list(zip(ids[row], probs[row], strict=True)) for row in rows}
 
 
-def forward(session: BatchSession, targets: dict[int, list[int]], name: str) -> torch.Tensor:
+def forward(session: Session, targets: dict[int, list[int]], name: str) -> torch.Tensor:
     """`session.sync(targets)`; where it fails, the error names the member.
 
     Raises:

@@ -14,14 +14,14 @@ import torch
 from deepen_ext.assistants import Assistants, AssistedStep, Reason, forward
 from deepen_ext.certificate import Certificate
 from deepen_ext.errors import InputError
-from deepen_ext.fusion import Part
+from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
 from deepen_ext.graphs import free_idle, idle_bytes
 from deepen_ext.memory import available_bytes, estimate_bytes
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
-from deepen_ext.session import BatchSession
 from deepen_ext.settings import Settings
+from deepen_ext.sharing import SharedForwards, open_session
 from deepen_ext.trace import Trace
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Run:
         confidence_gate: float | None = None,
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         streamer: Any = None,
+        shared: SharedForwards | None = None,
     ) -> None:
         """Check that everything fits, before anything is computed.
 
@@ -79,6 +80,7 @@ class Run:
             confidence_gate: nor where the main model's first choice has at least this probability.
             trace: a file or a function that is told every token (see `Trace`).
             streamer: one of transformers', for a single row.
+            shared: forwards to share with other runs over the same prompts.
 
         Raises:
             InputError: no prompts, a setting that does not fit, a prompt that with its new tokens exceeds
@@ -91,6 +93,9 @@ class Run:
                 "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
                 "which is not exact"
             )
+        fuser = ensemble.fuser
+        if certified_skip and not isinstance(fuser, DeepenFuser):
+            raise InputError(f"certified_skip bounds the inverse search, which {ensemble.method} has not")
         if confidence_gate is not None and not 0 < confidence_gate <= 1:
             raise InputError(f"confidence_gate is {confidence_gate}; choose above 0 to 1")
         if streamer is not None and len(prompts) > 1:
@@ -102,17 +107,19 @@ class Run:
             for one in prompts
         ]
         longest = max(row.new_tokens for row in self._rows)
-        self._assistants = Assistants(ensemble, [prompt.texts for prompt in prompts], new_tokens=longest)
+        self._assistants = Assistants(
+            ensemble, [prompt.texts for prompt in prompts], new_tokens=longest, shared=shared
+        )
         self._check_lengths()
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
-        self._main = BatchSession(ensemble.members[0], len(prompts), capacity=capacity)
+        self._main = open_session(ensemble.members[0], len(prompts), capacity, shared)
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
         self._criteria = [settings.criteria() for _ in prompts]
         self._certificate = (
-            Certificate(ensemble.fuser.learning_rate, ensemble.fuser.steps, self._chooser)
-            if certified_skip
+            Certificate(fuser.learning_rate, fuser.steps, self._chooser)
+            if certified_skip and isinstance(fuser, DeepenFuser)
             else None
         )
         self._gate = confidence_gate

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.anchors import Anchors
 from deepen_ext.boundary import BoundaryRule
-from deepen_ext.cache import cache_dir
 from deepen_ext.decoding import Run
-from deepen_ext.errors import DeepenError, InputError
-from deepen_ext.fusion import Fuser, check_weights
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
 from deepen_ext.generation import BatchGeneration, Generation
 from deepen_ext.member import Member
+from deepen_ext.member_maps import MapSettings, MemberMaps
 from deepen_ext.models import Progress, find_device, load_member
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.prompts import Messages, Prompts, is_batch, read_prompts
 from deepen_ext.relative_map import RelativeMap
-from deepen_ext.row_sources import DEFAULT_ENTRIES, PrefixRows, Recipe, RowSource, SimilarityRows
+from deepen_ext.row_sources import DEFAULT_ENTRIES, Recipe
 from deepen_ext.settings import Settings
+from deepen_ext.sharing import SharedForwards
 from deepen_ext.streaming import TextStream
+from deepen_ext.weighting import check_weights
 
 RECIPES = ("calibrated", "bytes", "paper")
 
@@ -44,6 +43,7 @@ class Ensemble:
         members: Sequence[Member],
         *,
         weights: Sequence[float] | None = None,
+        fuser: str | FuseFunction = "deepen",
         recipe: Recipe = "calibrated",
         learning_rate: float = 0.15,
         steps: int = 5,
@@ -59,13 +59,16 @@ class Ensemble:
         Args:
             members: the main model first.
             weights: lambda_i, summing to 1; None for equal ones.
-            recipe: "calibrated", "bytes" or "paper" (see the README).
+            fuser: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single" (the main model
+                alone: one member is enough, and others are not used); or a function of your own (see
+                `deepen_ext.fusers`).
+            recipe: "calibrated", "bytes" or "paper" (see the README); of the fuser "deepen".
             learning_rate: eta of the inverse search.
             steps: T of the inverse search.
             candidates: how many of a member's most probable tokens are mapped one by one.
             relative_temperature: of the similarity rows; None for the recipe's own.
             entries: how many of a row's largest entries are kept.
-            min_probability: less probable tokens are not worth a row (see `Fuser`).
+            min_probability: less probable tokens are not worth a row (see `DeepenFuser`).
             boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
                 one (see `BoundaryRule`).
             cache: keep computed rows on disk, and use those of earlier runs.
@@ -76,10 +79,59 @@ class Ensemble:
             InputError: fewer than two members, fewer than 100 shared anchors, a setting out of range, or a
                 member on CUDA with a build that has no CUDA part.
         """
-        if len(members) < 2:
-            raise InputError(f"an ensemble needs two or more members, not {len(members)}")
+        self._settings: dict[str, Any] = {
+            "weights": weights,
+            "fuser": fuser,
+            "recipe": recipe,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "candidates": candidates,
+            "relative_temperature": relative_temperature,
+            "entries": entries,
+            "min_probability": min_probability,
+            "boundary_aware": boundary_aware,
+            "cache": cache,
+        }
+        self._prepare(members, None, **self._settings)
+
+    def variant(self, **settings: Any) -> Ensemble:
+        """The same members with some settings changed; relative maps are shared where they stay the same.
+
+        Args:
+            settings: what `Ensemble(...)` takes.
+
+        Raises:
+            InputError: see `Ensemble`.
+        """
+        if unknown := settings.keys() - self._settings.keys():
+            raise InputError(f"{', '.join(sorted(unknown))}: no setting of an ensemble")
+        twin = Ensemble.__new__(Ensemble)
+        twin._settings = {**self._settings, **settings}
+        twin._prepare(self.members, self._maps, **twin._settings)
+        return twin
+
+    def _prepare(
+        self,
+        members: Sequence[Member],
+        maps: MemberMaps | None,
+        *,
+        weights: Sequence[float] | None,
+        fuser: str | FuseFunction,
+        recipe: Recipe,
+        relative_temperature: float | None,
+        entries: int,
+        boundary_aware: bool,
+        cache: bool,
+        **search: Any,
+    ) -> None:
         if recipe not in RECIPES:
             raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+        if isinstance(fuser, str) and fuser not in FUSERS:
+            raise InputError(f"fuser is '{fuser}'; use one of {', '.join(FUSERS)}, or a function")
+        if fuser == "single" and members:
+            members, weights = members[:1], None
+        if len(members) < (1 if fuser == "single" else 2):
+            raise InputError(f"an ensemble needs two or more members, not {len(members)}")
         for member in members:
             check_built_for(member.device)
         self.device = members[0].device
@@ -88,28 +140,22 @@ class Ensemble:
         self.recipe: Recipe = recipe
         even = [1 / len(members)] * len(members)
         self.weights = check_weights(weights if weights is not None else even, len(members))
-        self.anchors = shared_anchors([m.vocabulary for m in members], [m.eos_ids for m in members])
-        sources = _row_sources(members, self.anchors, recipe, relative_temperature, entries)
-        self.maps = [RelativeMap.from_source(source, self.device) for source in sources]
-        self.fuser = Fuser(
-            self.maps,
-            learning_rate=learning_rate,
-            steps=steps,
-            candidates=candidates,
-            min_probability=min_probability,
-            names=self.names,
+        self.method = method_name(fuser, recipe)
+        self._maps = maps
+        if on_relative_maps(fuser):
+            rows = MapSettings(
+                recipe if fuser == "deepen" else "bytes",
+                relative_temperature if fuser == "deepen" else None,
+                entries,
+                cache,
+            )
+            if maps is None or not maps.made_with(members, rows):
+                self._maps = MemberMaps(members, rows)
+        self.fuser: Fuser = make_fuser(
+            fuser, self.members, self._maps if on_relative_maps(fuser) else None, self.names, **search
         )
-        self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware else None
-        self._map_files = [_map_file(one) for one in self.maps] if cache else []
-        self._rows_saved = [0] * len(self.maps)
-        # The garbage collector may end a dropped run, which saves too, in the middle of a save.
-        self._saving = threading.RLock()
-        for relative, file in zip(self.maps, self._map_files, strict=False):
-            _read_rows(relative, file)
-        if self.device.type == "cuda":
-            for relative in self.maps:
-                relative.fill()
-            self.save_rows()
+        alone = len(members) == 1
+        self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware and not alone else None
 
     @classmethod
     def from_pretrained(
@@ -136,7 +182,7 @@ class Ensemble:
                 device that is not there or that this build has no kernels for.
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
-        if len(members) < 2:
+        if len(members) < (1 if settings.get("fuser") == "single" else 2):
             raise InputError(
                 f"an ensemble needs two or more members, not {len(members)}; name at least two models"
             )
@@ -155,8 +201,24 @@ class Ensemble:
         return cls(loaded, **settings)
 
     @property
+    def maps(self) -> list[RelativeMap]:
+        """Each member's relative map; [] where the fuser has none."""
+        return [] if self._maps is None else self._maps.maps
+
+    @property
+    def anchors(self) -> Anchors:
+        """The tokens that the members share.
+
+        Raises:
+            InputError: the fuser has no relative space.
+        """
+        if self._maps is None:
+            raise InputError(f"the fuser {self.method} has no relative space, and so no anchors")
+        return self._maps.anchors
+
+    @property
     def rows_computed(self) -> int:
-        """Relative rows computed since the ensemble was made, over all members."""
+        """Relative rows computed since the maps were made, over all members."""
         return sum(one.rows_computed for one in self.maps)
 
     @overload
@@ -222,6 +284,7 @@ class Ensemble:
         confidence_gate: float | None = None,
         streamer: Any = None,
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
+        shared: SharedForwards | None = None,
         without_template: Literal["error", "plain"] = "error",
         **decoding: Any,
     ) -> Run:
@@ -237,6 +300,8 @@ class Ensemble:
                 least this probability.
             streamer: one of transformers' streamers, for one prompt.
             trace: a file for one JSON line a token, or a function that gets each record (see `Trace`).
+            shared: what members gave for the same prompts in other runs, and what this one adds to it (see
+                `SharedForwards`).
             without_template: in a chat, what to do for a member that has no chat template: "error", or
                 "plain" for a plain transcript.
             decoding: transformers' own names, for the fused distribution: max_new_tokens (128), do_sample,
@@ -257,6 +322,7 @@ class Ensemble:
                 confidence_gate=confidence_gate,
                 trace=trace,
                 streamer=streamer,
+                shared=shared,
             )
         except BaseException:
             if streamer is not None:
@@ -276,52 +342,8 @@ class Ensemble:
 
     def save_rows(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""
-        with self._saving:
-            for i, (relative, file) in enumerate(zip(self.maps, self._map_files, strict=False)):
-                if relative.rows_computed > self._rows_saved[i]:
-                    computed = relative.rows_computed
-                    try:
-                        relative.save(file)
-                    except (OSError, SafetensorError) as error:  # the text is worth more than the rows
-                        warnings.warn(f"computed rows cannot be kept in {file}: {error}", stacklevel=2)
-                    self._rows_saved[i] = computed
-
-
-def _row_sources(
-    members: Sequence[Member], anchors: Anchors, recipe: Recipe, temperature: float | None, entries: int
-) -> list[RowSource]:
-    device = members[0].device
-    if recipe == "bytes":
-        if temperature is not None:
-            raise InputError("the bytes recipe has no temperature; leave relative_temperature out")
-        prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
-        return [PrefixRows(anchors, prefixes, i, device=device) for i in range(len(members))]
-    similarity = []
-    for member, ids in zip(members, anchors.token_ids, strict=True):
-        # All rows of a map on CUDA are computed at once: there, whatever device the member is on.
-        embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
-        similarity.append(
-            SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
-        )
-    if recipe == "paper":
-        return list(similarity)
-    prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
-    return [PrefixRows(anchors, prefixes, i, rows) for i, rows in enumerate(similarity)]
-
-
-def _map_file(relative: RelativeMap) -> Path:
-    return cache_dir("relative-maps", "rows") / f"{relative.fingerprint}.safetensors"
-
-
-def _read_rows(relative: RelativeMap, file: Path) -> None:
-    """Take over an earlier run's rows. A damaged file is reported and its rows are computed anew."""
-    if not file.is_file():
-        return
-    try:
-        relative.read(file)
-    except DeepenError as error:
-        warnings.warn(f"{error}: its rows are computed anew and the file replaced", stacklevel=3)
-        file.unlink(missing_ok=True)
+        if self._maps is not None:
+            self._maps.save()
 
 
 def _for_each(what: str, value: Any, members: int) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from deepen_ext import ops
 from deepen_ext.errors import InputError
-from deepen_ext.fusion import Part
+from deepen_ext.fusers import Part
 
 if TYPE_CHECKING:
     from deepen_ext.assistants import AssistedStep
@@ -65,7 +65,8 @@ class Trace:
         main_choices = step.fused.main_choice.tolist()
         for i, (row, position, token) in enumerate(zip(rows, positions, tokens, strict=True)):
             spoke = [(part, top[i]) for part, top in zip(step.fused.parts, parts, strict=True) if i in top]
-            total = sum(ensemble.weights[part.member] for part, _ in spoke)
+            shares = step.fused.shares[i] or (1.0,)
+            weights = {part.member: share for part, share in zip(step.fused.parts, shares, strict=False)}
             self._give(
                 {
                     "row": row,
@@ -76,7 +77,7 @@ class Trace:
                     "members": [
                         {
                             "name": ensemble.names[part.member],
-                            "weight": ensemble.weights[part.member] / total if total else 0.0,
+                            "weight": weights.get(part.member, 0.0),
                             "top": _candidates(ensemble, part.member, *top),
                         }
                         for part, top in spoke

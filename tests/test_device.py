@@ -11,7 +11,7 @@ from oracle import random_embedding, random_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepen_ext import Ensemble, InputError, RelativeMap, _core, fuse_logits
-from deepen_ext.fusion import FusedStep, Fuser, Part
+from deepen_ext.fusers import DeepenFuser, FusedStep, Part
 from deepen_ext.ops import topk_softmax
 
 without_cuda = pytest.mark.skipif(_core.cuda_compiled(), reason="this build has its CUDA part")
@@ -49,7 +49,7 @@ def test_a_map_on_another_device(dense):
     assert there.device.type == "meta"
     assert (there.is_dense, there.is_complete, there.anchors) == (dense, True, here.anchors)
     with pytest.raises(InputError, match=r"maps are on cpu and meta; move them to one device with \.to\(\)"):
-        Fuser([here, there], learning_rate=0.2)
+        DeepenFuser([here, there], learning_rate=0.2)
 
 
 def test_a_row_source_on_another_device():
@@ -76,7 +76,7 @@ class _NoQuestions(TorchDispatchMode):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 1}])
 def test_a_step_on_filled_maps_asks_nothing_of_the_data(dense, sampling):
-    fuser = Fuser(maps("cpu", dense=dense), learning_rate=0.2, min_probability=1e-3)
+    fuser = DeepenFuser(maps("cpu", dense=dense), learning_rate=0.2, min_probability=1e-3)
     logits = [random_logits(3, one.vocab_size, seed=i) for i, one in enumerate(fuser.maps)]
     choose = chooser(rows=3, vocab_size=fuser.maps[0].vocab_size, **sampling)
     with _NoQuestions():
@@ -86,7 +86,7 @@ def test_a_step_on_filled_maps_asks_nothing_of_the_data(dense, sampling):
 
 
 def test_the_weights_are_put_on_the_device_once():
-    fuser = Fuser(maps("cpu"), learning_rate=0.2)
+    fuser = DeepenFuser(maps("cpu"), learning_rate=0.2)
     logits = [random_logits(3, one.vocab_size, seed=i) for i, one in enumerate(fuser.maps)]
     one, other = (fuser.step(logits, weights).logits for weights in ([0.9, 0.1], [0.2, 0.8]))
     assert not torch.equal(one, other)
@@ -103,11 +103,13 @@ def test_the_weights_are_put_on_the_device_once():
 def test_what_a_step_reads_back():
     logits = random_logits(3, 200, seed=0)
     top = topk_softmax(logits, 5)
-    step = FusedStep(logits, top.ids[:, 1], top.ids[:, 0], (Part(0, "logits of main", top, range(3)),))
+    step = FusedStep(
+        logits, top.ids[:, 1], top.ids[:, 0], (Part(0, "logits of main", top, range(3), logits),)
+    )
     step.check()
     assert step.read(step.chosen) == (top.ids[:, 1].tolist(), top.ids[:, 0].tolist())
     broken = top._replace(status=torch.tensor([0, 0, 2], dtype=torch.int32))
-    bad = dataclasses.replace(step, parts=(Part(1, "logits of gemma", broken, [0, 1, 4]),))
+    bad = dataclasses.replace(step, parts=(Part(1, "logits of gemma", broken, [0, 1, 4], logits),))
     with pytest.raises(InputError, match="logits of gemma: row 4 has no softmax, there is nothing but -inf"):
         bad.check()
 

@@ -10,7 +10,7 @@ from golden_cases import golden_case, golden_names
 from oracle import random_embedding, random_logits
 
 from deepen_ext import InputError, RelativeMap, fuse_logits, reference
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 
 
 @pytest.mark.parametrize("name", golden_names())
@@ -80,7 +80,7 @@ def test_logits_made_under_inference_mode(pair):
 
 def test_a_member_may_sit_out(pair):
     logits, maps = pair
-    three = Fuser([*maps, maps[1]], learning_rate=0.2)
+    three = DeepenFuser([*maps, maps[1]], learning_rate=0.2)
     two = fuse_logits(logits, maps, [0.625, 0.375], learning_rate=0.2)
     assert torch.equal(three.step([*logits, None], [0.5, 0.3, 0.2]).logits, two)
     alone = three.step([logits[0], None, None], [0.5, 0.3, 0.2])
@@ -90,7 +90,7 @@ def test_a_member_may_sit_out(pair):
 
 def test_improbable_tokens_need_no_row(pair):
     logits, maps = pair
-    fuser = Fuser(maps, learning_rate=0.2, min_probability=0.01)
+    fuser = DeepenFuser(maps, learning_rate=0.2, min_probability=0.01)
     fuser.step(logits, [0.5, 0.5])
     for one, relative in zip(logits, maps, strict=True):
         counted = (torch.softmax(one, dim=-1) >= 0.01).any(dim=0).sum()
@@ -99,10 +99,10 @@ def test_improbable_tokens_need_no_row(pair):
 
 def test_the_result_does_not_depend_on_rows_known_before(pair):
     logits, maps = pair
-    cold = Fuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
+    cold = DeepenFuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
     for relative in maps:
         relative.to_dense()  # computes every row
-    warm = Fuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
+    warm = DeepenFuser(maps, learning_rate=0.2, min_probability=0.01).step(logits, [0.5, 0.5]).logits
     assert torch.equal(cold, warm)
 
 
@@ -144,7 +144,7 @@ def test_nan_names_the_member(pair):
     logits[1][1, 7] = float("nan")
     with pytest.raises(InputError, match=r"logits of member 1: row 1 has no softmax.*NaN"):
         fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
-    named = Fuser(maps, learning_rate=0.2, names=["smollm2", "gemma"])
+    named = DeepenFuser(maps, learning_rate=0.2, names=["smollm2", "gemma"])
     with pytest.raises(InputError, match="logits of gemma: row 1"):
         named.step(logits, [0.5, 0.5])
 
@@ -152,7 +152,7 @@ def test_nan_names_the_member(pair):
 def test_tensors_that_do_not_fit(pair):
     logits, maps = pair
     weights, settings = [0.5, 0.5], {"learning_rate": 0.2}
-    with pytest.raises(InputError, match="1 logits for 2 relative maps"):
+    with pytest.raises(InputError, match="1 logits for 2 members"):
         fuse_logits(logits[:1], maps, weights, **settings)
     with pytest.raises(InputError, match=r"logits of member 1 have shape \[1, 400\]; expected \[2, 400\]"):
         fuse_logits([logits[0], logits[1][:1]], maps, weights, **settings)
@@ -170,7 +170,7 @@ def test_tensors_that_do_not_fit(pair):
     with pytest.raises(InputError, match="no relative maps"):
         fuse_logits([], [], [], **settings)
     with pytest.raises(InputError, match="main model cannot sit out"):
-        Fuser(maps, **settings).step([None, logits[1]], weights)
+        DeepenFuser(maps, **settings).step([None, logits[1]], weights)
 
 
 def test_assistants_may_speak_for_some_rows_only():
@@ -182,7 +182,7 @@ def test_assistants_may_speak_for_some_rows_only():
     ]
     speaks = {1: [0, 2, 3], 2: [2, 4]}
     weights = [0.5, 0.3, 0.2]
-    fuser = Fuser(maps, learning_rate=0.2)
+    fuser = DeepenFuser(maps, learning_rate=0.2)
     rows = [None, speaks[1], speaks[2]]
     step = fuser.step([logits[0], logits[1][speaks[1]], logits[2][speaks[2]]], weights, rows=rows)
     for row in range(5):
@@ -200,7 +200,7 @@ def test_threads_may_share_a_fuser(pair):
     logits, maps = pair
     want = fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
     cold = [RelativeMap.from_source(one.source) for one in maps]
-    fuser = Fuser(cold, learning_rate=0.2)
+    fuser = DeepenFuser(cold, learning_rate=0.2)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: fuser.step(logits, [0.5, 0.5]).logits, range(16)))
     assert all(torch.equal(one, want) for one in found)

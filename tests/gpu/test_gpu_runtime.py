@@ -15,7 +15,7 @@ from oracle import random_logits
 from test_gpu_step import random_map
 
 from deepen_ext import _core
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ops import topk_softmax
 
 VOCABS = (49_152, 262_144)
@@ -24,7 +24,7 @@ VOCABS = (49_152, 262_144)
 @pytest.fixture
 def fuser(device):
     maps = [random_map(vocab, 30_001, 32, seed=i).to(device) for i, vocab in enumerate(VOCABS)]
-    return Fuser(maps, learning_rate=0.15, min_probability=1e-4)
+    return DeepenFuser(maps, learning_rate=0.15, min_probability=1e-4)
 
 
 def given(device, batch, seed):
@@ -99,7 +99,7 @@ def test_a_second_device():
     logits = [random_logits(3, vocab, seed=i) for i, vocab in enumerate((5000, 7001))]
     results = []
     for where in ("cuda:0", "cuda:1"):
-        fuser = Fuser([one.to(where) for one in maps], learning_rate=0.2)
+        fuser = DeepenFuser([one.to(where) for one in maps], learning_rate=0.2)
         results.append(fuser.step([one.to(where) for one in logits], [0.5, 0.5]).logits)
         assert results[-1].device == torch.device(where)
         assert torch.cuda.current_device() == 0

@@ -11,7 +11,7 @@ from test_fuse import VOCABS, members
 from test_inverse_search import SETTINGS, problem
 
 from deepen_ext import InputError, RelativeMap, fuse_logits, reference
-from deepen_ext.fusion import Fuser
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
 
 # Real vocabularies need more anchors than test_fuse's: rows that name many of them, in many buckets.
@@ -234,7 +234,7 @@ class TestFuser:
     )
     def test_a_step_waits_for_nothing(self, device, no_waiting, pair, sampling):
         logits, maps = pair
-        fuser = Fuser(maps, learning_rate=0.2, min_probability=1e-4)
+        fuser = DeepenFuser(maps, learning_rate=0.2, min_probability=1e-4)
         choose = chooser(rows=2, vocab_size=fuser.maps[0].vocab_size, device=device, **sampling)
         choose(fuser.step(logits, [0.5, 0.5]).logits)  # fills the maps
         with no_waiting():
@@ -249,8 +249,8 @@ class TestFuser:
         logits, maps = pair
         for one in maps:
             one.fill()
-        here = Fuser([one.to("cpu") for one in maps], learning_rate=0.2, min_probability=1e-4)
-        there = Fuser(maps, learning_rate=0.2, min_probability=1e-4)
+        here = DeepenFuser([one.to("cpu") for one in maps], learning_rate=0.2, min_probability=1e-4)
+        there = DeepenFuser(maps, learning_rate=0.2, min_probability=1e-4)
         want = here.step([one.cpu() for one in logits], [0.5, 0.5])
         found = there.step(logits, [0.5, 0.5])
         torch.testing.assert_close(found.logits.cpu(), want.logits, atol=1e-3, rtol=0)
@@ -258,14 +258,14 @@ class TestFuser:
 
     def test_a_member_may_sit_out(self, pair):
         logits, maps = pair
-        three = Fuser([*maps, maps[1]], learning_rate=0.2)
+        three = DeepenFuser([*maps, maps[1]], learning_rate=0.2)
         two = fuse_logits(logits, maps, [0.625, 0.375], learning_rate=0.2)
         assert torch.equal(three.step([*logits, None], [0.5, 0.3, 0.2]).logits, two)
 
     def test_nan_is_reported_when_the_token_is_read(self, pair):
         logits, maps = pair
         logits[1][1, 7] = float("nan")
-        fused = Fuser(maps, learning_rate=0.2, names=["smollm2", "gemma"]).step(logits, [0.5, 0.5])
+        fused = DeepenFuser(maps, learning_rate=0.2, names=["smollm2", "gemma"]).step(logits, [0.5, 0.5])
         with pytest.raises(InputError, match=r"logits of gemma: row 1 has no softmax.*NaN"):
             fused.read(fused.chosen)
         good = logits[1][:1].nan_to_num(), logits[0][:1]
@@ -275,7 +275,7 @@ class TestFuser:
     def test_sampling_from_nan_does_not_end_the_process(self, device, pair):
         logits, maps = pair
         logits[0][0] = float("nan")
-        fused = Fuser(maps, learning_rate=0.2).step(logits, [0.5, 0.5])
+        fused = DeepenFuser(maps, learning_rate=0.2).step(logits, [0.5, 0.5])
         choose = chooser(rows=2, vocab_size=3000, do_sample=True, seed=0, device=device)
         tokens = choose(fused.logits)
         with pytest.raises(InputError, match="row 0 has no softmax"):

@@ -1,0 +1,44 @@
+"""Ways to fuse what the members say, all on one loop.
+
+| name | what | source |
+| --- | --- | --- |
+| deepen | average in relative space, inverse search | Huang et al., arXiv 2404.12715 |
+| average | the same relative rows (of the bytes recipe), no search | DESIGN |
+| union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
+| union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
+| single | the main model alone | |
+| a function | yours: `FuseFunction` | |
+
+A new one is a file here with one class, and a line in `make_fuser`.
+"""
+
+from __future__ import annotations
+
+from deepen_ext.fusers.average import AverageFuser
+from deepen_ext.fusers.base import FusedStep, Fuser, Part, Said
+from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.make import FUSERS, make_fuser, method_name, on_relative_maps, parse_fuser
+from deepen_ext.fusers.others import FunctionFuser, FuseFunction, SingleFuser
+from deepen_ext.fusers.union_topk import UnionTopkFuser
+from deepen_ext.fusers.union_vocab import UnionVocabFuser
+
+__all__ = [
+    "FUSERS",
+    "AverageFuser",
+    "DeepenFuser",
+    "FunctionFuser",
+    "FuseFunction",
+    "FusedStep",
+    "Fuser",
+    "Part",
+    "Said",
+    "SingleFuser",
+    "TokenBridge",
+    "UnionTopkFuser",
+    "UnionVocabFuser",
+    "make_fuser",
+    "method_name",
+    "on_relative_maps",
+    "parse_fuser",
+]

@@ -1,0 +1,74 @@
+"""The plain average: what assistants say in relative space, added to the main model's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.deepen import check_maps, check_min_probability, needed_rows
+from deepen_ext.relative_map import RelativeMap
+
+
+class AverageFuser(Fuser):
+    """``p = w_0 p_0 + sum_i w_i r_i``: relative representations without a search.
+
+    The assistants' ``r_i = p_i R_i`` are those of DeePEn; an anchor's share goes to the main model's token
+    for that anchor. The main model's distribution stays as it is, also on tokens that are no anchors.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[RelativeMap],
+        anchor_ids: torch.Tensor,
+        *,
+        candidates: int = 128,
+        min_probability: float = 0.0,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            maps: relative maps of sparse rows, the main model's first.
+            anchor_ids: int64 [A], the main model's token for each anchor.
+            candidates: see `Fuser`.
+            min_probability: less probable tokens count as their member's tail, spread over all anchors.
+            names: see `Fuser`.
+        """
+        if not maps or any(one.is_dense for one in maps):
+            raise InputError("the average needs relative maps of sparse rows, the main model's first")
+        super().__init__([one.vocab_size for one in maps], maps[0].device, candidates=candidates, names=names)
+        check_maps(maps)
+        self.maps = list(maps)
+        self.min_probability = check_min_probability(min_probability)
+        self._anchor_ids = anchor_ids.to(self.device)
+
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.fuse`."""
+        fused = said[0].probabilities() * weights[:, :1]
+        for i, one in enumerate(said[1:], start=1):
+            fused[:, self._anchor_ids] += weights[:, i : i + 1] * self._relative(one)
+        logits.copy_(fused.log())
+        return logits.argmax(dim=-1).int()
+
+    def _relative(self, said: Said) -> torch.Tensor:
+        """r = p R, float32 [b, A]."""
+        relative = self.maps[said.member]
+        rows = needed_rows(relative, said, self.min_probability)
+        assert rows.columns is not None
+        assert rows.rest is not None
+        anchors = relative.anchors
+        counts = said.topk.probs >= self.min_probability
+        counts[:, 0] = True
+        probs = said.topk.probs * counts
+        tail = said.topk.tail + (said.topk.probs * ~counts).sum(dim=1)
+        ids = torch.where(counts, said.topk.ids, said.topk.ids[:, :1]).long()  # rows that are surely known
+        columns, values, rest = rows.columns[ids], rows.values[ids], rows.rest[ids]
+        named = columns >= 0
+        uniform = rest / (anchors - named.sum(dim=-1)).clamp(min=1)
+        mass = probs[..., None] * (values - uniform[..., None]) * named
+        every = (probs * uniform).sum(dim=1) + tail / anchors
+        found = every[:, None].repeat(1, anchors)
+        return found.scatter_add_(1, columns.clamp(min=0).flatten(1).long(), mass.flatten(1))

@@ -1,0 +1,316 @@
+"""What every way of fusing has in common: who speaks for which row, with what weight, and what comes out.
+
+A fuser is one class with one method of its own, `Fuser.fuse`. Everything around it (the loop, caches, text
+hand-off, boundary rule) is the same for all, so that accuracy and speed can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.ops.topk_softmax import TopK, check_status, launch
+
+_SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """One member's part of a step: what it says, and of which rows."""
+
+    member: int
+    name: str
+    topk: TopK  # [n, k], on the fusing device
+    rows: Sequence[int]  # n rows of the step
+    logits: torch.Tensor  # [n, V_i], where the member is
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """What a fusion step gives for B rows."""
+
+    logits: torch.Tensor  # [B, V_main], the main model's new logits
+    chosen: torch.Tensor  # int32 [B], their argmax
+    main_choice: torch.Tensor  # int32 [B], the argmax of the main model's own logits
+    parts: tuple[Part, ...] = ()  # of each member that took part, the main model first
+    # Of each row the weights of the parts, summing to 1; () where the main model spoke alone.
+    shares: tuple[tuple[float, ...], ...] = ()
+
+    def check(self) -> None:
+        """Raise InputError where a member's row has no softmax. On CUDA this waits for the device."""
+        for part in self.parts:
+            check_status(part.name, part.topk.status.tolist(), part.rows)
+
+    def read(self, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The sampled tokens (an integer dtype, [B]) and the main model's own choices, on the host.
+
+        With what `check` looks at this is one copy from the device, the only one of a step.
+
+        Raises:
+            InputError: see `check`.
+        """
+        if tokens.device.type == "cpu":  # `Fuser.top` has looked at the status
+            return tokens.tolist(), self.main_choice.tolist()
+        read = torch.cat(
+            [tokens.int(), self.main_choice, *(part.topk.status for part in self.parts)]
+        ).tolist()
+        batch = len(tokens)
+        start = 2 * batch
+        for part in self.parts:
+            check_status(part.name, read[start : start + len(part.rows)], part.rows)
+            start += len(part.rows)
+        return read[:batch], read[batch : 2 * batch]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one member says of the b rows that are fused. Where its weight is 0 the row means nothing.
+
+    Attributes:
+        member: its place, 0 for the main model.
+        name: the member's.
+        topk: its most probable tokens, ids int32 [b, k], probabilities float32 [b, k] and tail [b].
+        part: the same as the member gave it, for the rows that it spoke for.
+    """
+
+    member: int
+    name: str
+    topk: TopK
+    part: Part
+    _places: list[int] | None  # of the part's rows among the b; None where they are the same
+
+    def row(self, place: int) -> torch.Tensor | None:
+        """Its logits [V_i] for one of the b rows, where the member is; None where it says nothing of it."""
+        if self._places is None:
+            return self.part.logits[place]
+        return self.part.logits[self._places.index(place)] if place in self._places else None
+
+    def probabilities(self) -> torch.Tensor:
+        """Its whole distribution, float32 [b, V_i], on the fusing device; rows it says nothing of are 0."""
+        part = self.part
+        if self._places is None:
+            return torch.softmax(part.logits.float(), dim=-1).to(self.topk.probs.device)
+        whole = torch.zeros(
+            len(self.topk.probs), part.logits.shape[1], dtype=torch.float32, device=self.topk.probs.device
+        )
+        kept = [i for i, place in enumerate(self._places) if place >= 0]
+        where = [place for place in self._places if place >= 0]
+        whole[where] = torch.softmax(part.logits[kept].float(), dim=-1).to(whole.device)
+        return whole
+
+
+class Fuser(ABC):
+    """Fuses what the members say of B rows into the main model's logits, with fixed settings.
+
+    Members' logits may be on any devices: each top-k is taken where the logits are, and its k ids and
+    probabilities go to the main model's device. Threads may share a Fuser.
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        device: torch.device,
+        *,
+        candidates: int = 128,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            vocab_sizes: V_i of each member, the main model's first.
+            device: the main model's.
+            candidates: how many of a member's most probable tokens are looked at one by one.
+            names: the members', for error messages.
+        """
+        if candidates < 1:
+            raise InputError(f"candidates is {candidates}; choose 1 or more")
+        self.vocab_sizes = list(vocab_sizes)
+        self.device = device
+        self.candidates = candidates
+        self.names = list(names) if names is not None else [f"member {i}" for i in range(len(vocab_sizes))]
+        self._shares: dict[object, torch.Tensor] = {}
+        self._lock = threading.Lock()  # of what a step computes once and keeps
+
+    @abstractmethod
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """Write the fused logits into the main model's.
+
+        Args:
+            logits: [b, V_main] in the main model's dtype, a copy: written in place.
+            said: what the members say, the main model first; those that sit out of all b rows are left out.
+            weights: float32 [b, len(said)]; each row sums to 1, and has an assistant with a weight above 0.
+
+        Returns:
+            the argmax of the new logits, int32 [b], ties to the lower id.
+        """
+
+    def top(self, member: int, logits: torch.Tensor, rows: Sequence[int] | None = None) -> Part:
+        """A member's most probable tokens, on the fusing device.
+
+        Args:
+            member: its place, 0 for the main model.
+            logits: [n, V_i], on any device.
+            rows: which rows of the step they are; None for the first n.
+
+        Raises:
+            InputError: a shape that does not fit, or (on the CPU) a row that has no softmax.
+        """
+        vocab_size = self.vocab_sizes[member]
+        name = f"logits of {self.names[member]}"
+        rows = range(len(logits)) if rows is None else rows
+        if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] != vocab_size:
+            raise InputError(
+                f"{name} have shape {list(logits.shape)}; expected [{len(rows)}, {vocab_size}], "
+                "one row for each and as many tokens as the member has"
+            )
+        topk = launch(logits, min(self.candidates, vocab_size), name=name)
+        if topk.status.device != self.device:
+            topk = TopK(*(one.to(self.device) for one in topk))
+        if self.device.type == "cpu":
+            check_status(name, topk.status.tolist(), rows)
+        return Part(member, name, topk, rows, logits)
+
+    def step(
+        self,
+        logits: Sequence[torch.Tensor | None],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+        *,
+        rows: Sequence[Sequence[int] | None] | None = None,
+        main: Part | None = None,
+    ) -> FusedStep:
+        """Fuse B rows.
+
+        Args:
+            logits: of each member, the main model first, [B, V_i]. None: the member sits out, and the others'
+                weights are scaled to sum to 1. A row without assistants keeps the main model's logits.
+            weights: one for each member, as `check_weights` gives them; or such a list for each of the B
+                rows.
+            rows: where an assistant speaks for some of the B rows only: which ones its logits [n_i, V_i] are
+                of, in rising order; None for all of them.
+            main: what `top` gave for the main model's logits, where it is known already.
+
+        Raises:
+            InputError: see `fuse_logits`.
+        """
+        if len(logits) != len(self.vocab_sizes):
+            raise InputError(
+                f"there are {len(logits)} logits for {len(self.vocab_sizes)} members; give one for each"
+            )
+        main_logits = logits[0]
+        if main_logits is None:
+            raise InputError("the main model cannot sit out of a fusion step")
+        with self._lock:
+            parts = [main if main is not None else self.top(0, main_logits)]
+            every = range(len(main_logits))
+            for i, one in enumerate(logits[1:], start=1):
+                if one is not None:
+                    given = every if rows is None else rows[i]
+                    parts.append(self.top(i, one, every if given is None else given))
+            return self.step_parts(main_logits, parts, weights)
+
+    def step_parts(
+        self,
+        logits: torch.Tensor,
+        parts: Sequence[Part],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+    ) -> FusedStep:
+        """`step` from what `top` gave for the members that speak, the main model first."""
+        main_choice = parts[0].topk.ids[:, 0]
+        shares = self._shares_by_row(len(logits), parts, weights)
+        fused_rows = [row for row, own in enumerate(shares) if own]
+        if not fused_rows:
+            return FusedStep(logits, main_choice, main_choice, tuple(parts), tuple(shares))
+        whole = len(fused_rows) == len(logits)
+        # A plain copy: logits made under inference_mode could not be written to outside it.
+        fused = torch.empty_like(logits, requires_grad=False)
+        with torch.no_grad():
+            fused.copy_(logits)
+        ours = fused if whole else fused[self._index(fused_rows)]
+        said = [self._said(part, fused_rows) for part in parts]
+        chosen = self.fuse(ours, said, self._share(tuple(shares[row] for row in fused_rows)))
+        if not whole:
+            there = self._index(fused_rows)
+            fused[there] = ours
+            chosen = main_choice.index_copy(0, there, chosen)
+        return FusedStep(fused, chosen, main_choice, tuple(parts), tuple(shares))
+
+    def _shares_by_row(
+        self,
+        batch: int,
+        parts: Sequence[Part],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+    ) -> list[tuple[float, ...]]:
+        """Each row's weights, one for each part and summing to 1; () for a row without an assistant."""
+        by_row = _by_row(weights, batch)
+        alone = len(self.vocab_sizes) == 1
+        if all(len(part.rows) == batch for part in parts):  # the usual case: all speak for all
+            if by_row is None:
+                own = tuple(float(weights[part.member]) for part in parts)  # type: ignore[arg-type]
+                return [_scaled(own, alone)] * batch
+            return [_scaled(tuple(own[part.member] for part in parts), alone) for own in by_row]
+        takes_part = [set(part.rows) for part in parts]
+        return [
+            _scaled(
+                tuple(
+                    (weights if by_row is None else by_row[row])[part.member] if row in rows else 0.0  # type: ignore[misc]
+                    for part, rows in zip(parts, takes_part, strict=True)
+                ),
+                alone,
+            )
+            for row in range(batch)
+        ]
+
+    def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
+        """The weights float32 [B, n], where the main model is; kept, since a copy to a device waits for it.
+
+        A CUDA graph of the step reads this tensor: it must not outlive the Fuser."""
+        found = self._shares.get(weights)
+        if found is None:
+            if len(self._shares) >= _SHARES_KEPT:
+                self._shares.clear()
+            found = torch.tensor(weights, dtype=torch.float32).to(self.device)
+            self._shares[weights] = found
+        return found
+
+    def _index(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.long).to(self.device)
+
+    def _said(self, part: Part, fused_rows: list[int]) -> Said:
+        """The part's tokens in the order of the fused rows; elsewhere its weight is 0, nothing is read."""
+        if list(part.rows) == fused_rows:
+            return Said(part.member, part.name, part.topk, part, None)
+        place = {row: i for i, row in enumerate(fused_rows)}
+        places = [place.get(row, -1) for row in part.rows]
+        there = self._index([one for one in places if one >= 0])
+        chosen = self._index([i for i, one in enumerate(places) if one >= 0])
+        topk = TopK(
+            *(
+                one.new_zeros(len(fused_rows), *one.shape[1:]).index_copy_(0, there, one[chosen])
+                for one in part.topk
+            )
+        )
+        return Said(part.member, part.name, topk, part, places)
+
+
+def _by_row(
+    weights: Sequence[float] | Sequence[Sequence[float]], batch: int
+) -> Sequence[Sequence[float]] | None:
+    """The weights where each row has its own, else None."""
+    if not weights or isinstance(weights[0], int | float):
+        return None
+    if len(weights) != batch:
+        raise InputError(f"there are weights for {len(weights)} rows, and {batch} rows; give one list each")
+    return weights  # type: ignore[return-value]
+
+
+def _scaled(weights: tuple[float, ...], alone: bool) -> tuple[float, ...]:
+    total = math.fsum(weights)
+    if total == 0 or (not alone and not any(weights[1:])):
+        return ()
+    return tuple(weight / total for weight in weights)

@@ -1,0 +1,87 @@
+"""From one member's token to another's: the same bytes, or what the other's text would begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+
+from deepen_ext.text import Vocabulary, whole_characters
+
+# Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
+_tables: WeakKeyDictionary[Vocabulary, WeakKeyDictionary[Vocabulary, torch.Tensor]] = WeakKeyDictionary()
+_ids: WeakKeyDictionary[Vocabulary, dict[bytes, int]] = WeakKeyDictionary()
+
+
+class TokenBridge:
+    """Looks tokens up in other members' vocabularies, by bytes; EOS by its role.
+
+    Where a vocabulary does not have a token, the token's text is tokenised there, and the first token stands
+    for it (UniTE, arXiv 2410.03777, section 4); bytes that are no whole character have the longest token that
+    they begin with.
+    """
+
+    def __init__(self, vocabularies: Sequence[Vocabulary], eos_ids: Sequence[Sequence[int]]) -> None:
+        self._vocabularies = list(vocabularies)
+        self._eos = [list(ids) for ids in eos_ids]
+        self._found: dict[tuple[int, int, int], int] = {}
+
+    def is_eos(self, member: int, token: int) -> bool:
+        """Whether the token ends the member's text."""
+        return token in self._eos[member]
+
+    def bytes_of(self, member: int, token: int) -> bytes:
+        """The token's bytes; b"" for special tokens."""
+        return self._vocabularies[member].tokens[token] or b""
+
+    def first(self, source: int, token: int, target: int) -> int:
+        """The target's token for a token of the source, or for its beginning; -1 where there is none."""
+        key = (source, token, target)
+        if key not in self._found:
+            self._found[key] = self._look_up(source, token, target)
+        return self._found[key]
+
+    def table(self, source: int, target: int) -> torch.Tensor:
+        """`first` of every token of the source, int64 [V_source]; computed once for two vocabularies."""
+        ours, theirs = self._vocabularies[source], self._vocabularies[target]
+        kept = _tables.setdefault(ours, WeakKeyDictionary())
+        if theirs not in kept:
+            found = [self._by_bytes(self.bytes_of(source, i), target) for i in range(ours.vocab_size)]
+            kept[theirs] = torch.tensor(found, dtype=torch.int64)
+        table = kept[theirs].clone()
+        table[self._eos[source]] = self._eos[target][0] if self._eos[target] else -1
+        return table
+
+    def _look_up(self, source: int, token: int, target: int) -> int:
+        if source == target:
+            return token
+        if self.is_eos(source, token):
+            return self._eos[target][0] if self._eos[target] else -1
+        return self._by_bytes(self.bytes_of(source, token), target)
+
+    def _by_bytes(self, data: bytes, target: int) -> int:
+        if not data:
+            return -1
+        vocabulary = self._vocabularies[target]
+        ids = _by_text(vocabulary)
+        if (same := ids.get(data)) is not None:
+            return same
+        if text := whole_characters(data):
+            begins = vocabulary.encode_part(text, 0)[0]
+            token = vocabulary.tokens[begins[0]] if begins else None
+            if token and data.startswith(token):
+                return begins[0]
+        for length in range(len(data) - 1, 0, -1):
+            if (shorter := ids.get(data[:length])) is not None:
+                return shorter
+        return -1
+
+
+def _by_text(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """Each byte string's token; of several the lowest."""
+    if vocabulary not in _ids:
+        _ids[vocabulary] = {
+            text: i for i, text in reversed(list(enumerate(vocabulary.tokens))) if text is not None
+        }
+    return _ids[vocabulary]

@@ -1,0 +1,104 @@
+"""DeePEn itself: average in relative space, inverse search (arXiv 2404.12715, sections 3.2 to 3.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from deepen_ext import ops
+from deepen_ext.errors import InputError
+from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.relative_map import RelativeMap
+
+
+class DeepenFuser(Fuser):
+    """DeePEn; see `fuse_logits` for the mathematics.
+
+    A token whose probability is below `min_probability` is not worth its row: it counts as part of its
+    member's tail, and is no candidate. Whether a row happens to be known already never matters, so results do
+    not depend on what is cached.
+
+    On CUDA a step is launches alone: it never waits for the device, reads nothing back, and after a first
+    step copies nothing there, so that a CUDA graph can capture it. Missing rows are all computed by the first
+    step (or before, by `RelativeMap.fill`).
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[RelativeMap],
+        *,
+        learning_rate: float,
+        steps: int = 5,
+        candidates: int = 128,
+        min_probability: float = 0.0,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Check the settings; `names` are the members' for error messages.
+
+        Raises:
+            InputError: a setting out of range, or maps that do not fit together.
+        """
+        if not maps:
+            raise InputError("there are no relative maps; give one for each member, the main model's first")
+        super().__init__([one.vocab_size for one in maps], maps[0].device, candidates=candidates, names=names)
+        if not math.isfinite(learning_rate) or not 0 < learning_rate <= 10:
+            raise InputError(
+                f"learning_rate is {learning_rate}; choose above 0 to 10 (the paper uses 0.1 to 0.5)"
+            )
+        if not 1 <= steps <= 64:
+            raise InputError(f"steps is {steps}; choose 1 to 64")
+        self.min_probability = check_min_probability(min_probability)
+        check_maps(maps)
+        self.maps = list(maps)
+        self.learning_rate = learning_rate
+        self.steps = steps
+
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """One fusion step; see `Fuser.fuse`."""
+        members = [
+            ops.FuseInput(one.topk, needed_rows(self.maps[one.member], one, self.min_probability))
+            for one in said
+        ]
+        _, chosen = ops.fuse(
+            logits,
+            members,
+            weights,
+            learning_rate=self.learning_rate,
+            steps=self.steps,
+            min_probability=self.min_probability,
+        )
+        return chosen
+
+
+def check_maps(maps: Sequence[RelativeMap]) -> None:
+    """Raise InputError unless the maps have the same anchors and are on one device."""
+    anchors = {one.anchors for one in maps}
+    if len(anchors) > 1:
+        raise InputError(f"the relative maps have {sorted(anchors)} anchors; all must have the same ones")
+    devices = {str(one.device) for one in maps}
+    if len(devices) > 1:
+        raise InputError(
+            f"the relative maps are on {' and '.join(sorted(devices))}; move them to one device with .to()"
+        )
+
+
+def check_min_probability(value: float) -> float:
+    """The value, if it is one; InputError otherwise."""
+    if not 0 <= value < 1:
+        raise InputError(f"min_probability is {value}; choose 0 to below 1")
+    return value
+
+
+def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.Rows:
+    """The map's rows, with those of every token said that counts computed."""
+    if relative.device.type == "cuda":
+        relative.fill()
+    if not relative.is_complete:
+        topk = said.part.topk
+        # The most probable token always counts (the fuse operation keeps at least one).
+        needed = topk.probs >= min_probability
+        needed[:, 0] = True
+        relative.ensure(topk.ids[needed])
+    return relative.rows

@@ -1,0 +1,80 @@
+"""UniTE: the average over the union of the members' top-k tokens (Yao et al., arXiv 2410.03777)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.bridge import TokenBridge
+
+TOP = 10  # k, as the paper has it
+
+
+class UnionTopkFuser(Fuser):
+    """UniTE's step: the members' k = 10 most probable tokens, as byte strings, are the union.
+
+    Each member gives every token of the union its own logit: that of the same token, or, where it does not
+    have it, of the first token of its text, each of its tokens once. A softmax over the union makes that a
+    distribution, and these are averaged. A union token that the main model does not have counts for its first
+    main token, as in the authors' code. The main model's probability of the union's tokens is shared out
+    anew; tokens outside the union keep their logits, so that the likelihood of any text is defined.
+
+    On CUDA a step reads the top tokens on the host, and waits for them.
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        bridge: TokenBridge,
+        device: torch.device,
+        *,
+        names: Sequence[str] | None = None,
+        candidates: int = 128,
+    ) -> None:
+        """See `Fuser`."""
+        super().__init__(vocab_sizes, device, candidates=candidates, names=names)
+        self._bridge = bridge
+
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.fuse`."""
+        top = [one.topk.ids[:, :TOP].tolist() for one in said]
+        for row, shares in enumerate(weights.tolist()):
+            speaks = [i for i, share in enumerate(shares) if share > 0]
+            union = self._union([(said[i].member, top[i][row]) for i in speaks])
+            average = torch.zeros(len(union), device=self.device)
+            for i in speaks:
+                own = said[i].row(row)
+                assert own is not None
+                average += shares[i] * self._distribution(said[i].member, own, union).to(self.device)
+            main = torch.tensor([self._bridge.first(*token, 0) for token in union], device=self.device)
+            kept = main >= 0
+            ids, place = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            mass = torch.zeros(len(ids), device=self.device).index_add_(0, place, average[kept])
+            logits[row, ids] = (logits[row, ids].float().logsumexp(0) + (mass / mass.sum()).log()).to(
+                logits.dtype
+            )
+        return logits.argmax(dim=-1).int()
+
+    def _union(self, tops: Sequence[tuple[int, list[int]]]) -> list[tuple[int, int]]:
+        """(member, token) of each different text, in the members' order."""
+        found: dict[bytes | None, tuple[int, int]] = {}
+        for member, tokens in tops:
+            for token in tokens:
+                if self._bridge.is_eos(member, token):
+                    found.setdefault(None, (member, token))
+                elif text := self._bridge.bytes_of(member, token):
+                    found.setdefault(text, (member, token))
+        return list(found.values())
+
+    def _distribution(self, member: int, logits: torch.Tensor, union: list[tuple[int, int]]) -> torch.Tensor:
+        """A member's softmax over the union, float32 [U]."""
+        seen: set[int] = {-1}
+        ids = [self._bridge.first(*token, member) for token in union]
+        fresh = []
+        for token in ids:
+            fresh.append(token not in seen)
+            seen.add(token)
+        own = logits[torch.tensor(ids, device=logits.device).clamp(min=0)].float()
+        return torch.softmax(own.masked_fill(~torch.tensor(fresh, device=logits.device), -torch.inf), dim=0)

@@ -1,0 +1,42 @@
+"""GaC: the average over the union of the members' vocabularies (Yu et al., arXiv 2406.12585)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.bridge import TokenBridge
+
+
+class UnionVocabFuser(Fuser):
+    """``q = sum_i w_i p_i`` over all byte strings that are a token of some member.
+
+    GaC writes the union's most probable token whole. Here the text is made of the main model's tokens, so a
+    token that it does not have counts for the one its text begins with: what comes out is the distribution of
+    the next token of the main model under q. Special tokens other than EOS stay their own member's.
+    """
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        bridge: TokenBridge,
+        device: torch.device,
+        *,
+        candidates: int = 128,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Look up every token of every assistant, some seconds for a large vocabulary."""
+        super().__init__(vocab_sizes, device, candidates=candidates, names=names)
+        self._tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
+
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.fuse`."""
+        fused = said[0].probabilities() * weights[:, :1]
+        for i, one in enumerate(said[1:], start=1):
+            table = self._tables[one.member - 1]
+            mass = one.probabilities() * (table >= 0) * weights[:, i : i + 1]
+            fused.index_add_(1, table.clamp(min=0), mass)
+        logits.copy_(fused.log())
+        return logits.argmax(dim=-1).int()
