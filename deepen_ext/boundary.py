@@ -13,13 +13,16 @@ together have a probability of `THRESHOLD` or more, the assistant sits out this 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.text import GrowingText, Vocabulary, whole_characters
 
 THRESHOLD = 0.2  # see docs/boundary.md
 CANDIDATES = 16  # of the main model's, most probable first, are enough
 
 
+@dataclass(frozen=True)
 class BoundaryRule:
     """Tells when an assistant should sit out a step; see the module's text.
 
@@ -27,9 +30,8 @@ class BoundaryRule:
     however the text came about.
     """
 
-    def __init__(self, main: Vocabulary, threshold: float = THRESHOLD) -> None:
-        self._main = main
-        self._threshold = threshold
+    main: Vocabulary
+    threshold: float = THRESHOLD
 
     def sits_out(self, text: GrowingText, candidates: Sequence[tuple[int, float]]) -> bool:
         """Whether candidates that would change the last of `text.ids` reach the threshold together.
@@ -44,11 +46,17 @@ class BoundaryRule:
         """
         changing, unseen = 0.0, 1.0
         for token, probability in candidates:
-            if changing + unseen < self._threshold:
+            if changing + unseen < self.threshold:
                 return False
             unseen -= probability
-            if not text.keeps_ids(whole_characters(self._main.bytes_of(token))):
+            if not text.keeps_ids(whole_characters(self.main.bytes_of(token))):
                 changing += probability
-                if changing >= self._threshold:
+                if changing >= self.threshold:
                     return True
         return False
+
+
+def candidates_of(top: TopK, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
+    """What `BoundaryRule.sits_out` takes, for these rows of the main model's most probable tokens."""
+    ids, probs = top.ids[:, :CANDIDATES].tolist(), top.probs[:, :CANDIDATES].tolist()
+    return {row: list(zip(ids[row], probs[row], strict=True)) for row in rows}
