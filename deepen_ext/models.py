@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.gguf import convert_gguf
 from deepen_ext.member import Member
@@ -34,10 +35,14 @@ _TOKENIZER_FILES = (
 def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path | str:
     """What transformers can load: a local folder, or a hub name. A ``.gguf`` file is converted once and kept.
 
+    ``demo:NAME`` is an embedded model (`demo.MODELS`).
+
     Raises:
-        InputError: there is no such file or folder, and the text cannot be a hub name.
-        ModelError: a ``.gguf`` file cannot be converted.
+        InputError: there is no such file, folder or embedded model, and the text cannot be a hub name.
+        ModelError: a ``.gguf`` file cannot be converted, or an embedded model not fetched.
     """
+    if str(name_or_path).startswith("demo:"):
+        return demo.embedded(str(name_or_path).removeprefix("demo:"), progress)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -74,7 +79,7 @@ def load_member(
     """Load a model and its tokenizer, ready for inference.
 
     Args:
-        name_or_path: hub name, local folder or ``.gguf`` file.
+        name_or_path: hub name, local folder, ``.gguf`` file, or an embedded model (``demo:gemma-3-270m``).
         dtype: "float32", "float16", "bfloat16" or the ``torch.dtype``.
         device: where the model goes, for example "cpu" or "cuda:0".
         progress: called with one line of text as each stage starts.

@@ -1,0 +1,202 @@
+"""Presets: an ensemble's members and settings in a YAML file, as `deepen-ext tune` writes them.
+
+    members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]   # the main model first
+    weights: [0.4, 0.6]                                        # or "prompt"; left out: equal
+    fuser: deepen
+    recipe: calibrated
+    learning_rate: 0.15
+    relative_temperature: 40
+    measured: {...}                                            # what was measured; not read again
+
+Only `members` must be there. What is left out has the default of `Ensemble`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # its types are a package of their own
+
+from deepen_ext.cache import atomic_write
+from deepen_ext.errors import InputError
+from deepen_ext.weighting import check_weights
+
+SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature")
+_KEYS = ("members", *SETTINGS, "measured")
+_RECIPES = ("calibrated", "bytes", "paper")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset file says.
+
+    Attributes:
+        members: what `load_member` takes, the main model first: `demo:` names, hub names, or paths (those of
+            the file are relative to its folder, these are not).
+        given: the settings that the file has, by their names in `SETTINGS`.
+        measured: the section of that name; for readers.
+    """
+
+    members: list[str]
+    given: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """The keywords of `Ensemble` that the file sets; what it leaves out is not there.
+
+        Args:
+            options: settings of the command line, by their names in `SETTINGS`. One that is not None counts
+                more than the file's; the file's temperature goes with the file's recipe only.
+
+        Raises:
+            InputError: a fuser that there is not.
+        """
+        from deepen_ext.fusers import parse_fuser
+
+        options = {key: value for key, value in options.items() if value is not None}
+        found = self.given | options
+        if "fuser" in found:
+            found["fuser"], recipe = parse_fuser(found["fuser"], found.get("recipe", ""))
+            if recipe:
+                found["recipe"] = recipe
+        if found.get("recipe") != self._recipe() and "relative_temperature" not in options:
+            found.pop("relative_temperature", None)
+        return found
+
+    def _recipe(self) -> str | None:
+        """The file's, which may also stand behind the fuser's name (deepen:bytes)."""
+        name, _, rest = str(self.given.get("fuser", "")).partition(":")
+        return rest if name == "deepen" and rest else self.given.get("recipe")
+
+
+def load_preset(path: str | Path) -> Preset:
+    """Read a preset file.
+
+    Raises:
+        InputError: no such file, no YAML, an unknown or doubled key, a value of a wrong type, weights that do
+            not go with the members. The message names the line and what to write instead.
+    """
+    file = Path(path).expanduser()
+    values, lines = _read(file)
+
+    def wrong(key: str, message: str) -> InputError:
+        return InputError(f"{file}, line {lines[key]}: {message}")
+
+    for key in values:
+        if key not in _KEYS:
+            raise wrong(key, f"{key!r} is no key of a preset; there are {', '.join(_KEYS)}")
+    if "members" not in values:
+        raise InputError(f"{file}: there is no 'members'; list the models, the main model first")
+    members = values["members"]
+    if not isinstance(members, list) or not members or not all(isinstance(m, str) and m for m in members):
+        raise wrong("members", f"members is {members!r}; give a list of models, the main model first")
+    for key in SETTINGS:
+        if key in values and (expected := _problem(key, values[key])):
+            raise wrong(key, f"{key} is {values[key]!r}; {expected}")
+    if isinstance(weights := values.get("weights"), list):
+        try:
+            check_weights(weights, len(members))
+        except InputError as error:
+            raise wrong("weights", str(error)) from None
+    if values.get("recipe") == "bytes" and values.get("relative_temperature") is not None:
+        raise wrong("relative_temperature", "the bytes recipe has no temperature; take this line out")
+    if not isinstance(measured := values.get("measured", {}), dict):
+        raise wrong("measured", f"measured is {measured!r}; give keys and values, or leave it out")
+    try:
+        found = [_member(name, file) for name in members]
+    except InputError as error:
+        raise wrong("members", str(error)) from None
+    given = {key: values[key] for key in SETTINGS if values.get(key) is not None}
+    return Preset(members=found, given=given, measured=measured)
+
+
+def write_preset(path: str | Path, preset: Preset) -> None:
+    """Write a preset file in one step: no reader sees half of it. Its folder is made where it is missing.
+
+    Members that are files or folders are written relative to the preset, unless their path is absolute.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    file = Path(path).expanduser()
+    content: dict[str, Any] = {"members": [_portable(name, file) for name in preset.members]}
+    content |= {key: preset.given[key] for key in SETTINGS if key in preset.given}
+    if preset.measured:
+        content["measured"] = preset.measured
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    try:
+        with atomic_write(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place") from error
+
+
+def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """The file's keys with their values and with their lines, counted from 1."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as a text file: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{file}{where}: this is no YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: a preset is keys and values, such as 'members: [a, b]'")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise InputError(f"{file}, line {line}: {key.value!r} stands twice; keep one of them")
+        lines[key.value] = line
+    return values, {key: lines.get(str(key), 1) for key in values}
+
+
+def _problem(key: str, value: Any) -> str | None:
+    """What to write instead; None where the value is right. Ranges are the ensemble's own to check."""
+    number = type(value) in (int, float) and math.isfinite(value)
+    if value is None:  # as `relative_temperature:`, which leaves it to the default
+        return None
+    if key == "weights":
+        numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+        return None if numbers or value == "prompt" else "give a list of numbers, or prompt"
+    if key == "learning_rate":
+        return None if number else "give a number such as 0.15"
+    if key == "relative_temperature":
+        return None if number else "give a number such as 40.0"
+    if key == "recipe":
+        return None if value in _RECIPES else f"use one of {', '.join(_RECIPES)}"
+    return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"
+
+
+def _member(name: str, file: Path) -> str:
+    """The member as `load_member` finds it from any folder."""
+    if name.startswith("demo:"):
+        return name
+    path = Path(name).expanduser()
+    beside = file.absolute().parent / path  # an absolute path stays as it is
+    if path.is_absolute() or beside.exists() or name.startswith("."):
+        return str(beside)
+    if path.exists():
+        raise InputError(
+            f"{name} is in the current folder, but a preset's paths start from its own, "
+            f"{beside.parent}; write {path.absolute()}"
+        )
+    return name  # of the hub
+
+
+def _portable(name: str, file: Path) -> str:
+    path = Path(name).expanduser()
+    if name.startswith("demo:") or path.is_absolute() or not path.exists():
+        return name
+    folder = file.absolute().parent
+    relative = Path(os.path.relpath(path.absolute(), folder)).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"

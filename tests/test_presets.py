@@ -1,0 +1,144 @@
+"""Presets: written and read again, and every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deepen_ext.errors import InputError
+from deepen_ext.models import resolve
+from deepen_ext.presets import Preset, load_preset, write_preset
+
+DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
+
+
+def preset_file(folder: Path, text: str) -> Path:
+    file = folder / "preset.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    given = {
+        "weights": [0.3, 0.7],
+        "fuser": "deepen",
+        "recipe": "calibrated",
+        "learning_rate": 0.00001,  # YAML reads 1e-05 as text
+        "relative_temperature": 20.0,
+    }
+    written = Preset(DEMO, given, {"items": 3, "task": "nq", "note": "naïve: ∂L/∂z"})
+    file = tmp_path / "new folder" / "preset.yaml"
+    write_preset(file, written)
+    assert load_preset(file) == written
+    assert load_preset(file).settings() == given
+    assert [one.name for one in file.parent.iterdir()] == ["preset.yaml"]
+    write_preset(file, Preset(DEMO))  # in its place
+    assert load_preset(file) == Preset(DEMO)
+    assert load_preset(file).settings() == {}
+
+
+def test_embedded_members_are_models(smollm2_dir: Path) -> None:
+    assert resolve(DEMO[0]) == smollm2_dir
+    with pytest.raises(InputError, match=r"no such embedded model; there are .*gemma-3-270m"):
+        resolve("demo:gemma-4")
+
+
+def test_paths_start_from_the_presets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, models = tmp_path / "here", tmp_path / "models"
+    for folder in (here, models / "a", here / "b"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    file = tmp_path / "presets" / "preset.yaml"
+    # As named on the command line, from the current folder; what does not exist is the hub's.
+    write_preset(file, Preset(["../models/a", "b", str(models / "a"), "org/name"]))
+    text = file.read_text(encoding="utf-8")
+    assert re.findall(r"^- (.*)$", text, re.M) == ["../models/a", "../here/b", str(models / "a"), "org/name"]
+    monkeypatch.chdir(models)
+    found = load_preset(file).members
+    assert [Path(one).resolve() for one in found[:3]] == [models / "a", here / "b", models / "a"]
+    assert found[3] == "org/name"
+
+    beside = preset_file(models, "members: [a, ./gone]")
+    monkeypatch.chdir(tmp_path)
+    assert load_preset(beside).members == [str(models / "a"), str(models / "gone")]
+    with pytest.raises(InputError, match="gone: no such file or folder"):
+        resolve(load_preset(beside).members[1])
+    stray = preset_file(tmp_path / "presets", "members: [models/a, org/name]")
+    with pytest.raises(InputError, match="models/a is in the current folder, but a preset's paths start"):
+        load_preset(stray)
+
+
+def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> None:
+    preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: deepen:bytes\nweights: prompt\n"))
+    assert preset.settings() == {"fuser": "deepen", "recipe": "bytes", "weights": "prompt"}
+    assert preset.settings(fuser="average", weights=[0.5, 0.5]) == {"fuser": "average", "weights": [0.5, 0.5]}
+    assert preset.settings(learning_rate=None)["recipe"] == "bytes"
+
+    text = "members: [a, b]\nfuser: deepen\nrecipe: calibrated\nrelative_temperature: 20\n"
+    preset = load_preset(preset_file(tmp_path, text))
+    assert preset.settings(recipe="calibrated")["relative_temperature"] == 20
+    # A temperature belongs to its recipe.
+    assert preset.settings(recipe="bytes") == {"fuser": "deepen", "recipe": "bytes"}
+    assert preset.settings(fuser="deepen:paper", relative_temperature=90.0) == {
+        "fuser": "deepen",
+        "recipe": "paper",
+        "relative_temperature": 90.0,
+    }
+    with pytest.raises(InputError, match="fuser 'avrage'"):
+        load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: avrage\n")).settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "members: [a, b]\nweigths: [1, 0]\n",
+            r"line 2: 'weigths' is no key of a preset; there are members,",
+        ),
+        ("members: [a, b]\nweights: [0.5, 0.5]\nweights: [1, 0]\n", "line 3: 'weights' stands twice"),
+        ("weights: [0.5, 0.5]\n", "there is no 'members'; list the models"),
+        ("members: a\n", "line 1: members is 'a'; give a list of models"),
+        ("members: []\n", r"line 1: members is \[\]"),
+        ("members: [a, 3]\n", "line 1: members is .*give a list of models"),
+        ("members: [a, b]\nweights: [0.5, 0.4]\n", "line 2: weights sum to 0.9"),
+        ("members: [a, b]\nweights: [0.2, 0.3, 0.5]\n", "line 2: there are 3 weights for 2 members"),
+        ("members: [a, b]\nweights: even\n", "line 2: weights is 'even'; give a list of numbers, or prompt"),
+        ("members: [a, b]\nweights: [0.5, yes]\n", r"line 2: weights is \[0.5, True\]"),
+        (
+            "members: [a, b]\n\nlearning_rate: 1e-1\n",
+            "line 3: learning_rate is '1e-1'; give a number such as",
+        ),
+        ("members: [a, b]\nlearning_rate: true\n", "line 2: learning_rate is True"),
+        ("members: [a, b]\nrelative_temperature: .inf\n", "line 2: relative_temperature is inf"),
+        ("members: [a, b]\nrecipe: best\n", "line 2: recipe is 'best'; use one of calibrated, bytes, paper"),
+        ("members: [a, b]\nrecipe: [bytes]\n", "line 2: recipe is .*use one of"),
+        (
+            "members: [a, b]\nrecipe: bytes\nrelative_temperature: 40\n",
+            "line 3: the bytes recipe has no temp",
+        ),
+        ("members: [a, b]\nfuser: 3\n", "line 2: fuser is 3; give a fuser's name"),
+        ("members: [a, b]\nmeasured: yes\n", "line 2: measured is True"),
+        ("members: [a, b\nfuser: deepen\n", "line 2: this is no YAML: expected ',' or ']'"),
+        ("members: !!python/name:os.system\n", "line 1: this is no YAML: could not determine a constructor"),
+        ("- a\n- b\n", "a preset is keys and values"),
+        ("", "a preset is keys and values"),
+    ],
+)
+def test_a_wrong_file_names_its_line_and_the_cure(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as raised:
+        load_preset(preset_file(tmp_path, text))
+    assert str(tmp_path / "preset.yaml") in str(raised.value)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none.yaml: cannot be read as a text file: .*No such file"):
+        load_preset(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"members: \xff")
+    with pytest.raises(InputError, match="cannot be read as a text file"):
+        load_preset(tmp_path / "binary.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(InputError, match=r"cannot be written: .*choose another place"):
+        write_preset(tmp_path / "folder.yaml", Preset(DEMO))
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
