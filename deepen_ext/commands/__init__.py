@@ -1,0 +1,1 @@
+"""The commands of `deepen-ext`, one a file."""

@@ -1,0 +1,201 @@
+"""`deepen-ext generate`: continue a text with two or more models together."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepen_ext.commands.options import (
+    AsJson,
+    Debug,
+    Demo,
+    Devices,
+    Dtypes,
+    FuserSpec,
+    LearningRate,
+    Models,
+    Preset,
+    Recipes,
+    Weights,
+    exit_codes,
+    load_ensemble,
+    member_names,
+    write,
+)
+from deepen_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+    from deepen_ext.generation import Generation
+
+# torch and transformers are imported inside the command only, so that --help answers at once.
+
+
+class WithoutTemplate(str, Enum):
+    """What to do for a member without a chat template."""
+
+    error = "error"
+    plain = "plain"
+
+
+def generate(
+    model: Models = None,
+    demo: Demo = False,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Text to continue; by default standard input.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Write at most so many tokens.")] = 128,
+    weight: Weights = None,
+    fuser: FuserSpec = None,
+    recipe: Recipes = None,
+    learning_rate: LearningRate = None,
+    preset: Preset = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens; by default the most probable is taken.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; 1 by default.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the smallest set with this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling: the same seed, the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End after this text. Repeat it.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The prompt is a user's message; each member reads its own chat template."
+        ),
+    ] = False,
+    without_template: Annotated[
+        WithoutTemplate,
+        typer.Option(help="In a chat, a member that has no chat template: an error, or a plain transcript."),
+    ] = WithoutTemplate.error,
+    certified_skip: Annotated[
+        bool,
+        typer.Option(
+            "--certified-skip",
+            help="Ask the assistants only where they can change the token: same text, faster.",
+        ),
+    ] = False,
+    confidence_gate: Annotated[
+        float | None,
+        typer.Option(help="Do not ask them where the main model is at least so sure (0 to 1). Not exact."),
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a line of JSON for every token: what each member said.")
+    ] = None,
+    dtype: Dtypes = None,
+    device: Devices = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a text with two or more models together."""
+    with exit_codes(debug):
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        if given and not sample:
+            raise InputError(f"--{next(iter(given)).replace('_', '-')} needs --sample")
+        if preset is None:
+            member_names(model, demo)  # before the prompt is read
+        text = _prompt(prompt)
+        if certified_skip and sample:
+            raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
+        ensemble = load_ensemble(
+            model,
+            demo,
+            preset,
+            weights=weight,
+            fuser=fuser,
+            recipe=recipe,
+            learning_rate=learning_rate,
+            dtypes=dtype,
+            devices=device,
+        )
+        result = ensemble.generate(
+            [{"role": "user", "content": text}] if chat else text,
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            stop_strings=stop or None,
+            certified_skip=certified_skip,
+            confidence_gate=confidence_gate,
+            trace=trace,
+            without_template=without_template.value,
+            on_text=None if as_json else _writer("" if chat else text),
+            **given,
+        )
+        if as_json:
+            write(json.dumps(_report(ensemble, result)) + "\n")
+        else:
+            write("\n")
+            _summarise(ensemble, result)
+
+
+def _prompt(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError('no prompt: give --prompt "some text", or pipe a text to standard input')
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8 text: {error}") from error
+        prompt = prompt.removesuffix("\n")  # what `echo` adds is no part of the text
+    if not prompt:
+        raise InputError("the prompt is empty; give some text to continue")
+    return prompt
+
+
+def _writer(prompt: str) -> Callable[[str], None]:
+    """Text to standard output as it comes; on a terminal after the prompt, so that it reads on."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(prompt, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
+    return write
+
+
+def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
+    """The JSON object; times in milliseconds, those per token without the step that reads the prompt."""
+    timings, later = result.timings, max(result.timings.steps - 1, 1)
+    return {
+        "text": result.text,
+        "tokens": len(result.token_ids),
+        "token_ids": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "changed_tokens": result.changed_tokens,
+        "ms_per_token": round(timings.ms_per_token, 3),
+        "fusion_ms_per_token": round(timings.fusion_ms_per_token, 3),
+        "handoff_ms_per_token": round(timings.handoff_ms / later, 3),
+        "prompt_ms": round(timings.prompt_ms, 3),
+        "tokens_per_second": round(timings.tokens_per_second, 3),
+        "skipped_share": round(timings.skipped_share, 4),
+        "members": [
+            {"name": name, "weight": weight, "ms_per_token": round(timings.members_ms[name] / later, 3)}
+            for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
+        ],
+        "fuser": ensemble.method,
+        "recipe": ensemble.recipe,
+        "rows_computed": ensemble.rows_computed,
+    }
+
+
+def _summarise(ensemble: Ensemble, result: Generation) -> None:
+    from rich.console import Console
+
+    main, *others = ensemble.names
+    timings = result.timings
+    line = (
+        f"{len(result.token_ids)} tokens by {main}, {result.changed_tokens} of them changed by "
+        f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of "
+        f"it fusion (ended by {result.finish_reason})"
+        + (
+            f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
+            if timings.skipped_share
+            else ""
+        )
+    )
+    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
