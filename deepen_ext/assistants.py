@@ -6,14 +6,15 @@ own `generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that wer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from deepen_ext.boundary import CANDIDATES
+from deepen_ext.boundary import candidates_of
 from deepen_ext.chat import PromptText
 from deepen_ext.errors import DeepenError, ModelError
 from deepen_ext.fusers import FusedStep, Part
@@ -161,7 +162,7 @@ class Assistants:
         fuser, rule = self._ensemble.fuser, self._ensemble.boundary_rule
         if main is None:
             main = fuser.top(0, main_logits)
-        candidates = _candidates(main, open_rows) if rule is not None and open_rows else {}
+        candidates = candidates_of(main.topk, open_rows) if rule is not None and open_rows else {}
         members_ms: dict[str, float] = {}
         handoff = 0.0
         logits: list[torch.Tensor | None] = [main_logits]
@@ -193,12 +194,6 @@ class Assistants:
         return text
 
 
-def _candidates(main: Part, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
-    """The main model's most probable tokens with their probabilities, by row of the step."""
-    ids, probs = main.topk.ids[:, :CANDIDATES].tolist(), main.topk.probs[:, :CANDIDATES].tolist()
-    return {row: list(zip(ids[row], probs[row], strict=True)) for row in rows}
-
-
 def forward(session: Session, targets: dict[int, list[int]], name: str) -> torch.Tensor:
     """`session.sync(targets)`; where it fails, the error names the member.
 
@@ -206,8 +201,19 @@ def forward(session: Session, targets: dict[int, list[int]], name: str) -> torch
         InputError: see `BatchSession.sync`.
         ModelError: the forward pass failed.
     """
-    try:
+    with failures_of(name):
         return session.sync(targets)
+
+
+@contextmanager
+def failures_of(name: str) -> Iterator[None]:
+    """What goes wrong in a forward pass of this member is a ModelError with its name.
+
+    Raises:
+        ModelError: see above; our own errors pass.
+    """
+    try:
+        yield
     except DeepenError:
         raise
     except Exception as error:
