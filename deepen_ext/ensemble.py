@@ -15,9 +15,9 @@ from deepen_ext.decoding import Run
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
 from deepen_ext.generation import BatchGeneration, Generation
-from deepen_ext.member import Member
+from deepen_ext.member import Member, unique_names
 from deepen_ext.member_maps import MapSettings, MemberMaps
-from deepen_ext.models import Progress, find_device, load_member
+from deepen_ext.models import Progress, load_members
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.prompts import Messages, Prompts, is_batch, read_prompts
 from deepen_ext.relative_map import RelativeMap
@@ -136,7 +136,7 @@ class Ensemble:
             check_built_for(member.device)
         self.device = members[0].device
         self.members = list(members)
-        self.names = _unique_names(member.name for member in members)
+        self.names = unique_names(members)
         self.recipe: Recipe = recipe
         even = [1 / len(members)] * len(members)
         self.weights = check_weights(weights if weights is not None else even, len(members))
@@ -188,14 +188,7 @@ class Ensemble:
             )
         if settings.get("weights") is not None:
             check_weights(settings["weights"], len(members))  # before minutes of loading
-        devices = [find_device(one) for one in _for_each("device", device, len(members))]
-        for one in devices:
-            check_built_for(one)
-        dtypes = _for_each("dtype", dtype, len(members))
-        loaded = [
-            load_member(name, dtype=dtypes[i], device=devices[i], progress=progress)
-            for i, name in enumerate(members)
-        ]
+        loaded = load_members(members, dtype=dtype, device=device, progress=progress)
         if progress is not None:
             progress("Matching vocabularies")
         return cls(loaded, **settings)
@@ -344,21 +337,3 @@ class Ensemble:
         """Write newly computed relative rows to the cache folder, for the next run."""
         if self._maps is not None:
             self._maps.save()
-
-
-def _for_each(what: str, value: Any, members: int) -> list[Any]:
-    """One value for each member, from one for all or a list of them."""
-    if isinstance(value, str | torch.dtype | torch.device):
-        return [value] * members
-    values = list(value)
-    if len(values) != members:
-        raise InputError(
-            f"there are {len(values)} of {what} for {members} members; give one, or one for each"
-        )
-    return values
-
-
-def _unique_names(names: Any) -> list[str]:
-    """Members' names, numbered where two are the same (timings are by name)."""
-    names = list(names)
-    return [name if names.count(name) == 1 else f"{name}#{i}" for i, name in enumerate(names)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,3 +39,9 @@ class Member:
     def vocab_size(self) -> int:
         """Number of logits the model gives (may exceed the number of tokens)."""
         return self.vocabulary.vocab_size
+
+
+def unique_names(members: Sequence[Member]) -> list[str]:
+    """Members' names, numbered where two are the same (timings are by name)."""
+    names = [member.name for member in members]
+    return [name if names.count(name) == 1 else f"{name}#{i}" for i, name in enumerate(names)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,10 +14,11 @@ from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.gguf import convert_gguf
 from deepen_ext.member import Member
+from deepen_ext.ops.checks import check_built_for
 from deepen_ext.quiet import quiet
 from deepen_ext.text import Vocabulary
 
-__all__ = ["DTYPES", "Progress", "convert_gguf", "find_device", "load_member", "resolve"]
+__all__ = ["DTYPES", "Progress", "convert_gguf", "find_device", "load_member", "load_members", "resolve"]
 
 Progress = Callable[[str], None]
 
@@ -108,6 +110,42 @@ def load_member(
         device=torch_device,
         dtype=torch_dtype,
     )
+
+
+def load_members(
+    members: Sequence[str | Path],
+    *,
+    dtype: str | torch.dtype | Sequence[str | torch.dtype] = "float32",
+    device: str | torch.device | Sequence[str | torch.device] = "cpu",
+    progress: Progress | None = None,
+) -> list[Member]:
+    """Load several, as `load_member` does; dtype and device are one for all, or one for each.
+
+    Raises:
+        InputError: see `load_member`; a number of dtypes or devices that is not the members'; a CUDA device
+            that this build has no kernels for.
+        ModelError: see `load_member`.
+    """
+    devices = [find_device(one) for one in _for_each("device", device, len(members))]
+    for one in devices:
+        check_built_for(one)
+    dtypes = _for_each("dtype", dtype, len(members))
+    return [
+        load_member(name, dtype=dtypes[i], device=devices[i], progress=progress)
+        for i, name in enumerate(members)
+    ]
+
+
+def _for_each(what: str, value: Any, members: int) -> list[Any]:
+    """One value for each member, from one for all or a list of them."""
+    if isinstance(value, str | torch.dtype | torch.device):
+        return [value] * members
+    values = list(value)
+    if len(values) != members:
+        raise InputError(
+            f"there are {len(values)} of {what} for {members} members; give one, or one for each"
+        )
+    return values
 
 
 def _load(
