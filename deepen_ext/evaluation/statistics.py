@@ -113,7 +113,7 @@ def _two_sided(one: int, other: int) -> float:
     for successes in range(min(one, other) + 1):
         tail += ways
         ways = ways * (count - successes) // (successes + 1)
-    return min(2 * tail / 2**count, 1.0)
+    return min(2 * tail / (1 << count), 1.0)
 
 
 def paired_bootstrap(
