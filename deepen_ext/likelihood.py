@@ -1,0 +1,292 @@
+"""How probable a text is to an ensemble, and to each of its members alone, token by token.
+
+Under teacher forcing: the text is given, and at each of its tokens the distribution that the loop would have
+sampled from is asked for the token that really comes. Members' vocabularies differ, so nats a token cannot be
+compared between them; bits a byte can.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import Part
+from deepen_ext.member import Member
+from deepen_ext.ops import topk_softmax
+from deepen_ext.readings import Accompaniment, Reading
+from deepen_ext.weighting import check_weights
+
+# Logits of one fusion step: with more than the allocator keeps at hand (32 MB), each step waits for fresh
+# pages, which takes ten times as long as the copy itself.
+_STEP_BYTES = 16 << 20
+
+PIECE, CONTEXT = 1500, 500  # characters; together some 600 tokens
+
+
+@dataclass(frozen=True)
+class TokenLikelihoods:
+    """What a distribution gave the tokens of one text.
+
+    Attributes:
+        logprobs: natural logarithms, one for each scored token.
+        ends: where each token ends, in bytes of the scored text; the last one is its length. A token that
+            begins in the context counts from the text's beginning.
+        greedy: whether the token is the most probable one.
+        nbytes: of the scored text.
+    """
+
+    logprobs: list[float]
+    ends: list[int]
+    greedy: list[bool]
+    nbytes: int
+
+    @property
+    def total(self) -> float:
+        """Natural logarithm of the text's probability."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Negative log-likelihood, base 2, for each byte of the text."""
+        return -self.total / math.log(2) / self.nbytes
+
+    def by_blocks(self, size: int) -> list[float]:
+        """The total in shares of blocks of `size` bytes, the last one perhaps shorter.
+
+        A token's log-probability is spread evenly over its bytes. Block i is the same part of the text for
+        every tokenisation, so that blocks can be compared in pairs.
+        """
+        return self._spread(self.logprobs, size)
+
+    def tokens_by_blocks(self, size: int) -> list[float]:
+        """How many tokens there are in the blocks of `by_blocks`, parts of tokens counted as such."""
+        return self._spread([1.0] * len(self.ends), size)
+
+    def _spread(self, values: Sequence[float], size: int) -> list[float]:
+        if size < 1:
+            raise InputError(f"blocks of {size} bytes; give 1 or more")
+        blocks = [0.0] * -(-self.nbytes // size)
+        begin = 0
+        for value, end in zip(values, self.ends, strict=True):
+            if end == begin:  # a token without bytes of the text
+                blocks[min(begin // size, len(blocks) - 1)] += value
+            for block in range(begin // size, -(-end // size)):
+                covered = min(end, (block + 1) * size) - max(begin, block * size)
+                blocks[block] += value * covered / (end - begin)
+            begin = end
+        return blocks
+
+
+class TextReading:
+    """One text, read once by some members; any number of ensembles of them are measured on it.
+
+    A member reads `context` and `text` together, in its own tokens. Scored are the tokens beyond those that
+    the context alone has (lm-evaluation-harness's convention, `_encode_pair`): whitespace at the end of the
+    context belongs to the text. Without a context the first token follows what the tokenizer puts before
+    every text, or else the BOS or EOS token (its `prefix_token_id`).
+
+    An assistant takes part at a token as it does in the loop: it has read the text so far, in the tokens that
+    this has by itself; it waits for unfinished characters, and heeds the ensemble's boundary rule.
+
+    Models run when they are first needed. What was read is kept: 4 bytes for each token of the text and each
+    of the member's vocabulary, until `close`, the end of a `with` block, or of the object.
+
+    Attributes:
+        context: without the whitespace at its end.
+        text: what is scored, with that whitespace before it.
+    """
+
+    def __init__(self, members: Sequence[Member], context: str, text: str) -> None:
+        """Tokenise for all members, so that what cannot be read is refused before anything is computed.
+
+        Raises:
+            InputError: an empty text, a lone surrogate, bytes that some tokenizer loses, a text that has no
+                token of its own after the context, or more tokens than a member's context holds.
+        """
+        if not text:
+            raise InputError("the text is empty; give some text to score")
+        self.context = context.rstrip()
+        self.text = context[len(self.context) :] + text
+        self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
+        self._begin = len(self.context.encode())
+        self._alone: dict[int, TokenLikelihoods] = {}
+        self._accompaniments: dict[tuple[int, int], Accompaniment] = {}
+
+    def __enter__(self) -> TextReading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free caches and logits."""
+        for reading in self._readings.values():
+            reading.close()
+        self._accompaniments.clear()
+
+    def member(self, member: Member) -> TokenLikelihoods:
+        """The member alone, in its own tokens.
+
+        Raises:
+            InputError: not one of the reading's members; a member that gives NaN.
+            ModelError: its forward pass failed.
+        """
+        if id(member) not in self._alone:
+            reading = self._reading(member)
+            reading.read()
+            logprobs: list[float] = []
+            greedy: list[bool] = []
+            for rows in _blocks(len(reading.scored), member):
+                targets = reading.scored[rows.start : rows.stop]
+                found, top = _logprobs(reading.logits.take(rows), targets, member.name)
+                logprobs += found
+                greedy += [one == token for one, token in zip(top, targets, strict=True)]
+            self._alone[id(member)] = self._likelihoods(reading, logprobs, greedy)
+        return self._alone[id(member)]
+
+    def logits(self, member: Member) -> Iterator[torch.Tensor]:
+        """What the member says before each scored token, in blocks [n, V] of its dtype, to be read only.
+
+        Raises:
+            InputError: not one of the reading's members.
+            ModelError: its forward pass failed.
+        """
+        reading = self._reading(member)
+        reading.read()
+        for rows in _blocks(len(reading.scored), member):
+            yield reading.logits.take(rows)
+
+    def fused(self, ensemble: Ensemble, weights: Sequence[float] | None = None) -> TokenLikelihoods:
+        """The ensemble's distribution, in the tokens of its main model.
+
+        Args:
+            ensemble: of members of this reading, the same objects.
+            weights: one for each member, summing to 1; None for the ensemble's own.
+
+        Raises:
+            InputError: a member that the reading does not have; a member that gives NaN; see `check_weights`.
+            ModelError: a forward pass failed.
+        """
+        members = ensemble.members
+        main, *assistants = [self._reading(member) for member in members]
+        shares = ensemble.weights if weights is None else check_weights(weights, len(members))
+        main.read()
+        fuser = ensemble.fuser
+        speaks = [
+            self._accompaniment(main, one).speaks(ensemble.boundary_rule, fuser.candidates)
+            for one in assistants
+        ]
+        logprobs: list[float] = []
+        greedy: list[bool] = []
+        for rows in _blocks(len(main.scored), *members):
+            logits = main.logits.take(rows)
+            parts = [self._part(ensemble, 0, main, range(len(rows)), rows)]
+            for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
+                first, last = (bisect_left(said, (place,)) for place in (rows.start, rows.stop))
+                if here := said[first:last]:
+                    places = [place - rows.start for place, _ in here]
+                    parts.append(self._part(ensemble, i, reading, places, [row for _, row in here]))
+            step = fuser.step_parts(logits, parts, shares)
+            targets = main.scored[rows.start : rows.stop]
+            found, _ = _logprobs(step.logits, targets, f"{ensemble.method} of {main.member.name}")
+            logprobs += found
+            greedy += [one == token for one, token in zip(step.chosen.tolist(), targets, strict=True)]
+        return self._likelihoods(main, logprobs, greedy)
+
+    def _part(
+        self, ensemble: Ensemble, i: int, reading: Reading, places: Sequence[int], rows: Sequence[int]
+    ) -> Part:
+        """What member i says at these places of a step: these rows of what it has read."""
+        top = reading.logits.top(rows, ensemble.fuser.candidates, ensemble.device)
+        name = f"logits of {ensemble.names[i]}"
+        return Part(i, name, top, places, reading.logits.take(rows))
+
+    def _reading(self, member: Member) -> Reading:
+        try:
+            return self._readings[id(member)]
+        except KeyError:
+            raise InputError(
+                f"{member.name} is not a member of this reading; make the reading with the Member objects of "
+                "all ensembles"
+            ) from None
+
+    def _accompaniment(self, main: Reading, assistant: Reading) -> Accompaniment:
+        key = id(main), id(assistant)
+        if key not in self._accompaniments:
+            self._accompaniments[key] = Accompaniment(main, assistant)
+        return self._accompaniments[key]
+
+    def _likelihoods(self, reading: Reading, logprobs: list[float], greedy: list[bool]) -> TokenLikelihoods:
+        ends = [max(end - self._begin, 0) for end in reading.ends]
+        return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
+
+
+def pieces(text: str, *, length: int = PIECE, context: int = CONTEXT) -> list[tuple[str, str]]:
+    """Cut a text into (context, scored text), so that every character is scored once.
+
+    Args:
+        text: not empty.
+        length: most characters of a scored text; more only where it would end inside a run of whitespace.
+        context: most characters before it.
+
+    A cut is made in the second half of a piece, before the last space that a word follows: there no tokenizer
+    has a token that reaches from one side to the other, so that each member scores the same characters. Where
+    there is none it is made before other whitespace, and where there is none of that either, inside a word.
+
+    Raises:
+        InputError: an empty text, or lengths out of range.
+    """
+    if not text:
+        raise InputError("the text is empty; give some text to score")
+    if length < 1 or context < 0:
+        raise InputError(f"pieces of {length} characters after {context}; give 1 or more, after 0 or more")
+    found = []
+    begin = 0
+    while begin < len(text):
+        end = (
+            len(text) if len(text) - begin <= length else _cut(text, begin + length // 2 + 1, begin + length)
+        )
+        before = max(begin - context, 0)
+        if before:
+            before = next((at for at in range(before, begin) if text[at].isspace()), before)
+        found.append((text[before:begin], text[begin:end]))
+        begin = end
+    return found
+
+
+def _cut(text: str, first: int, last: int) -> int:
+    """Where to cut the text, from `first` to `last`, or later where it cannot be cut there."""
+    begins = [at for at in range(last, first - 1, -1) if text[at].isspace() and not text[at - 1].isspace()]
+    for at in begins:
+        if text[at] == " " and text[at + 1 : at + 2].isalnum():
+            return at
+    # Whitespace at the end of a context is scored with the text after it: no piece may end in it.
+    anywhere = (at for at in range(last, len(text)) if not text[at - 1].isspace())
+    return begins[0] if begins else next(anywhere, len(text))
+
+
+def _blocks(rows: int, *members: Member) -> Iterator[range]:
+    """Rows 0 to `rows` - 1 in blocks whose logits are not too large for any of the members."""
+    largest = max(member.vocab_size * member.dtype.itemsize for member in members)
+    step = max(_STEP_BYTES // largest, 1)
+    for begin in range(0, rows, step):
+        yield range(begin, min(begin + step, rows))
+
+
+def _logprobs(logits: torch.Tensor, tokens: Sequence[int], name: str) -> tuple[list[float], list[int]]:
+    """Log-probabilities (natural) of one token for each row of logits [n, V]; the rows' most probable ids."""
+    top = topk_softmax(logits, 1, name=name)
+    top.check(name)
+    chosen = torch.tensor(tokens).to(logits.device)[:, None]
+    # log_softmax from the largest logit and its probability, whose sum the operation takes in float64.
+    own, best = (logits.gather(1, ids).double() for ids in (chosen, top.ids.long()))
+    return (own - best + top.probs.double().log())[:, 0].tolist(), top.ids[:, 0].tolist()
