@@ -6,8 +6,7 @@ own `generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that wer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
@@ -16,10 +15,11 @@ import torch
 
 from deepen_ext.boundary import candidates_of
 from deepen_ext.chat import PromptText
-from deepen_ext.errors import DeepenError, ModelError
+from deepen_ext.errors import failures_of
 from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.sharing import Session, SharedForwards, open_session
 from deepen_ext.text import GrowingText, Utf8Stream
+from deepen_ext.weighting import PromptScore, read_prompts
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -84,6 +84,13 @@ class Assistants:
                 self._shared,
             )
             for i, member in enumerate(self._members)
+        ]
+
+    def read_prompts(self) -> list[dict[int, PromptScore]]:
+        """How well each assistant reads each row's prompt; their sessions then hold the prompts."""
+        return [
+            read_prompts(session, member, {row: own[i].ids for row, own in enumerate(self._texts)})
+            for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True))
         ]
 
     def close(self) -> None:
@@ -203,19 +210,3 @@ def forward(session: Session, targets: dict[int, list[int]], name: str) -> torch
     """
     with failures_of(name):
         return session.sync(targets)
-
-
-@contextmanager
-def failures_of(name: str) -> Iterator[None]:
-    """What goes wrong in a forward pass of this member is a ModelError with its name.
-
-    Raises:
-        ModelError: see above; our own errors pass.
-    """
-    try:
-        yield
-    except DeepenError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(f"{name}: its forward pass failed: {type(error).__name__}: {first}") from error

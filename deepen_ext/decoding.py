@@ -23,6 +23,7 @@ from deepen_ext.sampler import Chooser
 from deepen_ext.settings import Settings
 from deepen_ext.sharing import SharedForwards, open_session
 from deepen_ext.trace import Trace
+from deepen_ext.weighting import prompt_weights, read_prompts
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -183,6 +184,8 @@ class Run:
         """One token for every row that is not finished."""
         rows, timings, names = list(self._active), self._timings, self.ensemble.names
         began = perf_counter()
+        if timings.steps == 0 and self.ensemble.weighs_prompts:
+            self._weigh_prompts()
         main_logits = forward(self._main, {row: self._rows[row].ids for row in rows}, names[0])
         read = perf_counter()
         main = self.ensemble.fuser.top(0, main_logits)
@@ -220,6 +223,15 @@ class Run:
         timings.settled += step.reasons.count("settled")
         timings.gated += step.reasons.count("gated")
         return written
+
+    def _weigh_prompts(self) -> None:
+        """Each row's weights from how well the members read its prompt."""
+        ensemble, rows = self.ensemble, range(len(self._rows))
+        main = read_prompts(self._main, ensemble.members[0], {row: self._rows[row].ids for row in rows})
+        others = self._assistants.read_prompts()
+        for row in rows:
+            scores = [main[row], *(one[row] for one in others)]
+            self._assistants.weights[row] = prompt_weights(scores, ensemble.weights)
 
     def _unneeded(self, main_logits: torch.Tensor, main: Part) -> list[Reason | None]:
         """Of each active row, why its token needs no assistant, or None."""

@@ -42,7 +42,7 @@ class Ensemble:
         self,
         members: Sequence[Member],
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Literal["prompt"] | None = None,
         fuser: str | FuseFunction = "deepen",
         recipe: Recipe = "calibrated",
         learning_rate: float = 0.15,
@@ -58,7 +58,8 @@ class Ensemble:
 
         Args:
             members: the main model first.
-            weights: lambda_i, summing to 1; None for equal ones.
+            weights: lambda_i, summing to 1; None for equal ones; "prompt": found for each prompt, from how
+                well each member reads it (see `prompt_weights`).
             fuser: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single" (the main model
                 alone: one member is enough, and others are not used); or a function of your own (see
                 `deepen_ext.fusers`).
@@ -115,7 +116,7 @@ class Ensemble:
         members: Sequence[Member],
         maps: MemberMaps | None,
         *,
-        weights: Sequence[float] | None,
+        weights: Sequence[float] | Literal["prompt"] | None,
         fuser: str | FuseFunction,
         recipe: Recipe,
         relative_temperature: float | None,
@@ -132,6 +133,8 @@ class Ensemble:
             members, weights = members[:1], None
         if len(members) < (1 if fuser == "single" else 2):
             raise InputError(f"an ensemble needs two or more members, not {len(members)}")
+        if isinstance(weights, str) and weights != "prompt":
+            raise InputError(f"weights are '{weights}'; give a list of numbers, or 'prompt'")
         for member in members:
             check_built_for(member.device)
         self.device = members[0].device
@@ -139,7 +142,9 @@ class Ensemble:
         self.names = unique_names(members)
         self.recipe: Recipe = recipe
         even = [1 / len(members)] * len(members)
-        self.weights = check_weights(weights if weights is not None else even, len(members))
+        self.weighs_prompts = weights == "prompt"
+        fixed = even if weights is None or isinstance(weights, str) else weights
+        self.weights = check_weights(fixed, len(members))
         self.method = method_name(fuser, recipe)
         self._maps = maps
         if on_relative_maps(fuser):
@@ -186,7 +191,7 @@ class Ensemble:
             raise InputError(
                 f"an ensemble needs two or more members, not {len(members)}; name at least two models"
             )
-        if settings.get("weights") is not None:
+        if not isinstance(settings.get("weights"), str | None):
             check_weights(settings["weights"], len(members))  # before minutes of loading
         loaded = load_members(members, dtype=dtype, device=device, progress=progress)
         if progress is not None:

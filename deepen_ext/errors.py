@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DeepenError(Exception):
     """Base class of every error deepen-ext raises on purpose."""
@@ -13,3 +16,19 @@ class InputError(DeepenError, ValueError):
 
 class ModelError(DeepenError, RuntimeError):
     """A model, tokenizer or file cannot be used. Exit code 1 on the command line."""
+
+
+@contextmanager
+def failures_of(name: str) -> Iterator[None]:
+    """What goes wrong in a forward pass of this member is a ModelError with its name.
+
+    Raises:
+        ModelError: see above; our own errors pass.
+    """
+    try:
+        yield
+    except DeepenError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(f"{name}: its forward pass failed: {type(error).__name__}: {first}") from error

@@ -11,9 +11,9 @@ from itertools import groupby
 
 import torch
 
-from deepen_ext.assistants import failures_of, forward
+from deepen_ext.assistants import forward
 from deepen_ext.boundary import CANDIDATES, BoundaryRule, candidates_of
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.member import Member
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.session import BatchSession
@@ -124,9 +124,9 @@ class Reading:
         Raises:
             ModelError: its forward pass failed.
         """
-        if self._session is not None:
+        if len(self.logits):
             return
-        session = _session(self.member, len(self.ids) - 1)
+        session = self._session or _session(self.member, len(self.ids) - 1)
         try:
             with failures_of(self.member.name):
                 for block in session.read(
@@ -135,27 +135,39 @@ class Reading:
                     self.logits.add(block)
         except BaseException:
             session.close()
+            self._session = None
             self.logits = LogitRows(self.member.name)
             raise
         self._session = session
 
-    def close(self) -> None:
-        """Free the cache and the logits."""
+    def go_on_from(self, other: Reading) -> None:
+        """Take another reading's cache over: what both begin with is not fed again. It keeps its logits."""
+        if self._session is None:
+            self._session, other._session = other._session, None
+
+    def release(self) -> None:
+        """Free the cache and keep the logits; what was never asked for then takes the whole text again."""
         if self._session is not None:
             self._session.close()
         self._session = None
+
+    def close(self) -> None:
+        """Free the cache and the logits."""
+        self.release()
         self.logits = LogitRows(self.member.name)
         self._elsewhere.clear()
 
     def rows_after(self, all_ids: Iterable[Sequence[int]]) -> list[int]:
         """Rows of `logits` after each of these ids; those that the text does not begin with are read now."""
         self.read()
-        assert self._session is not None
         keys = [tuple(ids) for ids in all_ids]
         missing = {ids for ids in keys if self._row_in_text(ids) is None} - self._elsewhere.keys()
+        if missing and self._session is None:
+            self._session = _session(self.member, len(self.ids) - 1)
         # The longest first: each then only rolls back what the one before has left. In another row than the
         # text's where there is one: the text stays for the next call.
         for ids in sorted(missing, key=len, reverse=True):
+            assert self._session is not None
             block = forward(self._session, {self._session.rows - 1: list(ids)}, self.member.name)
             self._elsewhere[ids] = self.logits.add(block)[0]
         rows = [self._row_in_text(ids) for ids in keys]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -19,6 +19,7 @@ class Session(Protocol):
     """What a run needs of a member: see `BatchSession`."""
 
     def sync(self, targets: Mapping[int, Sequence[int]]) -> torch.Tensor: ...  # noqa: D102
+    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]: ...  # noqa: D102
     def release(self, row: int) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
@@ -99,6 +100,9 @@ class _SharedSession:
         for row, logits in fresh.items():
             self._shared.keep(self._kept, keys[row], logits)
         return torch.stack([fresh[row] if row in fresh else self._kept[ids] for row, ids in keys.items()])
+
+    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]:
+        return self._session.read(row, ids, start)
 
     def release(self, row: int) -> None:
         pass

@@ -36,7 +36,7 @@ SUMS = [
 def pair(smollm2, gemma, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.ensemble.cache_dir", lambda *parts: folder.joinpath(*parts))
+        patch.setattr("deepen_ext.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
         yield Ensemble([smollm2, gemma])
 
 

@@ -23,7 +23,7 @@ def cache(tmp_path_factory):
     """An assets cache of this module's own: nothing computed elsewhere is found there."""
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.ensemble.cache_dir", lambda *parts: folder.joinpath(*parts))
+        patch.setattr("deepen_ext.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
         yield folder
 
 

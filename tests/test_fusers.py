@@ -1,0 +1,312 @@
+"""The fusers beside DeePEn: against what their papers say, in plain Python over real vocabularies."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import lru_cache
+
+import pytest
+import torch
+from oracle import random_embedding, random_logits
+
+from deepen_ext import Ensemble, InputError, RelativeMap
+from deepen_ext.fusers import (
+    AverageFuser,
+    DeepenFuser,
+    FunctionFuser,
+    TokenBridge,
+    UnionTopkFuser,
+    parse_fuser,
+)
+from deepen_ext.member import Member
+
+PROMPT = "The capital of France is"
+EVERY = ("deepen", "average", "union-topk", "union-vocab")
+
+
+def peaked(batch: int, vocab: int, seed: int) -> torch.Tensor:
+    """Logits [batch, vocab] with a handful of tokens that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, vocab, generator=generator)
+    for row in logits:
+        row[torch.randperm(vocab, generator=generator)[:40]] += 10 + 12 * torch.rand(40, generator=generator)
+    return logits
+
+
+@pytest.fixture
+def said(smollm2: Member, gemma: Member) -> list[torch.Tensor]:
+    """Three positions of both members; the second has tokens in common on top, the third ends the text."""
+    logits = [peaked(3, smollm2.vocab_size, 1), peaked(3, gemma.vocab_size, 2)]
+    for i, text in enumerate((" Paris", " the", " Antarctica", "\n")):
+        logits[0][1, smollm2.vocabulary.encode(text)[0]] = 25.0 - i
+        logits[1][1, gemma.vocabulary.encode_part(text, 0)[0][0]] = 24.5 + i
+    logits[0][2, smollm2.eos_ids[0]] = 26.0
+    logits[1][2, gemma.eos_ids[0]] = 26.0
+    return logits
+
+
+@lru_cache(maxsize=2)
+def ids_by_text(tokens: tuple[bytes | None, ...]) -> dict[bytes | None, int]:
+    return {text: i for i, text in reversed(list(enumerate(tokens)))}
+
+
+def first_token(member: Member, data: bytes) -> int:
+    """The member's token of these bytes, or the first of their tokenisation."""
+    ids = ids_by_text(tuple(member.vocabulary.tokens))
+    return ids[data] if data in ids else member.vocabulary.encode_part(data.decode(), 0)[0][0]
+
+
+class TestAverage:
+    def test_is_the_weighted_sum_of_dense_relative_representations(self) -> None:
+        logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1), random_logits(2, 350, seed=2)]
+        maps = [
+            RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120), entries=12)
+            for v in (300, 400, 350)
+        ]
+        anchor_ids, weights = torch.randperm(300)[:120], [0.5, 0.3, 0.2]
+        step = AverageFuser(maps, anchor_ids, candidates=10_000).step(logits, weights)
+        want = weights[0] * torch.softmax(logits[0].double(), -1)
+        for weight, one, relative in zip(weights[1:], logits[1:], maps[1:], strict=True):
+            want[:, anchor_ids] += weight * (torch.softmax(one.double(), -1) @ relative.to_dense().double())
+        assert (want - torch.softmax(logits[0].double(), -1)).abs().max() > 0.01
+        torch.testing.assert_close(step.logits.double().exp(), want, atol=1e-6, rtol=1e-4)
+        assert torch.equal(step.chosen.long(), want.argmax(-1))
+
+    def test_improbable_tokens_go_to_the_tail(self) -> None:
+        logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1)]
+        maps = [
+            RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120)) for v in (300, 400)
+        ]
+        step = AverageFuser(maps, torch.arange(120), min_probability=0.01).step(logits, [0.5, 0.5])
+        assert 0 < maps[1].rows_known < 128
+        torch.testing.assert_close(step.logits.exp().sum(-1), torch.ones(2), atol=1e-5, rtol=0)
+
+    def test_dense_maps_are_refused(self) -> None:
+        with pytest.raises(InputError, match="sparse rows"):
+            AverageFuser([RelativeMap.from_dense(torch.full((5, 4), 0.25))], torch.arange(4))
+
+
+class TestUnionVocab:
+    def test_is_the_sum_over_the_union_by_main_token(self, smollm2, gemma, said) -> None:
+        step = Ensemble([smollm2, gemma], fuser="union-vocab").fuser.step(said, [0.6, 0.4])
+        probs = [torch.softmax(one.double(), -1) for one in said]
+        moved = 0
+        for row in range(3):
+            want = defaultdict(float, {i: 0.6 * p for i, p in enumerate(probs[0][row].tolist())})
+            for token in torch.nonzero(probs[1][row] > 1e-5).flatten().tolist():
+                share = 0.4 * float(probs[1][row, token])
+                if token in gemma.eos_ids:
+                    want[smollm2.eos_ids[0]] += share
+                    continue
+                data = gemma.vocabulary.tokens[token]
+                if not data:
+                    continue
+                try:
+                    main = first_token(smollm2, data)
+                except UnicodeDecodeError:
+                    continue
+                moved += smollm2.vocabulary.tokens[main] != data
+                want[main] += share
+            fused = torch.softmax(step.logits[row].double(), -1)
+            for token, value in sorted(want.items(), key=lambda one: -one[1])[:20]:
+                assert float(fused[token]) == pytest.approx(value, abs=2e-3)
+        assert moved > 5  # tokens that SmolLM2 has to spell in several
+
+    def test_the_table_is_the_single_look_ups(self, smollm2, gemma) -> None:
+        bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
+        table = bridge.table(1, 0)
+        tokens = [*gemma.eos_ids, *range(0, gemma.vocab_size, 997)]
+        assert [int(table[token]) for token in tokens] == [bridge.first(1, token, 0) for token in tokens]
+        assert (table >= 0).float().mean() > 0.95
+
+    def test_bytes_that_are_no_character(self, smollm2, gemma) -> None:
+        bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
+        byte = gemma.vocabulary.tokens.index(b"\xf0")
+        found = bridge.first(1, byte, 0)
+        assert smollm2.vocabulary.bytes_of(found) == b"\xf0"
+
+
+class TestUnionTopk:
+    def oracle(self, members, logits, weights) -> dict[int, float]:
+        """UniTE, section 4, for one row: the union's distribution by main token."""
+        ends = object()
+
+        def key(member, token):
+            return ends if token in member.eos_ids else member.vocabulary.tokens[token]
+
+        union = []
+        for member, one in zip(members, logits, strict=True):
+            for token in one.topk(10).indices.tolist():
+                if key(member, token) not in [*union, None, b""]:
+                    union.append(key(member, token))
+        average = dict.fromkeys(range(len(union)), 0.0)
+        for member, one, weight in zip(members, logits, weights, strict=True):
+            taken, scores = set(), []
+            for text in union:
+                token = member.eos_ids[0] if text is ends else first_token(member, text)
+                scores.append(-math.inf if token in taken else float(one[token]))
+                taken.add(token)
+            for i, share in enumerate(torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()):
+                average[i] += weight * share
+        by_main: dict[int, float] = defaultdict(float)
+        for i, text in enumerate(union):
+            by_main[members[0].eos_ids[0] if text is ends else first_token(members[0], text)] += average[i]
+        return by_main
+
+    def test_is_unite(self, smollm2, gemma, said) -> None:
+        members, weights = [smollm2, gemma], [0.6, 0.4]
+        step = Ensemble(members, fuser="union-topk").fuser.step(said, weights)
+        for row in range(3):
+            try:
+                want = self.oracle(members, [one[row] for one in said], weights)
+            except UnicodeDecodeError:
+                pytest.fail("choose another seed: a top token is part of a character")
+            ids = torch.tensor(sorted(want))
+            fused, own = step.logits[row].double(), said[0][row].double()
+            shares = torch.softmax(fused[ids], 0)
+            torch.testing.assert_close(
+                shares, torch.tensor([want[i] for i in ids.tolist()], dtype=torch.float64), atol=1e-5, rtol=0
+            )
+            # The union's mass is the main model's, and everything else stays as it is.
+            assert float(fused[ids].logsumexp(0)) == pytest.approx(float(own[ids].logsumexp(0)), abs=1e-4)
+            rest = torch.ones_like(own, dtype=torch.bool).index_fill(0, ids, False)
+            assert torch.equal(fused[rest], own[rest])
+            assert int(step.chosen[row]) == max(want, key=want.__getitem__)
+            assert (shares - torch.softmax(own[ids], 0)).abs().max() > 0.01
+
+
+class TestSingle:
+    def test_is_the_main_model_alone(self, smollm2, gemma) -> None:
+        alone = Ensemble([gemma], fuser="single")
+        result = alone.generate(PROMPT, max_new_tokens=8)
+        ids = torch.tensor([gemma.vocabulary.prefix_ids + gemma.vocabulary.encode(PROMPT)])
+        want = gemma.model.generate(
+            ids, max_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
+        assert result.token_ids == want[0, ids.shape[1] :].tolist()
+        assert result.changed_tokens == 0
+        assert set(result.timings.members_ms) == {gemma.name}
+        assert Ensemble([gemma, smollm2], fuser="single").members == [gemma]
+
+    def test_others_need_two(self, gemma) -> None:
+        with pytest.raises(InputError, match="two or more members, not 1"):
+            Ensemble([gemma], fuser="average")
+
+
+class TestFunction:
+    def test_is_called_with_what_the_members_say(self, smollm2, gemma, said) -> None:
+        seen = []
+
+        def mine(logits, parts, weights):
+            seen.append((logits.shape, [one.name for one in parts], weights.tolist()))
+            probs = [one.probabilities() for one in parts]
+            assert [tuple(one.shape) for one in probs] == [(2, smollm2.vocab_size), (2, gemma.vocab_size)]
+            torch.testing.assert_close(probs[1][1], torch.softmax(said[1][2], -1))
+            assert float(probs[1][0].sum()) == pytest.approx(1, abs=1e-3)
+            return torch.where(torch.arange(logits.shape[1]) == 7, 99.0, logits)
+
+        ensemble = Ensemble([smollm2, gemma], fuser=mine)
+        assert ensemble.method.endswith("mine")
+        step = ensemble.fuser.step([said[0], said[1][[1, 2]]], [0.7, 0.3], rows=[None, [1, 2]])
+        ((shape, names, weights),) = seen
+        assert shape == (2, smollm2.vocab_size)
+        assert names == [f"logits of {smollm2.name}", f"logits of {gemma.name}"]
+        assert weights == [[pytest.approx(0.7), pytest.approx(0.3)]] * 2
+        assert step.chosen[1:].tolist() == [7, 7]
+        assert torch.equal(step.logits[0], said[0][0])  # no assistant spoke
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (lambda z, *_: z[:, :5], r"gave \[2, 5\]; it must return logits of shape \[2, 30\]"),
+            (lambda *_: None, "gave NoneType"),
+            (lambda z, *_: z * float("nan"), "gave NaN"),
+        ],
+    )
+    def test_what_it_gives_is_checked(self, given, message) -> None:
+        fuser = FunctionFuser(given, [30, 40], torch.device("cpu"))
+        with pytest.raises(InputError, match=message):
+            fuser.step([torch.randn(2, 30), torch.randn(2, 40)], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("fuser", EVERY)
+class TestEvery:
+    def test_rows_are_fused_as_they_are_alone(self, smollm2, gemma, said, fuser) -> None:
+        """Each with its own weights, and with an assistant that speaks for some of them."""
+        one = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes").fuser
+        weights = [[0.8, 0.2], [0.4, 0.6], [0.5, 0.5]]
+        step = one.step([said[0], said[1][[0, 2]]], weights, rows=[None, [0, 2]])
+        assert [len(shares) for shares in step.shares] == [2, 0, 2]
+        for row in (0, 2):
+            alone = one.step([logits[row : row + 1] for logits in said], weights[row])
+            torch.testing.assert_close(step.logits[row], alone.logits[0], atol=1e-4, rtol=1e-5)
+            assert int(step.chosen[row]) == int(alone.chosen) == int(step.logits[row].argmax())
+            assert not torch.equal(step.logits[row], said[0][row])
+        assert torch.equal(step.logits[1], said[0][1])
+        assert torch.equal(said[0], said[0].clone())
+
+    def test_writes_a_text(self, smollm2, gemma, fuser) -> None:
+        result = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes").generate(PROMPT, max_new_tokens=6)
+        assert "Paris" in result.text
+
+    def test_weight_on_the_main_model_alone(self, smollm2, gemma, said, fuser) -> None:
+        one = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes").fuser
+        assert torch.equal(one.step(said, [1.0, 0.0]).logits, said[0])
+
+
+def test_three_members(smollm2, gemma, said) -> None:
+    members = [smollm2, gemma, smollm2]
+    logits = [*said, peaked(3, smollm2.vocab_size, 5)]
+    trio = Ensemble(members, recipe="bytes")
+    for fuser in EVERY:
+        one = trio.variant(fuser=fuser).fuser
+        step = one.step(logits, [0.4, 0.3, 0.3])
+        assert step.logits.isfinite().all()
+        assert not torch.equal(step.logits, one.step(logits, [0.4, 0.6, 0.0]).logits)
+
+
+def test_the_certified_skip_is_of_the_inverse_search(smollm2, gemma) -> None:
+    with pytest.raises(InputError, match=r"certified_skip bounds the inverse search, which average has not"):
+        Ensemble([smollm2, gemma], fuser="average").generate(PROMPT, certified_skip=True)
+
+
+def test_by_name(tmp_path, monkeypatch) -> None:
+    assert parse_fuser("deepen", "paper") == ("deepen", "paper")
+    assert parse_fuser("deepen:bytes", "paper") == ("deepen", "bytes")
+    assert parse_fuser("average", "paper") == ("average", "paper")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_fusers_xyz.py").write_text(
+        "def keep(logits, said, weights):\n    return logits\nnumber = 3\n"
+    )
+    function, _ = parse_fuser("my_fusers_xyz:keep", "bytes")
+    assert callable(function)
+    for spec, message in (
+        ("no-such", "use one of deepen, average"),
+        ("my_fusers_xyz:missing", "no attribute 'missing'"),
+        ("no_such_module_xyz:f", "No module named"),
+        ("my_fusers_xyz:number", "is 3; name a function"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse_fuser(spec, "bytes")
+
+
+def test_names_that_are_none(smollm2, gemma) -> None:
+    with pytest.raises(InputError, match="fuser is 'mean'; use one of deepen, average"):
+        Ensemble([smollm2, gemma], fuser="mean")
+    with pytest.raises(InputError, match="union-topk has no relative space"):
+        _ = Ensemble([smollm2, gemma], fuser="union-topk").anchors
+
+
+def test_a_variant_shares_what_stays_the_same(smollm2, gemma) -> None:
+    base = Ensemble([smollm2, gemma], recipe="bytes")
+    slower = base.variant(learning_rate=0.4, weights=[0.7, 0.3])
+    assert isinstance(slower.fuser, DeepenFuser)
+    assert (slower.fuser.learning_rate, slower.weights) == (0.4, [0.7, 0.3])
+    assert slower.maps is base.maps
+    assert base.variant(fuser="average").maps is base.maps
+    assert base.variant(entries=16).maps is not base.maps
+    assert isinstance(base.variant(fuser="union-topk").fuser, UnionTopkFuser)
+    assert base.weights == [0.5, 0.5]
+    with pytest.raises(InputError, match="speed: no setting"):
+        base.variant(speed=3)

@@ -1,0 +1,64 @@
+"""Forwards shared between runs: the same texts, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.member import Member
+from deepen_ext.sharing import SharedForwards
+
+PROMPTS = ["The capital of France is", "Question: What is 12 + 30?\nAnswer:", "def fib(n):\n"]
+
+
+@pytest.fixture(scope="module")
+def ensembles(smollm2: Member, gemma: Member) -> list[Ensemble]:
+    pair = Ensemble([smollm2, gemma], recipe="bytes")
+    turned = Ensemble([gemma, smollm2], recipe="bytes")
+    singles = [Ensemble([one], fuser="single") for one in (smollm2, gemma)]
+    return [*singles, pair, pair.variant(fuser="average"), turned]
+
+
+def test_the_texts_are_those_of_separate_runs(ensembles) -> None:
+    want = [one.generate(PROMPTS, max_new_tokens=12) for one in ensembles]
+    assert len({tuple(one.texts) for one in want}) >= 4  # they do not all write the same
+    with SharedForwards() as shared:
+        found = [one.generate(PROMPTS, max_new_tokens=12, shared=shared) for one in ensembles]
+    for a, b in zip(want, found, strict=True):
+        assert a.texts == b.texts
+        assert [one.changed_tokens for one in a] == [one.changed_tokens for one in b]
+
+
+def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> None:
+    with SharedForwards() as shared:
+
+        def fed() -> list[int]:
+            return [session.tokens_fed for session in shared._sessions.values()]
+
+        for one in ensembles[:2]:
+            one.generate(PROMPTS, max_new_tokens=1, shared=shared)
+        once = fed()
+        assert len(once) == 2
+        assert all(count > 10 for count in once)
+        for one in ensembles[2:]:
+            one.generate(PROMPTS, max_new_tokens=1, shared=shared)
+        assert fed() == once
+        ensembles[2].generate(PROMPTS, max_new_tokens=12, shared=shared)
+        more = fed()
+        assert more != once
+        ensembles[2].generate(PROMPTS, max_new_tokens=12, shared=shared)
+        assert fed() == more
+
+
+def test_without_room_for_logits_only_caches_are_shared(ensembles) -> None:
+    want = ensembles[2].generate(PROMPTS, max_new_tokens=6).texts
+    with SharedForwards(max_bytes=0) as shared:
+        for _ in range(2):
+            assert ensembles[2].generate(PROMPTS, max_new_tokens=6, shared=shared).texts == want
+
+
+def test_closed_ones_are_refused(ensembles) -> None:
+    with SharedForwards() as shared:
+        pass
+    with pytest.raises(InputError, match="were closed"):
+        ensembles[0].generate(PROMPTS, max_new_tokens=1, shared=shared)
