@@ -1,0 +1,100 @@
+"""Weights: given ones, and those from how well each member reads the prompt."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.member import Member
+from deepen_ext.session import BatchSession
+from deepen_ext.sharing import SharedForwards
+from deepen_ext.weighting import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
+
+CODE = (
+    "def mean(values):\n    return sum(values) / len(values)\n\n\ndef median(values):\n    ordered = sorted("
+)
+FRENCH = "Il était une fois, dans un petit village au bord de la mer, un vieux pêcheur qui ne parlait"
+
+
+class TestPromptScore:
+    def test_counts_from_the_end_and_cuts_tokens(self) -> None:
+        score = PromptScore([4, 2, 6], [-8.0, -1.0, -3.0])
+        assert score.nbytes == 12
+        assert score.nats_per_byte(12) == pytest.approx(12 / 12)
+        assert score.nats_per_byte(8) == pytest.approx(4 / 8)
+        assert score.nats_per_byte(3) == pytest.approx(1.5 / 3)
+        assert score.nats_per_byte(10) == pytest.approx((3 + 1 + 4) / 10)
+
+
+class TestPromptWeights:
+    def test_better_readers_weigh_more(self) -> None:
+        good, bad = PromptScore([10], [-5.0]), PromptScore([5, 5], [-5.0, -5.0])
+        weights = prompt_weights([good, bad], [0.5, 0.5], sharpness=2.0)
+        assert weights == pytest.approx([1 / (1 + math.exp(-1)), 1 - 1 / (1 + math.exp(-1))])
+        assert prompt_weights([good, bad], [0.2, 0.8], sharpness=0) == pytest.approx([0.2, 0.8])
+        assert sum(prompt_weights([good, bad, bad], [0.2, 0.4, 0.4])) == pytest.approx(1)
+
+    def test_only_bytes_that_all_have_scored_count(self) -> None:
+        """A member whose first token is not scored is compared on the rest."""
+        long, short = PromptScore([10, 10], [-100.0, -5.0]), PromptScore([10], [-5.0])
+        assert prompt_weights([long, short], [0.5, 0.5]) == pytest.approx([0.5, 0.5])
+
+    def test_nothing_to_tell_by(self) -> None:
+        assert prompt_weights([PromptScore([], []), PromptScore([3], [-1.0])], [0.3, 0.7]) == [0.3, 0.7]
+
+
+class TestReadPrompts:
+    def test_scores_are_those_of_a_plain_forward(self, smollm2: Member, gemma: Member) -> None:
+        for member in (smollm2, gemma):
+            vocabulary = member.vocabulary
+            prompts = {0: vocabulary.prefix_ids + vocabulary.encode(CODE), 1: vocabulary.encode(FRENCH)}
+            with BatchSession(member, 2) as session:
+                scores = read_prompts(session, member, prompts)
+                fed = session.tokens_fed
+                logits = session.sync(prompts)
+                assert session.tokens_fed == fed  # the rows hold their prompts
+            for row, ids in prompts.items():
+                with torch.inference_mode():
+                    want = member.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                found = [float(want[i, token]) for i, token in enumerate(ids[1:])]
+                assert scores[row].logprobs == pytest.approx(found, abs=2e-4)
+                torch.testing.assert_close(logits[row].double().log_softmax(-1), want[-1], atol=2e-4, rtol=0)
+            assert scores[1].nbytes == len(FRENCH.encode()) - len(vocabulary.bytes_of(prompts[1][0]))
+
+    def test_of_a_long_prompt_the_end(self, smollm2: Member) -> None:
+        ids = smollm2.vocabulary.encode("One two three. " * 100)
+        assert len(ids) > PROMPT_TOKENS + 50
+        with BatchSession(smollm2) as session:
+            score = read_prompts(session, smollm2, {0: ids})[0]
+        assert len(score.logprobs) == PROMPT_TOKENS
+
+
+@pytest.fixture(scope="module")
+def weighed(smollm2: Member, gemma: Member) -> Ensemble:
+    return Ensemble([smollm2, gemma], recipe="bytes", weights="prompt")
+
+
+class TestEnsemble:
+    def test_each_row_has_its_own(self, weighed: Ensemble) -> None:
+        """The weights of a step are those of the prompts, and a row's text is that of these weights given."""
+        seen: list[dict] = []
+        batch = weighed.generate([CODE, FRENCH], max_new_tokens=6, trace=seen.append)
+        used = {record["row"]: [one["weight"] for one in record["members"]] for record in seen[:2]}
+        assert len(used[0]) == len(used[1]) == 2
+        assert abs(used[0][0] - used[1][0]) > 0.02
+        for row, prompt in enumerate([CODE, FRENCH]):
+            fixed = weighed.variant(weights=used[row])
+            assert fixed.generate(prompt, max_new_tokens=6).text == batch[row].text
+
+    def test_shared_forwards_change_nothing(self, weighed: Ensemble) -> None:
+        want = weighed.generate([CODE, FRENCH], max_new_tokens=6).texts
+        with SharedForwards() as shared:
+            weighed.variant(weights=None).generate([CODE, FRENCH], max_new_tokens=6, shared=shared)
+            assert weighed.generate([CODE, FRENCH], max_new_tokens=6, shared=shared).texts == want
+
+    def test_other_words_are_refused(self, smollm2: Member, gemma: Member) -> None:
+        with pytest.raises(InputError, match="weights are 'auto'; give a list of numbers, or 'prompt'"):
+            Ensemble([smollm2, gemma], recipe="bytes", weights="auto")
