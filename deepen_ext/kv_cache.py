@@ -103,6 +103,12 @@ class LaneCache:
                 for target in range(lane, lanes - 1):
                     buffer[target].copy_(buffer[target + 1])
 
+    def copy_prefix(self, source: int, target: int, start: int, end: int) -> None:
+        """Give lane ``target`` the states of positions ``start`` to ``end - 1`` of lane ``source``."""
+        for layer in self._own:
+            for buffer in layer.buffers():
+                buffer[target, :, start:end].copy_(buffer[source, :, start:end])
+
     def zero(self) -> None:
         """Forget all states, also such as are not finite."""
         for layer in self._own:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from deepen_ext.attention import share_heads
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.feed_plan import SHARED, common_prefix, fed_first, groups
 from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
 from deepen_ext.masks import attention_mask, check_batches
@@ -18,9 +19,6 @@ from deepen_ext.member import Member
 from deepen_ext.small_products import small_products
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
-
-# What a forward costs beside its tokens (its weights are read once), in tokens.
-_FORWARD_COST = {"cpu": 50, "cuda": 128}
 
 
 class BatchSession:
@@ -80,9 +78,10 @@ class BatchSession:
 
         Of each row the prefix shared with its present ids is kept, its cache rolled back to it, and the rest
         fed; rows with about as much to feed go through the model together. A row that holds its ids already
-        costs nothing if its logits are known, else one token. Rows not named stay as they are. The logits
-        are in the mapping's order, the model's dtype and on its device; they are an inference tensor: read
-        them, or clone before writing.
+        costs nothing if its logits are known, else one token. A longer prefix that another row holds is
+        copied from there, and one that several of these rows begin with is fed once (see `feed_plan`). Rows
+        not named stay as they are. The logits are in the mapping's order, the model's dtype and on its
+        device; they are an inference tensor: read them, or clone before writing.
 
         After any exception the session can go on: a row then holds what is surely in its cache.
 
@@ -97,20 +96,25 @@ class BatchSession:
         if not wanted:
             member = self.member
             return torch.empty((0, member.vocab_size), dtype=member.dtype, device=member.device)
-        new = {}
+        unfed = dict(wanted)
         for row, ids in wanted.items():
-            keep = _common_prefix(self._ids[row], ids)
+            keep = common_prefix(self._ids[row], ids)
             if keep == len(ids) == len(self._ids[row]) and row in self._logits:
+                del unfed[row]
                 continue
             # The logits after a strict prefix are not kept: its last token goes through the model once more.
             # Until that is done the row holds the kept prefix only: an interrupt leaves it usable.
             self._logits.pop(row, None)
             del self._ids[row][min(keep, len(ids) - 1) :]
-            new[row] = ids[len(self._ids[row]) :]
         self._usable = False  # for another session, should this fail
         with self._on_own_stream():
-            self._let_go(new)
-            self._feed(new, max(map(len, wanted.values())))
+            self._let_go(unfed)
+            self._cache.reserve(max(*map(len, wanted.values()), self._capacity))
+            while unfed:
+                self._copy_prefixes(unfed)
+                held = {row: len(self._ids[row]) for row in unfed}
+                now = fed_first(unfed, held, self.member.device.type)
+                self._feed({row: unfed.pop(row)[held[row] :] for row in now})
             logits = self._joined(list(wanted))
         if self._room.stream is not None:
             logits.record_stream(torch.cuda.current_stream(self.member.device))
@@ -139,7 +143,7 @@ class BatchSession:
         return self._read(row, wanted, start)
 
     def _read(self, row: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
-        at = min(_common_prefix(self._ids[row], ids), start)
+        at = min(common_prefix(self._ids[row], ids), start)
         self._logits.pop(row, None)
         del self._ids[row][at:]
         while at < len(ids):
@@ -203,13 +207,25 @@ class BatchSession:
         if stream is not None:
             torch.cuda.current_stream(self.member.device).wait_stream(stream)
 
-    def _feed(self, new: dict[int, list[int]], longest: int) -> None:
-        self._cache.reserve(max(longest, self._capacity))
+    def _copy_prefixes(self, wanted: Mapping[int, list[int]]) -> None:
+        """What another row holds of a row's ids need not be fed: the row takes its states."""
+        for row, ids in wanted.items():
+            start = len(self._ids[row])
+            if len(ids) - 1 - start < SHARED:  # the last token is fed in any case, for its logits
+                continue
+            common = {other: common_prefix(self._ids[other], ids) for other in self._order}
+            source = max(common, key=lambda other: common[other])
+            end = min(common[source], len(ids) - 1)
+            if end - start >= SHARED:
+                self._cache.copy_prefix(self._order.index(source), self._order.index(row), start, end)
+                self._ids[row].extend(ids[start:end])
+
+    def _feed(self, new: dict[int, list[int]]) -> None:
         waiting = {row: len(ids) for row, ids in new.items()}
         if self._fixed and (short := [row for row in new if len(new[row]) <= WIDTHS[-1]]):
             self._feed_fixed({row: new[row] for row in short})
             waiting = {row: count for row, count in waiting.items() if row not in short}
-        for group in _groups(waiting, self.member.device.type):
+        for group in groups(waiting, self.member.device.type):
             if len(group) == 1:
                 self._feed_one(group[0], new[group[0]])
             else:
@@ -326,7 +342,7 @@ class BatchSession:
             return whole
         return torch.stack([logits[place] for logits, place in found])
 
-    def _let_go(self, fed: Mapping[int, object]) -> None:
+    def _let_go(self, fed: Collection[int]) -> None:
         """Logits of rows that are not fed now are kept, but not a whole batch's for the sake of a few."""
         for row, (logits, place) in list(self._logits.items()):
             if fed and row not in fed and len(logits) > 1:
@@ -364,39 +380,3 @@ def _on_fixed_buffers(member: Member, cache: LaneCache) -> bool:
             raise
         return False
     return member.device.type == "cuda"
-
-
-def _groups(new: Mapping[int, int], device: str) -> list[list[int]]:
-    """Which rows to feed together, by how many tokens they have to feed.
-
-    A forward of b rows costs its fixed part and b times its widest row; the rows are cut, sorted by width,
-    where the sum is smallest. What is longer than a chunk goes by itself.
-    """
-    fixed = _FORWARD_COST.get(device, 128)
-    if len(set(new.values())) == 1 and sum(new.values()) <= CHUNK:
-        return [list(new)]
-    rows = sorted(new, key=lambda row: new[row])
-    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, and where the last group begins
-    for n in range(1, len(rows) + 1):
-        width = new[rows[n - 1]]
-        best.append(
-            min(
-                (best[begin][0] + fixed + (n - begin) * width, begin)
-                for begin in range(n)
-                if (n - begin) * width <= CHUNK or begin == n - 1
-            )
-        )
-    groups = []
-    end = len(rows)
-    while end:
-        begin = best[end][1]
-        groups.append(sorted(rows[begin:end]))
-        end = begin
-    return groups[::-1]
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:  # the usual case, at the speed of C
-        return shorter
-    return next(i for i in range(shorter) if left[i] != right[i])

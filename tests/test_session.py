@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from deepen_ext import attention, graphs, memory
+from deepen_ext import attention, feed_plan, graphs, memory
 from deepen_ext import session as module
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.kv_cache import cache_bytes
@@ -419,20 +419,20 @@ class TestAttention:
 class TestGroups:
     def test_padding_is_worth_its_forward(self) -> None:
         """Decode steps go together, a long prompt does not pad short ones."""
-        assert module._groups({0: 1, 3: 1, 5: 1}, "cpu") == [[0, 3, 5]]
-        assert module._groups({0: 1, 1: 3, 2: 1}, "cpu") == [[0, 1, 2]]
-        assert module._groups({0: 300, 1: 2, 2: 200, 3: 1}, "cpu") == [[1, 3], [2], [0]]
-        assert module._groups({}, "cpu") == []
+        assert feed_plan.groups({0: 1, 3: 1, 5: 1}, "cpu") == [[0, 3, 5]]
+        assert feed_plan.groups({0: 1, 1: 3, 2: 1}, "cpu") == [[0, 1, 2]]
+        assert feed_plan.groups({0: 300, 1: 2, 2: 200, 3: 1}, "cpu") == [[1, 3], [2], [0]]
+        assert feed_plan.groups({}, "cpu") == []
 
     def test_the_cheapest_cut(self) -> None:
         rng = random.Random(1)
-        fixed = module._FORWARD_COST["cpu"]
+        fixed = feed_plan._FORWARD_COST["cpu"]
         for _ in range(50):
             new = {row: rng.choice([1, 2, 3, 20, 400, 3000]) for row in range(rng.randint(1, 6))}
-            groups = module._groups(new, "cpu")
+            groups = feed_plan.groups(new, "cpu")
             assert sorted(row for group in groups for row in group) == sorted(new)
             assert all(
-                len(group) * max(new[row] for row in group) <= module.CHUNK
+                len(group) * max(new[row] for row in group) <= feed_plan.CHUNK
                 for group in groups
                 if len(group) > 1
             )
