@@ -1,0 +1,217 @@
+"""The six benchmarks: the embedded models alone, in pairs and as a trio, by every way of fusing.
+
+The answers' lines go to `--work`, a folder outside the repository, where a run that was ended goes on and
+further ensembles and methods add up; bench/results/evaluation/<machine>/<task>.json is made of all of it.
+`--minutes` ends after a batch: what is there then counts, with the number of items beside it. It cuts off a
+file's later items, so for MMLU, which is sorted by domain, choose `--limit` instead.
+
+Configurations share forwards (a clock would mean nothing): for time a token there is compare_time.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, environment, machine_name, write_json
+from compare_setup import Deadline, add_options, configurations, load, say, settings_used
+
+from deepen_ext.errors import InputError
+from deepen_ext.evaluation.jobs import Progress
+from deepen_ext.evaluation.records import Header, ItemRecord, RecordFile
+from deepen_ext.evaluation.runner import evaluate
+from deepen_ext.evaluation.statistics import mcnemar, wilson_interval
+from deepen_ext.evaluation.tasks import TASKS
+
+RESULTS = ROOT / "bench" / "results" / "evaluation"
+
+Records = dict[int, ItemRecord]  # by the item's index
+
+
+class OutOfTime(Exception):
+    """The batch is done, and so is the time."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the answers' lines")
+    parser.add_argument("--task", action="append", choices=TASKS, help="repeat it; default: all six")
+    parser.add_argument("--limit", type=int, help="at most so many items a task, spread evenly")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--summarise", action="store_true", help="run nothing, write the JSON of what is there"
+    )
+    parser.add_argument("--output", type=Path, help="folder; default: bench/results/evaluation/<machine>")
+    add_options(parser)
+    options = parser.parse_args()
+
+    found = environment()
+    output = options.output or RESULTS / machine_name(found)
+    tasks = options.task or list(TASKS)
+    if options.summarise:
+        for task in tasks:
+            if any(options.work.glob(f"{task}.*.jsonl")):
+                write_task(options.work, options.data, task, output, found)
+        return
+    for task in tasks:
+        check_kept(output / f"{task}.json", options.work, task)
+    deadline = Deadline(options)
+    members = load(options.ensembles)
+    ensembles = configurations(members, options.ensembles, options.methods)
+    for task in tasks:
+        if deadline.passed():
+            say(f"{task}: no time left")
+            break
+        there = {
+            header["configuration"]["name"]: len(records) for header, records in read(options.work, task)
+        }
+        try:
+            evaluate(
+                ensembles,
+                task,
+                options.data,
+                out=options.work,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                on_progress=ending(deadline, {name: there.get(name, 0) for name in ensembles}),
+            )
+        except OutOfTime:
+            say(f"{task}: the time is up")
+        finally:  # an interrupted run's too
+            write_task(options.work, options.data, task, output, found)
+
+
+def ending(deadline: Deadline, done: dict[str, int]) -> Callable[[Progress], None]:
+    """Tells how far a task is, and ends it between two batches when the time is up.
+
+    Args:
+        deadline: the time.
+        done: items that each configuration has; all have them in the same order.
+    """
+    least, before = min(done.values()), sum(done.values())
+
+    def tell(one: Progress) -> None:
+        nonlocal least, before
+        if one.configuration:
+            done[one.configuration] += one.done - before
+            before = one.done
+        if min(done.values()) > least:  # all have done the batch
+            least = min(done.values())
+            left = "" if one.seconds_left is None else f", {one.seconds_left / 60:.0f} min left"
+            say(f"{one.task}: {one.done} of {one.rows} answers{left}")
+            if deadline.passed() and one.done < one.rows:
+                raise OutOfTime
+
+    return tell
+
+
+def check_kept(file: Path, work: Path, task: str) -> None:
+    """That the work folder has what the JSON file has, so that no result is lost by writing it.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not file.is_file():
+        return
+    known = set(json.loads(file.read_text(encoding="utf-8"))["configurations"])
+    there = {header["configuration"]["name"] for header, _ in read(work, task)}
+    if lost := known - there:
+        raise InputError(
+            f"{file} has {len(lost)} configurations that {work} has not ({sorted(lost)[0]}, ...): give the "
+            "--work folder of that run, another --output, or remove the file"
+        )
+
+
+def read(work: Path, task: str) -> list[tuple[Header, Records]]:
+    """The results of a task, the members alone first."""
+    found = []
+    for path in sorted(work.glob(f"{task}.*.jsonl")):
+        header, records, _ = RecordFile.read(path)
+        if header is not None and records:
+            found.append((header, {one.index: one for one in records}))
+    return sorted(found, key=lambda one: len(one[0]["configuration"]["members"]))
+
+
+def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str, Any]) -> None:
+    """The JSON of a task, from all that the work folder has."""
+    there = read(work, task)
+    if not there:
+        return
+    file = output / f"{task}.json"
+    head = there[0][0]["task"]
+    alone = {
+        header["configuration"]["name"]: records
+        for header, records in there
+        if len(header["configuration"]["members"]) == 1
+    }
+    write_json(
+        file,
+        {
+            "task": task,
+            "split": head["split"],
+            "items": head["items"],
+            "items_in_split": len(TASKS[task].items(data, head["split"])),
+            "items_sha256": head["items_sha256"],
+            "max_new_tokens": head["max_new_tokens"],
+            "stop_strings": head["stop_strings"],
+            "settings": settings_used(),
+            "shared_forwards": there[0][0]["configuration"]["share_forwards"],
+            "configurations": {
+                header["configuration"]["name"]: score(header, records, alone) for header, records in there
+            },
+            "environment": found,
+        },
+    )
+    say(f"written to {file}")
+
+
+def score(header: Header, records: Records, alone: dict[str, Records]) -> dict[str, Any]:
+    """What a configuration got right, and beside the best of its members alone."""
+    name = header["configuration"]["name"]
+    ensemble, _, method = name.partition(" ")
+    n, correct = len(records), sum(one.correct for one in records.values())
+    tokens = sum(one.tokens for one in records.values())
+    milliseconds = sum(one.timing.prompt_ms + one.timing.decode_ms for one in records.values())
+    return {
+        "ensemble": ensemble,
+        "method": method or "single",
+        "n": n,
+        "correct": correct,
+        "accuracy": round(correct / n, 6),
+        "interval": [round(one, 6) for one in wilson_interval(correct, n)],
+        "tokens": tokens,
+        "changed_share": round(sum(one.changed for one in records.values()) / tokens, 6),
+        "unanswered_share": round(sum(one.answer is None for one in records.values()) / n, 6),
+        "seconds": round(milliseconds / 1e3, 1),
+        "against_best_single": compare(records, {one: alone.get(one) for one in ensemble.split("+")})
+        if method
+        else None,
+    }
+
+
+def compare(records: Records, alone: dict[str, Records | None]) -> dict[str, Any] | None:
+    """McNemar's test against the best member alone, on the items that all of them have."""
+    singles = {name: one for name, one in alone.items() if one is not None}
+    shared = sorted(set(records).intersection(*singles.values()))
+    if len(singles) < len(alone) or not shared:
+        return None
+    # Of equally good ones the first: the main model before an assistant.
+    best = max(singles, key=lambda name: sum(singles[name][i].correct for i in shared))
+    paired = mcnemar(*([one[i].correct for i in shared] for one in (records, singles[best])))
+    return {
+        "configuration": best,
+        "n": paired.total,
+        "difference": round(paired.difference, 6),
+        "interval": [round(paired.low, 6), round(paired.high, 6)],
+        "p_value": float(f"{paired.p_value:.4g}"),
+        "gained": paired.only_a,
+        "lost": paired.only_b,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the comparisons share: the three embedded models, the ensembles of them, and the ways of fusing.
+
+An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
+command line names it, with changes after ``@``: ``deepen`` (the package's defaults), ``deepen:bytes``,
+``average@prompt`` (weights from the prompt), ``deepen:bytes@main=0.7`` (the main model's weight; assistants
+share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from deepen_ext import Ensemble, demo
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import method_name, on_relative_maps, parse_fuser
+from deepen_ext.member import Member
+from deepen_ext.models import load_member
+
+MODELS = {"S": "smollm2-135m-instruct", "G": "gemma-3-270m", "Q": "qwen2.5-coder-0.5b-instruct"}
+ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "Q+G+S")
+METHODS = (
+    *("deepen", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
+    *("average", "union-topk", "union-vocab", "deepen@prompt"),
+)
+_DEFAULTS = {name: one.default for name, one in inspect.signature(Ensemble).parameters.items()}
+DEFAULT = method_name(_DEFAULTS["fuser"], _DEFAULTS["recipe"]) + (
+    "@prompt" if _DEFAULTS["weights"] == "prompt" else ""
+)
+_NUMBERS = {"eta": "learning_rate", "tau": "relative_temperature"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fusing: its canonical name, and what it sets of an ensemble of so many members."""
+
+    name: str
+    settings: dict[str, Any]
+    main_weight: float | None = None
+
+    def of(self, members: int) -> dict[str, Any]:
+        if self.main_weight is None:
+            return self.settings
+        rest = (1 - self.main_weight) / (members - 1)
+        return {**self.settings, "weights": [self.main_weight] + [rest] * (members - 1)}
+
+
+def parse_method(spec: str) -> Method:
+    """A method as the module's docstring writes it.
+
+    Raises:
+        InputError: no such fuser or change.
+    """
+    spec = DEFAULT if spec == "deepen" else spec
+    name, *changes = spec.split("@")
+    fuser, recipe = parse_fuser(name, _DEFAULTS["recipe"])
+    settings: dict[str, Any] = {"fuser": fuser, "recipe": recipe, "weights": None}
+    main_weight = None
+    for change in changes:
+        key, _, value = change.partition("=")
+        if change == "prompt":
+            settings["weights"] = "prompt"
+        elif key == "main":
+            main_weight = _number(spec, value)
+        elif key in _NUMBERS:
+            settings[_NUMBERS[key]] = _number(spec, value)
+        else:
+            raise InputError(f"method '{spec}': after @ there can be prompt, main=W, eta=X or tau=X")
+    return Method("@".join([method_name(fuser, recipe), *changes]), settings, main_weight)
+
+
+def _number(spec: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"method '{spec}': '{value}' is no number") from None
+
+
+def letters_of(ensemble: str) -> list[str]:
+    """The letters of an ensemble.
+
+    Raises:
+        InputError: an unknown letter, one twice, or fewer than two.
+    """
+    letters = ensemble.split("+")
+    if set(letters) - set(MODELS) or len(set(letters)) != len(letters) or len(letters) < 2:
+        raise InputError(f"ensemble '{ensemble}': two or more of {', '.join(MODELS)}, joined by +")
+    return letters
+
+
+def load(ensembles: Iterable[str]) -> dict[str, Member]:
+    """The members of these ensembles by letter, in the order of `MODELS`."""
+    needed = {letter for one in ensembles for letter in letters_of(one)}
+    return {letter: load_member(demo.embedded(name)) for letter, name in MODELS.items() if letter in needed}
+
+
+def configurations(
+    members: Mapping[str, Member], ensembles: Sequence[str], methods: Sequence[str]
+) -> dict[str, Ensemble]:
+    """By name: ``Q`` for a member alone, ``Q+G average`` for an ensemble; relative maps are shared."""
+    found = {letter: Ensemble([member], fuser="single") for letter, member in members.items()}
+    chosen = {one.name: one for one in map(parse_method, methods)}
+    for letters in dict.fromkeys(ensembles):
+        own = [members[letter] for letter in letters_of(letters)]
+        made: dict[Any, Ensemble] = {}  # by what their relative rows are made by
+        for method in chosen.values():
+            settings = method.of(len(own))
+            rows = settings["recipe"] if settings["fuser"] == "deepen" else "bytes"
+            key = on_relative_maps(settings["fuser"]) and (rows, settings.get("relative_temperature"))
+            one = made[key].variant(**settings) if key in made else Ensemble(own, **settings)
+            made.setdefault(key, one)
+            found[f"{letters} {method.name}"] = one
+    return found
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Which ensembles and methods, and how long."""
+    parser.add_argument("--ensembles", nargs="+", default=ENSEMBLES, help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="default: %(default)s")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after that many minutes")
+
+
+class Deadline:
+    """When to begin nothing new."""
+
+    def __init__(self, options: Namespace) -> None:
+        self._end = None if options.minutes is None else monotonic() + 60 * options.minutes
+
+    def passed(self) -> bool:
+        return self._end is not None and monotonic() >= self._end
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def settings_used() -> dict[str, Any]:
+    """What the results say about their settings."""
+    return {
+        "default_method": DEFAULT,
+        "models": MODELS,
+        "defaults": {
+            key: _DEFAULTS[key]
+            for key in ("learning_rate", "steps", "candidates", "boundary_aware", "weights")
+        },
+    }
