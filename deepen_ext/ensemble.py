@@ -48,6 +48,7 @@ class Ensemble:
         learning_rate: float = 0.15,
         steps: int = 5,
         candidates: int = 128,
+        confidence: float = 0.0,
         relative_temperature: float | None = None,
         entries: int = DEFAULT_ENTRIES,
         min_probability: float = 1e-4,
@@ -67,6 +68,8 @@ class Ensemble:
             learning_rate: eta of the inverse search.
             steps: T of the inverse search.
             candidates: how many of a member's most probable tokens are mapped one by one.
+            confidence: how much more a member counts at a token where it is sure: its weight is scaled by
+                exp(-confidence H), H the entropy of its distribution in nats; 0 for the weights as they are.
             relative_temperature: of the similarity rows; None for the recipe's own.
             entries: how many of a row's largest entries are kept.
             min_probability: less probable tokens are not worth a row (see `DeepenFuser`).
@@ -87,6 +90,7 @@ class Ensemble:
             "learning_rate": learning_rate,
             "steps": steps,
             "candidates": candidates,
+            "confidence": confidence,
             "relative_temperature": relative_temperature,
             "entries": entries,
             "min_probability": min_probability,

@@ -62,10 +62,10 @@ class Trace:
         parts = [_readable(part) for part in step.fused.parts]
         fused = ops.topk_softmax(step.fused.logits, min(_TOP, step.fused.logits.shape[1]))
         fused_ids, fused_probs = fused.ids.tolist(), fused.probs.tolist()
-        main_choices = step.fused.main_choice.tolist()
+        main_choices, shares_by_row = step.fused.main_choice.tolist(), step.fused.shares
         for i, (row, position, token) in enumerate(zip(rows, positions, tokens, strict=True)):
             spoke = [(part, top[i]) for part, top in zip(step.fused.parts, parts, strict=True) if i in top]
-            shares = step.fused.shares[i] or (1.0,)
+            shares = shares_by_row[i] or (1.0,)
             weights = {part.member: share for part, share in zip(step.fused.parts, shares, strict=False)}
             self._give(
                 {

@@ -250,6 +250,24 @@ class TestEvery:
         result = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes").generate(PROMPT, max_new_tokens=6)
         assert "Paris" in result.text
 
+    def test_surer_members_count_more(self, smollm2, gemma, said, fuser) -> None:
+        """With confidence a step is the plain one with the weights scaled by hand."""
+        base = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes")
+        said[1][1] /= 4  # Gemma is not sure of anything there
+        step = base.variant(confidence=0.7).fuser.step(said, [0.6, 0.4])
+        entropies = []
+        for one in said:
+            probs = torch.softmax(one.double(), -1).topk(128).values
+            each = (1 - probs.sum(-1, keepdim=True)).expand(-1, 128) / 128  # the tail, as 128 tokens
+            spread = torch.cat([probs, each], 1)
+            entropies.append(-(spread * spread.log()).sum(-1))
+        raised = torch.tensor([0.6, 0.4]) * torch.exp(-0.7 * torch.stack(entropies, 1))
+        weights = (raised / raised.sum(1, keepdim=True)).tolist()
+        assert weights[1][1] < 0.1 < weights[0][1]
+        assert torch.allclose(torch.tensor(step.shares), torch.tensor(weights).float(), atol=1e-4)
+        want = base.fuser.step(said, weights)
+        torch.testing.assert_close(step.logits, want.logits, atol=1e-3, rtol=1e-3)
+
     def test_weight_on_the_main_model_alone(self, smollm2, gemma, said, fuser) -> None:
         one = Ensemble([smollm2, gemma], fuser=fuser, recipe="bytes").fuser
         assert torch.equal(one.step(said, [1.0, 0.0]).logits, said[0])
@@ -289,6 +307,11 @@ def test_by_name(tmp_path, monkeypatch) -> None:
     ):
         with pytest.raises(InputError, match=message):
             parse_fuser(spec, "bytes")
+
+
+def test_confidence_out_of_range(smollm2, gemma) -> None:
+    with pytest.raises(InputError, match="confidence is -1; choose 0 to 10"):
+        Ensemble([smollm2, gemma], recipe="bytes", confidence=-1)
 
 
 def test_names_that_are_none(smollm2, gemma) -> None:

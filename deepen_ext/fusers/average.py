@@ -25,6 +25,7 @@ class AverageFuser(Fuser):
         anchor_ids: torch.Tensor,
         *,
         candidates: int = 128,
+        confidence: float = 0.0,
         min_probability: float = 0.0,
         names: Sequence[str] | None = None,
     ) -> None:
@@ -34,12 +35,19 @@ class AverageFuser(Fuser):
             maps: relative maps of sparse rows, the main model's first.
             anchor_ids: int64 [A], the main model's token for each anchor.
             candidates: see `Fuser`.
+            confidence: see `Fuser`.
             min_probability: less probable tokens count as their member's tail, spread over all anchors.
             names: see `Fuser`.
         """
         if not maps or any(one.is_dense for one in maps):
             raise InputError("the average needs relative maps of sparse rows, the main model's first")
-        super().__init__([one.vocab_size for one in maps], maps[0].device, candidates=candidates, names=names)
+        super().__init__(
+            [one.vocab_size for one in maps],
+            maps[0].device,
+            candidates=candidates,
+            confidence=confidence,
+            names=names,
+        )
         check_maps(maps)
         self.maps = list(maps)
         self.min_probability = check_min_probability(min_probability)

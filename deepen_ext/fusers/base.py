@@ -39,8 +39,19 @@ class FusedStep:
     chosen: torch.Tensor  # int32 [B], their argmax
     main_choice: torch.Tensor  # int32 [B], the argmax of the main model's own logits
     parts: tuple[Part, ...] = ()  # of each member that took part, the main model first
-    # Of each row the weights of the parts, summing to 1; () where the main model spoke alone.
-    shares: tuple[tuple[float, ...], ...] = ()
+    weights: torch.Tensor | None = None  # float32 [b, parts], of the rows that were fused
+    fused_rows: tuple[int, ...] = ()  # b of the B rows: in the others the main model spoke alone
+
+    @property
+    def shares(self) -> list[tuple[float, ...]]:
+        """Of each row the weights of `parts`, summing to 1; () where the main model spoke alone.
+
+        On CUDA this waits for the device."""
+        found: list[tuple[float, ...]] = [()] * len(self.logits)
+        if self.weights is not None:
+            for row, own in zip(self.fused_rows, self.weights.tolist(), strict=True):
+                found[row] = tuple(own)
+        return found
 
     def check(self) -> None:
         """Raise InputError where a member's row has no softmax. On CUDA this waits for the device."""
@@ -118,6 +129,7 @@ class Fuser(ABC):
         device: torch.device,
         *,
         candidates: int = 128,
+        confidence: float = 0.0,
         names: Sequence[str] | None = None,
     ) -> None:
         """Check the settings.
@@ -126,10 +138,17 @@ class Fuser(ABC):
             vocab_sizes: V_i of each member, the main model's first.
             device: the main model's.
             candidates: how many of a member's most probable tokens are looked at one by one.
+            confidence: how much more a member counts where it is sure (see `confident_weights`); 0: not.
             names: the members', for error messages.
+
+        Raises:
+            InputError: a setting out of range.
         """
         if candidates < 1:
             raise InputError(f"candidates is {candidates}; choose 1 or more")
+        if not 0 <= confidence <= 10:
+            raise InputError(f"confidence is {confidence}; choose 0 to 10")
+        self.confidence = confidence
         self.vocab_sizes = list(vocab_sizes)
         self.device = device
         self.candidates = candidates
@@ -225,7 +244,7 @@ class Fuser(ABC):
         shares = self._shares_by_row(len(logits), parts, weights)
         fused_rows = [row for row, own in enumerate(shares) if own]
         if not fused_rows:
-            return FusedStep(logits, main_choice, main_choice, tuple(parts), tuple(shares))
+            return FusedStep(logits, main_choice, main_choice, tuple(parts))
         whole = len(fused_rows) == len(logits)
         # A plain copy: logits made under inference_mode could not be written to outside it.
         fused = torch.empty_like(logits, requires_grad=False)
@@ -233,12 +252,15 @@ class Fuser(ABC):
             fused.copy_(logits)
         ours = fused if whole else fused[self._index(fused_rows)]
         said = [self._said(part, fused_rows) for part in parts]
-        chosen = self.fuse(ours, said, self._share(tuple(shares[row] for row in fused_rows)))
+        by_row = self._share(tuple(shares[row] for row in fused_rows))
+        if self.confidence:
+            by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
+        chosen = self.fuse(ours, said, by_row)
         if not whole:
             there = self._index(fused_rows)
             fused[there] = ours
             chosen = main_choice.index_copy(0, there, chosen)
-        return FusedStep(fused, chosen, main_choice, tuple(parts), tuple(shares))
+        return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
 
     def _shares_by_row(
         self,
@@ -296,6 +318,35 @@ class Fuser(ABC):
             )
         )
         return Said(part.member, part.name, topk, part, places)
+
+
+def confident_weights(weights: torch.Tensor, tops: Sequence[TopK], confidence: float) -> torch.Tensor:
+    """Weights of one step, by how sure each member is of its next token.
+
+        w_i = lambda_i exp(-confidence H_i) / sum,    H_i = -sum_t p_i[t] log p_i[t]
+
+    The tail of a top-k counts as k more tokens of one probability: whatever the vocabulary's size, a member
+    that knows nothing has about the same entropy.
+
+    Args:
+        weights: lambda, float32 [b, n]; a weight of 0 stays 0.
+        tops: of each member its k_i most probable tokens, of b rows.
+        confidence: for each nat of entropy.
+
+    Returns:
+        float32 [b, n], rows summing to 1.
+    """
+    entropies = torch.stack([_entropy(one) for one in tops], dim=1)
+    raised = weights * torch.exp(-confidence * (entropies - entropies.amin(dim=1, keepdim=True)))
+    return raised / raised.sum(dim=1, keepdim=True)
+
+
+def _entropy(top: TopK) -> torch.Tensor:
+    """In nats, float32 [b]."""
+    tail = top.tail.clamp(min=0)
+    in_tail = torch.special.entr(tail) + tail * math.log(top.probs.shape[1])
+    entropy: torch.Tensor = torch.special.entr(top.probs).sum(dim=-1) + in_tail
+    return entropy
 
 
 def _by_row(

@@ -32,6 +32,7 @@ class DeepenFuser(Fuser):
         learning_rate: float,
         steps: int = 5,
         candidates: int = 128,
+        confidence: float = 0.0,
         min_probability: float = 0.0,
         names: Sequence[str] | None = None,
     ) -> None:
@@ -42,7 +43,13 @@ class DeepenFuser(Fuser):
         """
         if not maps:
             raise InputError("there are no relative maps; give one for each member, the main model's first")
-        super().__init__([one.vocab_size for one in maps], maps[0].device, candidates=candidates, names=names)
+        super().__init__(
+            [one.vocab_size for one in maps],
+            maps[0].device,
+            candidates=candidates,
+            confidence=confidence,
+            names=names,
+        )
         if not math.isfinite(learning_rate) or not 0 < learning_rate <= 10:
             raise InputError(
                 f"learning_rate is {learning_rate}; choose above 0 to 10 (the paper uses 0.1 to 0.5)"

@@ -71,6 +71,7 @@ def make_fuser(
     learning_rate: float,
     steps: int,
     candidates: int,
+    confidence: float,
     min_probability: float,
 ) -> Fuser:
     """A fuser for these members, with their maps where it works in relative space.
@@ -78,7 +79,7 @@ def make_fuser(
     Raises:
         InputError: a setting out of range.
     """
-    common: dict[str, Any] = {"candidates": candidates, "names": names}
+    common: dict[str, Any] = {"candidates": candidates, "confidence": confidence, "names": names}
     vocab_sizes, device = [member.vocab_size for member in members], members[0].device
     if maps is not None and fuser == "deepen":
         return DeepenFuser(

@@ -28,7 +28,7 @@ class SingleFuser(Fuser):
     ) -> FusedStep:
         """The main model's logits as they are."""
         choice = parts[0].topk.ids[:, 0]
-        return FusedStep(logits, choice, choice, tuple(parts[:1]), ((),) * len(logits))
+        return FusedStep(logits, choice, choice, tuple(parts[:1]))
 
 
 class FunctionFuser(Fuser):
@@ -41,6 +41,7 @@ class FunctionFuser(Fuser):
         device: torch.device,
         *,
         candidates: int = 128,
+        confidence: float = 0.0,
         names: Sequence[str] | None = None,
     ) -> None:
         """See `Fuser`.
@@ -51,7 +52,7 @@ class FunctionFuser(Fuser):
                 a member with weight 0 says nothing of that row. Its logits may be written to.
             vocab_sizes: see `Fuser`, as the rest.
         """
-        super().__init__(vocab_sizes, device, candidates=candidates, names=names)
+        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
         self._function = function
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,10 @@ class UnionTopkFuser(Fuser):
         *,
         names: Sequence[str] | None = None,
         candidates: int = 128,
+        confidence: float = 0.0,
     ) -> None:
         """See `Fuser`."""
-        super().__init__(vocab_sizes, device, candidates=candidates, names=names)
+        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
         self._bridge = bridge
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:

@@ -25,10 +25,11 @@ class UnionVocabFuser(Fuser):
         device: torch.device,
         *,
         candidates: int = 128,
+        confidence: float = 0.0,
         names: Sequence[str] | None = None,
     ) -> None:
         """Look up every token of every assistant, some seconds for a large vocabulary."""
-        super().__init__(vocab_sizes, device, candidates=candidates, names=names)
+        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
         self._tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
