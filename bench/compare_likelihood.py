@@ -153,12 +153,15 @@ Lines = dict[tuple[str, str, str], dict[str, Any]]  # by configuration, kind and
 
 
 def read(file: Path) -> Lines:
-    """The lines of a work folder; of two for the same thing the later one."""
+    """The lines of a work folder; of two for the same thing the later one. A torn last line is cut off."""
     found: Lines = {}
     if file.is_file():
-        for row in file.read_text(encoding="utf-8").splitlines():
+        whole, _, torn = file.read_text(encoding="utf-8").rpartition("\n")
+        for row in whole.split("\n") if whole else []:
             one = json.loads(row)
             found[one["configuration"], one["kind"], one["text"]] = one
+        if torn:
+            file.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
     return found
 
 
@@ -268,11 +271,12 @@ def main() -> None:
         if deadline.passed():
             say("the time is up")
             break
-        measured = list(measure(text, missing, prints, found["commit"]))
         with file.open("a", encoding="utf-8") as append:
-            append.writelines(json.dumps(one) + "\n" for one in measured)
-        lines.update({keys[one["configuration"]]: one for one in measured})
-        say(f"text {number} of {len(rounds)} ({text.kind}): {len(measured)} configurations")
+            for one in measure(text, missing, prints, found["commit"]):
+                append.write(json.dumps(one) + "\n")
+                append.flush()
+                lines[keys[one["configuration"]]] = one
+        say(f"text {number} of {len(rounds)} ({text.kind}): {len(missing)} configurations")
     settings = {
         **settings_used(),
         "context": CONTEXT,

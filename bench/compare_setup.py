@@ -3,7 +3,8 @@
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
 command line names it, with changes after ``@``: ``deepen`` (the package's defaults), ``deepen:bytes``,
 ``average@prompt`` (weights from the prompt), ``deepen:bytes@main=0.7`` (the main model's weight; assistants
-share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows).
+share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows),
+``average@confidence=1`` (members count more where they are sure).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _DEFAULTS = {name: one.default for name, one in inspect.signature(Ensemble).para
 DEFAULT = method_name(_DEFAULTS["fuser"], _DEFAULTS["recipe"]) + (
     "@prompt" if _DEFAULTS["weights"] == "prompt" else ""
 )
-_NUMBERS = {"eta": "learning_rate", "tau": "relative_temperature"}
+_NUMBERS = {"eta": "learning_rate", "tau": "relative_temperature", "confidence": "confidence"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def parse_method(spec: str) -> Method:
         elif key in _NUMBERS:
             settings[_NUMBERS[key]] = _number(spec, value)
         else:
-            raise InputError(f"method '{spec}': after @ there can be prompt, main=W, eta=X or tau=X")
+            known = ", ".join(f"{one}=X" for one in _NUMBERS)
+            raise InputError(f"method '{spec}': after @ there can be prompt, main=W, {known}")
     return Method("@".join([method_name(fuser, recipe), *changes]), settings, main_weight)
 
 
@@ -146,6 +148,6 @@ def settings_used() -> dict[str, Any]:
         "models": MODELS,
         "defaults": {
             key: _DEFAULTS[key]
-            for key in ("learning_rate", "steps", "candidates", "boundary_aware", "weights")
+            for key in ("learning_rate", "steps", "candidates", "boundary_aware", "weights", "confidence")
         },
     }

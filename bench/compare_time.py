@@ -1,0 +1,85 @@
+"""Milliseconds a token of every way of fusing, each with forwards of its own, beside its members alone.
+
+One prompt at a time, greedy, the configurations in turn for every prompt, so that a drift of the machine hits
+all of them. Each prompt is continued twice: the first time relative rows may still have to be computed, the
+second time they are there. A configuration's figure is the median over prompts. Writes
+bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import PROMPTS, ROOT, environment, machine_name, spread, write_json
+from compare_setup import add_options, configurations, load, say, settings_used
+
+from deepen_ext import Ensemble
+from deepen_ext.fusers import DeepenFuser
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="default: %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="written for each prompt, default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, help="default: bench/results/evaluation/<machine>/time.json")
+    add_options(parser)
+    options = parser.parse_args()
+
+    found = environment()
+    name = Path("bench", "results", "evaluation", machine_name(found), "time.json")
+    ensembles = configurations(load(options.ensembles), options.ensembles, options.methods)
+    runs = [(name, one, False) for name, one in ensembles.items()]
+    runs += [(f"{name}@skip", one, True) for name, one in ensembles.items() if _has_skip(one)]
+    first: dict[str, list[float]] = {name: [] for name, _, _ in runs}
+    again: dict[str, list[float]] = {name: [] for name, _, _ in runs}
+    for number, prompt in enumerate(PROMPTS[: options.prompts], 1):
+        for times in (first, again):
+            for key, ensemble, skip in runs:
+                written = ensemble.generate(
+                    prompt,
+                    max_new_tokens=options.tokens,
+                    min_new_tokens=options.tokens,
+                    certified_skip=skip,
+                )
+                times[key].append(written.timings.ms_per_token)
+        say(f"prompt {number} of {options.prompts}")
+    output = options.output or ROOT / name
+    alone = {key: statistics.median(taken) for key, taken in again.items() if " " not in key}
+    write_json(
+        output,
+        {
+            "settings": {**settings_used(), "prompts": options.prompts, "tokens": options.tokens, "batch": 1},
+            "configurations": {key: _figures(key, first[key], again[key], alone) for key, _, _ in runs},
+            "environment": found,
+        },
+    )
+    say(f"written to {output}")
+
+
+def _has_skip(ensemble: Ensemble) -> bool:
+    """Whether its certified skip is worth a line: the default search's."""
+    return isinstance(ensemble.fuser, DeepenFuser) and not ensemble.weighs_prompts
+
+
+def _figures(name: str, first: list[float], again: list[float], alone: dict[str, float]) -> dict[str, Any]:
+    ensemble, _, method = name.partition(" ")
+    figures: dict[str, Any] = {
+        "ensemble": ensemble,
+        "method": method or "single",
+        "ms_per_token": round(statistics.median(again), 3),
+        "spread": [round(one, 3) for one in spread(again)],
+        "first_ms_per_token": round(statistics.median(first), 3),
+    }
+    if method:
+        members = [alone[one] for one in ensemble.split("+")]
+        figures["of_members_sum"] = round(figures["ms_per_token"] / sum(members), 4)
+    return figures
+
+
+if __name__ == "__main__":
+    main()
