@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, machine_name, percentile, write_json
+from common import ROOT, TIMED, environment, machine_name, percentile, write_json
 from transformers import DynamicCache
 
 from deepen_ext import Ensemble, demo, ops
@@ -280,7 +280,7 @@ def main() -> None:
     found = environment()
     output = options.output or ROOT / "bench" / "results" / "boundary" / f"{machine_name(found)}.json"
     members = {name: load_member(demo.embedded(name)) for name in {name for pair in PAIRS for name in pair}}
-    ensembles = {pair: Ensemble([members[name] for name in pair]) for pair in PAIRS}
+    ensembles = {pair: Ensemble([members[name] for name in pair], **TIMED) for pair in PAIRS}
     positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
     for read, (kind, text) in enumerate(texts(options.data), 1):
         whole = {name: Reading(member, text) for name, member in members.items()}

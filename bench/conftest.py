@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import PROMPTS
+from common import PROMPTS, TIMED
 
 from deepen_ext import Ensemble, demo
 from deepen_ext.member import Member
@@ -19,7 +19,7 @@ def pair() -> list[Member]:
 
 @pytest.fixture(scope="session")
 def ensemble(pair: list[Member]) -> Ensemble:
-    return Ensemble(pair, cache=False)
+    return Ensemble(pair, cache=False, **TIMED)
 
 
 @pytest.fixture(scope="session")

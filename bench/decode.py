@@ -18,6 +18,7 @@ from typing import Any
 from common import (
     LONG_TEXT,
     ROOT,
+    TIMED,
     Figure,
     again_with_an_empty_cache,
     percentile,
@@ -41,11 +42,11 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
     from deepen_ext.models import load_member
 
     members = [load_member(folder) for folder in folders[:2]]
-    pair = Ensemble(members)
+    pair = Ensemble(members, **TIMED)
     prompt = _prompts(members[0], CONTEXT, 1)[0]
     cold = pair.generate(prompt, max_new_tokens=new_tokens)
     rows = pair.rows_computed
-    warm = Ensemble(members)  # reads the rows from the cache folder, as a second process would
+    warm = Ensemble(members, **TIMED)  # reads the rows from the cache folder, as a second process would
     if warm.generate(prompt, max_new_tokens=new_tokens).token_ids != cold.token_ids:
         raise RuntimeError("warm and cold rows give different texts")
     if rows == 0 or warm.rows_computed != 0:
@@ -65,7 +66,7 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
         ],
     }
     _say("three members")
-    trio = Ensemble([*members, load_member(folders[2])])
+    trio = Ensemble([*members, load_member(folders[2])], **TIMED)
     trio.generate(prompt, max_new_tokens=8)  # its rows
     found["trio"] = _beside_members(trio, [prompt], BATCH_TOKENS, 2)
     return found

@@ -15,7 +15,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from common import LONG_TEXT, Figure, again_with_an_empty_cache, resident, start_of_peak, write_json
+from common import LONG_TEXT, TIMED, Figure, again_with_an_empty_cache, resident, start_of_peak, write_json
 
 BUDGET_MB = 150
 
@@ -63,7 +63,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
             )
         )
     stages["after the vocabularies"] = resident() - base
-    ensemble = deepen_ext.Ensemble(members)
+    ensemble = deepen_ext.Ensemble(members, **TIMED)
     stages["after the ensemble was made"] = resident() - base
     ids = members[0].vocabulary.encode(LONG_TEXT)[:256]
     generation = ensemble.generate(members[0].vocabulary.decode(ids).decode(), max_new_tokens=new_tokens)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from deepen_ext.anchors import Anchors
 from deepen_ext.boundary import BoundaryRule
 from deepen_ext.decoding import Run
+from deepen_ext.defaults import LEARNING_RATE, RECIPE
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
 from deepen_ext.generation import BatchGeneration, Generation
@@ -27,7 +28,7 @@ from deepen_ext.sharing import SharedForwards
 from deepen_ext.streaming import TextStream
 from deepen_ext.weighting import check_weights
 
-RECIPES = ("calibrated", "bytes", "paper")
+RECIPES = ("bytes", "calibrated", "paper")
 
 
 class Ensemble:
@@ -44,8 +45,8 @@ class Ensemble:
         *,
         weights: Sequence[float] | Literal["prompt"] | None = None,
         fuser: str | FuseFunction = "deepen",
-        recipe: Recipe = "calibrated",
-        learning_rate: float = 0.15,
+        recipe: Recipe = RECIPE,
+        learning_rate: float = LEARNING_RATE,
         steps: int = 5,
         candidates: int = 128,
         confidence: float = 0.0,
@@ -64,7 +65,7 @@ class Ensemble:
             fuser: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single" (the main model
                 alone: one member is enough, and others are not used); or a function of your own (see
                 `deepen_ext.fusers`).
-            recipe: "calibrated", "bytes" or "paper" (see the README); of the fuser "deepen".
+            recipe: "bytes", "calibrated" or "paper" (see the README); of the fuser "deepen".
             learning_rate: eta of the inverse search.
             steps: T of the inverse search.
             candidates: how many of a member's most probable tokens are mapped one by one.

@@ -28,7 +28,7 @@ from deepen_ext.weighting import check_weights
 
 SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature")
 _KEYS = ("members", *SETTINGS, "measured")
-_RECIPES = ("calibrated", "bytes", "paper")
+_RECIPES = ("bytes", "calibrated", "paper")
 
 
 @dataclass(frozen=True)

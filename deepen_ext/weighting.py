@@ -29,8 +29,7 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     return weights
 
 
-# Placeholder: see docs/results.md for how these were chosen.
-SHARPNESS = 8.0  # of weights from the prompt, per nat a byte
+SHARPNESS = 8.0  # of weights from the prompt, for each nat a byte; chosen on dev texts, see docs/results.md
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
 

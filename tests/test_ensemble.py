@@ -297,7 +297,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"recipe": "byte"}, "recipe is 'byte'; use one of calibrated, bytes, paper"),
+            ({"recipe": "byte"}, "recipe is 'byte'; use one of bytes, calibrated, paper"),
             ({"weights": [0.5]}, "1 weights for 2 members"),
             ({"weights": [0.5, 0.6]}, "sum to 1.1"),
             ({"learning_rate": 0}, "learning_rate is 0"),

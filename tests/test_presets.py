@@ -112,7 +112,7 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ),
         ("members: [a, b]\nlearning_rate: true\n", "line 2: learning_rate is True"),
         ("members: [a, b]\nrelative_temperature: .inf\n", "line 2: relative_temperature is inf"),
-        ("members: [a, b]\nrecipe: best\n", "line 2: recipe is 'best'; use one of calibrated, bytes, paper"),
+        ("members: [a, b]\nrecipe: best\n", "line 2: recipe is 'best'; use one of bytes, calibrated, paper"),
         ("members: [a, b]\nrecipe: [bytes]\n", "line 2: recipe is .*use one of"),
         (
             "members: [a, b]\nrecipe: bytes\nrelative_temperature: 40\n",

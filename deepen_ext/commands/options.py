@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deepen_ext.defaults import LEARNING_RATE, RECIPE
 from deepen_ext.errors import DeepenError, InputError
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.presets import Preset as LoadedPreset
 
-DEFAULT_LEARNING_RATE = 0.15
-
 
 class RecipeName(str, Enum):
     """How tokens are placed in the relative space."""
 
-    calibrated = "calibrated"
     bytes = "bytes"
+    calibrated = "calibrated"
     paper = "paper"
 
 
@@ -79,11 +78,11 @@ FuserSpecs = Annotated[
 ]
 Recipes = Annotated[
     RecipeName | None,
-    typer.Option("--recipe", help="How deepen places tokens in the relative space; calibrated by default."),
+    typer.Option("--recipe", help=f"How deepen places tokens in the relative space; {RECIPE} by default."),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(help=f"Of deepen's inverse search; {DEFAULT_LEARNING_RATE} by default."),
+    typer.Option(help=f"Of deepen's inverse search; {LEARNING_RATE} by default."),
 ]
 Preset = Annotated[
     Path | None,
@@ -131,7 +130,7 @@ def load_ensemble(
         from deepen_ext.fusers import parse_fuser
 
         if fuser is not None or recipe is not None:
-            own = recipe.value if recipe is not None else settings.get("recipe", RecipeName.calibrated.value)
+            own = recipe.value if recipe is not None else settings.get("recipe", RECIPE)
             settings["fuser"], settings["recipe"] = parse_fuser(fuser or settings.get("fuser", "deepen"), own)
         return Ensemble.from_pretrained(
             names if names is not None else embedded.members(say),
