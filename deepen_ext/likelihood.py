@@ -7,10 +7,8 @@ compared between them; bits a byte can.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -21,67 +19,15 @@ from deepen_ext.fusers import Part
 from deepen_ext.member import Member
 from deepen_ext.ops import topk_softmax
 from deepen_ext.readings import Accompaniment, Reading
-from deepen_ext.weighting import check_weights
+from deepen_ext.text_pieces import pieces
+from deepen_ext.token_likelihoods import TokenLikelihoods
+from deepen_ext.weighting import check_weights, prompt_weights
+
+__all__ = ["TextReading", "TokenLikelihoods", "pieces"]
 
 # Logits of one fusion step: with more than the allocator keeps at hand (32 MB), each step waits for fresh
 # pages, which takes ten times as long as the copy itself.
 _STEP_BYTES = 16 << 20
-
-PIECE, CONTEXT = 1500, 500  # characters; together some 600 tokens
-
-
-@dataclass(frozen=True)
-class TokenLikelihoods:
-    """What a distribution gave the tokens of one text.
-
-    Attributes:
-        logprobs: natural logarithms, one for each scored token.
-        ends: where each token ends, in bytes of the scored text; the last one is its length. A token that
-            begins in the context counts from the text's beginning.
-        greedy: whether the token is the most probable one.
-        nbytes: of the scored text.
-    """
-
-    logprobs: list[float]
-    ends: list[int]
-    greedy: list[bool]
-    nbytes: int
-
-    @property
-    def total(self) -> float:
-        """Natural logarithm of the text's probability."""
-        return math.fsum(self.logprobs)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Negative log-likelihood, base 2, for each byte of the text."""
-        return -self.total / math.log(2) / self.nbytes
-
-    def by_blocks(self, size: int) -> list[float]:
-        """The total in shares of blocks of `size` bytes, the last one perhaps shorter.
-
-        A token's log-probability is spread evenly over its bytes. Block i is the same part of the text for
-        every tokenisation, so that blocks can be compared in pairs.
-        """
-        return self._spread(self.logprobs, size)
-
-    def tokens_by_blocks(self, size: int) -> list[float]:
-        """How many tokens there are in the blocks of `by_blocks`, parts of tokens counted as such."""
-        return self._spread([1.0] * len(self.ends), size)
-
-    def _spread(self, values: Sequence[float], size: int) -> list[float]:
-        if size < 1:
-            raise InputError(f"blocks of {size} bytes; give 1 or more")
-        blocks = [0.0] * -(-self.nbytes // size)
-        begin = 0
-        for value, end in zip(values, self.ends, strict=True):
-            if end == begin:  # a token without bytes of the text
-                blocks[min(begin // size, len(blocks) - 1)] += value
-            for block in range(begin // size, -(-end // size)):
-                covered = min(end, (block + 1) * size) - max(begin, block * size)
-                blocks[block] += value * covered / (end - begin)
-            begin = end
-        return blocks
 
 
 class TextReading:
@@ -127,6 +73,25 @@ class TextReading:
     ) -> None:
         self.close()
 
+    def release(self) -> None:
+        """Free the caches, keep the logits.
+
+        What was measured once can be measured again, with other weights and fusers too. What takes logits
+        that nobody has asked for yet reads the text again.
+        """
+        for reading in self._readings.values():
+            reading.release()
+
+    def go_on_from(self, other: TextReading) -> None:
+        """Take over what another reading of the same members holds in its caches.
+
+        What both begin with, such as the context of several answers, is then not read again. The other keeps
+        what it has computed.
+        """
+        for member, reading in self._readings.items():
+            if member in other._readings:
+                reading.go_on_from(other._readings[member])
+
     def close(self) -> None:
         """Free caches and logits."""
         for reading in self._readings.values():
@@ -170,7 +135,8 @@ class TextReading:
 
         Args:
             ensemble: of members of this reading, the same objects.
-            weights: one for each member, summing to 1; None for the ensemble's own.
+            weights: one for each member, summing to 1; None for the ensemble's own. Those that an ensemble
+                finds from the prompt are found from the context.
 
         Raises:
             InputError: a member that the reading does not have; a member that gives NaN; see `check_weights`.
@@ -179,6 +145,8 @@ class TextReading:
         members = ensemble.members
         main, *assistants = [self._reading(member) for member in members]
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
+        if weights is None and ensemble.weighs_prompts:
+            shares = prompt_weights([one.prompt_score() for one in (main, *assistants)], shares)
         main.read()
         fuser = ensemble.fuser
         speaks = [
@@ -228,50 +196,6 @@ class TextReading:
     def _likelihoods(self, reading: Reading, logprobs: list[float], greedy: list[bool]) -> TokenLikelihoods:
         ends = [max(end - self._begin, 0) for end in reading.ends]
         return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
-
-
-def pieces(text: str, *, length: int = PIECE, context: int = CONTEXT) -> list[tuple[str, str]]:
-    """Cut a text into (context, scored text), so that every character is scored once.
-
-    Args:
-        text: not empty.
-        length: most characters of a scored text; more only where it would end inside a run of whitespace.
-        context: most characters before it.
-
-    A cut is made in the second half of a piece, before the last space that a word follows: there no tokenizer
-    has a token that reaches from one side to the other, so that each member scores the same characters. Where
-    there is none it is made before other whitespace, and where there is none of that either, inside a word.
-
-    Raises:
-        InputError: an empty text, or lengths out of range.
-    """
-    if not text:
-        raise InputError("the text is empty; give some text to score")
-    if length < 1 or context < 0:
-        raise InputError(f"pieces of {length} characters after {context}; give 1 or more, after 0 or more")
-    found = []
-    begin = 0
-    while begin < len(text):
-        end = (
-            len(text) if len(text) - begin <= length else _cut(text, begin + length // 2 + 1, begin + length)
-        )
-        before = max(begin - context, 0)
-        if before:
-            before = next((at for at in range(before, begin) if text[at].isspace()), before)
-        found.append((text[before:begin], text[begin:end]))
-        begin = end
-    return found
-
-
-def _cut(text: str, first: int, last: int) -> int:
-    """Where to cut the text, from `first` to `last`, or later where it cannot be cut there."""
-    begins = [at for at in range(last, first - 1, -1) if text[at].isspace() and not text[at - 1].isspace()]
-    for at in begins:
-        if text[at] == " " and text[at + 1 : at + 2].isalnum():
-            return at
-    # Whitespace at the end of a context is scored with the text after it: no piece may end in it.
-    anywhere = (at for at in range(last, len(text)) if not text[at - 1].isspace())
-    return begins[0] if begins else next(anywhere, len(text))
 
 
 def _blocks(rows: int, *members: Member) -> Iterator[range]:

@@ -18,6 +18,7 @@ from deepen_ext.member import Member
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.session import BatchSession
 from deepen_ext.text import GrowingText, Utf8Stream
+from deepen_ext.weighting import PromptScore, read_prompts
 
 
 class LogitRows:
@@ -111,6 +112,7 @@ class Reading:
         self.begin = ends[len(own) - 1] if own else 0
         self.ends = ends[len(own) :]
         self._session: BatchSession | None = None
+        self._score: PromptScore | None = None
         self._elsewhere: dict[tuple[int, ...], int] = {}  # rows after ids that the text does not begin with
 
     @property
@@ -129,9 +131,8 @@ class Reading:
         session = self._session or _session(self.member, len(self.ids) - 1)
         try:
             with failures_of(self.member.name):
-                for block in session.read(
-                    0, self.ids[:-1], self.first - 1
-                ):  # nothing after the last is scored
+                # Without the last token: what follows it is not scored.
+                for block in session.read(0, self.ids[:-1], self.first - 1):
                     self.logits.add(block)
         except BaseException:
             session.close()
@@ -162,16 +163,31 @@ class Reading:
         self.read()
         keys = [tuple(ids) for ids in all_ids]
         missing = {ids for ids in keys if self._row_in_text(ids) is None} - self._elsewhere.keys()
-        if missing and self._session is None:
-            self._session = _session(self.member, len(self.ids) - 1)
-        # The longest first: each then only rolls back what the one before has left. In another row than the
-        # text's where there is one: the text stays for the next call.
+        # The longest first: each then only rolls back what the one before has left.
         for ids in sorted(missing, key=len, reverse=True):
-            assert self._session is not None
-            block = forward(self._session, {self._session.rows - 1: list(ids)}, self.member.name)
+            session, row = self._beside()
+            block = forward(session, {row: list(ids)}, self.member.name)
             self._elsewhere[ids] = self.logits.add(block)[0]
         rows = [self._row_in_text(ids) for ids in keys]
         return [self._elsewhere[ids] if row is None else row for ids, row in zip(keys, rows, strict=True)]
+
+    def prompt_score(self) -> PromptScore:
+        """How well the member reads the context, as a prompt: for weights that come from it."""
+        if self._score is None:
+            context = self.ids[: self.first]
+            if context == self.prefix:
+                self._score = PromptScore([], [])
+            else:
+                self.read()
+                session, row = self._beside()
+                self._score = read_prompts(session, self.member, {row: context})[row]
+        return self._score
+
+    def _beside(self) -> tuple[BatchSession, int]:
+        """The session, and a row of it for something else than the text; where there is one, another row."""
+        if self._session is None:
+            self._session = _session(self.member, len(self.ids) - 1)
+        return self._session, self._session.rows - 1
 
     def _row_in_text(self, ids: tuple[int, ...]) -> int | None:
         here = self.first <= len(ids) < len(self.ids) and ids == tuple(self.ids[: len(ids)])

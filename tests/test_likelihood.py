@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from deepen_ext import likelihood
 from deepen_ext import session as session_module
-from deepen_ext.errors import InputError
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
 from deepen_ext.member import Member
 from deepen_ext.session import BatchSession
+from deepen_ext.text import GrowingText, Vocabulary
 
 PROSE = "The naïve café in Zürich sells straw\u00adberries 🍓🍓 and Antarctica's ice; it costs 1,250 €.\n"
 CODE = "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"
@@ -71,3 +83,361 @@ class TestRead:
                 session.read(0, [])
             with pytest.raises(InputError, match="row 1 is not one of"):
                 session.read(1, [1])
+
+
+def last_logits(member: Member, ids: list[int]) -> torch.Tensor:
+    """Logits [1, V] after these ids, from a forward of its own; remembered, since many ask."""
+    key = id(member), tuple(ids)
+    if key not in _remembered:
+        with torch.inference_mode():
+            output = member.model(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+        _remembered[key] = output.logits[0]
+    return _remembered[key]
+
+
+_remembered: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
+
+def first_ids(member: Member, context: str) -> list[int]:
+    """What a member reads before context and text."""
+    return member.vocabulary.prefix_ids or ([] if context else [member.tokenizer.bos_token_id])
+
+
+@dataclass
+class Slow:
+    """What `slowly` found at each token, and why assistants were not asked."""
+
+    logprobs: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
+    unfinished: int = 0
+    sat_out: int = 0
+    inside: int = 0  # an assistant spoke after a text that ended inside one of its tokens of the whole
+
+
+def slowly(ensemble: Ensemble, context: str, text: str) -> Slow:
+    """One token at a time: the text so far tokenised afresh, forwards from scratch, one row of fusion."""
+    main, *assistants = ensemble.members
+    vocabulary = main.vocabulary
+    ids = first_ids(main, context) + vocabulary.encode(context + text)
+    found = Slow()
+    for place in range(len(first_ids(main, context) + vocabulary.encode(context)), len(ids)):
+        logits = last_logits(main, ids[:place])
+        said: list[torch.Tensor | None] = [logits]
+        so_far = vocabulary.decode(ids[len(first_ids(main, context)) : place])
+        top = logits[0].softmax(dim=-1).topk(16)
+        candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        for assistant in assistants:
+            try:
+                read = so_far.decode()
+            except UnicodeDecodeError:
+                found.unfinished += 1
+                said.append(None)
+                continue
+            growing = GrowingText(assistant.vocabulary, read)
+            if ensemble.boundary_rule is not None and ensemble.boundary_rule.sits_out(growing, candidates):
+                found.sat_out += 1
+                said.append(None)
+                continue
+            own = assistant.vocabulary.encode(read)
+            found.inside += own != assistant.vocabulary.encode(context + text)[: len(own)]
+            said.append(last_logits(assistant, first_ids(assistant, context) + own))
+        fused = ensemble.fuser.step(said, ensemble.weights).logits[0].double()
+        found.logprobs.append(float(fused.log_softmax(dim=-1)[ids[place]]))
+        found.greedy.append(int(fused.argmax()) == ids[place])
+    return found
+
+
+class TestMember:
+    """A member alone."""
+
+    @pytest.mark.parametrize("text", [PROSE, CODE, "One token of <|im_end|>, or <eos>?", " ", "x"])
+    def test_equals_a_plain_forward(self, member: Member, text: str) -> None:
+        ids = first_ids(member, "") + member.vocabulary.encode(text)
+        scored = ids[len(first_ids(member, "")) :]
+        expected = plain_logits(member, ids)[len(ids) - len(scored) - 1 : -1].double().log_softmax(dim=-1)
+        own = TextReading([member], "", text).member(member)
+        assert own.logprobs == pytest.approx(
+            [float(row[token]) for row, token in zip(expected, scored, strict=True)], abs=1e-4
+        )
+        assert own.greedy == [int(row.argmax()) == token for row, token in zip(expected, scored, strict=True)]
+        assert own.nbytes == own.ends[-1] == len(text.encode())
+        assert own.ends == sorted(own.ends)
+        assert own.total == pytest.approx(sum(own.logprobs))
+        assert own.bits_per_byte == pytest.approx(-own.total / math.log(2) / own.nbytes)
+
+    @pytest.mark.parametrize(
+        ("context", "text"),
+        [
+            ("The capital of France is", " Paris, of course."),
+            ("The capital of France is ", "Paris, of course."),  # the space goes to the text
+            ("Question: why?\n\n", "Because."),  # and so do line ends
+            ("A straw", "berry is red"),  # a token reaches from one to the other
+            ("", "Paris"),
+            ("  \n", "Paris"),
+        ],
+    )
+    def test_context_is_lm_evals(self, member: Member, context: str, text: str) -> None:
+        """lm_eval.api.model.TemplateLM._encode_pair, with its treatment of an empty context."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, text = context[:-spaces], context[-spaces:] + text
+        prefix = first_ids(member, context)
+        whole = prefix + member.vocabulary.encode(context + text)
+        scored = whole[len(prefix + member.vocabulary.encode(context)) :]
+        assert 0 < len(scored) < len(whole)
+        rows = plain_logits(member, whole)[-len(scored) - 1 : -1].double().log_softmax(dim=-1)
+        reading = TextReading([member], context, text)
+        own = reading.member(member)
+        assert own.logprobs == pytest.approx(
+            [float(row[token]) for row, token in zip(rows, scored, strict=True)], abs=1e-4
+        )
+        assert reading.text == text
+        assert own.nbytes == own.ends[-1] == len(text.encode())
+
+
+@pytest.fixture(scope="module")
+def ensembles(smollm2: Member, gemma: Member) -> dict[str, Ensemble]:
+    """By what is different about them; without the rows that an earlier run has left on disk."""
+    pair = [smollm2, gemma]
+    byte_rows = Ensemble(pair, recipe="bytes", cache=False)
+    return {
+        "bytes": byte_rows,
+        "no rule": byte_rows.variant(boundary_aware=False),
+        "average, its own weights": byte_rows.variant(fuser="average", weights=[0.7, 0.3]),
+        "a function": byte_rows.variant(fuser=lambda logits, said, weights: logits / 2),
+        "swapped, no rule": Ensemble([gemma, smollm2], recipe="bytes", boundary_aware=False, cache=False),
+        "three": Ensemble([gemma, smollm2, smollm2], fuser="average", cache=False),
+    }
+
+
+class TestFused:
+    """Ensembles, against the slow way."""
+
+    TEXT = "Antarctica's strawberries 🍓 cost 1,250 €\n  in Zürich's"
+
+    @pytest.mark.parametrize(
+        ("context", "text"), [("", TEXT[:22]), ("Antarctica's strawberries", TEXT[25:])], ids=["start", "end"]
+    )
+    def test_equals_one_token_at_a_time(
+        self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member, context: str, text: str
+    ) -> None:
+        reading = TextReading([smollm2, gemma], context, text)
+        unfinished = sat_out = inside = 0
+        logprobs = {}
+        for name, ensemble in ensembles.items():
+            expected = slowly(ensemble, reading.context, reading.text)
+            unfinished += expected.unfinished
+            sat_out += expected.sat_out
+            inside += expected.inside
+            got = reading.fused(ensemble)
+            assert got.logprobs == pytest.approx(expected.logprobs, abs=2e-4), name
+            assert got.greedy == expected.greedy, name
+            assert got.ends[-1] == got.nbytes == len(reading.text.encode())
+            logprobs[name] = got.logprobs
+        assert unfinished if context else inside
+        assert sat_out
+        assert len({tuple(one) for one in logprobs.values()}) == len(ensembles)  # each is a way of its own
+
+    def test_in_blocks_of_one_row(
+        self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reading = TextReading([smollm2, gemma], "", self.TEXT)
+        whole = {name: reading.fused(ensemble) for name, ensemble in ensembles.items()}
+        alone = reading.member(gemma)
+        monkeypatch.setattr(likelihood, "_STEP_BYTES", 1)
+        with TextReading([smollm2, gemma], "", self.TEXT) as other:
+            assert other.member(gemma).logprobs == pytest.approx(alone.logprobs, abs=1e-6)
+            for name, ensemble in ensembles.items():
+                assert other.fused(ensemble).logprobs == pytest.approx(whole[name].logprobs, abs=1e-4)
+
+    def test_a_main_model_with_all_the_weight(
+        self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member
+    ) -> None:
+        reading = TextReading([smollm2, gemma], "", PROSE)
+        alone = reading.member(smollm2)
+        single = Ensemble([smollm2], fuser="single")
+        for fused in (reading.fused(ensembles["bytes"], [1, 0]), reading.fused(single)):
+            assert fused.logprobs == pytest.approx(alone.logprobs, abs=1e-6)
+            assert (fused.ends, fused.greedy, fused.nbytes) == (alone.ends, alone.greedy, alone.nbytes)
+        half = reading.fused(ensembles["bytes"], [0.5, 0.5])
+        assert half == reading.fused(ensembles["bytes"])  # the ensemble's own
+        assert abs(half.total - alone.total) > 0.5
+
+    def test_what_the_loop_writes_is_greedy(self, ensembles: dict[str, Ensemble]) -> None:
+        """The loop decides alike who speaks, over its own text, character by character."""
+        prompt = "Continents: Africa, Antarctica,"
+        for name in ("bytes", "swapped, no rule"):
+            ensemble = ensembles[name]
+            written = ensemble.generate(prompt, max_new_tokens=12)
+            vocabulary = ensemble.members[0].vocabulary
+            whole = written.text.rstrip("\ufffd")  # perhaps the last character is not finished
+            ids = vocabulary.encode(prompt + whole)[len(vocabulary.encode(prompt)) :]
+            assert ids == written.token_ids[: len(ids)], "choose a prompt that goes on in other tokens"
+            assert len(ids) > 9
+            assert written.changed_tokens > 0
+            scored = TextReading(ensemble.members, prompt, whole).fused(ensemble)
+            assert scored.greedy == [True] * len(ids)
+
+    def test_members_read_once(self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member) -> None:
+        with fed(smollm2) as by_smollm2, fed(gemma) as by_gemma:
+            reading = TextReading([smollm2, gemma], "", self.TEXT)
+            assert not by_smollm2
+            reading.member(smollm2)
+            reading.fused(ensembles["bytes"])
+            reading.fused(ensembles["no rule"])
+            ids = first_ids(smollm2, "") + smollm2.vocabulary.encode(self.TEXT)
+            assert sum(by_smollm2) == len(ids) - 1
+            before = sum(by_gemma)
+            for name in ("bytes", "no rule", "average, its own weights", "a function"):
+                reading.fused(ensembles[name], [0.4, 0.6])
+            reading.member(gemma)
+            assert sum(by_gemma) == before
+            assert sum(by_smollm2) == len(ids) - 1
+
+    def test_a_failing_member_is_named(self, ensembles: dict[str, Ensemble], gemma: Member) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("out of order")
+
+        reading = TextReading(ensembles["bytes"].members, "", self.TEXT)
+        hook = gemma.model.get_input_embeddings().register_forward_pre_hook(fail)
+        try:
+            with pytest.raises(ModelError, match=rf"{gemma.name}: its forward pass failed.*out of order"):
+                reading.fused(ensembles["bytes"])
+        finally:
+            hook.remove()
+        assert math.isfinite(reading.fused(ensembles["bytes"]).total)
+
+
+@contextmanager
+def fed(member: Member) -> Iterator[list[int]]:
+    """How many tokens each forward has meanwhile."""
+    seen: list[int] = []
+    hook = member.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].numel())
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def test_log_probabilities_sum_to_one(smollm2: Member) -> None:
+    logits = last_logits(smollm2, smollm2.vocabulary.encode("The capital of France is"))[
+        :, :3000
+    ].contiguous()
+    rows = logits.expand(3000, -1).contiguous()
+    found, best = likelihood._logprobs(rows, list(range(3000)), "logits")
+    assert math.fsum(map(math.exp, found)) == pytest.approx(1, abs=1e-6)
+    assert set(best) == {int(logits.argmax())}
+    halves, _ = likelihood._logprobs(logits.bfloat16(), [5], "logits")
+    assert halves[0] == pytest.approx(float(logits.bfloat16().double().log_softmax(dim=-1)[0, 5]), abs=1e-6)
+
+
+class TestWrongInput:
+    """Refused before a model runs."""
+
+    @pytest.mark.parametrize(
+        ("context", "text", "message"),
+        [
+            ("A context", "", "text is empty"),
+            ("", "half a pair \ud83c here", "lone surrogate at character 12"),
+            ("\udf53", "x", "lone surrogate at character 0"),
+            ("", "a\x04b", r"loses byte 1 \(0x04\)"),
+            ("A straw", "berries", "cut where a word begins"),
+        ],
+    )
+    def test_texts(self, smollm2: Member, context: str, text: str, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            TextReading([smollm2], context, text)
+
+    def test_too_long(self, smollm2: Member) -> None:
+        short = replace(smollm2, context_length=20)
+        TextReading([short], "", " a" * 20)  # the last token is not read
+        with pytest.raises(InputError, match="22 tokens, more than its context of 20; shorten the context"):
+            TextReading([short], "", " a" * 21)
+
+    def test_strangers(self, smollm2: Member, gemma: Member) -> None:
+        reading = TextReading([smollm2], "", "text")
+        with pytest.raises(InputError, match="not a member of this reading"):
+            reading.member(gemma)
+        with pytest.raises(InputError, match="not a member of this reading"):
+            reading.fused(Ensemble([smollm2, gemma], recipe="bytes", cache=False))
+
+    def test_nothing_to_begin_with(self, smollm2: Member) -> None:
+        tokenizer = copy.deepcopy(smollm2.tokenizer)
+        tokenizer.bos_token = tokenizer.eos_token = None
+        headless = replace(smollm2, tokenizer=tokenizer, eos_ids=())
+        with pytest.raises(InputError, match="give a context"):
+            TextReading([headless], "", "text")
+        TextReading([headless], "some", " text")
+
+
+class TestBlocks:
+    """`TokenLikelihoods.by_blocks`."""
+
+    ONE = TokenLikelihoods([-4.0, -2.0, -9.0, -1.0], [4, 5, 5, 11], [True, False, True, False], 11)
+
+    def test_spread_over_bytes(self) -> None:
+        assert self.ONE.by_blocks(4) == pytest.approx([-4, -2 - 9 - 3 / 6, -3 / 6])
+        assert self.ONE.by_blocks(3) == pytest.approx([-3, -1 - 2 - 9 - 1 / 6, -3 / 6, -2 / 6])
+        assert self.ONE.by_blocks(100) == pytest.approx([-16])
+        assert self.ONE.tokens_by_blocks(5) == pytest.approx([2, 1 + 5 / 6, 1 / 6])
+        with pytest.raises(InputError, match="give 1 or more"):
+            self.ONE.by_blocks(0)
+
+    def test_blocks_add_up(self, smollm2: Member) -> None:
+        own = TextReading([smollm2], "", PROSE).member(smollm2)
+        for size in (1, 7, 64, 1000):
+            blocks = own.by_blocks(size)
+            assert len(blocks) == -(-own.nbytes // size)
+            assert math.fsum(blocks) == pytest.approx(own.total)
+            assert math.fsum(own.tokens_by_blocks(size)) == pytest.approx(len(own.logprobs))
+
+
+TEXTS = {
+    "README": (Path(__file__).parents[1] / "README.md").read_text(),
+    "source": Path(__file__).read_text(),
+    "no spaces": "今天天气很好，我们去公园吧。" * 40,
+    "whitespace": "a" + " \n" * 300 + "b" + "\t" * 150 + "c",
+    "one line ends": "word\n" * 200,
+    "short": "x",
+}
+
+
+class TestPieces:
+    """`pieces`."""
+
+    @pytest.mark.parametrize("name", list(TEXTS))
+    def test_every_character_once(self, name: str) -> None:
+        text = TEXTS[name]
+        for length, context in ((200, 80), (100, 0), (1, 1), (10**6, 10)):
+            found = pieces(text, length=length, context=context)
+            assert "".join(piece for _, piece in found) == text
+            begin = 0
+            for before, piece in found:
+                assert piece
+                assert len(before) <= context
+                assert text[:begin].endswith(before)
+                assert before == before.rstrip()  # else its end would be scored again
+                assert len(piece) <= length or name == "whitespace" or length == 1
+                begin += len(piece)
+            assert len(found) == 1 or length < len(text)
+
+    def test_no_token_reaches_across_a_cut(
+        self, smollm2: Member, gemma: Member, qwen_tokenizer_dir: Path
+    ) -> None:
+        qwen = Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(qwen_tokenizer_dir))
+        for name in ("README", "source"):
+            found = pieces(TEXTS[name], length=300, context=150)
+            assert len(found) > 20
+            for vocabulary in (smollm2.vocabulary, gemma.vocabulary, qwen):
+                for context, piece in found:
+                    own = vocabulary.encode(context)
+                    assert vocabulary.encode(context + piece)[: len(own)] == own
+
+    def test_wrong_input(self) -> None:
+        with pytest.raises(InputError, match="text is empty"):
+            pieces("")
+        for lengths in ({"length": 0}, {"context": -1}):
+            with pytest.raises(InputError, match="give 1 or more, after 0 or more"):
+                pieces("text", **lengths)

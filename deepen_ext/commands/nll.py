@@ -1,0 +1,196 @@
+"""`deepen-ext nll`: how probable a text is to an ensemble, and to each member alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deepen_ext.commands.options import (
+    AsJson,
+    Debug,
+    Demo,
+    Devices,
+    Dtypes,
+    FuserSpecs,
+    LearningRate,
+    Models,
+    Preset,
+    Recipes,
+    Weights,
+    exit_codes,
+    load_ensemble,
+    member_names,
+    progress,
+    write,
+)
+from deepen_ext.errors import InputError
+from deepen_ext.text_pieces import CONTEXT, PIECE, pieces
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+    from deepen_ext.scoring import Scores
+    from deepen_ext.token_likelihoods import Difference, Estimate, Score
+
+# torch and transformers are imported inside the command only, so that --help answers at once.
+
+
+def nll(
+    text: Annotated[str, typer.Option("--text", help="A UTF-8 text file, or - for standard input.")],
+    model: Models = None,
+    demo: Demo = False,
+    fuser: FuserSpecs = None,
+    weight: Weights = None,
+    recipe: Recipes = None,
+    learning_rate: LearningRate = None,
+    preset: Preset = None,
+    piece: Annotated[
+        int, typer.Option(min=1, help="The text is read in pieces of at most so many characters.")
+    ] = PIECE,
+    context: Annotated[
+        int, typer.Option(min=0, help="Each after at most so many of the characters before it.")
+    ] = CONTEXT,
+    dtype: Dtypes = None,
+    device: Devices = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the negative log-likelihood of a text: each member alone, and fused.
+
+    Nats a token are for each one's own tokens; bits a byte can be compared. Errors are standard errors
+    between blocks of 128 bytes, and differences are taken in pairs of blocks.
+    """
+    with exit_codes(debug):
+        member_names(model, demo)  # before the text is waited for
+        if "single" in (fuser or ()):
+            raise InputError("every member alone is measured anyway; leave --fuser single out")
+        cut = pieces(_read(text), length=piece, context=context)
+        specs = list(dict.fromkeys(fuser or []))
+        ensemble = load_ensemble(
+            model,
+            demo,
+            preset,
+            weights=weight,
+            fuser=specs[0] if specs else None,
+            recipe=recipe,
+            learning_rate=learning_rate,
+            dtypes=dtype,
+            devices=device,
+        )
+        with progress() as say:
+            from deepen_ext.fusers import parse_fuser
+            from deepen_ext.scoring import score_texts
+
+            ensembles = {ensemble.method: ensemble}
+            for spec in specs[1:]:
+                chosen, own = parse_fuser(spec, recipe.value if recipe is not None else ensemble.recipe)
+                variant = ensemble.variant(fuser=chosen, recipe=own)
+                ensembles[variant.method] = variant
+            scores = score_texts(cut, ensembles, progress=say)
+        if as_json:
+            report = _report(scores, ensembles)
+            about = {"file": text, "pieces": len(cut), "piece": piece, "context": context}
+            write(json.dumps({"text": about, **report}, ensure_ascii=False, allow_nan=False) + "\n")
+        else:
+            show(scores, list(ensembles))
+
+
+def _read(file: str) -> str:
+    """Raises InputError for what is not there, or is not UTF-8 text."""
+    if file == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise InputError("no text: pipe one to standard input, or name a file with --text")
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; name a text file with --text") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        where = "standard input" if file == "-" else file
+        raise InputError(f"{where} is not UTF-8 text: {error}") from error
+
+
+def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
+    """The JSON object; what is not finite is null, and `impossible` then says why."""
+    return {
+        "main": scores.main,
+        "best_single": scores.best_single,
+        "members": [{"name": name, **_facts(scores.score(name))} for name in scores.alone],
+        "fused": [
+            {
+                "method": name,
+                "weights": "prompt" if one.weighs_prompts else one.weights,
+                **_facts(scores.score(name)),
+                "against_main": _gain(scores.against(name, scores.main)),
+                "against_best_single": _gain(scores.against(name, scores.best_single)),
+            }
+            for name, one in ensembles.items()
+        ],
+    }
+
+
+def _facts(score: Score) -> dict[str, Any]:
+    return {
+        "tokens": score.tokens,
+        "bytes": score.nbytes,
+        "impossible": score.impossible,
+        "greedy_share": score.greedy,
+        "nats_per_token": _estimate(score.nats_per_token),
+        "bits_per_byte": _estimate(score.bits_per_byte),
+    }
+
+
+def _gain(difference: Difference) -> dict[str, Any]:
+    return {
+        "nats_per_token": _estimate(difference.nats_per_token),
+        "bits_per_byte": _estimate(difference.bits_per_byte),
+    }
+
+
+def _estimate(one: Estimate) -> dict[str, float | None]:
+    value = one.value if math.isfinite(one.value) else None
+    return {"value": value, "standard_error": one.error}
+
+
+def show(scores: Scores, methods: Sequence[str]) -> None:
+    """Two tables: everyone by itself, and what fusing gains over the main model and the best member."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def table(*titles: str) -> Table:
+        made = Table(box=None, pad_edge=False)
+        for i, title in enumerate(titles):
+            made.add_column(title, justify="right" if i else "left", overflow="fold")
+        return made
+
+    absolute = table("", "tokens", "nats a token", "bits a byte")
+    for name in (*scores.alone, *methods):
+        score = scores.score(name)
+        absolute.add_row(
+            name, f"{score.tokens:,}", _text(score.nats_per_token, ".3f"), _text(score.bits_per_byte, ".4f")
+        )
+    singles = list(dict.fromkeys([scores.main, scores.best_single]))
+    relative = table("bits a byte, less those of", *singles)
+    for name in methods:
+        relative.add_row(
+            name, *(_text(scores.against(name, single).bits_per_byte, "+.4f") for single in singles)
+        )
+    best = "the main model is" if scores.best_single == scores.main else f"{scores.best_single} is"
+    console = Console()
+    console.print(absolute, "", relative, sep="\n")
+    console.print(
+        f"\n{scores.score(scores.main).nbytes:,} bytes. Below 0 fusing is better; of the members alone "
+        f"{best} the best. ±: standard error between blocks, of differences in pairs of blocks.",
+        style="dim",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _text(one: Estimate, form: str) -> str:
+    return f"{one.value:{form}}" + (f" ± {one.error:{form.lstrip('+')}}" if one.error is not None else "")

@@ -1,0 +1,159 @@
+"""Scores with their standard errors, and `deepen-ext nll`."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepen_ext.commands.nll import show
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
+from deepen_ext.member import Member
+from deepen_ext.scoring import score_texts
+from deepen_ext.token_likelihoods import BLOCK, Difference, Estimate, Score, ratio
+
+TEXT = (
+    "The naïve café in Zürich sells strawberries 🍓 and ice from Antarctica; a kilo costs 1,250 €.\n"
+    "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"
+)
+
+
+def likelihoods(nats: list[float], size: int = BLOCK) -> TokenLikelihoods:
+    """One token a block."""
+    ends = [size * (i + 1) for i in range(len(nats))]
+    return TokenLikelihoods([-one for one in nats], ends, [one < 1 for one in nats], size * len(nats))
+
+
+def test_ratio_of_equal_blocks_is_the_mean() -> None:
+    amounts = [3.0, 5.0, 1.0, 8.0]
+    found = ratio(amounts, [2.0] * 4)
+    assert found.value == pytest.approx(statistics.fmean(amounts) / 2)
+    assert found.error == pytest.approx(statistics.stdev(amounts) / math.sqrt(4) / 2)
+    assert ratio([3.0], [2.0]) == Estimate(1.5, None)
+    assert ratio([math.inf, 1.0], [1.0, 1.0]) == Estimate(math.inf, None)
+
+
+def test_standard_error_of_unequal_blocks_is_what_samples_scatter_by() -> None:
+    """Over many samples, the estimate scatters by the error that each sample gives itself."""
+    rng = random.Random(0)
+    values, errors = [], []
+    for _ in range(400):
+        sizes = [rng.uniform(20, 128) for _ in range(60)]
+        found = ratio([size * rng.gauss(1.2, 0.4) for size in sizes], sizes)
+        assert found.error is not None
+        values.append(found.value)
+        errors.append(found.error)
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(values), rel=0.1)
+
+
+def test_score_and_difference() -> None:
+    first = [likelihoods([3.0, 1.5, 0.5]), likelihoods([2.0])]
+    second = [likelihoods([2.0, 1.0, 1.0]), likelihoods([1.0])]
+    score = Score.of(first)
+    assert (score.tokens, score.nbytes, score.impossible, score.greedy) == (4, 4 * BLOCK, 0, 0.25)
+    assert score.nats_per_token.value == pytest.approx(7 / 4)
+    assert score.bits_per_byte.value == pytest.approx(7 / math.log(2) / 4 / BLOCK)
+    less = Difference.of(first, second)
+    assert less.nats_per_token.value == pytest.approx((7 - 5) / 4)
+    assert less.nats_per_token.error == pytest.approx(statistics.stdev([1, 0.5, -0.5, 1]) / 2)
+    assert Difference.of(first, first).bits_per_byte == Estimate(0, 0)
+    never = Score.of([likelihoods([3.0, math.inf])])
+    assert never.impossible == 1
+    assert never.bits_per_byte == Estimate(math.inf, None)
+    with pytest.raises(InputError, match="not of the same texts"):
+        Difference.of(first, first[:1])
+
+
+def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixture[str]) -> None:
+    base = Ensemble([smollm2, gemma], recipe="bytes", cache=False)
+    ensembles = {"deepen": base, "more of one": base.variant(weights=[0.9, 0.1])}
+    texts = pieces(TEXT, length=90, context=30)
+    assert len(texts) > 1
+    seen: list[str] = []
+    scores = score_texts(texts, ensembles, progress=seen.append)
+    assert len(seen) == len(texts)
+    assert scores.main == smollm2.name
+    for i, text in enumerate(texts):
+        reading = TextReading([smollm2, gemma], *text)
+        assert scores.alone[gemma.name][i] == reading.member(gemma)
+        for name, ensemble in ensembles.items():
+            assert scores.fused[name][i].logprobs == pytest.approx(reading.fused(ensemble).logprobs, abs=1e-5)
+    bits = {name: scores.score(name).bits_per_byte.value for name in (smollm2.name, gemma.name, "deepen")}
+    assert scores.best_single == min((smollm2.name, gemma.name), key=lambda name: bits[name])
+    found = scores.against("deepen", scores.best_single).bits_per_byte.value
+    assert found == pytest.approx(bits["deepen"] - bits[scores.best_single])
+    show(scores, list(ensembles))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for name, value in bits.items():
+        assert re.search(rf"^{re.escape(name)} .* {value:.4f} ± ", shown, re.MULTILINE)
+    assert f"{found:+.4f} ± " in shown
+    with pytest.raises(InputError, match="swapped has other members, or another main model"):
+        score_texts(texts, {**ensembles, "swapped": Ensemble([gemma, smollm2], fuser="union-topk")})
+    with pytest.raises(InputError, match="nothing to measure"):
+        score_texts([], ensembles)
+
+
+def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "deepen_ext.cli", "nll", *arguments]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, cwd=Path(__file__).parent.parent, check=False
+    )
+
+
+class TestCommand:
+    """`deepen-ext nll`."""
+
+    def test_json_and_table(self, smollm2_dir: Path, gemma_dir: Path, smollm2: Member, gemma: Member) -> None:
+        options = (
+            *("--model", str(smollm2_dir), "--model", str(gemma_dir), "--text", "-", "--weight", "0.7"),
+            *("--weight", "0.3", "--fuser", "deepen:bytes", "--fuser", "average"),
+        )
+        done = run(*options, "--piece", "90", "--context", "30", "--json", stdin=TEXT.encode())
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        base = Ensemble([smollm2, gemma], recipe="bytes", weights=[0.7, 0.3], cache=False)
+        cut = pieces(TEXT, length=90, context=30)
+        scores = score_texts(cut, {"deepen:bytes": base, "average": base.variant(fuser="average")})
+        assert report["text"] == {"file": "-", "pieces": len(cut), "piece": 90, "context": 30}
+        assert [one["name"] for one in report["members"]] == list(scores.alone)
+        assert [one["method"] for one in report["fused"]] == list(scores.fused)
+        assert (report["main"], report["best_single"]) == (scores.main, scores.best_single)
+        for one in report["members"] + report["fused"]:
+            score = scores.score(one.get("name") or one["method"])
+            assert (one["tokens"], one["bytes"]) == (score.tokens, len(TEXT.encode()))
+            for field in ("nats_per_token", "bits_per_byte"):
+                estimate = getattr(score, field)
+                assert one[field]["value"] == pytest.approx(estimate.value, abs=1e-4)
+                assert one[field]["standard_error"] == pytest.approx(estimate.error, abs=1e-4)
+        for one in report["fused"]:
+            assert one["weights"] == [0.7, 0.3]
+            for key, single in (("against_main", scores.main), ("against_best_single", scores.best_single)):
+                against = scores.against(one["method"], single).bits_per_byte
+                assert one[key]["bits_per_byte"]["value"] == pytest.approx(against.value, abs=1e-4)
+
+    def test_wrong_input(self, tmp_path: Path) -> None:
+        """Said before a model is loaded."""
+        latin = tmp_path / "latin.txt"
+        latin.write_bytes("Zürich".encode("latin-1"))
+        empty = tmp_path / "empty.txt"
+        empty.write_bytes(b"")
+        for options, message in (
+            (["--demo", "--text", str(tmp_path / "nowhere")], "No such file or directory; name a text file"),
+            (["--demo", "--text", str(latin)], "is not UTF-8 text"),
+            (["--demo", "--text", str(empty)], "the text is empty"),
+            (["--text", "-"], "name the models with --model"),
+            (["--demo", "--text", "-", "--fuser", "single"], "leave --fuser single out"),
+        ):
+            done = run(*options)
+            assert done.returncode == 2
+            assert message in done.stderr.decode()
