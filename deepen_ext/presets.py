@@ -4,8 +4,9 @@
     weights: [0.4, 0.6]                                        # or "prompt"; left out: equal
     fuser: deepen
     recipe: calibrated
-    learning_rate: 0.15
+    learning_rate: 0.25
     relative_temperature: 40
+    confidence: 0.5
     measured: {...}                                            # what was measured; not read again
 
 Only `members` must be there. What is left out has the default of `Ensemble`.
@@ -26,8 +27,9 @@ from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError
 from deepen_ext.weighting import check_weights
 
-SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature")
+SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
 _KEYS = ("members", *SETTINGS, "measured")
+_EXAMPLES = {"learning_rate": 0.25, "relative_temperature": 40.0, "confidence": 0.5}  # settings with numbers
 _RECIPES = ("bytes", "calibrated", "paper")
 
 
@@ -168,10 +170,8 @@ def _problem(key: str, value: Any) -> str | None:
     if key == "weights":
         numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
         return None if numbers or value == "prompt" else "give a list of numbers, or prompt"
-    if key == "learning_rate":
-        return None if number else "give a number such as 0.15"
-    if key == "relative_temperature":
-        return None if number else "give a number such as 40.0"
+    if key in _EXAMPLES:
+        return None if number else f"give a number such as {_EXAMPLES[key]}"
     if key == "recipe":
         return None if value in _RECIPES else f"use one of {', '.join(_RECIPES)}"
     return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"

@@ -27,6 +27,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "recipe": "calibrated",
         "learning_rate": 0.00001,  # YAML reads 1e-05 as text
         "relative_temperature": 20.0,
+        "confidence": 0.5,
     }
     written = Preset(DEMO, given, {"items": 3, "task": "nq", "note": "naïve: ∂L/∂z"})
     file = tmp_path / "new folder" / "preset.yaml"

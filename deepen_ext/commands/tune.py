@@ -1,0 +1,169 @@
+"""`deepen-ext tune`: choose weights, settings and main model on dev items, and write a preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepen_ext.commands.options import (
+    Debug,
+    Demo,
+    Devices,
+    Dtypes,
+    FuserSpec,
+    Models,
+    exit_codes,
+    member_names,
+    one_or_more,
+    progress,
+    write,
+)
+from deepen_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from deepen_ext.configurations import Configuration
+    from deepen_ext.dev_items import DevSet
+    from deepen_ext.tuning import Tuning
+
+_DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
+
+
+def tune(
+    model: Models = None,
+    demo: Demo = False,
+    task: Annotated[
+        str | None, typer.Option(help="Choose on this benchmark's dev split: gsm8k, arc_challenge, mmlu, ...")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of the benchmarks, with a folder for each task.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Choose on this text instead.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Read at most so many items (pieces of a text), spread evenly.")
+    ] = 200,
+    minutes: Annotated[
+        float,
+        typer.Option(help="The budget, from when the models are loaded. At most half goes into reading."),
+    ] = 10.0,
+    out: Annotated[Path, typer.Option(help="The preset to write.")] = Path("preset.yaml"),
+    fuser: FuserSpec = None,
+    dtype: Dtypes = None,
+    device: Devices = None,
+    debug: Debug = False,
+) -> None:
+    """Choose weights, settings and the main model of two or more models, and write a preset.
+
+    Whatever is chosen is chosen on dev items, by the likelihood of their right continuations: a test split
+    cannot be named. Compare the result on test items with `eval --preset`.
+    """
+    with exit_codes(debug):
+        if (text is None) == (task is None):
+            raise InputError("say what to choose on: --task TASK with --data DIR, or --text FILE")
+        if (task is None) != (data is None):
+            raise InputError("--task and --data go together: the benchmark, and the folder it is in")
+        if out.is_dir():
+            raise InputError(f"--out {out} is a folder; name a file, such as {out / 'preset.yaml'}")
+        named = member_names(model, demo) or _DEMO
+        if len(named) < 2 or fuser == "single":
+            raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+        with progress() as say:
+            say("Starting")
+            from deepen_ext.configurations import RECIPES
+            from deepen_ext.dev_items import DevSet
+            from deepen_ext.fusers import parse_fuser
+            from deepen_ext.models import load_members
+            from deepen_ext.presets import write_preset
+            from deepen_ext.tuning import tune as tune_members
+
+            if text is not None:
+                dev = DevSet.from_text(text, limit)
+            else:
+                assert task is not None
+                assert data is not None
+                dev = DevSet.from_task(task, data, limit)
+            spec = fuser or "deepen"
+            way, recipe = parse_fuser(spec, "")
+            if recipe and recipe not in RECIPES:
+                raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+            members = load_members(
+                named,
+                dtype=one_or_more([one.value for one in dtype or []], "float32"),
+                device=one_or_more(device, "cpu"),
+                progress=say,
+            )
+            tuning = tune_members(
+                members,
+                dev,
+                minutes=minutes,
+                fuser=way,
+                recipes=[one for one in RECIPES if recipe in ("", one)],
+                progress=say,
+            )
+        preset = tuning.preset(named, dev, spec)
+        write_preset(out, preset)
+        _show(tuning, dev)
+        write(f"Written to {out}; use it with --preset {out}\n")
+
+
+def _show(tuning: Tuning, dev: DevSet) -> None:
+    """What was tried, in order, and the choice."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)  # a file has no width
+    of = f"{len(tuning.sizes)} of {len(dev.items)} {'dev items' if dev.task else 'pieces'} of {dev.name}"
+    table = Table(
+        "main", "weights", "from", box=box.SIMPLE, title=f"Bits a byte on {of}", title_justify="left"
+    )
+    searches = bool(tuning.space.recipes)
+    for name in ("recipe", "η", "τ", "confidence") if searches else ("confidence",):
+        table.add_column(name)
+    table.add_column("bits a byte", justify="right")
+    table.add_column("against uniform", justify="right")
+    for i, name in enumerate(tuning.names):
+        right = f"{tuning.accuracy[i]:.3f} right of {tuning.answered}" if tuning.accuracy else ""
+        cells = [name, "alone", right, *([""] * (4 if searches else 1))]
+        table.add_row(*cells, f"{tuning.alone_bits_per_byte()[i]:.4f}", "", style="dim")
+    for one in tuning.tried:
+        table.add_row(*_cells(tuning, one), style="bold" if one == tuning.chosen else None)
+    console.print(table)
+    write(_verdict(tuning))
+
+
+def _cells(tuning: Tuning, one: Configuration) -> list[str]:
+    cells = [tuning.names[one.main], " ".join(f"{weight:.3g}" for weight in one.weights), one.source]
+    if one.recipe is not None:
+        cells += [
+            one.recipe,
+            f"{one.learning_rate:g}",
+            "" if one.temperature is None else f"{one.temperature:g}",
+        ]
+    cells.append(f"{one.confidence:g}")
+    difference, error = tuning.difference(one)
+    cells.append(f"{tuning.bits_per_byte(one):.4f}")
+    cells.append("" if one == tuning.baseline else f"{difference:+.4f} ± {error:.4f}")
+    return cells
+
+
+def _verdict(tuning: Tuning) -> str:
+    """The choice in words, and whether fusing is worth it at all."""
+    chosen, alone = tuning.chosen, tuning.alone_bits_per_byte()
+    best = min(range(len(alone)), key=alone.__getitem__)
+    difference, error = tuning.difference(chosen, tuning.alone[best])
+    weights = ", ".join(
+        f"{tuning.names[i]} {weight:.3g}"
+        for i, weight in zip(chosen.order(), chosen.ordered_weights(), strict=True)
+    )
+    lines = [f"Chosen: {tuning.names[chosen.main]} as main model; weights {weights}."]
+    lines.append(
+        f"Against the best single member, {tuning.names[best]}: {difference:+.4f} ± {error:.4f} bits a byte"
+        + (": fusing gains nothing on these items." if difference >= 0 else ".")
+    )
+    if not tuning.finished:
+        lines.append("The time was up before the search had come to its end; more --minutes may find better.")
+    return "\n".join(lines) + "\n"

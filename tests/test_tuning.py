@@ -1,0 +1,443 @@
+"""Tuning: the search and the choice on numbers, then the whole on the embedded pair and small dev splits."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deepen_ext import readings
+from deepen_ext.cli import app
+from deepen_ext.configurations import (
+    RECIPES,
+    Configuration,
+    OutOfTime,
+    Space,
+    choose,
+    paired_difference,
+    proportional,
+    rounded,
+    search,
+)
+from deepen_ext.dev_items import DevSet
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.likelihood import TextReading
+from deepen_ext.member import Member
+from deepen_ext.presets import Preset, load_preset
+from deepen_ext.tuning import tune
+
+QUESTIONS = {
+    "what is the capital of france": "Paris",
+    "who wrote the play romeo and juliet": "William Shakespeare",
+    "how many days are there in a week": "seven",
+    "what is the largest planet of the solar system": "Jupiter",
+    "who was the first president of the united states": "George Washington",
+    "what colour is the sky on a clear day": "blue",
+    "in which year did the second world war end": "1945",
+    "what is the chemical symbol of gold": "Au",
+    "which ocean lies between europe and america": "the Atlantic Ocean",
+    "what do bees make": "honey",
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Benchmark data of two tasks with dev items and demos alone, and of one that has a test split alone."""
+    rows = [{"question": question, "answer": [answer]} for question, answer in QUESTIONS.items()]
+    letters = [
+        {
+            "question": f"What comes after {n}?",
+            "A": str(n + 2),
+            "B": str(n + 1),
+            "C": "0",
+            "D": "9",
+            "answer": "B",
+        }
+        for n in range(1, 7)
+    ]
+    files = {
+        "nq/demos": rows[:2],
+        "nq/dev": rows[2:],
+        "arc_challenge/dev": [*letters, letters[0] | {"A": "", "B": "", "C": "", "D": "", "answer": "2"}],
+        "piqa/test": [{"question": "ice", "A": "cold", "B": "hot", "answer": "A"}],
+    }
+    for name, lines in files.items():
+        file = tmp_path / "data" / f"{name}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return tmp_path / "data"
+
+
+class TestSearch:
+    """The coordinate search, on functions whose minimum is known."""
+
+    def valley(self, lowest: Configuration) -> Callable[[Configuration], float]:
+        """Rises from its lowest point in every setting, and remembers what was asked for."""
+        self.asked: list[Configuration] = []
+
+        def bits(one: Configuration) -> float:
+            self.asked.append(one)
+            found = 10 * sum((a - b) ** 2 for a, b in zip(one.weights, lowest.weights, strict=True))
+            found += abs(math.log(one.learning_rate / lowest.learning_rate)) if one.learning_rate else 0
+            found += abs((one.temperature or 0) - (lowest.temperature or 0)) / 100
+            found += abs(one.confidence - lowest.confidence)
+            return found + (one.recipe != lowest.recipe) + (one.main != lowest.main)
+
+        return bits
+
+    @pytest.mark.parametrize(
+        "lowest",
+        [
+            Configuration(1, (0.9, 0.1), "calibrated", 0.6, 10.0, 0.25),
+            Configuration(0, (0.3, 0.7), "bytes", 0.05, None, 1.0),
+            Configuration(1, (0.5, 0.5), "paper", 0.25, 100.0),
+        ],
+    )
+    def test_finds_the_lowest_point_and_measures_each_once(self, lowest: Configuration) -> None:
+        space = Space(2)
+        bits = self.valley(lowest)
+        start = space.default(0)
+        assert bits(start) > 0
+        self.asked.clear()
+        assert search(start, space, {}, bits) == lowest
+        assert len(self.asked) == len(set(self.asked)) < 60
+
+    def test_informed_weights_come_first_and_may_lie_off_the_grid(self) -> None:
+        space = Space(3, ())
+        lowest = Configuration(2, (0.123, 0.321, 0.556))
+        bits = self.valley(lowest)
+        found = search(
+            space.default(0), space, {"accuracy": (1.0, 0.0, 0.0), "likelihood": lowest.weights}, bits
+        )
+        assert found == lowest
+        assert found.source == "likelihood"
+        assert [one.source for one in self.asked[:3]] == ["uniform", "accuracy", "likelihood"]
+
+    def test_three_members_share_out_the_weight(self) -> None:
+        lowest = Configuration(1, (0.1, 0.1, 0.8))
+        found = search(Space(3, ()).default(0), Space(3, ()), {}, self.valley(lowest))
+        assert found.main == 1
+        assert found.source == "grid"
+        assert sum(found.weights) == pytest.approx(1, abs=1e-3)
+        assert found.weights == pytest.approx(lowest.weights, abs=0.07)
+        assert found.recipe is found.learning_rate is found.temperature is None
+
+    def test_one_recipe_only(self) -> None:
+        space = Space(2, ("bytes",))
+        found = search(space.default(0), space, {}, self.valley(Configuration(0, (0.7, 0.3), "paper", 0.15)))
+        assert found == Configuration(0, (0.7, 0.3), "bytes", 0.15)
+        assert {one.recipe for one in self.asked} == {"bytes"}
+
+    def test_out_of_time(self) -> None:
+        bits = self.valley(Configuration(0, (0.9, 0.1), "bytes", 0.6))
+
+        def for_a_while(one: Configuration) -> float:
+            if len(self.asked) == 5:
+                raise OutOfTime
+            return bits(one)
+
+        with pytest.raises(OutOfTime):
+            search(Space(2).default(0), Space(2), {}, for_a_while)
+        assert len(self.asked) == 5
+
+
+class TestChoice:
+    """Which of the configurations is recommended."""
+
+    SPACE = Space(2)
+    UNIFORM = SPACE.default(0)
+    OTHER = SPACE.default(1)
+    SIZES = (10,) * 6
+
+    def choose(self, tried: dict[Configuration, Sequence[float]]) -> Configuration:
+        return choose(tried, self.SPACE, self.SIZES)
+
+    def test_a_clear_gain_counts_and_luck_does_not(self) -> None:
+        base = [20.0, 22, 18, 25, 19, 21]
+        weighted = replace(self.UNIFORM, weights=(0.7, 0.3))
+        clear = [one - 2 + noise for one, noise in zip(base, (0.2, -0.1, 0, 0.1, -0.2, 0.1), strict=True)]
+        lucky = [one + noise for one, noise in zip(base, (-9, 3, 2, 1, 1, 1), strict=True)]
+        assert sum(clear) < sum(base) > sum(lucky)
+        others = {self.UNIFORM: base, self.OTHER: [one + 5 for one in base]}
+        assert self.choose({**others, weighted: clear}) == weighted
+        assert self.choose({**others, weighted: lucky}) == self.UNIFORM
+
+    def test_of_two_that_are_as_good_the_one_nearer_to_the_defaults(self) -> None:
+        base = [20.0, 22, 18, 25, 19, 21]
+        near = replace(self.UNIFORM, weights=(0.7, 0.3))
+        far = replace(near, weights=(0.9, 0.1))
+        more = replace(near, learning_rate=0.4)
+        good = [one - 2 for one in base]
+        best = [one + noise for one, noise in zip(good, (-1, 1, -1, 1, -1, 0.9), strict=True)]
+        others = {self.UNIFORM: base, self.OTHER: base}
+        assert self.choose({**others, far: best, near: good}) == near
+        assert self.choose({**others, more: best, near: good}) == near
+        assert self.choose({**others, more: good, near: good, far: good}) == near
+
+    def test_never_worse_than_uniform_with_the_better_main_model(self) -> None:
+        base = [20.0, 22, 18, 25, 19, 21]
+        slightly = [one + noise for one, noise in zip(base, (3, -3, 3, -3, 0.1, 0), strict=True)]
+        tried = {self.UNIFORM: slightly, self.OTHER: base}
+        assert self.choose(tried) == self.OTHER
+        assert self.choose({self.UNIFORM: base, self.OTHER: slightly}) == self.UNIFORM
+        one_item = {self.UNIFORM: [3.0], self.OTHER: [2.5], replace(self.OTHER, weights=(0.9, 0.1)): [1.0]}
+        assert choose(one_item, self.SPACE, (4,)) == self.OTHER
+
+    def test_paired_difference(self) -> None:
+        one, other = [9.0, 7.0, 8.5, 12.0], [8.0, 7.5, 8.0, 10.0]
+        differences = [a - b for a, b in zip(one, other, strict=True)]
+        mean, error = paired_difference(one, other, (4, 4, 4, 4))
+        assert mean == pytest.approx(statistics.mean(differences) / 4)
+        assert error == pytest.approx(statistics.stdev(differences) / 2 / 4)
+        # Twice the bits on twice the bytes is the same figure, without any error.
+        assert paired_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], (10, 20, 30)) == (0.1, pytest.approx(0))
+        assert paired_difference([2.0], [1.0], (10,)) == (0.1, math.inf)
+
+    def test_weights_from_scores(self) -> None:
+        assert proportional([0.2, 0.6]) == (0.25, 0.75)
+        assert proportional([0.0, 0.5]) == (0.0, 1.0)
+        assert proportional([0.0, 0.0]) is None
+        assert proportional([]) is None
+        assert sum(rounded([1 / 3] * 3)) == pytest.approx(1, abs=1e-12)
+        assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
+
+    def test_the_defaults_are_the_ensembles(self) -> None:
+        parameters = inspect.signature(Ensemble).parameters
+        default = Space(2).default(0)
+        assert default.learning_rate == parameters["learning_rate"].default
+        assert default.recipe == RECIPES[0] == parameters["recipe"].default
+        assert default.confidence == parameters["confidence"].default
+        assert Space(2).distance(default) == (0, 0)
+        assert Space(2, ()).default(1) == Configuration(1, (0.5, 0.5))
+
+
+class TestDevItems:
+    """What settings are chosen on."""
+
+    def test_a_tasks_dev_items(self, data: Path) -> None:
+        dev = DevSet.from_task("nq", data)
+        assert len(dev.items) == len(QUESTIONS) - 2
+        answers = [one.text for one in dev.items]
+        assert sorted(answers) == sorted(f"{answer}\n" for answer in list(QUESTIONS.values())[2:])
+        assert answers != [f"{answer}\n" for answer in list(QUESTIONS.values())[2:]]  # mixed
+        assert all(one.context.startswith("Answer this questions:\n") for one in dev.items)
+        assert dev == DevSet.from_task("nq", data)
+        assert len(DevSet.from_task("nq", data, 3).items) == 3
+
+        letters = DevSet.from_task("arc_challenge", data)
+        assert (len(letters.items), letters.left_out) == (6, 1)  # one has no options
+        assert {one.text for one in letters.items} == {" B"}
+
+    def test_a_test_split_cannot_be_named(self, data: Path) -> None:
+        with pytest.raises(
+            InputError, match=r"piqa has no dev split .* never chosen on a test split; .*--text"
+        ):
+            DevSet.from_task("piqa", data)
+        with pytest.raises(InputError, match="is a test split"):
+            DevSet.from_text(data / "piqa" / "test.jsonl")
+        with pytest.raises(InputError, match=r"task is '../nq'; use one of gsm8k"):
+            DevSet.from_task("../nq", data)
+        with pytest.raises(InputError, match=r"there is no .*dev\.jsonl"):
+            DevSet.from_task("nq", data / "elsewhere")
+
+    def test_a_text(self, tmp_path: Path) -> None:
+        text = "".join(f"The {n}th line says naïvely that {n} times {n} is {n * n}.\n" for n in range(60))
+        file = tmp_path / "some.txt"
+        file.write_text(text, encoding="utf-8")
+        dev = DevSet.from_text(file)
+        assert dev.task is None
+        assert len(dev.items) > 4
+        assert sum(len(one.text) for one in dev.items) == len(text)
+        assert all(one.context + one.text in text for one in dev.items)
+        few = DevSet.from_text(file, 2)
+        assert len(few.items) == 2
+        assert set(few.items) < set(dev.items)
+        for wrong, message in ((b"\xff", "cannot be read"), (b" \n", "is empty")):
+            file.write_bytes(wrong)
+            with pytest.raises(InputError, match=message):
+                DevSet.from_text(file)
+        with pytest.raises(InputError, match="cannot be read"):
+            DevSet.from_text(tmp_path / "none.txt")
+
+
+DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
+
+
+def remeasured(preset: Preset, dev: DevSet, smollm2: Member, gemma: Member) -> float:
+    """Bits a byte of the dev items under a preset, with an ensemble made from it alone."""
+    members = dict(zip(DEMO, (smollm2, gemma), strict=True))
+    ensemble = Ensemble([members[name] for name in preset.members], **preset.settings())
+    found = [
+        TextReading(ensemble.members, one.context, one.text).fused(ensemble, ensemble.weights)
+        for one in dev.items
+    ]
+    return -sum(one.total for one in found) / math.log(2) / sum(one.nbytes for one in found)
+
+
+def test_what_was_read_is_measured_again_without_the_caches(
+    smollm2: Member, gemma: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`TextReading.release`: other weights and other fusers need no model."""
+    ensemble = Ensemble([smollm2, gemma], recipe="bytes")
+    reading = TextReading([smollm2, gemma], "The naïve café sells", " straw\u00adberries 🍓🍓 to Zürich.")
+    first = reading.fused(ensemble)
+    reading.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(readings, "forward", None)
+        patch.setattr(readings, "BatchSession", None)
+        assert reading.fused(ensemble) == first
+        assert reading.fused(ensemble, [0.9, 0.1]).total != first.total
+        assert reading.fused(ensemble.variant(fuser="average")).total != first.total
+    swapped = Ensemble([gemma, smollm2], recipe="bytes")  # in whose tokens nobody has measured yet
+    again = reading.fused(swapped)
+    assert again.total == pytest.approx(
+        TextReading([gemma, smollm2], reading.context, reading.text).fused(swapped).total, abs=1e-4
+    )
+
+
+class TestTune:
+    """On the embedded pair."""
+
+    def test_a_swapped_pair_and_never_worse_than_uniform(
+        self, smollm2: Member, gemma: Member, data: Path
+    ) -> None:
+        """And the preset gives the likelihood that it says."""
+        dev = DevSet.from_task("nq", data, 5)
+        named = tune([smollm2, gemma], dev, recipes=("bytes",))
+        swapped = tune([gemma, smollm2], dev, recipes=("bytes",))
+        for one in (named, swapped):
+            assert one.finished
+            assert len(one.tried) > 10
+            assert len(one.sizes) == len(dev.items) == one.answered
+            uniform = [one.bits_per_byte(one.space.default(main)) for main in range(2)]
+            assert uniform[0] != uniform[1]
+            assert one.bits_per_byte(one.chosen) <= min(uniform)
+            assert one.baseline.main == uniform.index(min(uniform))
+            assert all(0 < share <= 1 for share in one.accuracy)
+        assert named.names[named.chosen.main] == swapped.names[swapped.chosen.main]
+        assert named.chosen.ordered_weights() == swapped.chosen.ordered_weights()
+        bits = swapped.bits_per_byte(swapped.chosen)
+        assert named.bits_per_byte(named.chosen) == pytest.approx(bits, abs=1e-5)
+
+        preset = named.preset(DEMO, dev, "deepen:bytes")
+        assert {key: preset.measured[key] for key in ("task", "split", "items")} == {
+            "task": "nq",
+            "split": "dev",
+            "items": 5,
+        }
+        assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
+        assert preset.measured["bits_per_byte"]["chosen"] == pytest.approx(bits, abs=1e-5)
+
+    def test_recipe_and_temperature(self, smollm2: Member, gemma: Member, data: Path) -> None:
+        dev = DevSet.from_task("nq", data, 2)
+        tuning = tune([smollm2, gemma], dev, recipes=("calibrated",))
+        assert {one.recipe for one in tuning.tried} == {"calibrated"}
+        assert len({one.temperature for one in tuning.tried}) > 2
+        assert len({one.learning_rate for one in tuning.tried}) > 2
+        assert len({one.confidence for one in tuning.tried}) > 1
+        hot = next(one for one in tuning.tried if one.temperature == 20)
+        sure = next(one for one in tuning.tried if one.confidence)
+        for chosen in (hot, sure):
+            preset = replace(tuning, chosen=chosen).preset(DEMO, dev, "deepen")
+            assert preset.settings()["relative_temperature"] == chosen.temperature
+            assert preset.settings().get("confidence", 0) == chosen.confidence
+            bits = tuning.bits_per_byte(chosen)
+            assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
+
+    def test_no_time_for_a_search(self, smollm2: Member, gemma: Member, data: Path) -> None:
+        tuning = tune([smollm2, gemma], DevSet.from_task("nq", data), minutes=1e-6, recipes=("bytes",))
+        assert len(tuning.sizes) == 2  # as many as an error needs
+        assert set(tuning.tried) == {tuning.space.default(0), tuning.space.default(1)}
+        assert not tuning.finished
+        assert tuning.accuracy == ()
+        assert tuning.chosen == tuning.baseline
+
+    def test_another_fuser_and_a_text(self, smollm2: Member, gemma: Member, tmp_path: Path) -> None:
+        file = tmp_path / "some.txt"
+        file.write_text("A text in which nothing much happens, but it happens twice. " * 9, encoding="utf-8")
+        tuning = tune([gemma, smollm2], DevSet.from_text(file), fuser="average")
+        assert tuning.finished
+        assert {one.recipe for one in tuning.tried} == {None}
+        assert tuning.accuracy == ()
+        assert {one.source for one in tuning.tried} >= {"uniform", "likelihood", "grid"}
+        assert all(one.main in (0, 1) and sum(one.weights) == pytest.approx(1) for one in tuning.tried)
+
+    def test_wrong_input(self, smollm2: Member, gemma: Member, data: Path) -> None:
+        dev = DevSet.from_task("nq", data, 2)
+        with pytest.raises(InputError, match="a model alone has nothing to tune"):
+            tune([smollm2], dev)
+        with pytest.raises(InputError, match="a model alone has nothing to tune"):
+            tune([smollm2, gemma], dev, fuser="single")
+        for minutes in (0, -1, math.inf, math.nan):
+            with pytest.raises(InputError, match="give a budget above 0"):
+                tune([smollm2, gemma], dev, minutes=minutes)
+
+
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The names of all files that this process opens meanwhile."""
+    seen: list[str] = []
+    listening = True
+    # An audit hook cannot be taken away again.
+    sys.addaudithook(
+        lambda event, given: seen.append(str(given[0])) if listening and event == "open" else None
+    )
+    yield seen
+    listening = False
+
+
+class TestCommand:
+    """`deepen-ext tune`."""
+
+    def run(self, *arguments: str | Path) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["tune", *map(str, arguments)])
+        return done.exit_code, done.output
+
+    def test_writes_a_preset_from_dev_files_alone(self, data: Path, tmp_path: Path) -> None:
+        out = tmp_path / "new" / "preset.yaml"
+        (data / "arc_challenge" / "test.jsonl").write_text("not even JSON", encoding="utf-8")
+        task = ["--demo", "--task", "arc_challenge", "--data", data, "--limit", 3]
+        with opened_files() as seen:
+            code, printed = self.run(*task, "--fuser", "deepen:bytes", "--out", out)
+        assert code == 0, printed
+        assert " right of 3 " in printed
+        assert any("dev.jsonl" in one for one in seen)
+        assert not any("test.jsonl" in one for one in seen)
+        assert "3 of 3 dev items of arc_challenge" in printed
+        assert f"Written to {out}; use it with --preset {out}" in printed
+        preset = load_preset(out)
+        assert sorted(preset.members) == ["demo:gemma-3-270m", "demo:smollm2-135m-instruct"]
+        assert preset.settings()["fuser"] == "deepen"
+        assert preset.settings()["recipe"] == "bytes"
+        assert set(preset.measured) >= {"task", "split", "items", "bits_per_byte", "versions", "date"}
+        assert preset.measured["bits_per_byte"]["single"].keys() == {"SmolLM2-135M-Instruct", "Gemma-3-270M"}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--demo"], "say what to choose on: --task TASK with --data DIR, or --text FILE"),
+            (["--demo", "--task", "nq", "--text", "a.txt"], "say what to choose on"),
+            (["--demo", "--task", "nq"], "--task and --data go together"),
+            (["--demo", "--text", "a.txt", "--data", "."], "--task and --data go together"),
+            (["--demo", "--task", "piqa", "--data", "DATA"], "piqa has no dev split"),
+            (["--demo", "--task", "nq", "--data", "DATA", "--out", "DATA"], "is a folder; name a file"),
+            (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "mean"], "fuser 'mean'"),
+            (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "deepen:best"], "recipe is 'best'"),
+            (["--task", "nq", "--data", "DATA"], "name the models with --model"),
+            (["--model", "a", "--task", "nq", "--data", "DATA"], "a model alone has nothing to tune"),
+        ],
+    )
+    def test_wrong_input(self, arguments: list[str], message: str, data: Path) -> None:
+        code, printed = self.run(*[str(data) if one == "DATA" else one for one in arguments])
+        assert code == 2
+        assert message in printed
