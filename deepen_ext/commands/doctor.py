@@ -1,0 +1,236 @@
+"""`deepen-ext doctor`: what members share, what they cost, and whether fusing them is worth it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deepen_ext.commands.options import (
+    AsJson,
+    Debug,
+    Demo,
+    Devices,
+    Dtypes,
+    Models,
+    exit_codes,
+    member_names,
+    one_or_more,
+    progress,
+    write,
+)
+from deepen_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deepen_ext.coverage import RowShape
+    from deepen_ext.diagnosis import Diagnosis, MemberFacts
+
+
+def doctor(
+    model: Models = None,
+    demo: Demo = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the models read, best of the kind they are for; a built-in sample by default."
+        ),
+    ] = None,
+    dtype: Dtypes = None,
+    device: Devices = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Examine two or more models before they are fused: is it worth it, and what will it cost?
+
+    The exit code is 0 whatever the verdict is.
+    """
+    with exit_codes(debug):
+        names = member_names(model, demo)
+        if names is not None and len(names) < 2:
+            raise InputError("a diagnosis needs two or more models; repeat --model")
+        sample = None if text is None else _read(text)
+        with progress() as say:
+            say("Starting")
+            from deepen_ext import demo as embedded
+            from deepen_ext.doctor import diagnose
+            from deepen_ext.models import load_members
+
+            members = load_members(
+                embedded.members(say) if names is None else names,
+                dtype=one_or_more([one.value for one in dtype or []], "float32"),
+                device=one_or_more(device, "cpu"),
+                progress=say,
+            )
+            diagnosis = diagnose(members, text=sample, progress=say)
+        if as_json:
+            write(json.dumps(diagnosis.as_dict(), ensure_ascii=False) + "\n")
+        else:
+            _show(diagnosis)
+
+
+def _read(file: Path) -> str:
+    """Raises InputError for a file that is not there or is not UTF-8 text."""
+    try:
+        return file.read_bytes().decode()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}); name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text ({error}); convert it first") from error
+
+
+def _show(found: Diagnosis) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=140)  # a file has no width
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False)
+
+    line("Members, main model first", "bold")
+    console.print(_members(found))
+    line(_anchors(found))
+    if found.rows:
+        line("\nRelative rows of the most probable tokens: how much is on which anchors", "bold")
+        console.print(_rows(found))
+    if found.fused:
+        read = f"{found.characters:,} of {found.characters_given:,} characters"
+        line(f"Fused ({found.method}) on the sample text, {read}", "bold")
+        console.print(_gains(found))
+    for text in _costs(found):
+        line(text)
+    line("")
+    for member in found.members:
+        for trap in member.traps:
+            line(f"{member.name}, {trap.name}: {trap.text}", "yellow" if trap.serious else "dim")
+    line("")
+    for warning in found.warnings:
+        line(f"Warning: {warning}.", "yellow")
+    colour = {"worth fusing": "green", "little to gain": "yellow", "not worth fusing": "red"}
+    line(found.verdict.text, f"bold {colour[found.verdict.outcome]}")
+
+
+def _table(first: str, *columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("member", "weights") else "right")
+    return table
+
+
+def _members(found: Diagnosis) -> Table:
+    """One column a member, one line a fact."""
+    from deepen_ext.diagnosis import with_error
+
+    table = _table("", *(member.name for member in found.members))
+
+    def line(title: str, cell: Callable[[MemberFacts], str]) -> None:
+        table.add_row(title, *map(cell, found.members))
+
+    line("architecture", lambda one: one.architecture)
+    line("parameters", lambda one: f"{one.parameters / 1e6:,.0f} million")
+    line("weights", lambda one: f"{one.dtype} on {one.device}, {_size(one.weights_bytes)}")
+    line("KV cache of 1,000 tokens", lambda one: _size(one.cache_bytes))
+    line(
+        "context", lambda one: "not known" if one.context_length is None else f"{one.context_length:,} tokens"
+    )
+    line("tokenizer", lambda one: f"{one.tokenizer}, {one.vocab_size:,} tokens")
+    line("ends of text", lambda one: " ".join(one.end_tokens) or "none")
+    line("bytes a token", lambda one: f"{one.bytes_per_token:.2f}")
+    line("probability on anchors", lambda one: f"{one.coverage.anchors:.2%}")
+    line("on tokens that begin with one", lambda one: f"{one.coverage.prefixes:.2%}")
+    line("on others", lambda one: f"{one.coverage.rest:.2%}")
+    line("bits a byte, alone", lambda one: with_error(one.bits_per_byte, one.bits_per_byte_error))
+    return table
+
+
+def _anchors(found: Diagnosis) -> str:
+    end = "the end of the text among them" if found.anchors.end else "the end of the text not among them"
+    text = f"{found.anchors.shared:,} shared tokens (anchors), {end}"
+    if len(found.members) > 2:
+        pairs = zip(found.members[1:], found.anchors.with_main, strict=True)
+        text += "; with the main model alone, " + ", ".join(f"{one.name} {count:,}" for one, count in pairs)
+    return text + "."
+
+
+def _rows(found: Diagnosis) -> Table:
+    table = _table(
+        "recipe",
+        "member",
+        "anchors: on itself",
+        "32 largest",
+        "spread over",
+        "others: 32 largest",
+        "spread over",
+    )
+    for row in found.rows:
+        cells = ["", ""] if row.others is None else _shape(row.others)
+        table.add_row(
+            row.recipe,
+            row.member,
+            f"{row.anchors.own:.4f}",
+            *_shape(row.anchors),
+            *cells,
+            style="yellow" if row.uniform else None,
+        )
+    return table
+
+
+def _shape(shape: RowShape) -> list[str]:
+    return [f"{shape.largest:.4f}", f"{shape.effective:,.{0 if shape.effective >= 100 else 1}f}"]
+
+
+def _gains(found: Diagnosis) -> Table:
+    from deepen_ext.diagnosis import with_error
+
+    table = _table(
+        "main model",
+        "weights",
+        "bits a byte",
+        f"fewer than {found.best_single.name} alone",
+    )
+    for one in found.fused:
+        table.add_row(
+            one.main,
+            " ".join(f"{weight:.2g}" for weight in one.weights),
+            f"{one.bits_per_byte:.3f}",
+            f"{'+' if one.gain >= 0 else ''}{with_error(one.gain, one.gain_error)}",
+            style="bold" if one.as_named else None,
+        )
+    return table
+
+
+def _costs(found: Diagnosis) -> Iterator[str]:
+    for memory in found.memory:
+        yield (
+            f"Memory on {memory.device}: weights {_size(memory.weights_bytes)}, relative rows "
+            f"{_size(memory.rows_bytes)}, KV caches of 1,000 tokens {_size(memory.cache_bytes)}; "
+            f"{_size(memory.available_bytes)} available beside what is loaded."
+        )
+    lengths = [(one.context_length, one) for one in found.members if one.context_length is not None]
+    if lengths:
+        length, one = min(lengths, key=lambda pair: pair[0] * pair[1].bytes_per_token)
+        yield (
+            f"The longest text of this kind has about {length * one.bytes_per_token:,.0f} bytes "
+            f"({one.name}: {length:,} tokens)."
+        )
+    if (speed := found.speed) is not None:
+        parts = [f"{name} {ms:.1f}" for name, ms in speed.members_ms.items()]
+        parts += [f"fusion {speed.fusion_ms:.2f}", f"hand-off of text {speed.handoff_ms:.2f}"]
+        yield (
+            f"About {speed.ms_per_token:.1f} ms a token over {speed.tokens} tokens of one text, without "
+            f"certified skip: {', '.join(parts)}."
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

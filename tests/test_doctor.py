@@ -1,0 +1,479 @@
+"""The preflight, on real models: the demo pair, and pairs that should not be fused."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deepen_ext.anchors import PrefixColumns, shared_anchors
+from deepen_ext.coverage import coverage, mean_distribution, row_shapes
+from deepen_ext.diagnosis import Diagnosis, Fused, MemberFacts, give_verdict
+from deepen_ext.doctor import MOST_CHARACTERS, diagnose
+from deepen_ext.errors import InputError
+from deepen_ext.member import Member
+from deepen_ext.member_facts import is_same_model
+from deepen_ext.models import load_member
+from deepen_ext.row_sources import PrefixRows, SimilarityRows
+from deepen_ext.sample_text import SAMPLE_TEXT
+from deepen_ext.text import _PROBES
+from deepen_ext.tokenizer_traps import tokenizer_traps
+
+SHORT = SAMPLE_TEXT[:500]
+
+
+# ---------------------------------------------------------------- real, tiny models
+
+
+def one_byte_tokens() -> Tokenizer:
+    """Byte-level BPE without merges: the 256 bytes and an end."""
+    names = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    return tokenizer
+
+
+def characters_only() -> Tokenizer:
+    """SentencePiece without merges whose byte tokens are special, so that no text has them.
+
+    It shares the single characters of ASCII with other tokenizers and little else. (Any two tokenizers that
+    carry every text have the bytes in common, which is more than 100 anchors.)
+    """
+    characters = sorted({one for probe in _PROBES for one in probe if one not in " ▁"} | set(SHORT) - {" "})
+    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    names = ["<unk>", "<eos>", *of_bytes, "▁", *characters]
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    of_the_mark = {f"<0x{byte:02X}>" for byte in "▁".encode()}
+    special = ["<unk>", "<eos>", *(name for name in of_bytes if name not in of_the_mark)]
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    return tokenizer
+
+
+def save_model(
+    folder: Path, tokenizer: Tokenizer, *, seed: int, eos: str | None = "<eos>", padding: int = 0
+) -> Path:
+    """A Llama of random weights, small but whole, with this tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size() + padding,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=400,
+        bos_token_id=None,
+        eos_token_id=None if eos is None else tokenizer.token_to_id(eos),
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
+    return folder
+
+
+def learn(member: Member, text: str) -> None:
+    """Some steps on one text."""
+    ids = torch.tensor([member.vocabulary.encode(text)])
+    member.model.requires_grad_(True)
+    optimiser = torch.optim.AdamW(member.model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        member.model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+    member.model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def bytes_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "bytes", one_byte_tokens(), seed=1)
+
+
+@pytest.fixture(scope="module")
+def characters_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "characters", characters_only(), seed=2)
+
+
+@pytest.fixture(scope="module")
+def demo_pair(smollm2: Member, gemma: Member) -> Diagnosis:
+    return diagnose([smollm2, gemma], new_tokens=3)
+
+
+# ---------------------------------------------------------------- the demo pair
+
+
+def test_demo_pair_members(demo_pair: Diagnosis) -> None:
+    small, gemma = demo_pair.members
+    assert (small.name, gemma.name) == ("SmolLM2-135M-Instruct", "Gemma-3-270M")
+    assert (small.architecture, small.tokenizer, gemma.tokenizer) == ("llama", "byte_level", "sentencepiece")
+    assert small.parameters == pytest.approx(135e6, rel=0.01)
+    assert small.weights_bytes == pytest.approx(4 * small.parameters, rel=1e-3)
+    assert (
+        small.cache_bytes == 30 * 2 * 3 * 64 * 4 * 1024
+    )  # layers, keys and values, heads, size, float32, slots
+    assert (small.context_length, gemma.context_length) == (8192, 32768)
+    assert gemma.end_tokens == ("<eos>",)
+    assert [trap.name for trap in small.traps] == ["lost bytes", "no BOS"]
+    assert [trap.name for trap in gemma.traps] == ["no chat template", "BOS"]
+    (memory,) = demo_pair.memory
+    assert memory.weights_bytes == small.weights_bytes + gemma.weights_bytes
+    assert memory.cache_bytes == small.cache_bytes + gemma.cache_bytes
+    assert 0 < memory.rows_bytes < 150e6
+    for one in demo_pair.members:
+        assert one.coverage.anchors > 0.9
+        assert one.coverage.anchors + one.coverage.prefixes + one.coverage.rest == pytest.approx(1, abs=1e-6)
+
+
+def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
+    """DESIGN's finding: the paper's recipe is all but uniform on today's small models, the others are not."""
+    assert demo_pair.anchors.end
+    assert demo_pair.anchors.with_main == (demo_pair.anchors.shared,)
+    assert demo_pair.anchors.shared > 40_000
+    assert len(demo_pair.rows) == 6
+    for row in demo_pair.rows:
+        assert row.anchors.own is not None
+        assert row.uniform == (row.recipe == "paper")
+        if row.uniform:
+            assert row.anchors.own < 0.1
+            assert row.anchors.effective > 0.5 * demo_pair.anchors.shared
+        else:
+            assert row.anchors.own > 0.95
+            assert 1 <= row.anchors.effective < 2
+    (warning,) = demo_pair.warnings
+    assert warning.startswith("the paper recipe degenerates here")
+
+
+def test_demo_pair_gain(demo_pair: Diagnosis, smollm2: Member) -> None:
+    assert demo_pair.obstacle is None
+    assert demo_pair.same == ()
+    single = demo_pair.best_single
+    named, *_ = demo_pair.fused
+    assert [one.as_named for one in demo_pair.fused] == [True, False, False, False]
+    assert [one.main for one in demo_pair.fused[1:]] == [smollm2.name, single.name, single.name]
+    assert single.name == "Gemma-3-270M"
+    assert demo_pair.fused[3].weights == pytest.approx((0.2, 0.8))
+    for one in demo_pair.fused:
+        assert one.gain == pytest.approx(single.bits_per_byte - one.bits_per_byte, abs=1e-9)
+        assert one.gain_error > 0
+    best = min(demo_pair.fused, key=lambda one: one.bits_per_byte)
+    assert best.main == single.name
+    assert best.gains
+    assert not named.harms
+    assert demo_pair.verdict.outcome == "worth fusing"
+    assert "Gemma-3-270M as the main model" in demo_pair.verdict.text
+    assert f"{best.bits_per_byte:.3f}" in demo_pair.verdict.text
+
+
+def test_demo_pair_speed_and_dictionary(demo_pair: Diagnosis) -> None:
+    speed = demo_pair.speed
+    assert speed is not None
+    assert speed.tokens == 3
+    assert list(speed.members_ms) == [one.name for one in demo_pair.members]
+    parts = sum(speed.members_ms.values()) + speed.fusion_ms + speed.handoff_ms
+    assert 0 < parts <= speed.ms_per_token
+    again = json.loads(json.dumps(demo_pair.as_dict()))
+    assert again["verdict"]["outcome"] == "worth fusing"
+    assert again["members"][0]["traps"][0]["name"] == "lost bytes"
+    assert again["characters"] == again["characters_given"] == len(SAMPLE_TEXT)
+
+
+# ---------------------------------------------------------------- pairs that are hopeless
+
+
+def test_model_with_itself(smollm2: Member, smollm2_dir: Path) -> None:
+    found = diagnose([smollm2, load_member(smollm2_dir)], text=SHORT, new_tokens=2)
+    names = ("SmolLM2-135M-Instruct#0", "SmolLM2-135M-Instruct#1")
+    assert found.same == (names,)
+    assert found.verdict.outcome == "not worth fusing"
+    assert "are the same model" in found.verdict.text
+    assert "nothing to gain" in found.verdict.text
+    assert abs(found.fused[0].gain) < 0.02
+    assert found.obstacle is None
+    assert found.memory[0].weights_bytes == pytest.approx(2 * found.members[0].weights_bytes, rel=1e-6)
+
+
+def test_too_few_anchors(bytes_dir: Path, characters_dir: Path) -> None:
+    members = [load_member(bytes_dir), load_member(characters_dir)]
+    shared = shared_anchors([one.vocabulary for one in members], [one.eos_ids for one in members], minimum=0)
+    assert 30 < len(shared) < 100
+    found = diagnose(members, text=SHORT)
+    assert found.anchors.shared == len(shared)
+    assert found.obstacle is not None
+    assert found.verdict.outcome == "not worth fusing"
+    assert f"share only {len(shared)} tokens, and at least 100 are needed" in found.verdict.text
+    assert found.rows == found.fused == ()
+    assert found.speed is None
+    assert found.characters < len(SHORT)  # what their context of 400 bytes holds
+    for one in found.members:
+        assert one.parameters > 10_000
+        assert one.bits_per_byte == pytest.approx(
+            8, abs=1.5
+        )  # random weights: of 257 tokens of a byte, none known
+    assert [trap.name for trap in found.members[1].traps] == ["dummy prefix", "no chat template", "no BOS"]
+
+
+def test_a_weak_main_model(bytes_dir: Path) -> None:
+    """Random weights in front of a model that has learned the text: harm, by measure."""
+    weak, able = load_member(bytes_dir), load_member(bytes_dir)
+    learn(able, SHORT)
+    found = diagnose([weak, able], text=SHORT, new_tokens=2)
+    first, second = found.members
+    assert second.bits_per_byte < 0.6 * first.bits_per_byte
+    assert found.best_single is second
+    assert found.same == ()
+    assert found.fused[0].harms
+    assert found.verdict.outcome == "not worth fusing"
+    assert "Use bytes#1 alone" in found.verdict.text
+    other_way = diagnose([able, weak], text=SHORT, new_tokens=2)
+    assert {one.main for one in other_way.fused} == {"bytes#0"}  # the weak one is no main model
+    assert other_way.verdict.outcome != "worth fusing"
+
+
+def test_assistant_of_single_bytes(smollm2: Member, bytes_dir: Path) -> None:
+    found = diagnose([smollm2, load_member(bytes_dir)], text=SHORT[:250], new_tokens=2)
+    assert 200 < found.anchors.shared < 300
+    assert found.best_single.name == smollm2.name
+    assert found.verdict.outcome != "worth fusing"
+    assert found.members[0].coverage.anchors < 0.2
+    assert any(warning.startswith("only ") and smollm2.name in warning for warning in found.warnings)
+
+
+def test_three_members_of_which_two_are_one(bytes_dir: Path, tmp_path: Path) -> None:
+    one, other = load_member(bytes_dir), load_member(save_model(tmp_path, one_byte_tokens(), seed=5))
+    found = diagnose([one, one, other], text=SHORT[:200], new_tokens=2)
+    assert found.same == (("bytes#0", "bytes#1"),)
+    assert "same model" not in found.verdict.text
+    assert found.warnings[0].startswith("bytes#0 and bytes#1 are the same model")
+    assert found.anchors.with_main == (257, 257)
+    assert len(found.fused) == 6
+    assert found.fused[1].weights == pytest.approx((0.8, 0.1, 0.1))
+    assert found.memory[0].weights_bytes == found.members[0].weights_bytes + found.members[2].weights_bytes
+
+
+# ---------------------------------------------------------------- parts
+
+
+def of_text(member: Member, text: str) -> SimpleNamespace:
+    """As much of a likelihood as `is_same_model` looks at."""
+    ids = torch.tensor([member.vocabulary.encode(text)])
+    with torch.inference_mode():
+        logprobs = member.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+    return SimpleNamespace(logprobs=logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [("none", True), ("bfloat16", True), ("one weight", False), ("rope", False), ("tokenizer", False)],
+)
+def test_same_model(bytes_dir: Path, tmp_path: Path, change: str, same: bool) -> None:
+    model = load_member(bytes_dir)
+    other = load_member(bytes_dir, dtype="bfloat16" if change == "bfloat16" else "float32")
+    if change == "one weight":  # of a token that the text has not
+        (unseen,) = other.vocabulary.encode("~")
+        other.embedding[unseen, 3] += 0.25
+    if change == "rope":
+        config = LlamaConfig.from_pretrained(bytes_dir)
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 1.5}
+        changed = LlamaForCausalLM(config).eval()
+        changed.load_state_dict(other.model.state_dict())
+        other = replace(other, model=changed)
+        for one in (model, other):  # attention that is sharp enough for positions to count
+            for name, weight in one.model.named_parameters():
+                if "self_attn" in name:
+                    weight.data.mul_(100)
+    if change == "tokenizer":
+        tokenizer = one_byte_tokens()
+        tokenizer.add_special_tokens([AddedToken("<extra>", special=True)])
+        other = load_member(save_model(tmp_path / "other", tokenizer, seed=1))
+    assert is_same_model(model, other, of_text(model, SHORT), of_text(other, SHORT)) == same
+
+
+def test_traps_of_a_padded_vocabulary_with_nfc(tmp_path: Path) -> None:
+    tokenizer = one_byte_tokens()
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True), AddedToken("<start>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", tokenizer.token_to_id("<start>"))]
+    )
+    folder = save_model(tmp_path, tokenizer, seed=4, padding=7)
+    ends = {"eos_token_id": [tokenizer.token_to_id(name) for name in ("<eos>", "<end>")]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    traps = {trap.name: trap.text for trap in tokenizer_traps(load_member(folder))}
+    assert set(traps) == {"several EOS", "NFC left out", "no chat template", "BOS", "padding rows"}
+    assert traps["padding rows"].startswith("7 of its 266 logits")
+    assert "<eos>, <end>" in traps["several EOS"]
+    assert traps["BOS"].startswith("<start> stands before")
+
+
+def test_no_end_of_text_is_serious(tmp_path: Path, bytes_dir: Path) -> None:
+    endless = load_member(save_model(tmp_path / "endless", one_byte_tokens(), seed=3, eos=None))
+    assert endless.eos_ids == ()
+    found = diagnose([endless, load_member(bytes_dir)], text=SHORT, new_tokens=2)
+    assert found.obstacle is None  # same tokens, other weights
+    assert found.same == ()
+    assert not found.anchors.end
+    first = found.members[0].traps[0]
+    assert (first.name, first.serious) == ("no EOS", True)
+    assert any(warning.startswith("endless: no token ends its text") for warning in found.warnings)
+
+
+def test_rows_against_full_rows(bytes_dir: Path, smollm2: Member) -> None:
+    """With all entries kept, the shapes are those of the whole matrix; with few, nearly."""
+    member = load_member(bytes_dir)
+    members = [member, smollm2]
+    anchors = shared_anchors([one.vocabulary for one in members], [one.eos_ids for one in members])
+    mean = torch.rand(member.vocab_size, dtype=torch.float64)
+    mean /= mean.sum()
+    tokens = torch.topk(torch.where(anchors.columns[0] >= 0, mean, 0.0), 128).indices
+    embedding, ids = member.embedding.double(), anchors.token_ids[0]
+    unit = torch.nn.functional.normalize(embedding, dim=1)
+    cosine = unit[tokens] @ unit[ids].T
+    full = (100 * cosine / cosine.norm(dim=1, keepdim=True)).softmax(1)
+    own = full.gather(1, anchors.columns[0][tokens].long()[:, None]).mean()
+    entropy = -torch.xlogy(full, full).sum(1).mean()
+    for entries, tolerance in ((len(anchors), 1e-4), (32, 0.05)):
+        source = SimilarityRows(member.embedding, ids, recipe="paper", entries=entries)
+        shape, _ = row_shapes(anchors, source, 0, mean)
+        assert shape.tokens == 128
+        assert shape.own == pytest.approx(float(own), rel=1e-3)
+        assert shape.effective == pytest.approx(math.exp(float(entropy)), rel=tolerance)
+        kept = full.topk(entries).values.sum(1).mean()
+        assert shape.largest == pytest.approx(float(kept), rel=1e-3)
+
+
+def test_coverage_by_hand(smollm2: Member, bytes_dir: Path) -> None:
+    members = [smollm2, load_member(bytes_dir)]
+    vocabularies = [one.vocabulary for one in members]
+    anchors = shared_anchors(vocabularies, [one.eos_ids for one in members])
+    prefixes = PrefixColumns(anchors, vocabularies)
+    logits = torch.full((2, smollm2.vocab_size), -torch.inf)
+    (word,), (letter,) = smollm2.vocabulary.encode(" world"), smollm2.vocabulary.encode("a")
+    special = smollm2.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    logits[0, letter] = 0.0
+    logits[1, word], logits[1, special] = math.log(3), 0.0
+    mean = mean_distribution([logits[:1], logits[1:]])
+    found = coverage(anchors, prefixes, 0, mean)
+    assert (found.anchors, found.prefixes, found.rest) == pytest.approx((0.5, 0.375, 0.125))
+    of_anchors, of_others = row_shapes(anchors, PrefixRows(anchors, prefixes, 0), 0, mean)
+    assert (of_anchors.tokens, of_anchors.own, of_anchors.effective) == (1, 1.0, 1.0)
+    assert of_others is not None
+    assert (of_others.tokens, of_others.own, of_others.largest) == (2, None, 0.5)
+    assert of_others.effective == pytest.approx(math.sqrt(len(anchors)))  # one anchor, and all of them
+
+
+def facts(demo_pair: Diagnosis) -> tuple[MemberFacts, MemberFacts]:
+    one, other = demo_pair.members
+    return replace(one, name="A", bits_per_byte=1.0), replace(other, name="B", bits_per_byte=1.2)
+
+
+@pytest.mark.parametrize(
+    ("named", "swapped", "outcome", "says"),
+    [
+        (
+            (0.05, 0.01, False),
+            (0.04, 0.01, False),
+            "worth fusing",
+            "0.950 bits a byte, 0.050 ± 0.010 fewer than A",
+        ),
+        ((0.05, 0.01, False), (0.09, 0.01, True), "worth fusing", "Better, at 0.910: B as the main model"),
+        ((0.00, 0.01, False), (0.05, 0.01, True), "worth fusing", "Worth fusing with B as the main model"),
+        ((0.05, 0.04, False), (0.01, 0.04, False), "little to gain", "0.050 ± 0.040 fewer than A alone"),
+        ((0.005, 0.001, False), (0.0, 0.001, False), "little to gain", "0.005 ± 0.001 fewer"),
+        ((-0.01, 0.02, False), (-0.02, 0.02, False), "little to gain", "0.010 ± 0.020 more"),
+        ((-0.04, 0.04, False), (0.03, 0.02, True), "little to gain", "Better, at 0.970: B as the main model"),
+        ((-0.05, 0.01, False), (-0.02, 0.02, False), "not worth fusing", "Use A alone"),
+    ],
+)
+def test_verdicts(
+    demo_pair: Diagnosis,
+    named: tuple[float, float, bool],
+    swapped: tuple[float, float, bool],
+    outcome: str,
+    says: str,
+) -> None:
+    fused = [
+        Fused(main, (0.5, 0.5), main == "A", 1.0 - gain, gain, error, beats)
+        for main, (gain, error, beats) in (("A", named), ("B", swapped))
+    ]
+    verdict = give_verdict(facts(demo_pair), fused, [], None)
+    assert verdict.outcome == outcome
+    assert says in verdict.text
+
+
+def test_wrong_input(smollm2: Member) -> None:
+    pair = [smollm2, smollm2]
+    for arguments, says in (
+        ({"members": [smollm2]}, "needs two or more members"),
+        ({"members": pair, "new_tokens": 1}, "choose 2 or more"),
+        ({"members": pair, "text": ""}, "fewer than two words"),
+        ({"members": pair, "text": "  word\n"}, "fewer than two words"),
+    ):
+        with pytest.raises(InputError, match=says):
+            diagnose(**arguments)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deepen_ext.cli", "doctor", *arguments]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(SAMPLE_TEXT * 3)
+    assert len(SAMPLE_TEXT * 3) > MOST_CHARACTERS
+    pair = ["--model", str(bytes_dir), "--model", str(characters_dir)]
+    done = run(*pair, "--text", str(text), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["verdict"]["outcome"] == "not worth fusing"
+    assert report["characters_given"] == len(SAMPLE_TEXT * 3)
+    readable = run("--model", str(bytes_dir), "--model", str(bytes_dir))
+    assert readable.returncode == 0, readable.stderr
+    shown = " ".join(readable.stdout.split())
+    for part in (
+        "Members, main model first",
+        "257",
+        "Relative rows",
+        "ms a token",
+        "Memory on cpu",
+        "no BOS",
+    ):
+        assert part in shown
+    assert shown.endswith("are the same model (same tokenizer, same weights), so there is nothing to gain.")
+
+
+def test_command_with_wrong_input(bytes_dir: Path, tmp_path: Path) -> None:
+    one = ["--model", str(bytes_dir)]
+    for arguments, says in (
+        ([], "name the models with --model"),
+        (one, "two or more models"),
+        ([*one, *one, "--text", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr
