@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, environment, machine_name, write_json
-from compare_setup import Deadline, add_options, configurations, load, say, settings_used
+from compare_setup import Deadline, add_options, check_default, configurations, load, say, settings_used
 
 from deepen_ext.errors import InputError
 from deepen_ext.evaluation.jobs import Progress
@@ -52,13 +52,13 @@ def main() -> None:
     found = environment()
     output = options.output or RESULTS / machine_name(found)
     tasks = options.task or list(TASKS)
+    for task in tasks:
+        check_work(options.work, task, output / f"{task}.json")
     if options.summarise:
         for task in tasks:
             if any(options.work.glob(f"{task}.*.jsonl")):
                 write_task(options.work, options.data, task, output, found)
         return
-    for task in tasks:
-        check_kept(output / f"{task}.json", options.work, task)
     deadline = Deadline(options)
     members = load(options.ensembles)
     ensembles = configurations(members, options.ensembles, options.methods)
@@ -109,20 +109,20 @@ def ending(deadline: Deadline, done: dict[str, int]) -> Callable[[Progress], Non
     return tell
 
 
-def check_kept(file: Path, work: Path, task: str) -> None:
-    """That the work folder has what the JSON file has, so that no result is lost by writing it.
+def check_work(work: Path, task: str, file: Path) -> None:
+    """That a JSON file of what the work folder has is of one piece, and loses nothing that the file had.
 
     Raises:
-        InputError: it has not.
+        InputError: the folder has results of other defaults, or lacks a configuration of the file.
     """
-    if not file.is_file():
-        return
-    known = set(json.loads(file.read_text(encoding="utf-8"))["configurations"])
-    there = {header["configuration"]["name"] for header, _ in read(work, task)}
-    if lost := known - there:
+    there = [header["configuration"] for header, _ in read(work, task)]
+    for one in there:
+        check_default(work, one["name"], one["fuser"].get("learning_rate"))
+    known = json.loads(file.read_text(encoding="utf-8"))["configurations"] if file.is_file() else {}
+    if lost := sorted(set(known) - {one["name"] for one in there}):
         raise InputError(
-            f"{file} has {len(lost)} configurations that {work} has not ({sorted(lost)[0]}, ...): give the "
-            "--work folder of that run, another --output, or remove the file"
+            f"{file} has {len(lost)} configurations that {work} has not ({lost[0]}, ...): give the --work "
+            "folder of that run, another --output, or remove the file"
         )
 
 

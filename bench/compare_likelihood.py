@@ -24,7 +24,16 @@ from typing import Any
 
 from boundary import MODULES
 from common import ROOT, environment, machine_name, write_json
-from compare_setup import Deadline, add_options, configurations, letters_of, load, say, settings_used
+from compare_setup import (
+    Deadline,
+    add_options,
+    check_default,
+    configurations,
+    letters_of,
+    load,
+    say,
+    settings_used,
+)
 
 from deepen_ext import Ensemble
 from deepen_ext.configurations import paired_difference
@@ -145,6 +154,7 @@ def measure(
                 "right": sum(found.greedy),
                 "tokens": len(found.greedy),
                 "weights": [round(one, 4) for one in weights],
+                "learning_rate": getattr(ensemble.fuser, "learning_rate", None),
                 "commit": commit,
             }
 
@@ -258,6 +268,9 @@ def main() -> None:
     ensembles = configurations(load(options.ensembles), options.ensembles, options.methods)
     prints = {name: fingerprint(name, one) for name, one in ensembles.items()}
     by_kind = [texts(options.data, kind, options.texts) for kind in options.kinds]
+    for (name, _, _), one in lines.items():
+        if name not in ensembles:  # nobody would measure it again
+            check_default(file, name, one["learning_rate"])
     rounds = [of_kind[i] for i in range(options.texts) for of_kind in by_kind if i < len(of_kind)]
     for number, text in enumerate(rounds, 1):
         keys = {name: (name, text.kind, text.sha256) for name in ensembles}

@@ -14,6 +14,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -139,6 +140,20 @@ class Deadline:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def check_default(where: Path, name: str, learning_rate: float | None) -> None:
+    """That a configuration's results, if they are older, were made with the learning rate of now.
+
+    Raises:
+        InputError: they were not: the default has changed.
+    """
+    now = _DEFAULTS["learning_rate"]
+    if learning_rate not in (None, now) and "@eta=" not in name:
+        raise InputError(
+            f"{where}: {name} was run with η {learning_rate}, and the default is {now} now; remove its "
+            "results, or give another --work folder"
+        )
 
 
 def settings_used() -> dict[str, Any]:
