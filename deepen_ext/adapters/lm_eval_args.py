@@ -1,0 +1,102 @@
+"""The harness's `model_args` as an ensemble."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepen_ext import demo as embedded
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.presets import SETTINGS, Preset, load_preset
+
+SEPARATOR = "|"  # neither the harness's parser nor a hub name knows it, and hardly a path
+
+log = logging.getLogger("lm_eval.deepen_ext")  # shown as the harness shows its own lines
+
+
+def ensemble_from(
+    pretrained: str | Sequence[str] | Ensemble | None, arguments: Mapping[str, Any]
+) -> Ensemble:
+    """Load what `model_args` ask for.
+
+    Lists come as lists (JSON, YAML, Python) or as text with `|` between the parts, since the harness's
+    own parser splits at commas.
+
+    Args:
+        pretrained: the members, the main model first, or an ensemble, which is returned.
+        arguments: `demo` (the embedded pair) or `preset` (a YAML file) instead of `pretrained`; `dtype` and
+            `device`, one for all or one for each; and the settings of `Ensemble`, of which those that are
+            given count more than the preset's. `fuser` is a name as on the command line.
+
+    Raises:
+        InputError: an unknown argument, none or two of the ways to name members, a value out of range, a
+            model that is not there.
+        ModelError: a model cannot be loaded.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    settings = set(inspect.signature(Ensemble).parameters) - {"members"}
+    known = {"demo", "preset", "dtype", "device", *settings}
+    if unknown := sorted(given.keys() - known):
+        raise InputError(
+            f"model_args: there is no {', '.join(unknown)}; there are pretrained, batch_size, max_gen_toks, "
+            f"piece, context, without_template, {', '.join(sorted(known))}"
+        )
+    demo, preset_file = given.pop("demo", False), given.pop("preset", None)
+    if type(demo) is not bool:
+        raise InputError(f"model_args: demo is {demo!r}; give True or False")
+    if sum([pretrained is not None, demo, preset_file is not None]) != 1:
+        raise InputError(
+            "model_args: name the members with pretrained=A|B, or take demo=True or preset=FILE; one of these"
+        )
+    if isinstance(pretrained, Ensemble):
+        if given:
+            raise InputError(f"model_args: the ensemble is made; leave out {', '.join(sorted(given))}")
+        return pretrained
+    if preset_file is not None:
+        preset = load_preset(str(preset_file))
+    else:
+        named = _parts("pretrained", pretrained) if pretrained is not None else embedded.members(log.info)
+        preset = Preset([str(name) for name in named])
+    placed: dict[str, Any] = {}
+    for name in given.keys() & {"dtype", "device"}:
+        parts = _parts(name, given.pop(name))
+        placed[name] = parts if len(parts) > 1 else parts[0]
+    if "weights" in given and given["weights"] != "prompt":
+        given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
+    if not isinstance(given.get("fuser", ""), str):
+        raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
+    chosen = preset.settings(**{name: given.pop(name) for name in SETTINGS if name in given})
+    return Ensemble.from_pretrained(preset.members, progress=log.info, **placed, **chosen, **given)
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """A number that the command line may have left as text."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = least - 1
+    if number < least or str(value) != str(number):
+        raise InputError(f"{name} is {value!r}; give a whole number, {least} or more")
+    return number
+
+
+def _parts(name: str, value: Any) -> list[Any]:
+    """A list, or the parts of a text; one value is a list of one."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(SEPARATOR)]
+    parts = list(value) if isinstance(value, Sequence) else [value]
+    if not parts or "" in parts:
+        raise InputError(f"model_args: {name} is {value!r}; write {name}=A{SEPARATOR}B, or give a list")
+    return parts
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, or prompt"
+        ) from None
