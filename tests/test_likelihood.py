@@ -21,6 +21,7 @@ from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
 from deepen_ext.member import Member
 from deepen_ext.session import BatchSession
 from deepen_ext.text import GrowingText, Vocabulary
+from deepen_ext.weighting import prompt_weights, read_prompts
 
 PROSE = "The naïve café in Zürich sells straw\u00adberries 🍓🍓 and Antarctica's ice; it costs 1,250 €.\n"
 CODE = "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"
@@ -293,6 +294,44 @@ class TestFused:
             reading.member(gemma)
             assert sum(by_gemma) == before
             assert sum(by_smollm2) == len(ids) - 1
+
+    def test_weights_from_the_context(
+        self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member
+    ) -> None:
+        """As the loop finds them from a prompt; nothing else that is asked of the reading changes by it."""
+        weighs = ensembles["no rule"].variant(weights="prompt")
+        context, text = "Die Hauptstadt von Frankreich heißt", " Paris, die von Antarctica's"
+        found = []
+        for member in (smollm2, gemma):
+            with BatchSession(member) as session:
+                ids = first_ids(member, context) + member.vocabulary.encode(context)
+                found.append(read_prompts(session, member, {0: ids})[0])
+        weights = prompt_weights(found, [0.5, 0.5])
+        assert abs(weights[0] - 0.5) > 0.1
+        with TextReading([smollm2, gemma], context, text) as reading:
+            got = reading.fused(weighs)
+            assert got.logprobs == pytest.approx(reading.fused(weighs, weights).logprobs, abs=1e-5)
+            after = reading.fused(ensembles["bytes"])
+        with TextReading([smollm2, gemma], context, text) as reading:
+            assert after.logprobs == pytest.approx(reading.fused(ensembles["bytes"]).logprobs, abs=1e-4)
+        with TextReading([smollm2, gemma], "", text) as reading:  # no prompt tells nothing
+            assert reading.fused(weighs) == reading.fused(ensembles["no rule"])
+
+    def test_caches_given_back_or_handed_on(
+        self, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member
+    ) -> None:
+        one, other = (TextReading([smollm2, gemma], "Prices: apples cost", text) for text in (" 2 €", " 3 €"))
+        ensemble = ensembles["no rule"]
+        whole = one.fused(ensemble)
+        one.release()
+        assert one.fused(ensemble, [0.5, 0.5]) == whole
+        alone = TextReading([smollm2, gemma], "Prices: apples cost", " 3 €").fused(ensemble)
+        one = TextReading([smollm2, gemma], "Prices: apples cost", " 2 €")
+        one.fused(ensemble)
+        other.go_on_from(one)
+        with fed(smollm2) as tokens:
+            assert other.fused(ensemble).logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+        assert sum(tokens) < len(smollm2.vocabulary.encode(" 3 €")) + 1
 
     def test_a_failing_member_is_named(self, ensembles: dict[str, Ensemble], gemma: Member) -> None:
         def fail(*_: object) -> None:
