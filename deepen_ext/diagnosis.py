@@ -229,7 +229,9 @@ def give_verdict(
         return Verdict("worth fusing", f"Worth fusing: {_measured(named, best)}.{hint}")
     if first.gains and _is_worthwhile(first, best):
         text = f"Worth fusing with {_setting(first, members)}: {_measured(first, best)}."
-        return Verdict("worth fusing", f"{text} As named it is {named.bits_per_byte:.3f}.")
+        return Verdict(
+            "worth fusing", f"{text} As named it is {named.bits_per_byte:.3f}, {_compared(named)}."
+        )
     if named.harms:
         text = f"Not worth fusing: {_measured(named, best)}. Use {best.name} alone.{hint}"
         return Verdict("not worth fusing", text)
@@ -241,11 +243,14 @@ def _is_worthwhile(one: Fused, best: MemberFacts) -> bool:
 
 
 def _measured(one: Fused, best: MemberFacts) -> str:
-    gain = with_error(abs(one.gain), one.gain_error) + (" fewer" if one.gain >= 0 else " more")
     return (
-        f"on the sample text the ensemble needs {one.bits_per_byte:.3f} bits a byte, {gain} than {best.name} "
-        f"alone ({best.bits_per_byte:.3f})"
+        f"on the sample text the ensemble needs {one.bits_per_byte:.3f} bits a byte, {_compared(one)} than "
+        f"{best.name} alone ({best.bits_per_byte:.3f})"
     )
+
+
+def _compared(one: Fused) -> str:
+    return with_error(abs(one.gain), one.gain_error) + (" fewer" if one.gain >= 0 else " more")
 
 
 def _setting(one: Fused, members: Sequence[MemberFacts]) -> str:

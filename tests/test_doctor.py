@@ -398,7 +398,12 @@ def facts(demo_pair: Diagnosis) -> tuple[MemberFacts, MemberFacts]:
             "0.950 bits a byte, 0.050 ± 0.010 fewer than A",
         ),
         ((0.05, 0.01, False), (0.09, 0.01, True), "worth fusing", "Better, at 0.910: B as the main model"),
-        ((0.00, 0.01, False), (0.05, 0.01, True), "worth fusing", "Worth fusing with B as the main model"),
+        (
+            (0.00, 0.01, False),
+            (0.05, 0.01, True),
+            "worth fusing",
+            "As named it is 1.000, 0.000 ± 0.010 fewer.",
+        ),
         ((0.05, 0.04, False), (0.01, 0.04, False), "little to gain", "0.050 ± 0.040 fewer than A alone"),
         ((0.005, 0.001, False), (0.0, 0.001, False), "little to gain", "0.005 ± 0.001 fewer"),
         ((-0.01, 0.02, False), (-0.02, 0.02, False), "little to gain", "0.010 ± 0.020 more"),
