@@ -7,7 +7,12 @@ from typing import Annotated
 import typer
 
 from deepen_ext import __version__
+from deepen_ext.commands.doctor import doctor
+from deepen_ext.commands.evaluate import evaluate
 from deepen_ext.commands.generate import generate
+from deepen_ext.commands.lm_eval import CONTEXT, lm_eval
+from deepen_ext.commands.nll import nll
+from deepen_ext.commands.tune import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -16,6 +21,11 @@ app = typer.Typer(
     help="Language models with different vocabularies write one text, fused at every token by DeePEn.",
 )
 app.command()(generate)
+app.command()(doctor)
+app.command()(nll)
+app.command("eval")(evaluate)
+app.command()(tune)
+app.command("lm-eval", context_settings=CONTEXT)(lm_eval)
 
 
 def main() -> None:
