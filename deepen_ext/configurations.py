@@ -132,12 +132,12 @@ def search(
                 best = _walk(best, _shifts(best, giver, taker, step), bits)
         for setting, values in (("learning_rate", LEARNING_RATES), ("confidence", CONFIDENCES)):
             best = _along(best, setting, values, bits)
+        for main in range(space.members):
+            best = min(best, replace(best, main=main), key=bits)
         for recipe in space.recipes:
             if recipe != best.recipe:
                 best = min(best, _with_recipe(best, recipe), key=bits)
         best = _along(best, "temperature", TEMPERATURES.get(best.recipe or "", ()), bits)
-        for main in range(space.members):
-            best = min(best, replace(best, main=main), key=bits)
     return best
 
 

@@ -118,7 +118,12 @@ def _show(tuning: Tuning, dev: DevSet) -> None:
         console = Console(highlight=False, width=140)  # a file has no width
     of = f"{len(tuning.sizes)} of {len(dev.items)} {'dev items' if dev.task else 'pieces'} of {dev.name}"
     table = Table(
-        "main", "weights", "from", box=box.SIMPLE, title=f"Bits a byte on {of}", title_justify="left"
+        "main",
+        "weights, as named",
+        "from",
+        box=box.SIMPLE,
+        title=f"Bits a byte on {of}",
+        title_justify="left",
     )
     searches = bool(tuning.space.recipes)
     for name in ("recipe", "η", "τ", "confidence") if searches else ("confidence",):
