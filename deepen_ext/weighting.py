@@ -1,4 +1,4 @@
-"""How much each member counts: weights given once, or found from how well it reads the prompt."""
+"""How much each member counts: by given weights, by how well it reads the prompt, by how sure it is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from deepen_ext.errors import InputError, failures_of
 from deepen_ext.member import Member
+from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.sharing import Session
 
 
@@ -111,3 +112,32 @@ def read_prompts(
             sizes = [len(member.vocabulary.bytes_of(token)) for token in ids[starts[row] + 1 :]]
             scores[row] = PromptScore(sizes, logprobs)
     return scores
+
+
+def confident_weights(weights: torch.Tensor, tops: Sequence[TopK], confidence: float) -> torch.Tensor:
+    """Weights of one step, by how sure each member is of its next token.
+
+        w_i = lambda_i exp(-confidence H_i) / sum,    H_i = -sum_t p_i[t] log p_i[t]
+
+    The tail of a top-k counts as k more tokens of one probability: whatever the vocabulary's size, a member
+    that knows nothing has about the same entropy.
+
+    Args:
+        weights: lambda, float32 [b, n]; a weight of 0 stays 0.
+        tops: of each member its k_i most probable tokens, of b rows.
+        confidence: for each nat of entropy.
+
+    Returns:
+        float32 [b, n], rows summing to 1.
+    """
+    entropies = torch.stack([_entropy(one) for one in tops], dim=1)
+    raised = weights * torch.exp(-confidence * (entropies - entropies.amin(dim=1, keepdim=True)))
+    return raised / raised.sum(dim=1, keepdim=True)
+
+
+def _entropy(top: TopK) -> torch.Tensor:
+    """In nats, float32 [b]."""
+    tail = top.tail.clamp(min=0)
+    in_tail = torch.special.entr(tail) + tail * math.log(top.probs.shape[1])
+    entropy: torch.Tensor = torch.special.entr(top.probs).sum(dim=-1) + in_tail
+    return entropy

@@ -15,11 +15,12 @@ A new one is a file here with one class, and a line in `make_fuser`.
 from __future__ import annotations
 
 from deepen_ext.fusers.average import AverageFuser
-from deepen_ext.fusers.base import FusedStep, Fuser, Part, Said
+from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.make import FUSERS, make_fuser, method_name, on_relative_maps, parse_fuser
 from deepen_ext.fusers.others import FunctionFuser, FuseFunction, SingleFuser
+from deepen_ext.fusers.parts import FusedStep, Part, Said
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 

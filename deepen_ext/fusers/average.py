@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.deepen import check_maps, check_min_probability, needed_rows
+from deepen_ext.fusers.parts import Said
 from deepen_ext.relative_map import RelativeMap
 
 

@@ -9,7 +9,8 @@ import torch
 
 from deepen_ext import ops
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.parts import Said
 from deepen_ext.relative_map import RelativeMap
 
 

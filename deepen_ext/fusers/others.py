@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.base import FusedStep, Fuser, Part, Said
+from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.parts import FusedStep, Part, Said
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]

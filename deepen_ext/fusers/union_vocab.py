@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from deepen_ext.fusers.base import Fuser, Said
+from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.parts import Said
 
 
 class UnionVocabFuser(Fuser):

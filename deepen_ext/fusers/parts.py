@@ -1,0 +1,106 @@
+"""What goes into a fusion step and what comes out: what each member says of which rows, the new logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepen_ext.ops.topk_softmax import TopK, check_status
+
+
+@dataclass(frozen=True)
+class Part:
+    """One member's part of a step: what it says, and of which rows."""
+
+    member: int
+    name: str
+    topk: TopK  # [n, k], on the fusing device
+    rows: Sequence[int]  # n rows of the step
+    logits: torch.Tensor  # [n, V_i], where the member is
+
+
+@dataclass(frozen=True)
+class FusedStep:
+    """What a fusion step gives for B rows."""
+
+    logits: torch.Tensor  # [B, V_main], the main model's new logits
+    chosen: torch.Tensor  # int32 [B], their argmax
+    main_choice: torch.Tensor  # int32 [B], the argmax of the main model's own logits
+    parts: tuple[Part, ...] = ()  # of each member that took part, the main model first
+    weights: torch.Tensor | None = None  # float32 [b, parts], of the rows that were fused
+    fused_rows: tuple[int, ...] = ()  # b of the B rows: in the others the main model spoke alone
+
+    @property
+    def shares(self) -> list[tuple[float, ...]]:
+        """Of each row the weights of `parts`, summing to 1; () where the main model spoke alone.
+
+        On CUDA this waits for the device."""
+        found: list[tuple[float, ...]] = [()] * len(self.logits)
+        if self.weights is not None:
+            for row, own in zip(self.fused_rows, self.weights.tolist(), strict=True):
+                found[row] = tuple(own)
+        return found
+
+    def check(self) -> None:
+        """Raise InputError where a member's row has no softmax. On CUDA this waits for the device."""
+        for part in self.parts:
+            check_status(part.name, part.topk.status.tolist(), part.rows)
+
+    def read(self, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The sampled tokens (an integer dtype, [B]) and the main model's own choices, on the host.
+
+        With what `check` looks at this is one copy from the device, the only one of a step.
+
+        Raises:
+            InputError: see `check`.
+        """
+        if tokens.device.type == "cpu":  # `Fuser.top` has looked at the status
+            return tokens.tolist(), self.main_choice.tolist()
+        read = torch.cat(
+            [tokens.int(), self.main_choice, *(part.topk.status for part in self.parts)]
+        ).tolist()
+        batch = len(tokens)
+        start = 2 * batch
+        for part in self.parts:
+            check_status(part.name, read[start : start + len(part.rows)], part.rows)
+            start += len(part.rows)
+        return read[:batch], read[batch : 2 * batch]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one member says of the b rows that are fused. Where its weight is 0 the row means nothing.
+
+    Attributes:
+        member: its place, 0 for the main model.
+        name: the member's.
+        topk: its most probable tokens, ids int32 [b, k], probabilities float32 [b, k] and tail [b].
+        part: the same as the member gave it, for the rows that it spoke for.
+    """
+
+    member: int
+    name: str
+    topk: TopK
+    part: Part
+    _places: list[int] | None  # of the part's rows among the b; None where they are the same
+
+    def row(self, place: int) -> torch.Tensor | None:
+        """Its logits [V_i] for one of the b rows, where the member is; None where it says nothing of it."""
+        if self._places is None:
+            return self.part.logits[place]
+        return self.part.logits[self._places.index(place)] if place in self._places else None
+
+    def probabilities(self) -> torch.Tensor:
+        """Its whole distribution, float32 [b, V_i], on the fusing device; rows it says nothing of are 0."""
+        part = self.part
+        if self._places is None:
+            return torch.softmax(part.logits.float(), dim=-1).to(self.topk.probs.device)
+        whole = torch.zeros(
+            len(self.topk.probs), part.logits.shape[1], dtype=torch.float32, device=self.topk.probs.device
+        )
+        kept = [i for i, place in enumerate(self._places) if place >= 0]
+        where = [place for place in self._places if place >= 0]
+        whole[where] = torch.softmax(part.logits[kept].float(), dim=-1).to(whole.device)
+        return whole
