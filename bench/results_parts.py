@@ -36,17 +36,13 @@ def summary(one: Machine) -> str:
     times = {} if one.time is None else by_ensemble(one.time["configurations"], one.default)
     kinds = one.kinds()
     head = ["main + assistants", *(f"bits a byte, {KINDS[kind]}" for kind in kinds)]
-    head += [
-        "the same, paper's recipe, all",
-        "tasks better, worse, of",
-        "mean points",
-        "ms a token, × members' sum",
-    ]
+    head += ["the same, paper's recipe, all"] if kinds else []
+    head += ["tasks better, worse, of", "mean points", "ms a token, × members' sum"]
     rows = []
     for ensemble in {key: None for found in (bits, *scores.values(), times) for key in found}:
         own = bits.get(ensemble, {})
         cells = [_bits_of(own, one.default, kind) for kind in kinds]
-        cells.append(_bits_of(own, "deepen:paper", "all"))
+        cells += [_bits_of(own, "deepen:paper", "all")] if kinds else []
         paired = [
             found[ensemble][one.default]["against_best_single"]
             for found in scores.values()
