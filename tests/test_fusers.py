@@ -73,6 +73,23 @@ class TestAverage:
         torch.testing.assert_close(step.logits.double().exp(), want, atol=1e-6, rtol=1e-4)
         assert torch.equal(step.chosen.long(), want.argmax(-1))
 
+    def test_of_rows_it_is_silent_on_nothing_is_read(self) -> None:
+        """Its map has no rows but those it was asked for: the others hold whatever was in memory."""
+        logits = [random_logits(2, 300, seed=0), random_logits(1, 400, seed=1), random_logits(1, 350, seed=2)]
+        maps = [
+            RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120), entries=12)
+            for v in (300, 400, 350)
+        ]
+        for one in maps:
+            one.rows.columns.fill_(1 << 30)
+            one.rows.values.fill_(float("nan"))
+        fuser = AverageFuser(maps, torch.arange(120), min_probability=0.01)
+        step = fuser.step(logits, [0.5, 0.3, 0.2], rows=[None, [0], [1]])
+        assert step.logits.isfinite().all()
+        for row, given in enumerate(([logits[1], None], [None, logits[2]])):
+            alone = fuser.step([logits[0][row : row + 1], *given], [0.5, 0.3, 0.2])
+            torch.testing.assert_close(step.logits[row : row + 1], alone.logits)
+
     def test_improbable_tokens_go_to_the_tail(self) -> None:
         logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1)]
         maps = [

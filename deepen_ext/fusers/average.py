@@ -64,20 +64,20 @@ class AverageFuser(Fuser):
 
     def _relative(self, said: Said) -> torch.Tensor:
         """r = p R, float32 [b, A]."""
-        relative = self.maps[said.member]
+        relative, topk = self.maps[said.member], said.part.topk
         rows = needed_rows(relative, said, self.min_probability)
         assert rows.columns is not None
         assert rows.rest is not None
         anchors = relative.anchors
-        counts = said.topk.probs >= self.min_probability
+        counts = topk.probs >= self.min_probability
         counts[:, 0] = True
-        probs = said.topk.probs * counts
-        tail = said.topk.tail + (said.topk.probs * ~counts).sum(dim=1)
-        ids = torch.where(counts, said.topk.ids, said.topk.ids[:, :1]).long()  # rows that are surely known
+        probs = topk.probs * counts
+        tail = topk.tail + (topk.probs * ~counts).sum(dim=1)
+        ids = torch.where(counts, topk.ids, topk.ids[:, :1]).long()  # rows that are surely known
         columns, values, rest = rows.columns[ids], rows.values[ids], rows.rest[ids]
         named = columns >= 0
         uniform = rest / (anchors - named.sum(dim=-1)).clamp(min=1)
         mass = probs[..., None] * (values - uniform[..., None]) * named
         every = (probs * uniform).sum(dim=1) + tail / anchors
         found = every[:, None].repeat(1, anchors)
-        return found.scatter_add_(1, columns.clamp(min=0).flatten(1).long(), mass.flatten(1))
+        return said.placed(found.scatter_add_(1, columns.clamp(min=0).flatten(1).long(), mass.flatten(1)))

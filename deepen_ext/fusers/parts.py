@@ -94,13 +94,14 @@ class Said:
 
     def probabilities(self) -> torch.Tensor:
         """Its whole distribution, float32 [b, V_i], on the fusing device; rows it says nothing of are 0."""
-        part = self.part
+        return self.placed(torch.softmax(self.part.logits.float(), dim=-1).to(self.topk.probs.device))
+
+    def placed(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [n, ...] of the part's rows in their places among the b; the others are 0."""
         if self._places is None:
-            return torch.softmax(part.logits.float(), dim=-1).to(self.topk.probs.device)
-        whole = torch.zeros(
-            len(self.topk.probs), part.logits.shape[1], dtype=torch.float32, device=self.topk.probs.device
-        )
+            return values
         kept = [i for i, place in enumerate(self._places) if place >= 0]
         where = [place for place in self._places if place >= 0]
-        whole[where] = torch.softmax(part.logits[kept].float(), dim=-1).to(whole.device)
+        whole = values.new_zeros(len(self.topk.probs), *values.shape[1:])
+        whole[where] = values[kept]
         return whole
