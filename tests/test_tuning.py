@@ -312,7 +312,7 @@ class TestTune:
         self, smollm2: Member, gemma: Member, data: Path
     ) -> None:
         """And the preset gives the likelihood that it says."""
-        dev = DevSet.from_task("nq", data, 5)
+        dev = DevSet.from_task("nq", data, 4)
         named = tune([smollm2, gemma], dev, recipes=("bytes",))
         swapped = tune([gemma, smollm2], dev, recipes=("bytes",))
         for one in (named, swapped):
@@ -333,7 +333,7 @@ class TestTune:
         assert {key: preset.measured[key] for key in ("task", "split", "items")} == {
             "task": "nq",
             "split": "dev",
-            "items": 5,
+            "items": 4,
         }
         assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
         assert preset.measured["bits_per_byte"]["chosen"] == pytest.approx(bits, abs=1e-5)
@@ -364,7 +364,7 @@ class TestTune:
 
     def test_another_fuser_and_a_text(self, smollm2: Member, gemma: Member, tmp_path: Path) -> None:
         file = tmp_path / "some.txt"
-        file.write_text("A text in which nothing much happens, but it happens twice. " * 9, encoding="utf-8")
+        file.write_text("A text in which nothing much happens, but it happens twice. " * 4, encoding="utf-8")
         tuning = tune([gemma, smollm2], DevSet.from_text(file), fuser="average")
         assert tuning.finished
         assert {one.recipe for one in tuning.tried} == {None}
