@@ -130,16 +130,11 @@ class Ensemble:
         cache: bool,
         **search: Any,
     ) -> None:
-        if recipe not in RECIPES:
-            raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
-        if isinstance(fuser, str) and fuser not in FUSERS:
-            raise InputError(f"fuser is '{fuser}'; use one of {', '.join(FUSERS)}, or a function")
+        _check_names(fuser, recipe, weights)
         if fuser == "single" and members:
             members, weights = members[:1], None
         if len(members) < (1 if fuser == "single" else 2):
             raise InputError(f"an ensemble needs two or more members, not {len(members)}")
-        if isinstance(weights, str) and weights != "prompt":
-            raise InputError(f"weights are '{weights}'; give a list of numbers, or 'prompt'")
         for member in members:
             check_built_for(member.device)
         self.device = members[0].device
@@ -196,8 +191,11 @@ class Ensemble:
             raise InputError(
                 f"an ensemble needs two or more members, not {len(members)}; name at least two models"
             )
-        if not isinstance(settings.get("weights"), str | None):
-            check_weights(settings["weights"], len(members))  # before minutes of loading
+        weights = settings.get("weights")
+        # Before minutes of loading.
+        _check_names(settings.get("fuser", "deepen"), settings.get("recipe", RECIPE), weights)
+        if not isinstance(weights, str | None):
+            check_weights(weights, len(members))
         loaded = load_members(members, dtype=dtype, device=device, progress=progress)
         if progress is not None:
             progress("Matching vocabularies")
@@ -347,3 +345,12 @@ class Ensemble:
         """Write newly computed relative rows to the cache folder, for the next run."""
         if self._maps is not None:
             self._maps.save()
+
+
+def _check_names(fuser: object, recipe: object, weights: object) -> None:
+    if recipe not in RECIPES:
+        raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+    if isinstance(fuser, str) and fuser not in FUSERS:
+        raise InputError(f"fuser is '{fuser}'; use one of {', '.join(FUSERS)}, or a function")
+    if isinstance(weights, str) and weights != "prompt":
+        raise InputError(f"weights are '{weights}'; give a list of numbers, or 'prompt'")

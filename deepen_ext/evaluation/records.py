@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from deepen_ext import __version__
 from deepen_ext.cache import locked
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.weighting import PROMPT_TOKENS, SHARPNESS
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -107,7 +108,7 @@ def configuration_header(
         "name": name,
         "method": ensemble.method,
         "members": [_describe(member) for member in ensemble.members],
-        "weights": ensemble.weights if isinstance(ensemble.weights, str) else list(ensemble.weights),
+        "weights": _weights(ensemble),
         "fuser": fuser,
         # Not `ensemble.maps`: a variant keeps maps that its fuser has no use for.
         "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
@@ -122,6 +123,12 @@ def make_header(task: Header, configuration: Header) -> Header:
     header = {"format": FORMAT, "package": __version__, "task": task, "configuration": configuration}
     read: Header = json.loads(json.dumps(header))
     return read
+
+
+def _weights(ensemble: Ensemble) -> Any:
+    if not ensemble.weighs_prompts:
+        return list(ensemble.weights)
+    return {"prompt": list(ensemble.weights), "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
 
 
 def _describe(member: Member) -> dict[str, Any]:
