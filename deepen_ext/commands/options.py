@@ -120,18 +120,19 @@ def load_ensemble(
     """
     loaded = _read_preset(preset)
     names = member_names(models, demo, loaded)
-    settings: dict[str, Any] = {} if loaded is None else loaded.settings()
-    given = {"weights": read_weights(weights), "learning_rate": learning_rate}
-    settings.update({name: value for name, value in given.items() if value is not None})
+    shares = read_weights(weights)
     with progress() as say:
         say("Starting")
         from deepen_ext import demo as embedded
         from deepen_ext.ensemble import Ensemble
-        from deepen_ext.fusers import parse_fuser
+        from deepen_ext.presets import Preset as Settings
 
-        if fuser is not None or recipe is not None:
-            own = recipe.value if recipe is not None else settings.get("recipe", RECIPE)
-            settings["fuser"], settings["recipe"] = parse_fuser(fuser or settings.get("fuser", "deepen"), own)
+        settings = (loaded or Settings([], {})).settings(
+            weights=shares,
+            fuser=fuser,
+            recipe=None if recipe is None else recipe.value,
+            learning_rate=learning_rate,
+        )
         return Ensemble.from_pretrained(
             names if names is not None else embedded.members(say),
             dtype=one_or_more([one.value for one in dtypes or []], "float32"),
