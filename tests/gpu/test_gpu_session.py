@@ -228,6 +228,22 @@ def test_a_model_that_cannot_be_captured_says_so(device: str) -> None:
         hook.remove()
 
 
+def test_prefixes_that_rows_share_are_copied_and_graphs_go_on(device: str) -> None:
+    member = random_member("gemma3_text", device)
+    rng = random.Random(3)
+    common = [rng.randrange(5, VOCAB) for _ in range(90)]
+    rows = {row: common + [rng.randrange(5, VOCAB) for _ in range(4 + row)] for row in range(5)}
+    with BatchSession(member, 5, capacity=200) as session:
+        session.sync(rows)
+        assert session.tokens_fed < 90 + sum(map(len, rows.values())) - 5 * 90 + 50  # the prefix went in once
+        for _ in range(4):  # the steps are captured on the way
+            rows = {row: [*ids, rng.randrange(5, VOCAB)] for row, ids in rows.items()}
+            logits = session.sync(rows)
+            for found, ids in zip(logits, rows.values(), strict=True):
+                torch.testing.assert_close(found, fresh(member, ids), atol=2e-3, rtol=2e-3)
+        assert session._room.steps.captured
+
+
 def test_the_estimate_covers_what_is_taken(device: str) -> None:
     member = random_member("llama", device)
     torch.cuda.synchronize()
@@ -236,7 +252,7 @@ def test_the_estimate_covers_what_is_taken(device: str) -> None:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     session = BatchSession(member, 8, capacity=1500)
-    session.sync({row: list(range(5, 1400 + row)) for row in range(8)})
+    session.sync({row: list(range(5 + row, 1400 + 2 * row)) for row in range(8)})  # none begins like another
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated(device) - before
     estimate = estimate_bytes(member, 8, 1500)
