@@ -21,7 +21,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint build format bench gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test lint build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
 bench: $(INSTALLED)  ## time everything, write bench/results/*.json and the table in README.md
 	$(PY) bench/run.py
 	$(PY) bench/table.py
+
+results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (bench/compare*.py take hours to make those)
+	$(PY) bench/results_page.py
 
 # For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. Each step is a
 # target of its own, for machines that lend their GPU for minutes. pytest's exit code 5 (no test ran) is an error.
