@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Final
 
 RECIPE: Final = "bytes"
-LEARNING_RATE: Final = 0.25
+LEARNING_RATE: Final = 0.15
