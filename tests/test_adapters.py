@@ -188,7 +188,7 @@ class TestLogitsProcessor:
         assert new_ids(output, given) == [answer.token_ids]
 
     def test_scores_of_another_model(self, fuse):
-        with pytest.raises(InputError, match="as many tokens as its relative map has"):
+        with pytest.raises(InputError, match="as many tokens as the member has"):
             fuse(torch.tensor([[1, 2, 3]]), torch.randn(1, 1000))
 
     def test_chats_and_rows_that_do_not_fit(self, pair):
