@@ -74,7 +74,7 @@ def shared_anchors(
             "choose members of closer vocabularies"
         )
 
-    anchor_ids = [_anchor_ids(*member, shared) for member in zip(vocabularies, eos_ids, strict=True)]
+    anchor_ids = [token_ids_of(*member, shared) for member in zip(vocabularies, eos_ids, strict=True)]
     order: list[bytes | None] = [*sorted(shared, key=anchor_ids[0].__getitem__)]
     eos_column = None
     if has_eos:  # None stands for EOS in `order`
@@ -104,13 +104,17 @@ def _texts(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> set[bytes]:
     return {text for i, text in enumerate(vocabulary.tokens) if text and i not in ends}
 
 
-def _anchor_ids(vocabulary: Vocabulary, eos_ids: Sequence[int], shared: set[bytes]) -> dict[bytes, int]:
-    """Each shared byte string's token id."""
+def token_ids_of(vocabulary: Vocabulary, eos_ids: Sequence[int], texts: set[bytes]) -> dict[bytes, int]:
+    """The token id of each of these byte strings that is a token, other than EOS.
+
+    Of several tokens with the same bytes (`<0x31>` and `1`) it is the one that the tokenizer itself gives for
+    that text, and the lowest id where it gives none of them alone.
+    """
     ends = set(eos_ids)
     ids: dict[bytes, int] = {}
     repeated: dict[bytes, set[int]] = {}
     for i, text in enumerate(vocabulary.tokens):
-        if text in shared and i not in ends:
+        if text in texts and i not in ends:
             first = ids.setdefault(text, i)
             if first != i:
                 repeated.setdefault(text, {first}).add(i)

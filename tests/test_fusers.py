@@ -54,7 +54,9 @@ def ids_by_text(tokens: tuple[bytes | None, ...]) -> dict[bytes | None, int]:
 def first_token(member: Member, data: bytes) -> int:
     """The member's token of these bytes, or the first of their tokenisation."""
     ids = ids_by_text(tuple(member.vocabulary.tokens))
-    return ids[data] if data in ids else member.vocabulary.encode_part(data.decode(), 0)[0][0]
+    own = member.vocabulary.encode_part(data.decode(), 0)[0]
+    # Of `<0x31>` and `1` the tokenizer's own; bytes that it never gives for their text have one token only.
+    return ids[data] if data in ids and len(own) > 1 else own[0]
 
 
 class TestAverage:
@@ -136,6 +138,14 @@ class TestUnionVocab:
         tokens = [*gemma.eos_ids, *range(0, gemma.vocab_size, 997)]
         assert [int(table[token]) for token in tokens] == [bridge.first(1, token, 0) for token in tokens]
         assert (table >= 0).float().mean() > 0.95
+
+    def test_of_equal_tokens_the_one_that_the_tokenizer_gives(self, smollm2, gemma) -> None:
+        """Gemma has `1` and the byte token <0x31>, which no text of its own ever holds."""
+        bridge = TokenBridge([gemma.vocabulary, smollm2.vocabulary], [gemma.eos_ids, smollm2.eos_ids])
+        for text in ("1", "a", "\n", ","):
+            (theirs,), (ours,) = smollm2.vocabulary.encode(text), gemma.vocabulary.encode(text)
+            assert gemma.vocabulary.tokens.count(text.encode()) == 2
+            assert bridge.first(1, theirs, 0) == ours == int(bridge.table(1, 0)[theirs])
 
     def test_bytes_that_are_no_character(self, smollm2, gemma) -> None:
         bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])

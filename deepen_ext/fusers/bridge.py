@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from deepen_ext.anchors import token_ids_of
 from deepen_ext.text import Vocabulary, whole_characters
 
 # Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
@@ -79,9 +80,7 @@ class TokenBridge:
 
 
 def _by_text(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """Each byte string's token; of several the lowest."""
+    """Each byte string's token."""
     if vocabulary not in _ids:
-        _ids[vocabulary] = {
-            text: i for i, text in reversed(list(enumerate(vocabulary.tokens))) if text is not None
-        }
+        _ids[vocabulary] = token_ids_of(vocabulary, (), {text for text in vocabulary.tokens if text})
     return _ids[vocabulary]
