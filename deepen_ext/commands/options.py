@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.presets import Preset as LoadedPreset
 
+_ONE_WAY = (
+    "name the models with --model, two or more, or take the embedded pair with --demo, or those of a --preset; "
+    "one of the three"
+)
+
 
 class RecipeName(str, Enum):
     """How tokens are placed in the relative space."""
@@ -159,14 +164,14 @@ def member_names(
         InputError: none were named, or in more than one way.
     """
     if bool(models) + demo + (preset is not None) > 1 and not (preset is not None and models and not demo):
-        raise InputError("--model, --demo and --preset name the models each in its own way; give one of them")
+        raise InputError(_ONE_WAY)
     if models:
         return models
     if demo:
         return None
     if preset is not None:
         return preset.members
-    raise InputError("name the models with --model, two or more, or take the embedded pair with --demo")
+    raise InputError(_ONE_WAY)
 
 
 def read_weights(given: list[str] | None) -> list[float] | str | None:
