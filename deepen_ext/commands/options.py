@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepen_ext.presets import Preset as LoadedPreset
 
 _ONE_WAY = (
-    "name the models with --model, two or more, or take the embedded pair with --demo, or those of a --preset; "
+    "name the models with --model, two or more, or take the embedded pair with --demo, or a --preset's: "
     "one of the three"
 )
 
@@ -163,7 +163,7 @@ def member_names(
     Raises:
         InputError: none were named, or in more than one way.
     """
-    if bool(models) + demo + (preset is not None) > 1 and not (preset is not None and models and not demo):
+    if demo and (models or preset is not None):
         raise InputError(_ONE_WAY)
     if models:
         return models
