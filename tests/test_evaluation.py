@@ -325,6 +325,8 @@ def test_the_header_tells_configurations_apart(
         fused.variant(weights=[0.7, 0.3]),
         fused.variant(learning_rate=0.2),
         fused.variant(steps=4),
+        fused.variant(confidence=0.5),
+        fused.variant(weights="prompt"),
         fused.variant(candidates=64),
         fused.variant(boundary_aware=False),
         fused.variant(recipe="calibrated", relative_temperature=20.0),
