@@ -333,6 +333,7 @@ def test_model_args_come_before_the_harness_defaults(ensemble: Ensemble) -> None
 
 
 def test_weights_from_the_prompt(ensemble: Ensemble) -> None:
+    ensemble = ensemble.variant(learning_rate=0.25)
     model = DeepenLM(ensemble.variant(weights="prompt"), max_gen_toks=3)
     assert model.get_model_info()["weights"] == "prompt"
     context = "The capital of France is the city of"
