@@ -82,6 +82,8 @@ def _row_sources(
     members: Sequence[Member], anchors: Anchors, recipe: Recipe, temperature: float | None, entries: int
 ) -> list[RowSource]:
     device = members[0].device
+    if entries < 1:
+        raise InputError(f"entries is {entries}; choose 1 or more")
     if recipe == "bytes":
         if temperature is not None:
             raise InputError("the bytes recipe has no temperature; leave relative_temperature out")

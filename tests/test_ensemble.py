@@ -231,14 +231,14 @@ class TestRepeatable:
 
 class TestRowsOnDisk:
     def test_a_second_run_computes_none(self, smollm2, gemma, cache):
-        first = Ensemble([smollm2, gemma], relative_temperature=21)
+        first = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
         text = first.generate(PROMPT, max_new_tokens=8).text
         assert first.rows_computed > 0
-        second = Ensemble([smollm2, gemma], relative_temperature=21)
+        second = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
         assert second.generate(PROMPT, max_new_tokens=8).text == text
         assert second.rows_computed == 0
         # Other settings are other rows.
-        third = Ensemble([smollm2, gemma], relative_temperature=22)
+        third = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=22)
         assert third.maps[0].rows_known == 0
 
     def test_a_damaged_file_is_reported_and_rebuilt(self, smollm2, gemma, cache):
@@ -304,7 +304,7 @@ class TestBadInput:
             ({"steps": 0}, "steps is 0"),
             ({"candidates": 0}, "candidates is 0"),
             ({"entries": 0}, "entries is 0"),
-            ({"relative_temperature": -3}, "temperature is -3"),
+            ({"recipe": "calibrated", "relative_temperature": -3}, "temperature is -3"),
             ({"recipe": "bytes", "relative_temperature": 20}, "bytes recipe has no temperature"),
             ({"min_probability": 1.0}, "min_probability is 1"),
         ],
