@@ -71,7 +71,7 @@ class Score:
     Attributes:
         method: how it fuses; "single" for a member alone.
         members: their names, the main model first.
-        weights: theirs, or the rule that gives them.
+        weights: theirs; for weights from the prompt, the rule and what it starts from.
         n: items.
         correct: items that are right, by the task's metric.
         accuracy: correct / n.
@@ -86,7 +86,7 @@ class Score:
 
     method: str
     members: list[str]
-    weights: list[float] | str
+    weights: list[float] | dict[str, Any]
     n: int
     correct: int
     accuracy: float
