@@ -14,6 +14,7 @@ from typing import Any
 
 from deepen_ext.defaults import LEARNING_RATE
 from deepen_ext.row_sources import DEFAULT_TEMPERATURE, Recipe
+from deepen_ext.token_likelihoods import ratio
 
 RECIPES: tuple[Recipe, ...] = ("bytes", "calibrated", "paper")  # the default first
 LEARNING_RATES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
@@ -195,20 +196,14 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Bits a byte by which `one` is above `other` on the same items, and the standard error.
 
-    Bits a byte of a set are all its bits over all its bytes, a ratio: its error is that of the residuals
-    ``d_i - D n_i`` (Cochran 1977, section 2.11), for items drawn independently. One item has an infinite one.
+    Bits a byte of a set are all its bits over all its bytes (see `ratio`). One item has an infinite error.
 
     Args:
         one, other: bits of each item.
         sizes: bytes of each item.
     """
-    total, count = sum(sizes), len(sizes)
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    mean = sum(differences) / total
-    if count < 2:
-        return mean, math.inf
-    squares = sum((d - mean * size) ** 2 for d, size in zip(differences, sizes, strict=True))
-    return mean, math.sqrt(squares * count / (count - 1)) / total
+    found = ratio([a - b for a, b in zip(one, other, strict=True)], sizes)
+    return found.value, math.inf if found.error is None else found.error
 
 
 def choose(

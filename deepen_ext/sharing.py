@@ -96,9 +96,12 @@ class _SharedSession:
     def sync(self, targets: Mapping[int, Sequence[int]]) -> torch.Tensor:
         keys = {row: tuple(ids) for row, ids in targets.items()}
         missing = {row: targets[row] for row, ids in keys.items() if ids not in self._kept}
-        fresh = dict(zip(missing, self._session.sync(missing), strict=True)) if missing else {}
+        given = self._session.sync(missing)
+        fresh = dict(zip(missing, given, strict=True))
         for row, logits in fresh.items():
             self._shared.keep(self._kept, keys[row], logits)
+        if len(fresh) == len(keys):
+            return given
         return torch.stack([fresh[row] if row in fresh else self._kept[ids] for row, ids in keys.items()])
 
     def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]:

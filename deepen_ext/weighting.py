@@ -93,7 +93,8 @@ def read_prompts(
         prompts: ids, with what stands before the text.
 
     Raises:
-        InputError, ModelError: see `forward`.
+        InputError: see `BatchSession.sync`.
+        ModelError: the forward pass failed.
     """
     starts = {row: max(len(ids) - 1 - PROMPT_TOKENS, 0) for row, ids in prompts.items()}
     heads = {row: prompts[row][:start] for row, start in starts.items() if start}
@@ -131,6 +132,8 @@ def confident_weights(weights: torch.Tensor, tops: Sequence[TopK], confidence: f
         float32 [b, n], rows summing to 1.
     """
     entropies = torch.stack([_entropy(one) for one in tops], dim=1)
+    # A silent member's is no measure for the others: next to its 0 all their weights could underflow.
+    entropies = entropies.masked_fill(weights == 0, torch.inf)
     raised = weights * torch.exp(-confidence * (entropies - entropies.amin(dim=1, keepdim=True)))
     return raised / raised.sum(dim=1, keepdim=True)
 

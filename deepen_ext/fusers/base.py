@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.parts import FusedStep, Part, Said
+from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.weighting import confident_weights
 
@@ -214,14 +214,7 @@ class Fuser(ABC):
             return Said(part.member, part.name, part.topk, part, None)
         place = {row: i for i, row in enumerate(fused_rows)}
         places = [place.get(row, -1) for row in part.rows]
-        there = self._index([one for one in places if one >= 0])
-        chosen = self._index([i for i, one in enumerate(places) if one >= 0])
-        topk = TopK(
-            *(
-                one.new_zeros(len(fused_rows), *one.shape[1:]).index_copy_(0, there, one[chosen])
-                for one in part.topk
-            )
-        )
+        topk = TopK(*(placed(one, places, len(fused_rows)) for one in part.topk))
         return Said(part.member, part.name, topk, part, places)
 
 

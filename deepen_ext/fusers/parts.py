@@ -98,10 +98,12 @@ class Said:
 
     def placed(self, values: torch.Tensor) -> torch.Tensor:
         """Values [n, ...] of the part's rows in their places among the b; the others are 0."""
-        if self._places is None:
-            return values
-        kept = [i for i, place in enumerate(self._places) if place >= 0]
-        where = [place for place in self._places if place >= 0]
-        whole = values.new_zeros(len(self.topk.probs), *values.shape[1:])
-        whole[where] = values[kept]
-        return whole
+        return values if self._places is None else placed(values, self._places, len(self.topk.probs))
+
+
+def placed(values: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
+    """Values [n, ...] at their places among `count` rows, 0 elsewhere; a place below 0 is left out."""
+    kept = torch.tensor([i for i, place in enumerate(places) if place >= 0], dtype=torch.long)
+    there = torch.tensor([place for place in places if place >= 0], dtype=torch.long)
+    whole = values.new_zeros(count, *values.shape[1:])
+    return whole.index_copy_(0, there.to(values.device), values[kept.to(values.device)])
