@@ -16,8 +16,8 @@ from deepen_ext.certificate import Certificate
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
-from deepen_ext.graphs import free_idle, idle_bytes
-from deepen_ext.memory import available_bytes, estimate_bytes
+from deepen_ext.graphs import idle_bytes
+from deepen_ext.memory import estimate_bytes, find_shortage
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
 from deepen_ext.settings import Settings
@@ -111,7 +111,7 @@ class Run:
         self._assistants = Assistants(
             ensemble, [prompt.texts for prompt in prompts], new_tokens=longest, shared=shared
         )
-        self._check_lengths()
+        self._check_lengths(shared)
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
@@ -316,7 +316,7 @@ class Run:
             self._trace.close()
         self.ensemble.save_rows()
 
-    def _check_lengths(self) -> None:
+    def _check_lengths(self, shared: SharedForwards | None) -> None:
         """That every prompt with its new tokens fits every member's context, and the batch the memory."""
         members = self.ensemble.members
         longest = [0] * len(members)
@@ -334,16 +334,13 @@ class Run:
                         f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
                         f"shorten the prompt or ask for at most {max(limit - length, 0)}"
                     )
-        needed: dict[torch.device, int] = {}
+        rows = len(self._rows)
+        wanted = []
         for member, tokens in zip(members, longest, strict=True):
-            more = max(estimate_bytes(member, len(self._rows), tokens) - idle_bytes(member), 0)
-            needed[member.device] = needed.get(member.device, 0) + more
-        for device, size in needed.items():
-            if size > available_bytes(device):
-                free_idle(device)  # also of models that have no part in this
-            if size > (available := available_bytes(device)):
-                raise InputError(
-                    f"{len(self._rows)} prompts, with their new tokens up to {max(longest)} long, need about "
-                    f"{size / 1e9:.1f} GB on {device} for caches and logits, and {available / 1e9:.1f} GB "
-                    "are free; give fewer prompts at a time, or ask for fewer new tokens"
-                )
+            held = idle_bytes(member) + (shared.cache_bytes(member, rows) if shared is not None else 0)
+            wanted.append((member.device, max(estimate_bytes(member, rows, tokens) - held, 0)))
+        if (short := find_shortage(wanted)) is not None:
+            raise InputError(
+                f"{rows} prompts, with their new tokens up to {max(longest)} long, {short}; give fewer "
+                "prompts at a time, or ask for fewer new tokens"
+            )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from deepen_ext.graphs import free_idle
 from deepen_ext.kv_cache import CHUNK, cache_bytes, largest_head
 from deepen_ext.member import Member
 
@@ -15,6 +18,34 @@ _CGROUP_FILES = (  # the limit and the use of version 2 and of version 1
     (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
     (_CGROUPS / "memory/memory.limit_in_bytes", _CGROUPS / "memory/memory.usage_in_bytes"),
 )
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A device that has less than what is wanted of it, in bytes."""
+
+    device: torch.device
+    wanted: int
+    available: int
+
+    def __str__(self) -> str:
+        return (
+            f"need about {self.wanted / 1e9:.1f} GB on {self.device} for caches and logits, and "
+            f"{self.available / 1e9:.1f} GB are free"
+        )
+
+
+def find_shortage(wanted: Iterable[tuple[torch.device, int]]) -> Shortage | None:
+    """The first device that lacks the bytes wanted of it, also after its idle caches were given back."""
+    by_device: dict[torch.device, int] = {}
+    for device, size in wanted:
+        by_device[device] = by_device.get(device, 0) + size
+    for device, size in by_device.items():
+        if size > available_bytes(device):
+            free_idle(device)  # also of models that have no part in this
+        if size > (available := available_bytes(device)):
+            return Shortage(device, size, available)
+    return None
 
 
 def estimate_bytes(member: Member, rows: int, tokens: int) -> int:

@@ -68,6 +68,11 @@ class BatchSession:
     ) -> None:
         self.close()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of its cache, as far as it was allocated."""
+        return self._cache.nbytes
+
     def ids(self, row: int) -> list[int]:
         """Token ids that the row's cache holds."""
         self._check_row(row)

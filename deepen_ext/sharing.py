@@ -74,6 +74,11 @@ class SharedForwards:
             self._sessions[key] = BatchSession(member, rows, capacity=capacity)
         return _SharedSession(self, self._sessions[key], self._logits.setdefault(id(member), {}))
 
+    def cache_bytes(self, member: Member, rows: int) -> int:
+        """Bytes of the caches that a run of so many rows finds here already."""
+        session = self._sessions.get((id(member), rows))
+        return 0 if session is None else session.cache_bytes
+
     def keep(
         self, kept: dict[tuple[int, ...], torch.Tensor], ids: tuple[int, ...], row: torch.Tensor
     ) -> None:

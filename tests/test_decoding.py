@@ -354,7 +354,7 @@ class TestBadInput:
             pair.generate([PROMPTS[0], "word " * 8100])
 
     def test_a_batch_that_does_not_fit(self, pair, monkeypatch):
-        monkeypatch.setattr("deepen_ext.decoding.available_bytes", lambda device: 1_000_000)
+        monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1_000_000)
         with pytest.raises(InputError, match=r"5 prompts.*need about .* GB on cpu.*give fewer prompts"):
             pair.generate(PROMPTS)
 

@@ -36,6 +36,7 @@ from deepen_ext.evaluation.runner import evaluate
 from deepen_ext.evaluation.statistics import mcnemar, wilson_interval
 from deepen_ext.evaluation.summary import summarise, summary_table
 from deepen_ext.member import Member
+from deepen_ext.memory import estimate_bytes
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [
@@ -308,6 +309,30 @@ def test_what_cannot_be_evaluated(
         pass
     with pytest.raises(InputError, match="there are no results"):
         summarise(tmp_path)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = ensembles["average"].members
+    free = sum(estimate_bytes(one, 3, 48) for one in members)  # 48: the longest prompt with its new tokens
+    monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: free)
+    with pytest.raises(
+        InputError,
+        match=r"triviaqa: 6 prompts at a time, .* long, need about 0\.\d GB on cpu .* are free; "
+        r"choose a batch size of 3 or less \(--batch-size\)",
+    ):
+        evaluate(ensembles, "triviaqa", data, out=tmp_path)
+    assert not list(tmp_path.glob("*.jsonl"))
+    # Without shared forwards one ensemble's caches are there at a time, here a single member's.
+    alone = {one.name: ensembles[one.name] for one in members}
+    summary = evaluate(
+        alone, "arc_challenge", data, out=tmp_path, batch_size=4, share_forwards=False, limit=4
+    )
+    assert {one.n for one in summary.tasks["arc_challenge"].configurations.values()} == {4}
+    monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match="leave out the task"):
+        evaluate(alone, "triviaqa", data, out=tmp_path)
 
 
 def test_the_header_tells_configurations_apart(

@@ -57,6 +57,19 @@ def test_without_room_for_logits_only_caches_are_shared(ensembles) -> None:
             assert ensembles[2].generate(PROMPTS, max_new_tokens=6, shared=shared).texts == want
 
 
+def test_what_is_there_already_is_not_asked_of_the_memory_again(ensembles, monkeypatch) -> None:
+    with SharedForwards() as shared:
+        for one in ensembles[:2]:
+            one.generate(PROMPTS, max_new_tokens=4, shared=shared)
+        held = [shared.cache_bytes(one.members[0], len(PROMPTS)) for one in ensembles[:2]]
+        assert min(held) > 10_000_000
+        assert shared.cache_bytes(ensembles[0].members[0], 1) == 0
+        monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: sum(held) // 2)
+        assert len(ensembles[2].generate(PROMPTS, max_new_tokens=4, shared=shared)) == len(PROMPTS)
+        with pytest.raises(InputError, match="give fewer prompts"):
+            ensembles[2].generate(PROMPTS, max_new_tokens=4)
+
+
 def test_closed_ones_are_refused(ensembles) -> None:
     with SharedForwards() as shared:
         pass

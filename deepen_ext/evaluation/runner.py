@@ -10,6 +10,7 @@ from time import perf_counter
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.evaluation.jobs import Clock, Job, Progress, read_jobs
+from deepen_ext.evaluation.limits import check_contexts, check_memory
 from deepen_ext.evaluation.records import (
     Header,
     ItemRecord,
@@ -25,7 +26,6 @@ from deepen_ext.evaluation.summary import Summary, summarise, write_summary
 from deepen_ext.evaluation.tasks import Item, Task
 from deepen_ext.fusers import DeepenFuser
 from deepen_ext.generation import BatchGeneration
-from deepen_ext.member import Member
 from deepen_ext.sharing import SharedForwards
 
 DEFAULT_BATCH = 16
@@ -71,7 +71,7 @@ def evaluate(
 
     Raises:
         InputError: see `prepare`; no ensembles, a setting out of range, a prompt that does not fit a member's
-            context, files of a run with other settings.
+            context, batches that do not fit the memory, files of a run with other settings.
         ModelError: a member's forward pass failed, or the disk is full. What is done is kept.
     """
     folder = Path(out)
@@ -81,8 +81,11 @@ def evaluate(
         raise InputError(f"the batch size is {batch_size}; choose 1 or more")
     jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit)
     members = {id(member): member for one in ensembles.values() for member in one.members}
+    at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]
     for job in jobs:
-        _check_contexts(job, list(members.values()))
+        check_contexts(job, list(members.values()))
+        for together in at_once:
+            check_memory(job, together, batch_size)
     skips = {name: certified_skip and isinstance(one.fuser, DeepenFuser) for name, one in ensembles.items()}
     configurations = {
         name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
@@ -113,26 +116,6 @@ def evaluate(
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
-
-
-def _check_contexts(job: Job, members: Sequence[Member]) -> None:
-    """That every prompt with its new tokens fits every member.
-
-    No token has less than a byte, so most prompts need not be tokenised for that.
-    """
-    for member in members:
-        limit, prefix = member.context_length, len(member.vocabulary.prefix_ids)
-        if limit is None:
-            continue
-        room = limit - prefix - job.task.max_new_tokens
-        for item in job.items:
-            if len(item.prompt.encode()) <= room or (n := len(member.vocabulary.encode(item.prompt))) <= room:
-                continue
-            raise InputError(
-                f"{job.task.name}, item {item.index}: the prompt's {prefix + n} tokens of {member.name} and "
-                f"{job.task.max_new_tokens} new ones exceed its context of {limit}; leave out the task, or "
-                "take another model"
-            )
 
 
 def _open(
