@@ -5,6 +5,8 @@ PYTHON ?= python3
 DEEPEN_CUDA ?= AUTO
 PROMPT ?= The three primary colours are
 TOKENS ?= 32
+# Processes that share the test files; each loads its own models.
+TEST_JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,8 +31,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TOKENS=32
 	$(BIN)/deepen-ext generate --demo --prompt "$(PROMPT)" --max-new-tokens $(TOKENS)
 
-test: lint  ## lint, then every test
-	$(PY) -m pytest
+test: lint  ## lint, then every test, by TEST_JOBS=2 processes
+	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
 lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
 	$(BIN)/ruff check .

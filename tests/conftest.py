@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# `make test` shares the files between processes, whose threads must not keep each other from the processor.
+# OpenMP reads both when torch is imported, and what tests start inherits them.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from deepen_ext import demo
 from deepen_ext.member import Member
