@@ -13,6 +13,7 @@ from deepen_ext.graphs import free_idle
 from deepen_ext.kv_cache import CHUNK, cache_bytes, largest_head
 from deepen_ext.member import Member
 
+_MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (  # the limit and the use of version 2 and of version 1
     (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
@@ -72,7 +73,7 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = _MEMINFO.read_text().splitlines()
     (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     for limit, used in _CGROUP_FILES:
         # "max" where there is no limit. What is cached from files counts as used, and can be given back.
