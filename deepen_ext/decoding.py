@@ -16,8 +16,7 @@ from deepen_ext.certificate import Certificate
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
-from deepen_ext.graphs import idle_bytes
-from deepen_ext.memory import estimate_bytes, find_shortage
+from deepen_ext.memory import find_shortage
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
 from deepen_ext.settings import Settings
@@ -335,11 +334,7 @@ class Run:
                         f"shorten the prompt or ask for at most {max(limit - length, 0)}"
                     )
         rows = len(self._rows)
-        wanted = []
-        for member, tokens in zip(members, longest, strict=True):
-            held = idle_bytes(member) + (shared.cache_bytes(member, rows) if shared is not None else 0)
-            wanted.append((member.device, max(estimate_bytes(member, rows, tokens) - held, 0)))
-        if (short := find_shortage(wanted)) is not None:
+        if (short := find_shortage(rows, zip(members, longest, strict=True), shared)) is not None:
             raise InputError(
                 f"{rows} prompts, with their new tokens up to {max(longest)} long, {short}; give fewer "
                 "prompts at a time, or ask for fewer new tokens"

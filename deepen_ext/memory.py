@@ -6,12 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from deepen_ext.graphs import free_idle
+from deepen_ext.graphs import free_idle, idle_bytes
 from deepen_ext.kv_cache import CHUNK, cache_bytes, largest_head
 from deepen_ext.member import Member
+
+if TYPE_CHECKING:
+    from deepen_ext.sharing import SharedForwards
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -36,14 +40,27 @@ class Shortage:
         )
 
 
-def find_shortage(wanted: Iterable[tuple[torch.device, int]]) -> Shortage | None:
-    """The first device that lacks the bytes wanted of it, also after its idle caches were given back."""
-    by_device: dict[torch.device, int] = {}
-    for device, size in wanted:
-        by_device[device] = by_device.get(device, 0) + size
-    for device, size in by_device.items():
+def find_shortage(
+    rows: int, lengths: Iterable[tuple[Member, int]], shared: SharedForwards | None = None
+) -> Shortage | None:
+    """The first device that lacks the memory for sessions of ``rows`` rows side by side, if one does.
+
+    What idle rooms and shared caches of these members hold already is not asked for again; idle rooms of
+    other models are given back where they are in the way.
+
+    Args:
+        rows: of each session.
+        lengths: the members, and how many tokens a row of each is to hold.
+        shared: forwards that the sessions are taken from.
+    """
+    wanted: dict[torch.device, int] = {}
+    for member, tokens in lengths:
+        held = idle_bytes(member) + (0 if shared is None else shared.cache_bytes(member, rows))
+        more = max(estimate_bytes(member, rows, tokens) - held, 0)
+        wanted[member.device] = wanted.get(member.device, 0) + more
+    for device, size in wanted.items():
         if size > available_bytes(device):
-            free_idle(device)  # also of models that have no part in this
+            free_idle(device)
         if size > (available := available_bytes(device)):
             return Shortage(device, size, available)
     return None

@@ -333,6 +333,9 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
     monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1000)
     with pytest.raises(InputError, match="leave out the task"):
         evaluate(alone, "triviaqa", data, out=tmp_path)
+    # What is done needs no memory: the same command again gives its summary.
+    again = evaluate(alone, "arc_challenge", data, out=tmp_path, batch_size=4, share_forwards=False, limit=4)
+    assert again == summary
 
 
 def test_the_header_tells_configurations_apart(

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from deepen_ext.errors import InputError
 from deepen_ext.evaluation.jobs import Job
-from deepen_ext.graphs import idle_bytes
 from deepen_ext.member import Member
-from deepen_ext.memory import Shortage, estimate_bytes, find_shortage
+from deepen_ext.memory import find_shortage
 
 
 def check_contexts(job: Job, members: Sequence[Member]) -> None:
@@ -34,32 +33,29 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
             )
 
 
-def check_memory(job: Job, members: Sequence[Member], batch_size: int) -> None:
-    """That the members' caches fit the memory side by side, for the batch with the longest prompt.
+def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
+    """That each group of members' caches fit the memory side by side, for the batch with the longest prompt.
 
     Raises:
         InputError: they do not; it says which batch size would.
     """
-    sizes = [len(item.prompt.encode()) for item in job.items]
-    place = max(range(len(sizes)), key=lambda one: sizes[one])
-    rows = min(batch_size, len(sizes) - place // batch_size * batch_size)
-    prompt = job.items[place].prompt
-    tokens = [
-        len(one.vocabulary.prefix_ids) + len(one.vocabulary.encode(prompt)) + job.task.max_new_tokens
-        for one in members
-    ]
-
-    def shortage(rows: int) -> Shortage | None:
-        return find_shortage(
-            (one.device, max(estimate_bytes(one, rows, length) - idle_bytes(one), 0))
-            for one, length in zip(members, tokens, strict=True)
+    place, longest = max(enumerate(job.items), key=lambda one: len(one[1].prompt.encode()))
+    rows = min(batch_size, len(job.items) - place // batch_size * batch_size)
+    for members in groups:
+        tokens = [
+            len(one.vocabulary.prefix_ids)
+            + len(one.vocabulary.encode(longest.prompt))
+            + job.task.max_new_tokens
+            for one in members
+        ]
+        lengths = list(zip(members, tokens, strict=True))
+        if (short := find_shortage(rows, lengths)) is None:
+            continue
+        fitting = next((n for n in range(rows - 1, 0, -1) if find_shortage(n, lengths) is None), None)
+        advice = "leave out the task"
+        if fitting is not None:
+            advice = f"choose a batch size of {fitting} or less (--batch-size)"
+        raise InputError(
+            f"{job.task.name}: {rows} prompts at a time, with their new tokens up to {max(tokens)} long, "
+            f"{short}; {advice}"
         )
-
-    if (short := shortage(rows)) is None:
-        return
-    fitting = next((fewer for fewer in range(rows - 1, 0, -1) if shortage(fewer) is None), 0)
-    advice = f"choose a batch size of {fitting} or less (--batch-size)" if fitting else "leave out the task"
-    raise InputError(
-        f"{job.task.name}: {rows} prompts at a time, with their new tokens up to {max(tokens)} long, "
-        f"{short}; {advice}"
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -84,8 +84,8 @@ def evaluate(
     at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]
     for job in jobs:
         check_contexts(job, list(members.values()))
-        for together in at_once:
-            check_memory(job, together, batch_size)
+        if fresh or not _is_done(folder, job, ensembles):
+            check_memory(job, at_once, batch_size)
     skips = {name: certified_skip and isinstance(one.fuser, DeepenFuser) for name, one in ensembles.items()}
     configurations = {
         name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
@@ -116,6 +116,12 @@ def evaluate(
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
+
+
+def _is_done(folder: Path, job: Job, names: Iterable[str]) -> bool:
+    """Whether the folder has every answer of the task: then nothing is run."""
+    paths = [record_path(folder, job.task.name, name) for name in names]
+    return all(path.exists() and len(RecordFile.read(path)[1]) == len(job.items) for path in paths)
 
 
 def _open(

@@ -214,7 +214,7 @@ class Fuser(ABC):
             return Said(part.member, part.name, part.topk, part, None)
         place = {row: i for i, row in enumerate(fused_rows)}
         places = [place.get(row, -1) for row in part.rows]
-        topk = TopK(*(placed(one, places, len(fused_rows)) for one in part.topk))
+        topk = TopK(*placed(part.topk, places, len(fused_rows)))
         return Said(part.member, part.name, topk, part, places)
 
 

@@ -98,12 +98,18 @@ class Said:
 
     def placed(self, values: torch.Tensor) -> torch.Tensor:
         """Values [n, ...] of the part's rows in their places among the b; the others are 0."""
-        return values if self._places is None else placed(values, self._places, len(self.topk.probs))
+        return values if self._places is None else placed([values], self._places, len(self.topk.probs))[0]
 
 
-def placed(values: torch.Tensor, places: Sequence[int], count: int) -> torch.Tensor:
-    """Values [n, ...] at their places among `count` rows, 0 elsewhere; a place below 0 is left out."""
-    kept = torch.tensor([i for i, place in enumerate(places) if place >= 0], dtype=torch.long)
-    there = torch.tensor([place for place in places if place >= 0], dtype=torch.long)
-    whole = values.new_zeros(count, *values.shape[1:])
-    return whole.index_copy_(0, there.to(values.device), values[kept.to(values.device)])
+def placed(tensors: Sequence[torch.Tensor], places: Sequence[int], count: int) -> list[torch.Tensor]:
+    """Each [n, ...] at these places among `count` rows, 0 elsewhere; a place below 0 is left out.
+
+    All on one device, to which the places are sent once.
+    """
+    device = tensors[0].device
+    kept = torch.tensor([i for i, place in enumerate(places) if place >= 0], dtype=torch.long).to(device)
+    there = torch.tensor([place for place in places if place >= 0], dtype=torch.long).to(device)
+    return [
+        one.new_zeros(count, *one.shape[1:]).index_copy_(0, there, one.index_select(0, kept))
+        for one in tensors
+    ]
