@@ -96,5 +96,14 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
+def in_common(rows: Sequence[Sequence[int]]) -> int:
+    """How many ids all of these rows begin with."""
+    first, *others = rows
+    length = len(first)
+    for ids in others:
+        length = common_prefix(first[:length], ids[:length])
+    return length
+
+
 def _forward_cost(device: str) -> int:
     return _FORWARD_COST.get(device, 128)

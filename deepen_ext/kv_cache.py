@@ -103,6 +103,14 @@ class LaneCache:
                 for target in range(lane, lanes - 1):
                     buffer[target].copy_(buffer[target + 1])
 
+    def exchange(self, one: int, other: int, end: int) -> None:
+        """Let two lanes change places; they hold positions up to ``end - 1``."""
+        for layer in self._own:
+            for buffer in layer.buffers():
+                kept = buffer[one, :, :end].clone()
+                buffer[one, :, :end].copy_(buffer[other, :, :end])
+                buffer[other, :, :end].copy_(kept)
+
     def copy_prefix(self, source: int, target: int, start: int, end: int) -> None:
         """Give lane ``target`` the states of positions ``start`` to ``end - 1`` of lane ``source``."""
         for layer in self._own:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from deepen_ext.attention import share_heads
+from deepen_ext.attention import share_heads, states_in_common
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.feed_plan import SHARED, common_prefix, fed_first, groups
+from deepen_ext.feed_plan import SHARED, common_prefix, fed_first, groups, in_common
 from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
 from deepen_ext.masks import attention_mask, check_batches
@@ -46,6 +46,7 @@ class BatchSession:
         self.tokens_fed = 0
         self._ids: list[list[int]] = [[] for _ in range(rows)]
         self._order = list(range(rows))  # the rows not released; a row's place is its lane in the cache
+        self._aside: set[int] = set()  # of these, rows that nobody feeds for now
         # Logits after a row's ids: a forward's output [b, V] and the row's place in it.
         self._logits: dict[int, tuple[torch.Tensor, int]] = {}
         share_heads(member.model)
@@ -98,6 +99,7 @@ class BatchSession:
         for row, ids in wanted.items():
             self._check_row(row)
             self._check_ids(row, ids)
+        self._aside.difference_update(wanted)
         if not wanted:
             member = self.member
             return torch.empty((0, member.vocab_size), dtype=member.dtype, device=member.device)
@@ -190,6 +192,28 @@ class BatchSession:
         for other, ids in moved.items():
             self._ids[other] = ids
 
+    def set_aside(self, row: int) -> None:
+        """Keep a row that is not fed for a while out of the way. It holds its ids; any `sync` may name it.
+
+        On the CPU its lane changes places with the last one in use: those stay side by side.
+        """
+        self._check_row(row)
+        self._aside.add(row)
+        in_use = [other for other in self._order if other not in self._aside]
+        if not in_use or self._fixed:  # over fixed buffers all lanes are run at every step
+            return
+        lane, last = self._order.index(row), self._order.index(in_use[-1])
+        if lane > last:
+            return
+        both = {one: self._ids[one] for one in (row, in_use[-1])}
+        for one in both:
+            self._ids[one] = []  # should the exchange be interrupted
+        with self._on_own_stream():
+            self._cache.exchange(lane, last, end=max(map(len, both.values())))
+        self._order[lane], self._order[last] = self._order[last], self._order[lane]
+        for one, ids in both.items():
+            self._ids[one] = ids
+
     def close(self) -> None:
         """Release all rows and free the cache. A second call does nothing."""
         if self._closed:
@@ -267,7 +291,9 @@ class BatchSession:
             first={w: 0 if w is None else max(lowest - w + 1, 0) for w in self._cache.windows},
             end=max(ends),
         )
-        self._fed(new, lanes, self._masked(feed, inputs))
+        on_cpu = self.member.device.type == "cpu"
+        with states_in_common(in_common([self._ids[row] for row in new]) if on_cpu else 0, feed.end):
+            self._fed(new, lanes, self._masked(feed, inputs))
 
     def _feed_fixed(self, new: dict[int, list[int]]) -> None:
         """Short pieces of any rows in one forward over all lanes, whose shape is one of a few."""

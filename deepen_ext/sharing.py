@@ -89,7 +89,7 @@ class SharedForwards:
 
 
 class _SharedSession:
-    """One run's view of a session that outlives it: rows are neither released nor closed."""
+    """One run's view of a session that outlives it: rows are set aside, not released."""
 
     def __init__(
         self, shared: SharedForwards, session: BatchSession, kept: dict[tuple[int, ...], torch.Tensor]
@@ -113,7 +113,7 @@ class _SharedSession:
         return self._session.read(row, ids, start)
 
     def release(self, row: int) -> None:
-        pass
+        self._session.set_aside(row)
 
     def close(self) -> None:
         pass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepen_ext import attention
 from deepen_ext import session as module
 from deepen_ext.feed_plan import SHARED, common_prefix, cost, fed_first
 from deepen_ext.kv_cache import LaneCache
@@ -103,6 +104,31 @@ class TestOneCall:
         session = BatchSession(smollm2, rows=3)
         session.sync({row: prefix + question for row, question in enumerate(questions)})
         assert session.tokens_fed == 3 * (SHARED - 1 + 40)
+
+
+class TestSteps:
+    def test_what_all_rows_have_is_read_once(self, smollm2: Member, gemma: Member, monkeypatch) -> None:
+        """Four rows on one long prefix write on, one rolls back into it, and all go on."""
+        calls = []
+        parts = attention._in_two_parts
+        monkeypatch.setattr(attention, "_in_two_parts", lambda *a: (calls.append(a[4]), parts(*a))[1])
+        for member, layers in [(smollm2, 30), (gemma, 18)]:
+            prefix, *questions = pieces(member, 560, 12, 20, 15, 13)
+            targets = {row: prefix + question for row, question in enumerate(questions)}
+            session = BatchSession(member, rows=4)
+            session.sync(targets)
+            calls.clear()
+            targets = {row: [*ids, 50 + row, 60] for row, ids in targets.items()}
+            assert_as_alone(member, targets, session.sync(targets))
+            # Three of Gemma's layers see everything; the others' windows begin 61 states into the prefix.
+            assert [calls.count(states) for states in (560, 560 - 61)] in ([30, 0], [3, 15])
+            assert len(calls) == layers
+            targets[1] = [*prefix[:540], 70, 71]
+            assert_as_alone(member, targets, session.sync(targets))
+            calls.clear()
+            targets = {row: [*ids, 80 + row] for row, ids in targets.items()}
+            assert_as_alone(member, targets, session.sync(targets))
+            assert calls.count(540) >= 3
 
 
 class TestLaterCalls:

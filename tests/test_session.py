@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from deepen_ext import attention, feed_plan, graphs, memory
 from deepen_ext import session as module
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.kv_cache import cache_bytes
+from deepen_ext.kv_cache import LaneCache, cache_bytes
 from deepen_ext.member import Member
 from deepen_ext.session import BatchSession
 
@@ -280,13 +280,61 @@ class TestBatch:
         targets = {0: ids[5:300], 1: ids[:40]}  # more than there was room for
         assert_fresh(smollm2, targets, session.sync(targets))
 
+    def test_rows_set_aside(self, member: Member) -> None:
+        """Their lanes make place for those in use; they know what they held, and come back."""
+        ids = ids_of(member, 80)
+        session = BatchSession(member, rows=6)
+        targets = {row: ids[row : 30 + 5 * row] for row in range(6)}
+        session.sync(targets)
+        for gone, rest in [(0, 5), (5, 4), (2, 3), (1, 2)]:
+            session.set_aside(gone)
+            session.set_aside(gone)  # no harm
+            targets = {row: [*one, 50 + row] for row, one in targets.items()}
+            step = {row: targets[row] for row in range(6) if row not in session._aside}
+            with forwards(member) as seen:
+                logits = session.sync(step)
+            assert seen == [(rest, 1)]  # none is run for nothing
+            assert_fresh(member, step, logits)
+            targets |= {row: session.ids(row) for row in session._aside}
+        assert [len(session.ids(row)) for row in range(6)] == [30, 34 + 3, 38 + 2, 42 + 4, 46 + 4, 50 + 1]
+        session.release(3)
+        del targets[3]
+        assert_fresh(member, targets, session.sync(targets))
+        assert not session._aside
+        targets = {row: [*one[:-3], 60 + row] for row, one in targets.items()}
+        assert_fresh(member, targets, session.sync(targets))
+        for row in targets:
+            session.set_aside(row)
+        assert_fresh(member, targets, session.sync(targets))
+
+    def test_an_interrupted_exchange(self, smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        ids = ids_of(smollm2, 60)
+        session = BatchSession(smollm2, rows=3)
+        targets = {row: ids[row : 20 + 5 * row] for row in range(3)}
+        session.sync(targets)
+        exchange = LaneCache.exchange
+
+        def half(cache: LaneCache, one: int, other: int, end: int) -> None:
+            exchange(cache, one, other, end // 2)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LaneCache, "exchange", half)
+            with pytest.raises(KeyboardInterrupt):
+                session.set_aside(0)
+        assert session.ids(1) == targets[1]
+        assert_fresh(smollm2, targets, session.sync(targets))
+
     @pytest.mark.parametrize("family", FAMILIES)
-    def test_other_families(self, tiny, family: str) -> None:
-        """Random histories: rows that grow, roll back, sit out, in batches of any size."""
+    @pytest.mark.parametrize("alike", [0, 45])
+    def test_other_families(self, tiny, monkeypatch: pytest.MonkeyPatch, family: str, alike: int) -> None:
+        """Random histories: rows that grow, roll back, sit out, in batches of any size; some begin alike."""
+        monkeypatch.setattr(attention, "_FEWEST_SPARED", 1)
         member = tiny(family)
         rng = random.Random(family)
         session = BatchSession(member, rows=5)
-        held = {row: [rng.randrange(5, 999) for _ in range(rng.randint(1, 40))] for row in range(5)}
+        prefix = [rng.randrange(5, 999) for _ in range(alike)]
+        held = {row: prefix + [rng.randrange(5, 999) for _ in range(rng.randint(1, 40))] for row in range(5)}
         assert_fresh(member, held, session.sync(held))
         for _ in range(12):
             for row in rng.sample(range(5), rng.randint(1, 5)):
@@ -294,8 +342,9 @@ class TestBatch:
                 new = [rng.randrange(5, 999) for _ in range(rng.randint(1, 4))]
                 held[row] = held[row][: max(keep, 0)] + new
             part = {row: held[row] for row in rng.sample(range(5), rng.randint(2, 5))}
+            session.set_aside(rng.randrange(5))
             assert_fresh(member, part, session.sync(part))
-        first, second = fresh_logits(member, held[0] * 9, [len(held[0]), 9 * len(held[0])])
+        first, second = fresh_logits(member, list(range(5, 10)) * 9, [5, 9 * 5])
         assert (first - second).abs().max() > 0.1  # the model does look back
 
 
@@ -408,6 +457,37 @@ class TestAttention:
         ours, _ = attention._attention(owner, query, key, key + 1, mask, scaling=0.3)
         theirs, _ = sdpa_attention_forward(owner, query, key, key + 1, mask, scaling=0.3)
         torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("heads", [2, 4])
+    @pytest.mark.parametrize(("first", "window"), [(0, None), (0, 70), (30, 40), (45, 9)])
+    @pytest.mark.parametrize("queries", [1, 3, 65])
+    def test_states_in_common_are_read_once(
+        self, monkeypatch: pytest.MonkeyPatch, heads: int, first: int, window: int | None, queries: int
+    ) -> None:
+        """Of 50 states all rows have the first 40; a window begins with the prefix, within it or after it."""
+        torch.manual_seed(0)
+        query, states = torch.randn(3, heads, queries, 8), torch.randn(2, 3, 2, 200, 8)
+        states[:, 1:, :, :40] = states[:, :1, :, :40]
+        lengths = torch.tensor([44, 80, 110])
+        positions = lengths[:, None] + torch.arange(queries)
+        slots = torch.arange(200)
+        hidden = slots > positions[:, :, None]
+        if window is not None:
+            hidden |= slots <= positions[:, :, None] - window
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None]
+        owner = SimpleNamespace(num_key_value_groups=heads // 2, is_causal=True)
+        inputs = owner, query, *states[..., first:, :], mask[..., first:]
+        whole, _ = sdpa_attention_forward(*inputs, scaling=0.3)
+        calls = []
+        parts = attention._in_two_parts
+        monkeypatch.setattr(attention, "_in_two_parts", lambda *a: (calls.append(a), parts(*a))[1])
+        monkeypatch.setattr(attention, "_FEWEST_SPARED", 2)
+        with attention.states_in_common(40, 200):
+            ours, _ = attention._attention(*inputs, scaling=0.3)
+        torch.testing.assert_close(ours, whole, atol=1e-5, rtol=0)
+        assert len(calls) == (first < 40)
+        attention._attention(*inputs, scaling=0.3)
+        assert len(calls) == (first < 40)  # outside nothing is in common
 
     def test_a_session_turns_it_on(self, smollm2: Member, tiny) -> None:
         BatchSession(smollm2)

@@ -70,6 +70,28 @@ def test_what_is_there_already_is_not_asked_of_the_memory_again(ensembles, monke
             ensembles[2].generate(PROMPTS, max_new_tokens=4)
 
 
+def test_finished_rows_are_not_run(smollm2: Member) -> None:
+    """A step has the rows that still write, side by side; the next run begins with all again."""
+    alone = Ensemble([smollm2], fuser="single")
+    seen: list[tuple[int, int]] = []
+    hook = smollm2.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
+    prompts = [*PROMPTS, "Roses are red, violets", "The three primary colours are"]
+    try:
+        with SharedForwards(max_bytes=0) as shared:
+            for stop in (" a", "e"):
+                seen.clear()
+                rows = alone.generate(prompts, max_new_tokens=12, stop_strings=[stop], shared=shared)
+                lengths = [len(one.token_ids) for one in rows]
+                steps = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+                assert len(set(steps)) >= 3  # they end at different ones
+                assert [count for count, width in seen if width == 1][-len(steps) :] == steps
+                assert rows.texts == alone.generate(prompts, max_new_tokens=12, stop_strings=[stop]).texts
+    finally:
+        hook.remove()
+
+
 def test_closed_ones_are_refused(ensembles) -> None:
     with SharedForwards() as shared:
         pass
