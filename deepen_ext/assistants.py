@@ -39,13 +39,17 @@ class AssistedStep:
 
 
 class Assistants:
-    """B texts as the assistants of an ensemble have them. Rows are named by their number, 0..B-1."""
+    """B texts as the assistants of an ensemble have them. Rows are named by their number, 0..B-1.
+
+    Each row that is written has a place, a row of the sessions; one that waits gets it from one that ended.
+    """
 
     def __init__(
         self,
         ensemble: Ensemble,
         texts: Sequence[Sequence[PromptText]],
         *,
+        places: int | None = None,
         new_tokens: int = 0,
         shared: SharedForwards | None = None,
     ) -> None:
@@ -54,6 +58,7 @@ class Assistants:
         Args:
             ensemble: whose members 1.. these are.
             texts: of each row, the prompt as each assistant reads it.
+            places: so many of the rows, the first ones, are written at once; None for all.
             new_tokens: how many tokens a row may grow by, as far as is known.
             shared: forwards to share with other runs.
         """
@@ -69,6 +74,7 @@ class Assistants:
         self._unread = [[""] * len(self._members) for _ in texts]
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
         self._characters = [Utf8Stream() for _ in texts]
+        self._places = {row: row for row in range(len(texts) if places is None else places)}
         self._new_tokens = new_tokens
         self._shared = shared
         self._sessions: list[Session] = []
@@ -79,29 +85,34 @@ class Assistants:
         self._sessions = [
             open_session(
                 member,
-                len(self._texts),
+                len(self._places),
                 max(len(own[i].ids) for own in self._texts) + self._new_tokens,
                 self._shared,
             )
             for i, member in enumerate(self._members)
         ]
 
-    def read_prompts(self) -> list[dict[int, PromptScore]]:
-        """How well each assistant reads each row's prompt; their sessions then hold the prompts."""
-        return [
-            read_prompts(session, member, {row: own[i].ids for row, own in enumerate(self._texts)})
-            for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True))
-        ]
+    def read_prompts(self, rows: Sequence[int]) -> list[list[PromptScore]]:
+        """How well each assistant reads these rows' prompts; their sessions then hold the prompts."""
+        found = []
+        for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
+            ids = {self._places[row]: self._texts[row][i].ids for row in rows}
+            found.append(list(read_prompts(session, member, ids).values()))
+        return found
 
     def close(self) -> None:
         """Free all caches."""
         for session in self._sessions:
             session.close()
 
-    def release(self, row: int) -> None:
-        """This row's text has ended."""
+    def release(self, row: int, following: int | None = None) -> None:
+        """This row's text has ended; `following` gets its place, if one waits."""
+        place = self._places.pop(row)
+        if following is not None:
+            self._places[following] = place
+            return
         for session in self._sessions:
-            session.release(row)
+            session.release(place)
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row b goes on from what row `sources[b]` was (beam search).
@@ -180,7 +191,7 @@ class Assistants:
             texts = {k: self._text(rows[k], i) for k in open_rows}
             if rule is not None:
                 texts = {k: text for k, text in texts.items() if not rule.sits_out(text, candidates[k])}
-            targets = {rows[k]: text.ids for k, text in texts.items()}
+            targets = {self._places[rows[k]]: text.ids for k, text in texts.items()}
             speaks.append(list(texts))
             read = perf_counter()
             logits.append(forward(session, targets, name) if targets else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class Run:
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         streamer: Any = None,
         shared: SharedForwards | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Check that everything fits, before anything is computed.
 
@@ -81,6 +83,8 @@ class Run:
             trace: a file or a function that is told every token (see `Trace`).
             streamer: one of transformers', for a single row.
             shared: forwards to share with other runs over the same prompts.
+            batch_size: how many rows are written at once; None for all. The others wait: the next one begins
+                where one ends (continuous batching; Orca, Yu et al., OSDI 2022).
 
         Raises:
             InputError: no prompts, a setting that does not fit, a prompt that with its new tokens exceeds
@@ -100,6 +104,8 @@ class Run:
             raise InputError(f"confidence_gate is {confidence_gate}; choose above 0 to 1")
         if streamer is not None and len(prompts) > 1:
             raise InputError("a streamer takes one prompt; leave it out, or give the prompts one at a time")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"the batch size is {batch_size}; choose 1 or more")
         self.ensemble = ensemble
         self.settings = settings
         self._rows = [
@@ -107,14 +113,23 @@ class Run:
             for one in prompts
         ]
         longest = max(row.new_tokens for row in self._rows)
+        at_once = min(batch_size or len(prompts), len(prompts))
+        self._active = list(range(at_once))
+        self._places = {row: row for row in self._active}  # the main session's row of each active one
+        self._waiting = deque(range(at_once, len(prompts)))
+        self._begun = list(self._active)  # since the last step
         self._assistants = Assistants(
-            ensemble, [prompt.texts for prompt in prompts], new_tokens=longest, shared=shared
+            ensemble,
+            [prompt.texts for prompt in prompts],
+            places=at_once,
+            new_tokens=longest,
+            shared=shared,
         )
         self._check_lengths(shared)
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
-        self._main = open_session(ensemble.members[0], len(prompts), capacity, shared)
+        self._main = open_session(ensemble.members[0], at_once, capacity, shared)
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
         self._criteria = [settings.criteria() for _ in prompts]
         self._certificate = (
@@ -126,8 +141,7 @@ class Run:
         self._cancelled = False
         self._streamer = streamer
         self._longest_stop = max(map(len, settings.stop_strings), default=0)
-        self._active = list(range(len(prompts)))
-        self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=len(prompts))
+        self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=at_once)
         self._steps = self._write()
 
     def __iter__(self) -> Generator[list[Written], None, None]:
@@ -183,9 +197,11 @@ class Run:
         """One token for every row that is not finished."""
         rows, timings, names = list(self._active), self._timings, self.ensemble.names
         began = perf_counter()
-        if timings.steps == 0 and self.ensemble.weighs_prompts:
-            self._weigh_prompts()
-        main_logits = forward(self._main, {row: self._rows[row].ids for row in rows}, names[0])
+        if self._begun and self.ensemble.weighs_prompts:
+            self._weigh_prompts(self._begun)
+        self._begun = []
+        targets = {self._places[row]: self._rows[row].ids for row in rows}
+        main_logits = forward(self._main, targets, names[0])
         read = perf_counter()
         main = self.ensemble.fuser.top(0, main_logits)
         reasons = self._unneeded(main_logits, main)
@@ -223,13 +239,12 @@ class Run:
         timings.gated += step.reasons.count("gated")
         return written
 
-    def _weigh_prompts(self) -> None:
+    def _weigh_prompts(self, rows: list[int]) -> None:
         """Each row's weights from how well the members read its prompt."""
-        ensemble, rows = self.ensemble, range(len(self._rows))
-        main = read_prompts(self._main, ensemble.members[0], {row: self._rows[row].ids for row in rows})
-        others = self._assistants.read_prompts()
-        for row in rows:
-            scores = [main[row], *(one[row] for one in others)]
+        ensemble = self.ensemble
+        ids = {self._places[row]: self._rows[row].ids for row in rows}
+        main = read_prompts(self._main, ensemble.members[0], ids).values()
+        for row, *scores in zip(rows, main, *self._assistants.read_prompts(rows), strict=True):
             self._assistants.weights[row] = prompt_weights(scores, ensemble.weights)
 
     def _unneeded(self, main_logits: torch.Tensor, main: Part) -> list[Reason | None]:
@@ -288,9 +303,17 @@ class Run:
         return bool(self._active)
 
     def _release(self, row: int) -> None:
-        self._active.remove(row)
-        self._main.release(row)
-        self._assistants.release(row)
+        place, index = self._places.pop(row), self._active.index(row)
+        if self._waiting:
+            following = self._waiting.popleft()
+            self._active[index] = following  # in the order of the places, so that no logits are copied
+            self._begun.append(following)
+            self._places[following] = place
+            self._assistants.release(row, following)
+        else:
+            del self._active[index]
+            self._main.release(place)
+            self._assistants.release(row)
 
     def _end_of_text(self, number: int) -> Written:
         rest = self._assistants.finish(number)
@@ -333,9 +356,10 @@ class Run:
                         f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
                         f"shorten the prompt or ask for at most {max(limit - length, 0)}"
                     )
-        rows = len(self._rows)
+        rows = len(self._active)
         if (short := find_shortage(rows, zip(members, longest, strict=True), shared)) is not None:
+            fewer = "choose a smaller batch_size, or " if rows > 1 else ""
             raise InputError(
-                f"{rows} prompts, with their new tokens up to {max(longest)} long, {short}; give fewer "
-                "prompts at a time, or ask for fewer new tokens"
+                f"{rows} prompts at a time, with their new tokens up to {max(longest)} long, {short}; "
+                f"{fewer}ask for fewer new tokens"
             )

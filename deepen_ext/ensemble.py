@@ -240,7 +240,7 @@ class Ensemble:
         Args:
             prompt: the text so far; or a chat, a list of messages ``{"role": ..., "content": ...}``, which
                 each member reads by its own chat template; or a list of texts or of chats, written side by
-                side. A row of such a batch gets the tokens it gets alone (greedy, float32).
+                side, `batch_size` at a time. A row gets the tokens it gets alone (greedy, float32).
             on_text: called with each new piece of text, whole characters only; for one prompt.
             settings: those of `start`: max_new_tokens, do_sample, temperature, certified_skip, trace, ...
 
@@ -286,6 +286,7 @@ class Ensemble:
         streamer: Any = None,
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         shared: SharedForwards | None = None,
+        batch_size: int | None = None,
         without_template: Literal["error", "plain"] = "error",
         **decoding: Any,
     ) -> Run:
@@ -303,6 +304,8 @@ class Ensemble:
             trace: a file for one JSON line a token, or a function that gets each record (see `Trace`).
             shared: what members gave for the same prompts in other runs, and what this one adds to it (see
                 `SharedForwards`).
+            batch_size: of a list of prompts, how many are written at once (None: all); where a text ends, the
+                next prompt begins.
             without_template: in a chat, what to do for a member that has no chat template: "error", or
                 "plain" for a plain transcript.
             decoding: transformers' own names, for the fused distribution: max_new_tokens (128), do_sample,
@@ -324,6 +327,7 @@ class Ensemble:
                 trace=trace,
                 streamer=streamer,
                 shared=shared,
+                batch_size=batch_size,
             )
         except BaseException:
             if streamer is not None:

@@ -14,7 +14,8 @@ class Timings:
     """Where the time of one generation went, in milliseconds of wall clock.
 
     `steps` steps made `tokens` tokens, one for each row still being written. The first step reads the
-    prompts: its share is in `prompt_ms` (the time to the first token) and in nothing else. On CUDA work is
+    prompts: its share is in `prompt_ms` (the time to the first token) and in nothing else; prompts that wait
+    for a place (`batch_size`) are read in later steps, among the tokens of others. On CUDA work is
     only queued until the tokens are read: what members and fusion take there shows in `sampling_ms`.
     """
 

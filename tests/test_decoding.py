@@ -52,6 +52,43 @@ class TestBatch:
         assert len({one.finish_reason for one in batch}) > 1  # some end early
         assert batch.timings.tokens == sum(len(one.token_ids) for one in batch)
 
+    @pytest.mark.parametrize("weights", [None, "prompt"])
+    def test_prompts_wait_for_a_place(self, pair, weights):
+        """Two at a time: where a text ends the next prompt begins, and each is as it is alone."""
+        some = pair.variant(weights=weights)
+        prompts, settings = [*PROMPTS, *SUMS], {"max_new_tokens": 16, "stop_strings": ["\n\n", ".", ","]}
+        seen = set()
+        hooks = [
+            one.model.get_input_embeddings().register_forward_pre_hook(lambda _, x: seen.add(len(x[0])))
+            for one in some.members
+        ]
+        records = []
+        batch = some.generate(prompts, **settings, batch_size=2, trace=records.append)
+        for hook in hooks:
+            hook.remove()
+        assert seen == {1, 2}
+        alone = [some.generate(prompt, **settings) for prompt in prompts]
+        assert [one.token_ids for one in batch] == [one.token_ids for one in alone]
+        assert [one.finish_reason for one in batch] == [one.finish_reason for one in alone]
+        assert batch.texts == [one.text for one in alone]
+        lengths = [len(one.token_ids) for one in alone]
+        assert batch.timings.tokens == sum(lengths)
+        assert batch.timings.steps < sum(max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
+        rows = [record["row"] for record in records]
+        assert rows[:2] == [0, 1]
+        assert sorted(set(rows), key=rows.index) == list(range(len(prompts)))  # they begin in their order
+        skipping = some.generate(prompts, **settings, batch_size=3, certified_skip=True)
+        assert skipping.texts == batch.texts
+
+    def test_a_run_closed_while_prompts_wait(self, pair):
+        run = pair.start(PROMPTS, max_new_tokens=3, batch_size=2)
+        for _ in range(4):
+            next(iter(run))
+        run.close()
+        assert [len(one.token_ids) for one in run.results()] == [3, 3, 1, 1, 0]
+        reasons = [one.finish_reason for one in run.results()]
+        assert reasons == ["length", "length", "cancelled", "cancelled", "cancelled"]
+
     def test_past_the_sliding_window(self, pair):
         """Gemma's windows are 512 tokens: rows on both sides of it, with rollbacks of their own."""
         assert pair.members[1].model.config.sliding_window == 512
@@ -355,8 +392,10 @@ class TestBadInput:
 
     def test_a_batch_that_does_not_fit(self, pair, monkeypatch):
         monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1_000_000)
-        with pytest.raises(InputError, match=r"5 prompts.*need about .* GB on cpu.*give fewer prompts"):
+        with pytest.raises(InputError, match=r"5 prompts.*need about .* GB on cpu.*a smaller batch_size"):
             pair.generate(PROMPTS)
+        with pytest.raises(InputError, match="batch size is 0"):
+            pair.generate(PROMPTS, batch_size=0)
 
     @pytest.mark.parametrize("which", [0, 1])
     def test_a_member_that_fails_in_the_middle_of_a_batch(self, pair, which):

@@ -285,6 +285,32 @@ def test_shared_forwards_and_the_certified_skip_change_no_text(
     }
 
 
+def test_where_a_long_answer_ends_the_next_item_begins(
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those of batches; a chunk that was ended half way is run again, to the same lines."""
+    some = {name: ensembles[name] for name in ("SmolLM2-135M-Instruct", "deepen:bytes")}
+    evaluate(some, "triviaqa", data, out=tmp_path / "batches", limit=6, batch_size=2)
+    runs: list[tuple[int, int]] = []
+    generate = Ensemble.generate
+
+    def watched(self: Ensemble, prompts: list[str], **settings: Any) -> Any:
+        runs.append((len(prompts), settings["batch_size"]))
+        return generate(self, prompts, **settings)
+
+    monkeypatch.setattr(Ensemble, "generate", watched)
+    monkeypatch.setattr("deepen_ext.evaluation.runner._LONG", 1)
+    summary = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=6, batch_size=2)
+    assert runs == [(6, 2)] * 2
+    lines = item_lines(tmp_path / "batches")
+    assert item_lines(tmp_path / "long") == lines
+    record_path(tmp_path / "long", "triviaqa", "deepen:bytes").unlink()
+    again = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=6, batch_size=2)
+    assert runs == [(6, 2)] * 4
+    assert item_lines(tmp_path / "long") == lines
+    assert timeless(asdict(again)) == timeless(asdict(summary))
+
+
 def test_what_cannot_be_evaluated(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], gemma: Member
 ) -> None:

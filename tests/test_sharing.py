@@ -50,6 +50,15 @@ def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> Non
         assert fed() == more
 
 
+def test_prompts_that_wait_share_too(ensembles) -> None:
+    """Of more prompts than places a later run finds what is still there, and each text is as it is alone."""
+    want = ensembles[2].generate(PROMPTS, max_new_tokens=6).texts
+    with SharedForwards() as shared:
+        for _ in range(2):
+            found = ensembles[2].generate(PROMPTS, max_new_tokens=6, batch_size=2, shared=shared)
+            assert found.texts == want
+
+
 def test_without_room_for_logits_only_caches_are_shared(ensembles) -> None:
     want = ensembles[2].generate(PROMPTS, max_new_tokens=6).texts
     with SharedForwards(max_bytes=0) as shared:
@@ -66,7 +75,7 @@ def test_what_is_there_already_is_not_asked_of_the_memory_again(ensembles, monke
         assert shared.cache_bytes(ensembles[0].members[0], 1) == 0
         monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: sum(held) // 2)
         assert len(ensembles[2].generate(PROMPTS, max_new_tokens=4, shared=shared)) == len(PROMPTS)
-        with pytest.raises(InputError, match="give fewer prompts"):
+        with pytest.raises(InputError, match="a smaller batch_size"):
             ensembles[2].generate(PROMPTS, max_new_tokens=4)
 
 

@@ -39,8 +39,8 @@ def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) 
     Raises:
         InputError: they do not; it says which batch size would.
     """
-    place, longest = max(enumerate(job.items), key=lambda one: len(one[1].prompt.encode()))
-    rows = min(batch_size, len(job.items) - place // batch_size * batch_size)
+    longest = max(job.items, key=lambda item: len(item.prompt.encode()))
+    rows = min(batch_size, len(job.items))
     for members in groups:
         tokens = [
             len(one.vocabulary.prefix_ids)

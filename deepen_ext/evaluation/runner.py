@@ -29,6 +29,8 @@ from deepen_ext.generation import BatchGeneration
 from deepen_ext.sharing import SharedForwards
 
 DEFAULT_BATCH = 16
+_LONG = 16  # new tokens: answers that may take more end at different times
+_BATCHES = 4  # run as one where answers are long: the next item begins where one ends
 
 
 def evaluate(
@@ -59,7 +61,8 @@ def evaluate(
         out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
         split: "dev" or "test".
         limit: at most so many items of each task, spread evenly over it; None for all.
-        batch_size: prompts written side by side.
+        batch_size: prompts written side by side. With long answers and shared forwards four batches are run
+            as one, in which the next item begins where one ends.
         certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
         share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
             own; False gives times that can be compared.
@@ -101,7 +104,8 @@ def evaluate(
         clock = Clock(jobs, len(ensembles), on_progress)
         for job, files in zip(jobs, opened, strict=True):
             clock.tell(job)
-            for batch, everyone in _batches(job.items, files, batch_size):
+            long = share_forwards and job.task.max_new_tokens > _LONG
+            for batch, everyone in _batches(job.items, files, batch_size * (_BATCHES if long else 1)):
                 with ExitStack() as sharing:
                     shared = sharing.enter_context(SharedForwards()) if share_forwards else None
                     for name, ensemble in ensembles.items():
@@ -109,7 +113,7 @@ def evaluate(
                         if not missing and not everyone:
                             continue
                         began = perf_counter()
-                        records = _run(job.task, batch, ensemble, skips[name], shared)
+                        records = _run(job.task, batch, ensemble, skips[name], shared, batch_size)
                         files[name].append([one for one in records if one.index in missing])
                         clock.count(job, len(missing), perf_counter() - began)
                         clock.tell(job, name)
@@ -161,7 +165,12 @@ def _batches(
 
 
 def _run(
-    task: Task, batch: Sequence[Item], ensemble: Ensemble, skip: bool, shared: SharedForwards | None
+    task: Task,
+    batch: Sequence[Item],
+    ensemble: Ensemble,
+    skip: bool,
+    shared: SharedForwards | None,
+    batch_size: int,
 ) -> list[ItemRecord]:
     """What one configuration writes for a batch."""
     generations: BatchGeneration = ensemble.generate(
@@ -170,6 +179,7 @@ def _run(
         stop_strings=list(task.stop_strings) or None,
         certified_skip=skip,
         shared=shared,
+        batch_size=batch_size,
     )
     timings, rows = generations.timings, len(batch)
     timing = ItemTiming(
