@@ -84,11 +84,12 @@ clean:  ## remove the environment and everything built (the cache of converted m
 	find csrc deepen_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: its exact version may be a CPU wheel on disk that pip was told of, and asking for it
-# together with packages that want any torch has cost gigabytes of CUDA libraries.
+# together with packages that want any torch has cost gigabytes of CUDA libraries. Python compiles what it imports;
+# pip would compile all of it, one file after the other.
 $(DEPENDENCIES): constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --quiet --requirement constraints.txt
+	$(PIP) install --quiet --quiet --no-compile "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --quiet --no-compile --requirement constraints.txt
 	@touch $@
 
 # Editable, with the build tools of the environment: no isolated build environment to fill, and CMake's folder stays.

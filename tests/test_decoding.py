@@ -52,32 +52,30 @@ class TestBatch:
         assert len({one.finish_reason for one in batch}) > 1  # some end early
         assert batch.timings.tokens == sum(len(one.token_ids) for one in batch)
 
-    @pytest.mark.parametrize("weights", [None, "prompt"])
-    def test_prompts_wait_for_a_place(self, pair, weights):
-        """Two at a time: where a text ends the next prompt begins, and each is as it is alone."""
-        some = pair.variant(weights=weights)
-        prompts, settings = [*PROMPTS, *SUMS], {"max_new_tokens": 16, "stop_strings": ["\n\n", ".", ","]}
-        seen = set()
+    def test_prompts_wait_for_a_place(self, pair):
+        """Two at a time: where a text ends the next prompt begins; each is as if all were there at once."""
+        some = pair.variant(weights="prompt")
+        settings = {"max_new_tokens": 9, "stop_strings": ["\n\n", ".", ","]}
+        whole = some.generate(PROMPTS, **settings)
+        seen, records = set(), []
         hooks = [
             one.model.get_input_embeddings().register_forward_pre_hook(lambda _, x: seen.add(len(x[0])))
             for one in some.members
         ]
-        records = []
-        batch = some.generate(prompts, **settings, batch_size=2, trace=records.append)
+        batch = some.generate(PROMPTS, **settings, batch_size=2, trace=records.append)
         for hook in hooks:
             hook.remove()
         assert seen == {1, 2}
-        alone = [some.generate(prompt, **settings) for prompt in prompts]
-        assert [one.token_ids for one in batch] == [one.token_ids for one in alone]
-        assert [one.finish_reason for one in batch] == [one.finish_reason for one in alone]
-        assert batch.texts == [one.text for one in alone]
-        lengths = [len(one.token_ids) for one in alone]
+        assert [one.token_ids for one in batch] == [one.token_ids for one in whole]
+        assert [one.finish_reason for one in batch] == [one.finish_reason for one in whole]
+        assert [one.changed_tokens for one in batch] == [one.changed_tokens for one in whole]
+        assert batch.texts == whole.texts
+        lengths = [len(one.token_ids) for one in whole]
         assert batch.timings.tokens == sum(lengths)
         assert batch.timings.steps < sum(max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
         rows = [record["row"] for record in records]
-        assert rows[:2] == [0, 1]
-        assert sorted(set(rows), key=rows.index) == list(range(len(prompts)))  # they begin in their order
-        skipping = some.generate(prompts, **settings, batch_size=3, certified_skip=True)
+        assert sorted(set(rows), key=rows.index) == list(range(len(PROMPTS)))  # they begin in their order
+        skipping = some.generate(PROMPTS, **settings, batch_size=3, certified_skip=True)
         assert skipping.texts == batch.texts
 
     def test_a_run_closed_while_prompts_wait(self, pair):

@@ -290,7 +290,7 @@ def test_where_a_long_answer_ends_the_next_item_begins(
 ) -> None:
     """The answers are those of batches; a chunk that was ended half way is run again, to the same lines."""
     some = {name: ensembles[name] for name in ("SmolLM2-135M-Instruct", "deepen:bytes")}
-    evaluate(some, "triviaqa", data, out=tmp_path / "batches", limit=6, batch_size=2)
+    evaluate(some, "triviaqa", data, out=tmp_path / "batches", limit=4, batch_size=2)
     runs: list[tuple[int, int]] = []
     generate = Ensemble.generate
 
@@ -300,13 +300,13 @@ def test_where_a_long_answer_ends_the_next_item_begins(
 
     monkeypatch.setattr(Ensemble, "generate", watched)
     monkeypatch.setattr("deepen_ext.evaluation.runner._LONG", 1)
-    summary = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=6, batch_size=2)
-    assert runs == [(6, 2)] * 2
+    summary = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=4, batch_size=2)
+    assert runs == [(4, 2)] * 2
     lines = item_lines(tmp_path / "batches")
     assert item_lines(tmp_path / "long") == lines
     record_path(tmp_path / "long", "triviaqa", "deepen:bytes").unlink()
-    again = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=6, batch_size=2)
-    assert runs == [(6, 2)] * 4
+    again = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=4, batch_size=2)
+    assert runs == [(4, 2)] * 4
     assert item_lines(tmp_path / "long") == lines
     assert timeless(asdict(again)) == timeless(asdict(summary))
 
