@@ -130,7 +130,7 @@ def _in_two_parts(
     common = common.reshape(shared, rows, each * queries, -1).transpose(0, 1)
     common_sum = common_sum.reshape(shared, rows, each * queries).transpose(0, 1)
     whole: torch.Tensor = own + torch.sigmoid(common_sum - own_sum)[..., None] * (common - own)
-    return whole
+    return whole.to(query.dtype)  # the sums are float32 for every dtype
 
 
 AttentionInterface.register(NAME, _attention)
