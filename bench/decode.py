@@ -8,7 +8,6 @@ rows are cold in the first generation (the cache folder is empty) and warm in al
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,11 +27,15 @@ from common import (
     write_json,
 )
 
+from deepen_ext.evaluation.tasks import TASKS
+
 CONTEXT = 256
 QUESTIONS = 4  # of GSM8K
 BATCH_CONTEXTS = (64, 256, 1024)
 BATCHES = (1, 4, 16)
 BATCH_TOKENS = 24
+FEW_SHOT_BATCH = 16
+FEW_SHOT_TOKENS = 8
 AUTHORS_EVERY = 4  # tokens: the authors' way is timed at every fourth
 
 
@@ -56,6 +59,7 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
         "cold": _split(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
         "prose": _beside_members(warm, [prompt], new_tokens, repetitions),
         "gsm8k": _beside_members(warm, _questions(members[0], data), new_tokens, 1),
+        "few-shot": _few_shot(warm, data, 2),
         "authors": _authors(warm, prompt, new_tokens),
         "batches": [
             _batch(warm, context, batch, skip)
@@ -88,18 +92,33 @@ def _prompts(main: Any, context: int, count: int) -> list[str]:
 
 def _questions(main: Any, data: Path) -> list[str]:
     """GSM8K as the paper asks it, the last 256 tokens of examples and question."""
-
-    def lines(name: str) -> list[dict[str, str]]:
-        text = (data / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-
-    ask = "Question: {question}\nLet's think step by step\nAnswer:".format_map
-    examples = "".join(f"{ask(one)}{one['answer']}\n" for one in lines("demos"))
     texts = []
-    for one in lines("dev")[:QUESTIONS]:
-        ids = main.vocabulary.encode(examples + ask(one))[-CONTEXT:]
+    for item in TASKS["gsm8k"].items(data, "dev")[:QUESTIONS]:
+        ids = main.vocabulary.encode(item.prompt)[-CONTEXT:]
         texts.append(main.vocabulary.decode(ids, continues=True).decode(errors="ignore"))
     return texts
+
+
+def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[float]]:
+    """Steps of a batch on whole prompts of GSM8K; what all rows share is read once, and by every row."""
+    from deepen_ext import attention
+
+    _say(f"few-shot prompts, batch {FEW_SHOT_BATCH}")
+    prompts = [item.prompt for item in TASKS["gsm8k"].items(data, "dev")[:FEW_SHOT_BATCH]]
+    steps: dict[str, list[float]] = {"once": [], "by every row": []}
+    fewest, texts = attention._FEWEST_SPARED, []
+    try:
+        for _ in range(repetitions):
+            for kind, spared in (("once", fewest), ("by every row", 1 << 60)):
+                attention._FEWEST_SPARED = spared
+                done = ensemble.generate(prompts, max_new_tokens=FEW_SHOT_TOKENS)
+                texts.append(done.texts)
+                steps[kind] += done.timings.step_ms[1:]
+    finally:
+        attention._FEWEST_SPARED = fewest
+    if any(one != texts[0] for one in texts):
+        raise RuntimeError("reading common states once changed a text")
+    return steps
 
 
 def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetitions: int) -> dict[str, Any]:
@@ -296,6 +315,20 @@ def figures(found: dict[str, Any]) -> list[Figure]:
                 note=f"every {AUTHORS_EVERY}th of {prose['new_tokens']} tokens; no fusion in the baseline",
             )
         )
+    few_shot = found["few-shot"]
+    theirs = statistics.median(few_shot["by every row"])
+    add(
+        f"few-shot prompts of GSM8K, batch {FEW_SHOT_BATCH}",
+        few_shot["once"],
+        unit="ms a step",
+        baseline="the same, with the states that all rows share read by every row",
+        baseline_value=theirs,
+        baseline_spread=spread(few_shot["by every row"]),
+        baseline_repetitions=len(few_shot["by every row"]),
+        ratio=statistics.median(few_shot["once"]) / theirs,
+        ratio_of="ours / baseline",
+        equality="the same texts",
+    )
     alone = {(one["context"], one["skip"]): one for one in found["batches"] if one["batch"] == 1}
     for one in found["batches"]:
         single = alone[one["context"], one["skip"]]
