@@ -74,7 +74,8 @@ class Assistants:
         self._unread = [[""] * len(self._members) for _ in texts]
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
         self._characters = [Utf8Stream() for _ in texts]
-        self._places = {row: row for row in range(len(texts) if places is None else places)}
+        # Of each row that is written, the sessions' row; the main model's session has the same.
+        self.places = {row: row for row in range(len(texts) if places is None else places)}
         self._new_tokens = new_tokens
         self._shared = shared
         self._sessions: list[Session] = []
@@ -85,7 +86,7 @@ class Assistants:
         self._sessions = [
             open_session(
                 member,
-                len(self._places),
+                len(self.places),
                 max(len(own[i].ids) for own in self._texts) + self._new_tokens,
                 self._shared,
             )
@@ -96,7 +97,7 @@ class Assistants:
         """How well each assistant reads these rows' prompts; their sessions then hold the prompts."""
         found = []
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
-            ids = {self._places[row]: self._texts[row][i].ids for row in rows}
+            ids = {self.places[row]: self._texts[row][i].ids for row in rows}
             found.append(list(read_prompts(session, member, ids).values()))
         return found
 
@@ -107,9 +108,9 @@ class Assistants:
 
     def release(self, row: int, following: int | None = None) -> None:
         """This row's text has ended; `following` gets its place, if one waits."""
-        place = self._places.pop(row)
+        place = self.places.pop(row)
         if following is not None:
-            self._places[following] = place
+            self.places[following] = place
             return
         for session in self._sessions:
             session.release(place)
@@ -191,7 +192,7 @@ class Assistants:
             texts = {k: self._text(rows[k], i) for k in open_rows}
             if rule is not None:
                 texts = {k: text for k, text in texts.items() if not rule.sits_out(text, candidates[k])}
-            targets = {self._places[rows[k]]: text.ids for k, text in texts.items()}
+            targets = {self.places[rows[k]]: text.ids for k, text in texts.items()}
             speaks.append(list(texts))
             read = perf_counter()
             logits.append(forward(session, targets, name) if targets else None)

@@ -115,7 +115,6 @@ class Run:
         longest = max(row.new_tokens for row in self._rows)
         at_once = min(batch_size or len(prompts), len(prompts))
         self._active = list(range(at_once))
-        self._places = {row: row for row in self._active}  # the main session's row of each active one
         self._waiting = deque(range(at_once, len(prompts)))
         self._begun = list(self._active)  # since the last step
         self._assistants = Assistants(
@@ -200,7 +199,7 @@ class Run:
         if self._begun and self.ensemble.weighs_prompts:
             self._weigh_prompts(self._begun)
         self._begun = []
-        targets = {self._places[row]: self._rows[row].ids for row in rows}
+        targets = {self._assistants.places[row]: self._rows[row].ids for row in rows}
         main_logits = forward(self._main, targets, names[0])
         read = perf_counter()
         main = self.ensemble.fuser.top(0, main_logits)
@@ -242,7 +241,7 @@ class Run:
     def _weigh_prompts(self, rows: list[int]) -> None:
         """Each row's weights from how well the members read its prompt."""
         ensemble = self.ensemble
-        ids = {self._places[row]: self._rows[row].ids for row in rows}
+        ids = {self._assistants.places[row]: self._rows[row].ids for row in rows}
         main = read_prompts(self._main, ensemble.members[0], ids).values()
         for row, *scores in zip(rows, main, *self._assistants.read_prompts(rows), strict=True):
             self._assistants.weights[row] = prompt_weights(scores, ensemble.weights)
@@ -303,17 +302,15 @@ class Run:
         return bool(self._active)
 
     def _release(self, row: int) -> None:
-        place, index = self._places.pop(row), self._active.index(row)
-        if self._waiting:
-            following = self._waiting.popleft()
+        index = self._active.index(row)
+        following = self._waiting.popleft() if self._waiting else None
+        if following is None:
+            del self._active[index]
+            self._main.release(self._assistants.places[row])
+        else:
             self._active[index] = following  # in the order of the places, so that no logits are copied
             self._begun.append(following)
-            self._places[following] = place
-            self._assistants.release(row, following)
-        else:
-            del self._active[index]
-            self._main.release(place)
-            self._assistants.release(row)
+        self._assistants.release(row, following)
 
     def _end_of_text(self, number: int) -> Written:
         rest = self._assistants.finish(number)

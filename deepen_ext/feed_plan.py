@@ -96,13 +96,9 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     return low
 
 
-def in_common(rows: Sequence[Sequence[int]]) -> int:
-    """How many ids all of these rows begin with."""
-    first, *others = rows
-    length = len(first)
-    for ids in others:
-        length = common_prefix(first[:length], ids[:length])
-    return length
+def in_common(rows: Sequence[list[int]]) -> int:
+    """How many ids all of these rows begin with: in their order, those between two share what the two do."""
+    return common_prefix(min(rows), max(rows))
 
 
 def _forward_cost(device: str) -> int:

@@ -182,15 +182,11 @@ class BatchSession:
         self._check_row(row)
         lane = self._order.index(row)
         # Lanes in use stay side by side, so that a forward reads them without copies.
-        moved = {other: self._ids[other] for other in self._order[lane + 1 :]}
-        for other in (row, *moved):
-            self._ids[other] = []
+        self._ids[row] = []
         self._logits.pop(row, None)
-        with self._on_own_stream():
+        with self._moving(self._order[lane + 1 :]):
             self._cache.close_gap(lane, len(self._order))
-        self._order.remove(row)
-        for other, ids in moved.items():
-            self._ids[other] = ids
+            self._order.remove(row)
 
     def set_aside(self, row: int) -> None:
         """Keep a row that is not fed for a while out of the way. It holds its ids; any `sync` may name it.
@@ -205,14 +201,10 @@ class BatchSession:
         lane, last = self._order.index(row), self._order.index(in_use[-1])
         if lane > last:
             return
-        both = {one: self._ids[one] for one in (row, in_use[-1])}
-        for one in both:
-            self._ids[one] = []  # should the exchange be interrupted
-        with self._on_own_stream():
-            self._cache.exchange(lane, last, end=max(map(len, both.values())))
-        self._order[lane], self._order[last] = self._order[last], self._order[lane]
-        for one, ids in both.items():
-            self._ids[one] = ids
+        end = max(len(self._ids[row]), len(self._ids[in_use[-1]]))
+        with self._moving([row, in_use[-1]]):
+            self._cache.exchange(lane, last, end)
+            self._order[lane], self._order[last] = self._order[last], self._order[lane]
 
     def close(self) -> None:
         """Release all rows and free the cache. A second call does nothing."""
@@ -235,6 +227,17 @@ class BatchSession:
             yield
         if stream is not None:
             torch.cuda.current_stream(self.member.device).wait_stream(stream)
+
+    @contextmanager
+    def _moving(self, rows: Sequence[int]) -> Iterator[None]:
+        """These rows' lanes move here; should that be interrupted, they hold nothing."""
+        held = {row: self._ids[row] for row in rows}
+        for row in held:
+            self._ids[row] = []
+        with self._on_own_stream():
+            yield
+        for row, ids in held.items():
+            self._ids[row] = ids
 
     def _copy_prefixes(self, wanted: Mapping[int, list[int]]) -> None:
         """What another row holds of a row's ids need not be fed: the row takes its states."""

@@ -471,7 +471,7 @@ class TestAttention:
         queries: int,
         dtype: torch.dtype,
     ) -> None:
-        """Of 50 states all rows have the first 40; a window begins with the prefix, within it or after it."""
+        """Of 200 slots all rows have the first 40; a window begins with the prefix, within it or after it."""
         torch.manual_seed(0)
         query, states = torch.randn(3, heads, queries, 8).to(dtype), torch.randn(2, 3, 2, 200, 8).to(dtype)
         states[:, 1:, :, :40] = states[:, :1, :, :40]
