@@ -2,10 +2,13 @@
 
 The answers' lines go to `--work`, a folder outside the repository, where a run that was ended goes on and
 further ensembles and methods add up; bench/results/evaluation/<machine>/<task>.json is made of all of it.
+What that file has of earlier folders stays, and says which items were right: later ensembles are compared
+with the members in it.
 `--minutes` ends after a batch: what is there then counts, with the number of items beside it. It cuts off a
 file's later items, so for MMLU, which is sorted by domain, choose `--limit` instead.
 
-Configurations share forwards (a clock would mean nothing): for time a token there is compare_time.py.
+Configurations share forwards (a clock would mean nothing): for time a token there is compare_time.py. Where
+answers are long (GSM8K) there is little to share, and `--one-by-one` gets whole configurations done.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from deepen_ext.evaluation.tasks import TASKS
 RESULTS = ROOT / "bench" / "results" / "evaluation"
 
 Records = dict[int, ItemRecord]  # by the item's index
+Outcomes = dict[int, bool]  # by the item's index: whether the answer was right
 
 
 class OutOfTime(Exception):
@@ -43,6 +47,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most so many items a task, spread evenly")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
+        "--one-by-one", action="store_true", help="a configuration over all items, then the next one"
+    )
+    parser.add_argument(
         "--summarise", action="store_true", help="run nothing, write the JSON of what is there"
     )
     parser.add_argument("--output", type=Path, help="folder; default: bench/results/evaluation/<machine>")
@@ -53,7 +60,8 @@ def main() -> None:
     output = options.output or RESULTS / machine_name(found)
     tasks = options.task or list(TASKS)
     for task in tasks:
-        check_work(options.work, task, output / f"{task}.json")
+        if there := read(options.work, task):
+            kept(output / f"{task}.json", there)
     if options.summarise:
         for task in tasks:
             if any(options.work.glob(f"{task}.*.jsonl")):
@@ -62,23 +70,28 @@ def main() -> None:
     deadline = Deadline(options)
     members = load(options.ensembles)
     ensembles = configurations(members, options.ensembles, options.methods)
+    alone = [{name: one} for name, one in ensembles.items()]
     for task in tasks:
         if deadline.passed():
             say(f"{task}: no time left")
             break
-        there = {
-            header["configuration"]["name"]: len(records) for header, records in read(options.work, task)
-        }
         try:
-            evaluate(
-                ensembles,
-                task,
-                options.data,
-                out=options.work,
-                limit=options.limit,
-                batch_size=options.batch_size,
-                on_progress=ending(deadline, {name: there.get(name, 0) for name in ensembles}),
-            )
+            for some in alone if options.one_by_one else [ensembles]:
+                if deadline.passed():
+                    raise OutOfTime
+                there = {
+                    header["configuration"]["name"]: len(records)
+                    for header, records in read(options.work, task)
+                }
+                evaluate(
+                    some,
+                    task,
+                    options.data,
+                    out=options.work,
+                    limit=options.limit,
+                    batch_size=options.batch_size,
+                    on_progress=ending(deadline, {name: there.get(name, 0) for name in some}),
+                )
         except OutOfTime:
             say(f"{task}: the time is up")
         finally:  # an interrupted run's too
@@ -109,21 +122,37 @@ def ending(deadline: Deadline, done: dict[str, int]) -> Callable[[Progress], Non
     return tell
 
 
-def check_work(work: Path, task: str, file: Path) -> None:
-    """That a JSON file of what the work folder has is of one piece, and loses nothing that the file had.
+def kept(file: Path, there: list[tuple[Header, Records]]) -> dict[str, Any]:
+    """The configurations of a task's JSON file that the work folder has not; {} without a file.
 
     Raises:
-        InputError: the folder has results of other defaults, or lacks a configuration of the file.
+        InputError: the folder has results of other defaults, or the file those of other items or settings.
     """
-    there = [header["configuration"] for header, _ in read(work, task)]
-    for one in there:
-        check_default(work, one["name"], one["fuser"].get("learning_rate"))
-    known = json.loads(file.read_text(encoding="utf-8"))["configurations"] if file.is_file() else {}
-    if lost := sorted(set(known) - {one["name"] for one in there}):
+    for header, _ in there:
+        one = header["configuration"]
+        check_default(file, one["name"], one["fuser"].get("learning_rate"))
+    if not file.is_file():
+        return {}
+    known = json.loads(file.read_text(encoding="utf-8"))
+    names = {header["configuration"]["name"] for header, _ in there}
+    rest = {name: one for name, one in known["configurations"].items() if name not in names}
+    now = what_was_asked(there[0][0])
+    if rest and (other := [key for key, value in now.items() if known[key] != value]):
         raise InputError(
-            f"{file} has {len(lost)} configurations that {work} has not ({lost[0]}, ...): give the --work "
-            "folder of that run, another --output, or remove the file"
+            f"{file} has configurations that the --work folder has not ({next(iter(rest))}, ...), with other "
+            f"{other[0]}: give another --output, or remove the file"
         )
+    return rest
+
+
+def what_was_asked(header: Header) -> dict[str, Any]:
+    """What all configurations in a task's file have in common."""
+    head = header["task"]
+    return {
+        **{key: head[key] for key in ("split", "items", "items_sha256", "max_new_tokens", "stop_strings")},
+        "settings": settings_used(),
+        "shared_forwards": header["configuration"]["share_forwards"],
+    }
 
 
 def read(work: Path, task: str) -> list[tuple[Header, Records]]:
@@ -137,43 +166,48 @@ def read(work: Path, task: str) -> list[tuple[Header, Records]]:
 
 
 def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str, Any]) -> None:
-    """The JSON of a task, from all that the work folder has."""
+    """The JSON of a task, from all that the work folder has, and what the file has beside it."""
     there = read(work, task)
     if not there:
         return
     file = output / f"{task}.json"
-    head = there[0][0]["task"]
+    rest = kept(file, there)
     alone = {
-        header["configuration"]["name"]: records
-        for header, records in there
-        if len(header["configuration"]["members"]) == 1
+        name: outcomes(one) for name, one in rest.items() if one["method"] == "single" and "right" in one
     }
+    for header, records in there:
+        if len(header["configuration"]["members"]) == 1:
+            alone[header["configuration"]["name"]] = {i: one.correct for i, one in records.items()}
+    scores = {header["configuration"]["name"]: score(header, records, alone) for header, records in there}
     write_json(
         file,
         {
             "task": task,
-            "split": head["split"],
-            "items": head["items"],
-            "items_in_split": len(TASKS[task].items(data, head["split"])),
-            "items_sha256": head["items_sha256"],
-            "max_new_tokens": head["max_new_tokens"],
-            "stop_strings": head["stop_strings"],
-            "settings": settings_used(),
-            "shared_forwards": there[0][0]["configuration"]["share_forwards"],
-            "configurations": {
-                header["configuration"]["name"]: score(header, records, alone) for header, records in there
-            },
+            **what_was_asked(there[0][0]),
+            "items_in_split": len(TASKS[task].items(data, there[0][0]["task"]["split"])),
+            "configurations": in_order({**rest, **scores}),
             "environment": found,
         },
     )
     say(f"written to {file}")
 
 
-def score(header: Header, records: Records, alone: dict[str, Records]) -> dict[str, Any]:
+def in_order(configurations: dict[str, Any]) -> dict[str, Any]:
+    """The members alone first, then by name."""
+    return dict(sorted(configurations.items(), key=lambda one: (one[1]["ensemble"].count("+"), one[0])))
+
+
+def outcomes(scores: dict[str, Any]) -> Outcomes:
+    """Which items a configuration of a task's JSON has, and which of them it has right."""
+    return {int(i): key == "right" for key in ("right", "wrong") for i in scores[key].split()}
+
+
+def score(header: Header, records: Records, alone: dict[str, Outcomes]) -> dict[str, Any]:
     """What a configuration got right, and beside the best of its members alone."""
     name = header["configuration"]["name"]
     ensemble, _, method = name.partition(" ")
-    n, correct = len(records), sum(one.correct for one in records.values())
+    right = {i: records[i].correct for i in sorted(records)}
+    n, correct = len(right), sum(right.values())
     tokens = sum(one.tokens for one in records.values())
     milliseconds = sum(one.timing.prompt_ms + one.timing.decode_ms for one in records.values())
     return {
@@ -187,21 +221,24 @@ def score(header: Header, records: Records, alone: dict[str, Records]) -> dict[s
         "changed_share": round(sum(one.changed for one in records.values()) / tokens, 6),
         "unanswered_share": round(sum(one.answer is None for one in records.values()) / n, 6),
         "seconds": round(milliseconds / 1e3, 1),
-        "against_best_single": compare(records, {one: alone.get(one) for one in ensemble.split("+")})
+        "against_best_single": compare(right, {one: alone.get(one) for one in ensemble.split("+")})
         if method
         else None,
+        # The items by their numbers in the split, in one line each.
+        "right": " ".join(str(i) for i, one in right.items() if one),
+        "wrong": " ".join(str(i) for i, one in right.items() if not one),
     }
 
 
-def compare(records: Records, alone: dict[str, Records | None]) -> dict[str, Any] | None:
+def compare(right: Outcomes, alone: dict[str, Outcomes | None]) -> dict[str, Any] | None:
     """McNemar's test against the best member alone, on the items that all of them have."""
     singles = {name: one for name, one in alone.items() if one is not None}
-    shared = sorted(set(records).intersection(*singles.values()))
+    shared = sorted(set(right).intersection(*singles.values()))
     if len(singles) < len(alone) or not shared:
         return None
     # Of equally good ones the first: the main model before an assistant.
-    best = max(singles, key=lambda name: sum(singles[name][i].correct for i in shared))
-    paired = mcnemar(*([one[i].correct for i in shared] for one in (records, singles[best])))
+    best = max(singles, key=lambda name: sum(singles[name][i] for i in shared))
+    paired = mcnemar(*([one[i] for i in shared] for one in (right, singles[best])))
     return {
         "configuration": best,
         "n": paired.total,

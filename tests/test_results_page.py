@@ -138,22 +138,46 @@ def test_answers_are_compared_with_the_best_member_on_the_items_they_share(
     assert result["configurations"]["S"]["against_best_single"] is None
 
 
-def test_results_are_not_dropped_for_a_folder_that_lacks_them(data: Path, work: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_a_folder_that_lacks_results_adds_to_those_that_are_there(
+    data: Path, work: Path, tmp_path: Path
+) -> None:
+    """A later session has another folder: its ensembles are compared with the members of the file."""
+    compare.write_task(work, data, "arc_challenge", tmp_path / "whole", FOUND)
+    late, output = tmp_path / "late", tmp_path / "out"
+    late.mkdir()
+    ours = record_path(work, "arc_challenge", OURS)
+    ours.rename(late / ours.name)
     compare.write_task(work, data, "arc_challenge", output, FOUND)
-    file = output / "arc_challenge.json"
-    compare.check_work(work, "arc_challenge", file)
+    before = json.loads((output / "arc_challenge.json").read_text())["configurations"]
+    assert (before["G"]["right"], before["G"]["wrong"]) == ("0 1 2", "3 4 5 6 7")
+    assert OURS not in before
+    compare.write_task(late, data, "arc_challenge", output, FOUND)
+    assert (output / "arc_challenge.json").read_text() == (
+        tmp_path / "whole" / "arc_challenge.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize(("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2)])
+def test_results_of_other_items_do_not_stand_in_one_file(
+    key: str, value: object, data: Path, work: Path, tmp_path: Path
+) -> None:
+    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
+    file = tmp_path / "arc_challenge.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    there = compare.read(work, "arc_challenge")
+    assert compare.kept(file, there) == {}  # all of it is replaced
     record_path(work, "arc_challenge", "S+G deepen:paper").unlink()
-    with pytest.raises(InputError, match="S\\+G deepen:paper"):
-        compare.check_work(work, "arc_challenge", file)
+    there = compare.read(work, "arc_challenge")
+    with pytest.raises(InputError, match=rf"S\+G deepen:paper.*{key}"):
+        compare.kept(file, there)
 
 
 def test_results_of_an_older_default_are_refused(work: Path, tmp_path: Path) -> None:
     write_answers(work, "G+S deepen:paper@eta=0.77", answers("1"), rate=0.77)
-    compare.check_work(work, "arc_challenge", tmp_path / "none.json")
+    compare.kept(tmp_path / "none.json", compare.read(work, "arc_challenge"))
     write_answers(work, "G+S deepen:paper", answers("1"), rate=0.77)
     with pytest.raises(InputError, match=r"0\.77"):
-        compare.check_work(work, "arc_challenge", tmp_path / "none.json")
+        compare.kept(tmp_path / "none.json", compare.read(work, "arc_challenge"))
 
 
 @pytest.mark.parametrize("ahead", [{}, {"a": 4}])
