@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def outcomes(scores: dict[str, Any]) -> Outcomes:
     return {int(i): key == "right" for key in ("right", "wrong") for i in scores[key].split()}
 
 
-def score(header: Header, records: Records, alone: dict[str, Outcomes]) -> dict[str, Any]:
+def score(header: Header, records: Records, alone: Mapping[str, Outcomes | int]) -> dict[str, Any]:
     """What a configuration got right, and beside the best of its members alone."""
     name = header["configuration"]["name"]
     ensemble, _, method = name.partition(" ")
@@ -221,7 +221,9 @@ def score(header: Header, records: Records, alone: dict[str, Outcomes]) -> dict[
         "changed_share": round(sum(one.changed for one in records.values()) / tokens, 6),
         "unanswered_share": round(sum(one.answer is None for one in records.values()) / n, 6),
         "seconds": round(milliseconds / 1e3, 1),
-        "against_best_single": compare(right, {one: alone.get(one) for one in ensemble.split("+")})
+        "against_best_single": compare(
+            right, {one: alone.get(one) for one in ensemble.split("+")}, header["task"]["items"]
+        )
         if method
         else None,
         # The items by their numbers in the split, in one line each.
@@ -230,12 +232,20 @@ def score(header: Header, records: Records, alone: dict[str, Outcomes]) -> dict[
     }
 
 
-def compare(right: Outcomes, alone: dict[str, Outcomes | None]) -> dict[str, Any] | None:
-    """McNemar's test against the best member alone, on the items that all of them have."""
-    singles = {name: one for name, one in alone.items() if one is not None}
+def compare(right: Outcomes, alone: Mapping[str, Outcomes | int | None], items: int) -> dict[str, Any] | None:
+    """McNemar's test against the best member alone, on the items that all of them have.
+
+    A member of whom only the number of right items is known, of all `items`, can be seen not to be the best;
+    None where it might be, or where nothing is known of a member.
+    """
+    singles = {name: one for name, one in alone.items() if isinstance(one, dict)}
     shared = sorted(set(right).intersection(*singles.values()))
-    if len(singles) < len(alone) or not shared:
+    if not singles or not shared:
         return None
+    most = max(sum(one[i] for i in shared) for one in singles.values())
+    for one in alone.values():
+        if one is None or (isinstance(one, int) and (one >= most or len(shared) < items)):
+            return None
     # Of equally good ones the first: the main model before an assistant.
     best = max(singles, key=lambda name: sum(singles[name][i] for i in shared))
     paired = mcnemar(*([one[i] for i in shared] for one in (right, singles[best])))

@@ -157,6 +157,21 @@ def test_a_folder_that_lacks_results_adds_to_those_that_are_there(
     ).read_text()
 
 
+def test_a_member_of_whom_only_the_number_is_known(work: Path) -> None:
+    """Files from before they said which items were right: enough where the member is worse than another."""
+    right, best = answers("01111111"), answers("11100000")
+    known = compare.compare(right, {"S": answers("11000000"), "G": best}, 8)
+    assert known is not None
+    assert known["configuration"] == "G"
+    assert compare.compare(right, {"S": 2, "G": best}, 8) == known
+    assert compare.compare(right, {"S": 3, "G": best}, 8) is None  # it might be the best
+    assert (
+        compare.compare(answers("0111"), {"S": 2, "G": best}, 8) is None
+    )  # of the first four it may have two
+    assert compare.compare(right, {"S": 2, "G": None}, 8) is None
+    assert compare.compare(right, {"S": 2}, 8) is None
+
+
 @pytest.mark.parametrize(("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2)])
 def test_results_of_other_items_do_not_stand_in_one_file(
     key: str, value: object, data: Path, work: Path, tmp_path: Path
