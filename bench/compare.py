@@ -172,8 +172,11 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
         return
     file = output / f"{task}.json"
     rest = kept(file, there)
-    alone = {
-        name: outcomes(one) for name, one in rest.items() if one["method"] == "single" and "right" in one
+    # By member, what is known of it alone; of files from before they said which items, how many were right.
+    alone: dict[str, Outcomes | int] = {
+        name: outcomes(one) if "right" in one else one["correct"]
+        for name, one in rest.items()
+        if one["method"] == "single" and ("right" in one or one["n"] == there[0][0]["task"]["items"])
     }
     for header, records in there:
         if len(header["configuration"]["members"]) == 1:

@@ -157,7 +157,7 @@ def test_a_folder_that_lacks_results_adds_to_those_that_are_there(
     ).read_text()
 
 
-def test_a_member_of_whom_only_the_number_is_known(work: Path) -> None:
+def test_a_member_of_whom_only_the_number_is_known(data: Path, work: Path, tmp_path: Path) -> None:
     """Files from before they said which items were right: enough where the member is worse than another."""
     right, best = answers("01111111"), answers("11100000")
     known = compare.compare(right, {"S": answers("11000000"), "G": best}, 8)
@@ -170,6 +170,19 @@ def test_a_member_of_whom_only_the_number_is_known(work: Path) -> None:
     )  # of the first four it may have two
     assert compare.compare(right, {"S": 2, "G": None}, 8) is None
     assert compare.compare(right, {"S": 2}, 8) is None
+
+    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
+    file = tmp_path / "arc_challenge.json"
+    old = json.loads(file.read_text())
+    for one in old["configurations"].values():
+        del one["right"], one["wrong"]
+    file.write_text(json.dumps(old))
+    record_path(work, "arc_challenge", "S").unlink()  # has two; G's three are in the folder
+    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
+    new = json.loads(file.read_text())["configurations"]
+    assert new[OURS]["against_best_single"] == old["configurations"][OURS]["against_best_single"]
+    assert "right" not in new["S"]
+    assert "right" in new["G"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2)])
