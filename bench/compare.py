@@ -70,13 +70,13 @@ def main() -> None:
     deadline = Deadline(options)
     members = load(options.ensembles)
     ensembles = configurations(members, options.ensembles, options.methods)
-    alone = [{name: one} for name, one in ensembles.items()]
+    rounds = [{name: one} for name, one in ensembles.items()] if options.one_by_one else [ensembles]
     for task in tasks:
         if deadline.passed():
             say(f"{task}: no time left")
             break
         try:
-            for some in alone if options.one_by_one else [ensembles]:
+            for some in rounds:
                 if deadline.passed():
                     raise OutOfTime
                 there = {
@@ -171,12 +171,13 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
     if not there:
         return
     file = output / f"{task}.json"
+    head = there[0][0]["task"]
     rest = kept(file, there)
     # By member, what is known of it alone; of files from before they said which items, how many were right.
     alone: dict[str, Outcomes | int] = {
         name: outcomes(one) if "right" in one else one["correct"]
         for name, one in rest.items()
-        if one["method"] == "single" and ("right" in one or one["n"] == there[0][0]["task"]["items"])
+        if one["method"] == "single" and ("right" in one or one["n"] == head["items"])
     }
     for header, records in there:
         if len(header["configuration"]["members"]) == 1:
@@ -187,7 +188,7 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
         {
             "task": task,
             **what_was_asked(there[0][0]),
-            "items_in_split": len(TASKS[task].items(data, there[0][0]["task"]["split"])),
+            "items_in_split": len(TASKS[task].items(data, head["split"])),
             "configurations": in_order({**rest, **scores}),
             "environment": found,
         },

@@ -47,7 +47,7 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_json_then_the_same_text_from_standard_input() -> None:
-    """The second run gives the same text, streamed."""
+    """The second run gives the same text, streamed, and the third computes no relative row anew."""
     first = run(*FRANCE, "--max-new-tokens", "10", "--json")
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
@@ -70,6 +70,10 @@ def test_json_then_the_same_text_from_standard_input() -> None:
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout == report["text"] + "\n"
     assert f"{report['changed_tokens']} of them changed by Gemma-3-270M" in piped.stderr
+
+    again = json.loads(run(*FRANCE, "--max-new-tokens", "10", "--json").stdout)
+    assert again["token_ids"] == report["token_ids"]
+    assert again["rows_computed"] == 0
 
 
 def test_sampling_and_stop_strings() -> None:
