@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
+# Where this is set, each process would compile all of torch and transformers that it imports: 10 s, hundreds of times.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Stamps: a step is done again when what it was made from has changed.
 TOOLS := $(VENV)/tools
 DEPENDENCIES := $(VENV)/dependencies
