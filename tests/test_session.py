@@ -612,7 +612,9 @@ class TestBadInput:
         with pytest.raises(ModelError, match=f"^{family}: this model .*{reason}"):
             BatchSession(member, rows=2)
         ids = list(range(5, 30))
-        assert_fresh(member, {0: ids}, BatchSession(member).sync({0: ids}))
+        # flex_attention compiles itself for half a minute, and what it gives is the same without.
+        with torch.compiler.set_stance("force_eager"):
+            assert_fresh(member, {0: ids}, BatchSession(member).sync({0: ids}))
 
     def test_different_windows_and_one_mask(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """A model whose code would not take one mask for each layer type."""
