@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepen_ext.sharing import SharedForwards
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (  # the limit and the use of version 2 and of version 1
     (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
@@ -90,13 +91,20 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
-    lines = _MEMINFO.read_text().splitlines()
-    (available,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    # To the kernel what files back is available, the members' own weights too. Where a batch took it, each
+    # step would read them from the disk again: several times the time a token, and nothing to show why.
+    available = max(_kernel_bytes(_MEMINFO, "MemAvailable") - _kernel_bytes(_STATUS, "RssFile"), 0)
     for limit, used in _CGROUP_FILES:
         # "max" where there is no limit. What is cached from files counts as used, and can be given back.
         if limit.is_file() and (bound := limit.read_text().strip()).isdigit():
             available = min(available, int(bound) - int(used.read_text()) + _file_cache(used.parent))
     return available
+
+
+def _kernel_bytes(file: Path, name: str) -> int:
+    """A line ``name: ... kB`` of a file that the kernel makes, or 0 (gVisor says no RssFile)."""
+    found = re.search(rf"^{name}:\s*(\d+) kB$", file.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _file_cache(group: Path) -> int:

@@ -552,12 +552,25 @@ class TestMemory:
         assert 0 < memory.available_bytes(torch.device("cpu")) < psutil.virtual_memory().total
         monkeypatch.setattr(memory, "_CGROUP_FILES", ())
         monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
         (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemFree: 10 kB\nMemAvailable:      70 kB\n")
-        assert memory.available_bytes(torch.device("cpu")) == 70 * 1024
+        # The weights that this process has mapped are not to be had, though the kernel would give them away.
+        (tmp_path / "status").write_text("RssAnon:\t      40 kB\nRssFile:\t      20 kB\n")
+        assert memory.available_bytes(torch.device("cpu")) == 50 * 1024
+        (tmp_path / "status").write_text("RssFile:\t      80 kB\n")
+        assert memory.available_bytes(torch.device("cpu")) == 0
+
+    def test_weights_that_were_read_are_not_available(self, smollm2: Member) -> None:
+        """They are mapped from their file, which the kernel counts as available."""
+        BatchSession(smollm2).sync({0: [1, 2]})
+        weights = sum(one.nbytes for one in smollm2.model.parameters())
+        assert memory._kernel_bytes(memory._STATUS, "RssFile") > weights
 
     def test_a_control_group_sets_the_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
         (tmp_path / "meminfo").write_text("MemAvailable: 70 kB\n")
+        (tmp_path / "status").write_text("RssFile: 0 kB\n")
         limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
         monkeypatch.setattr(memory, "_CGROUP_FILES", ((limit, used),))
         used.write_text("9000\n")
