@@ -229,6 +229,11 @@ def machine_name(found: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
+def speed_file(found: dict[str, Any]) -> str:
+    """File name of a machine's times. Clouds give several processors one name: their instructions differ."""
+    return f"{machine_name(found)}-{found['machine']['isa']}.json"
+
+
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

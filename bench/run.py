@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment, machine_name, write_json
+from common import ROOT, environment, speed_file, write_json
 
 BENCH = Path(__file__).resolve().parent
 
@@ -59,7 +59,7 @@ def main() -> None:
         memory = _script(folder, "memory")
     figures["decode"] = decode["figures"]
     figures["memory"] = memory["figures"]
-    target = options.results / f"{machine_name(found)}.json"
+    target = options.results / speed_file(found)
     write_json(
         target, {**found, "figures": figures, "raw": {"decode": decode["raw"], "memory": memory["raw"]}}
     )
