@@ -220,8 +220,8 @@ class Fuser(ABC):
 def _copied(logits: torch.Tensor) -> torch.Tensor:
     """A copy that can be written to: logits made under inference_mode could not be, outside it.
 
-    On the CPU by this thread alone. torch would share the copy of a single text's logits with its other threads,
-    and wait for them: where another process is busy, 3 to 20 ms of a step that takes half of one.
+    On the CPU by this thread alone. torch would share the copy of a single text's logits with its other
+    threads, and wait for them: where another process is busy, 3 to 20 ms of a step that takes half of one.
     """
     copy = torch.empty_like(logits, requires_grad=False)
     if logits.device.type == "cpu" and logits.is_contiguous() and logits.nbytes <= _COPIED_BY_ONE:
