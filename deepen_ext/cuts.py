@@ -10,66 +10,40 @@ text, leftmost and longest. If none of their occurrences has `s` inside, each si
 occurrence with `s` inside contains `T[s-1:s+1]`, so no cut is made where any added token has these two
 characters side by side. The text between added tokens is then tokenised by one of two rules.
 
-*Splitting regex* (byte-level). Every alternative accepted here (`_ALTERNATIVES`) looks at nothing left of its
-match. None matches a character that is not whitespace and then a space, nor a letter or digit and then a
-newline or one of `_MARKS`. So between two such characters one match ends and the next begins, and the words
-on the right depend on the right side alone. The words on the left are the same when the text ends at `s`:
-whatever run a match or its look-ahead follows there stops before `s`. Tokens never span two words. Splitters
-that look at the class of single characters (`Digits`) only cut more.
+*Splitters* (byte-level). The pre-tokenizer is a chain of them, each of which splits the pieces of the one
+before. A splitter is *transparent* at `s` where what it finds on either side is what it would find there
+alone, and *splits* at `s` where a piece surely ends there. Both follow from the tokenizer's own regex
+(`split_regex.py`), or from the class that a splitter of single characters looks for. If each splitter is
+transparent up to the first one that splits, the pieces left of `s` are those of `T[:s]`, and those right of
+it those of `T[s:]`; later splitters see these pieces one by one. Tokens never span two pieces.
+
+What remains slow is a text without a cut: each append encodes it again from its last one. With a byte-level
+tokenizer that is one endless piece, such as a letter repeated 10,000 times, or a run of digits under
+`\\p{N}{1,3}`, whose groups of three are counted from the run's beginning.
 
 *No token spans* (SentencePiece, where nothing splits, or only at spaces). BPE merges two neighbours into a
 token of the vocabulary. If no token has `T[s-1:s+1]` inside, nothing is ever merged across `s`, and since
 merges are done by rank, then position, each side merges as it would alone. This would not hold with
 `ignore_merges`.
 
-Where neither rule is known to apply, there is no cut, and the whole text is encoded again.
+Where neither rule is known to apply, there is no cut, and the whole text is encoded again (`incremental` is
+False, and `deepen-ext doctor` says so).
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
+from tokenizers import pre_tokenizers
 
+from deepen_ext.split_regex import NotUnderstood, SplitRegex
 from deepen_ext.token_bytes import SPACE_MARK, Encoder
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_ALTERNATIVES = frozenset(
-    [
-        *_GPT2.split("|"),  # GPT-2, SmolLM2
-        _CONTRACTION,  # cl100k: Llama 3, Qwen
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s*[\r\n]",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}?",  # o200k
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}?",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    ]
-)
-_DIGIT_SPLITS = (r"\p{N}", r"\p{N}{1,3}", r"\d", r"[0-9]")
-
-# Whitespace and invisible characters that were classed differently in some version of Unicode.
-_UNSURE = frozenset("\u180e\u200b\u200c\u200d\u2060\ufeff")
-# Not the apostrophe, which may go on with a word ('s).
-_MARKS = frozenset("\n\r\t" + string.punctuation + "，。、；：！？（）「」") - {"'"}  # noqa: RUF001
-# Letters in every version of Unicode: Latin, Cyrillic, Kana, Chinese, Hangul.
-_LETTERS = (
-    ("\u00c0", "\u00d6"),
-    ("\u00d8", "\u00f6"),
-    ("\u00f8", "\u024f"),
-    ("\u0410", "\u044f"),
-    ("\u3041", "\u3094"),
-    ("\u30a1", "\u30fa"),
-    ("\u4e00", "\u9fa5"),
-    ("\uac00", "\ud7a3"),
-)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in `ByteLevel` itself
+_KEPT = 1 << 16  # pairs of characters whose answers are kept
 
 Rule = Callable[[str, str], bool]
 
@@ -85,32 +59,43 @@ class CutFinder:
         self._strips = bool(strips)
         self._strip_ends = frozenset(token.content[-1:] for token in strips)
         self._rule = self._choose_rule(encoder)
+        self._known: dict[str, bool] = {}
 
     @property
     def incremental(self) -> bool:
-        """False where no rule is known for the tokenizer: every append encodes the whole text again."""
-        return self._rule is not None
+        """False where no cut is ever found: every append encodes the whole text again."""
+        return any(self.at(pair[0], pair[1]) for pair in ("a ", " a", "a,", ",a", ".\n"))
+
+    def at(self, left: str, right: str) -> bool:
+        """Whether a text may be cut between these two characters."""
+        pair = left + right
+        found = self._known.get(pair)
+        if found is None:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[pair] = found = self._decide(left, right)
+        return found
 
     def last(self, text: str, limit: int) -> int:
         """The largest cut of `text` in 1..limit (limit < len(text)), or 0 where there is none."""
-        rule = self._rule
-        if rule is None:
-            return 0
         for position in range(limit, 0, -1):
-            left, right = text[position - 1], text[position]
-            if not rule(left, right) or left + right in self._added_pairs:
-                continue
-            if self._strips and (left.isspace() or left in self._strip_ends):
-                continue
-            return position
+            if self.at(text[position - 1], text[position]):
+                return position
         return 0
+
+    def _decide(self, left: str, right: str) -> bool:
+        if self._rule is None or left + right in self._added_pairs:
+            return False
+        if self._strips and (left.isspace() or left in self._strip_ends):
+            return False
+        return self._rule(left, right)
 
     @staticmethod
     def _choose_rule(encoder: Encoder) -> Rule | None:
         if any(token.single_word for token in encoder.added.values()):
             return None  # matched or not depending on its neighbours
         if encoder.kind == "byte_level":
-            return _at_word_start if not encoder.normalizer_parts and _splits_words(encoder) else None
+            return None if encoder.normalizer_parts else _between_pieces(encoder.pre_tokenizer_parts)
         plain_normalizer = all(
             part == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
             for part in encoder.normalizer_parts
@@ -128,44 +113,104 @@ class CutFinder:
         return None
 
 
-def _at_word_start(left: str, right: str) -> bool:
-    if right == " ":
-        return not left.isspace() and left not in _UNSURE
-    if right in _MARKS:
-        return (left.isascii() and left.isalnum()) or any(first <= left <= last for first, last in _LETTERS)
-    return False
+class _Splitter(Protocol):
+    """One step of a pre-tokenizer, asked about the place between two characters."""
+
+    def transparent(self, left: str, right: str) -> bool:
+        """Whether it finds on either side what it would find there alone."""
+        ...
+
+    def splits(self, left: str, right: str) -> bool:
+        """Whether a piece surely ends there, where it is transparent."""
+        ...
 
 
-def _splits_words(encoder: Encoder) -> bool:
-    """Whether the pre-tokenizer is made of splitters that are known to cut at the start of a word."""
-    splits = False
-    for part in encoder.pre_tokenizer_parts:
-        if part["type"] == "ByteLevel":
-            splits |= bool(part["use_regex"])
-            if part["add_prefix_space"]:
+class _RegexSplitter:
+    """`Split` by a regex. Where it is transparent, no match crosses the place.
+
+    So a match ends there if the character before is always part of a match (it is one by itself, should no
+    earlier match have it), and one begins there if the character after it is a match by itself.
+    """
+
+    def __init__(self, pattern: str, behavior: str, invert: bool) -> None:
+        self._regex = SplitRegex(pattern)
+        self._apart = behavior == "Isolated" or (behavior == "Removed" and invert)
+        self._contiguous = behavior == "Contiguous"
+        self.transparent = self._regex.transparent
+
+    def splits(self, left: str, right: str) -> bool:
+        regex = self._regex
+        if self._apart:
+            return regex.alone(left) or regex.alone(right)
+        if self._contiguous:  # matches side by side are one piece, and so is what lies between matches
+            return (regex.alone(left) and not regex.begins(right)) or (
+                not regex.members(left) and regex.alone(right)
+            )
+        return False
+
+
+class _ClassSplitter:
+    """`Digits` and `Punctuation`: each character of the class apart, or in runs. It looks at no others."""
+
+    def __init__(self, isolated: pre_tokenizers.PreTokenizer, behavior: str) -> None:
+        self._isolated = isolated
+        self._behavior = behavior
+
+    def transparent(self, left: str, right: str) -> bool:
+        return True
+
+    def splits(self, left: str, right: str) -> bool:
+        before, after = self._has(left), self._has(right)
+        if self._behavior == "Isolated":
+            return before or after
+        return self._behavior == "Contiguous" and before != after
+
+    def _has(self, character: str) -> bool:
+        return len(self._isolated.pre_tokenize_str(f"a{character}a")) > 1
+
+
+def _between_pieces(parts: Iterable[dict[str, Any]]) -> Rule | None:
+    """The rule of *splitters*; None where one of them is not understood."""
+    splitters: list[_Splitter] = []
+    try:
+        for part in parts:
+            splitters += _splitters(part)
+            if part["type"] == "ByteLevel":
+                break  # those after it see bytes in place of characters, but never two pieces at once
+    except NotUnderstood:
+        return None
+
+    def rule(left: str, right: str) -> bool:
+        for splitter in splitters:
+            if not splitter.transparent(left, right):
                 return False
-        elif part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
-            pattern = part["pattern"].get("Regex", "")
-            alternatives = _alternatives(pattern)
-            if r"\s+" in alternatives and _ALTERNATIVES.issuperset(alternatives):
-                splits = True
-            elif pattern not in _DIGIT_SPLITS:
-                return False
-        elif part["type"] != "Digits":
-            return False
-    return splits
+            if splitter.splits(left, right):
+                return True
+        return False
+
+    return rule
 
 
-def _alternatives(pattern: str) -> list[str]:
-    """Split a regular expression at its top-level `|`."""
-    parts, depth = [""], 0
-    for char in pattern:
-        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(char, 0)
-        if char == "|" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return parts
+def _splitters(part: dict[str, Any]) -> list[_Splitter]:
+    kind = part["type"]
+    if kind == "ByteLevel":
+        if part["add_prefix_space"]:
+            raise NotUnderstood("a space before each piece")
+        return [_RegexSplitter(_GPT2, "Isolated", False)] if part["use_regex"] else []
+    if kind == "Split":
+        pattern = part["pattern"]
+        regex = pattern["Regex"] if "Regex" in pattern else "".join(map(_literal, pattern["String"]))
+        return [_RegexSplitter(regex, part["behavior"], part["invert"])]
+    if kind == "Digits":
+        behavior = "Isolated" if part["individual_digits"] else "Contiguous"
+        return [_ClassSplitter(pre_tokenizers.Digits(individual_digits=True), behavior)]
+    if kind == "Punctuation":
+        return [_ClassSplitter(pre_tokenizers.Punctuation("isolated"), part["behavior"])]
+    raise NotUnderstood(f"the pre-tokenizer {kind}")
+
+
+def _literal(character: str) -> str:
+    return character if character.isalnum() or not character.isascii() else f"\\x{{{ord(character):x}}}"
 
 
 _TABLE_BITS = 21

@@ -159,13 +159,7 @@ class Vocabulary:
 
         InputError for a text with lone surrogates, which has no bytes in UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text has a lone surrogate at character {error.start}, which is not a character; "
-                "decode it as UTF-8 first"
-            ) from error
+        check_characters(text)
         if not self._encoder.dummy_prefix or not text:
             return self.encode_part(text, 0)
         first = self._view.encode(text, add_special_tokens=False).ids[:1]
@@ -229,6 +223,17 @@ def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
     raise ModelError(f"{name}: its special tokens change the ids of the text itself; use another model")
 
 
+def check_characters(text: str) -> None:
+    """Raise InputError for a text with lone surrogates, which has no bytes in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, which is not a character; "
+            "decode it as UTF-8 first"
+        ) from error
+
+
 def whole_characters(data: bytes) -> str:
     """The longest prefix of the bytes that is valid UTF-8."""
     try:
@@ -240,29 +245,32 @@ def whole_characters(data: bytes) -> str:
 class GrowingText:
     """A member's token ids for a text that only grows.
 
-    After any sequence of appends, `ids == prefix_ids + encode(whole text)`. An append encodes again only from
-    the last cut before the old end (see `cuts.py`), most often the last word, however long the text.
+    After any sequence of appends, `ids == prefix_ids + encode(whole text)`. An append encodes again only what
+    stands after the last cut before the old end (see `cuts.py`), most often the last word. Neither an append
+    nor a question looks at anything before that, so that both cost the same however long the text.
     """
 
     def __init__(self, vocabulary: Vocabulary, text: str, *, prefix: bool = True) -> None:
         """Encode the text; `prefix=False` leaves `prefix_ids` out (a chat template writes its own)."""
         self._vocabulary = vocabulary
-        self._text = text
         # `_ends`: where each id ends, in characters; without the prefix.
         ids, self._ends = vocabulary.encode_spans(text)
         self._start = len(vocabulary.prefix_ids) if prefix else 0
         self.ids: list[int] = vocabulary.prefix_ids[: self._start] + ids
-        self._last_cut: int | None = None  # of the text so far, before its last character; once asked for
+        # The text is `_settled`, then `_tail`, which begins at the last cut before the text's last character.
+        self._cut = vocabulary.cuts.last(text, len(text) - 1)
+        self._settled = [text[: self._cut]]
+        self._tail = text[self._cut :]
 
     @property
     def text(self) -> str:
         """The whole text so far."""
-        return self._text
+        return "".join(self._settled) + self._tail
 
     def copy(self) -> GrowingText:
         """The same text, to go on in another way."""
         twin = copy(self)
-        twin.ids, twin._ends = list(self.ids), list(self._ends)
+        twin.ids, twin._ends, twin._settled = list(self.ids), list(self._ends), list(self._settled)
         return twin
 
     def keeps_ids(self, text: str) -> bool:
@@ -270,49 +278,63 @@ class GrowingText:
 
         Most often the text begins a new word, and two characters tell; else the last word is encoded again.
         """
-        old = self._text
-        if not text or not old:
+        if not text or not self._tail or self._vocabulary.cuts.at(self._tail[-1], text[0]):
             return True
-        cuts = self._vocabulary.cuts
-        if cuts.last(old[-1] + text[0], 1):
-            return True
-        if self._last_cut is None:
-            self._last_cut = cuts.last(old, len(old) - 1)
-        cut = self._last_cut
-        kept = bisect_right(self._ends, cut) if cut else 0
-        present = self.ids[kept + self._start :]
-        if cut:
-            ids, _ = self._vocabulary.encode_part(old[cut:] + text, cut)
-        else:
-            ids, _ = self._vocabulary.encode_spans(old + text)
-        return ids[: len(present)] == present
+        present = self.ids[self._kept() + self._start :]
+        return self._encoded(self._tail + text)[0][: len(present)] == present
 
     def append(self, text: str) -> int:
         """Add text to the end; returns how many ids, from the start, are the same as before.
 
         `ids` is changed in place, from that place on.
+
+        Raises:
+            InputError: a lone surrogate in the text; nothing was added.
         """
         if not text:
             return len(self.ids)
-        vocabulary, old_length = self._vocabulary, len(self._text)
-        self._text += text
-        self._last_cut = None
-        cut = vocabulary.cuts.last(self._text, old_length)
-        kept = bisect_right(self._ends, cut) if cut else 0
-        if cut:
-            ids, ends = vocabulary.encode_part(self._text[cut:], cut)
-        else:
-            ids, ends = vocabulary.encode_spans(self._text)
+        check_characters(text)
+        cuts = self._vocabulary.cuts
+        old = len(self._tail)
+        if old and cuts.at(self._tail[-1], text[0]):
+            self._settle(old)
+            old = 0
+        tail = self._tail + text
+        kept = self._kept()
+        ids, ends = self._encoded(tail)
         self._ends[kept:] = ends
+        self._tail = tail
         start = kept + self._start
-        old = self.ids[start:]
+        before = self.ids[start:]
         same = 0
-        for before, after in zip(old, ids, strict=False):
-            if before != after:
+        for one, other in zip(before, ids, strict=False):
+            if one != other:
                 break
             same += 1
         self.ids[start + same :] = ids[same:]
+        for place in range(len(tail) - 1, old, -1):
+            if cuts.at(tail[place - 1], tail[place]):
+                self._settle(place)
+                break
         return start + same
+
+    def _kept(self) -> int:
+        """How many ids stand before the tail; the prefix is not among them."""
+        return bisect_right(self._ends, self._cut) if self._cut else 0
+
+    def _encoded(self, tail: str) -> tuple[list[int], list[int]]:
+        """Ids and ends of a text that begins where the tail does."""
+        return (
+            self._vocabulary.encode_part(tail, self._cut)
+            if self._cut
+            else self._vocabulary.encode_spans(tail)
+        )
+
+    def _settle(self, count: int) -> None:
+        """The tail's first characters stand: there is a cut after them."""
+        self._settled.append(self._tail[:count])
+        self._tail = self._tail[count:]
+        self._cut += count
 
 
 class Utf8Stream:

@@ -52,6 +52,12 @@ def _text(member: Member) -> list[Trap]:
         listed = " ".join(f"{byte:02X}" for byte in sorted(vocabulary.lost_bytes))
         text = f"its tokenizer drops {len(vocabulary.lost_bytes)} bytes, none of printable text: {listed}"
         found.append(Trap("lost bytes", text))
+    if not vocabulary.cuts.incremental:
+        text = (
+            "its way of splitting text is not understood: each token of the others encodes the whole text "
+            "again, which takes milliseconds a token where the text is long"
+        )
+        found.append(Trap("whole text again", text, serious=True))
     if not tokenizer.chat_template:
         found.append(Trap("no chat template", "chats need --without-template plain"))
     return found

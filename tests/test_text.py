@@ -373,7 +373,7 @@ O200K = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_CASES[0]}+{_CASES[1]}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-UNKNOWN_SPLIT = r"\w+ \w+|\s+|[^\s\w]+"  # words in pairs: no cut is known here
+LOOKS_LEFT = r"(?<= )\w+|\s+|[^\s\w]+"  # not understood: no cut is known here
 
 
 def trained(tokenizer: Tokenizer, vocab_size: int = 900) -> Tokenizer:
@@ -430,7 +430,7 @@ SYNTHETIC = {
     "o200k": lambda: byte_level(pre_tokenizers.Split(Regex(O200K), "isolated")),
     "gpt2-prefix-space": lambda: byte_level(add_prefix_space=True),
     "digits": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
-    "unknown-split": lambda: byte_level(pre_tokenizers.Split(Regex(UNKNOWN_SPLIT), "isolated")),
+    "looks-left": lambda: byte_level(pre_tokenizers.Split(Regex(LOOKS_LEFT), "isolated")),
     "prepend": lambda: sentencepiece("prepend"),
     "metaspace-first": lambda: sentencepiece("first"),
     "metaspace-always": lambda: sentencepiece("always", split=True),
@@ -443,7 +443,7 @@ SYNTHETIC = {
 def test_other_families(name: str) -> None:
     vocabulary = Vocabulary.from_tokenizer(SYNTHETIC[name](), name=name)
     assert vocabulary.prefix_ids == vocabulary.encode("<s>")
-    assert vocabulary.cuts.incremental == (name != "unknown-split")
+    assert vocabulary.cuts.incremental == (name != "looks-left")
 
     @settings(QUICK, max_examples=80)
     @given(
@@ -524,3 +524,34 @@ def test_missing_bytes_are_refused() -> None:
     state["post_processor"] = None
     with pytest.raises(ModelError, match="no token for the bytes 0xC9"):
         Vocabulary.from_tokenizer(Tokenizer.from_str(json.dumps(state)), name="gap")
+
+
+def test_work_of_an_append_does_not_grow_with_the_text(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in characters that are encoded, by an append and by a question."""
+    given: list[str] = []
+    original = Vocabulary.encode_part
+    monkeypatch.setattr(
+        Vocabulary, "encode_part", lambda self, text, at: given.append(text) or original(self, text, at)
+    )
+    most = []
+    for repetitions in (2, 40):
+        growing = GrowingText(vocabulary, " ".join(NATURAL[:5]) * repetitions)
+        given.clear()
+        for word in (NATURAL[0] + NATURAL[2] + "0123456789abcdef" * 8).split():
+            growing.keeps_ids(" " + word)
+            growing.append(" " + word)
+            growing.keeps_ids(word)
+        most.append(max(map(len, given)))
+        assert growing.ids == vocabulary.prefix_ids + vocabulary.encode(growing.text)
+    assert most[0] == most[1] < 300
+
+
+def test_a_lone_surrogate_changes_nothing(vocabulary: Vocabulary) -> None:
+    growing = GrowingText(vocabulary, "Hello")
+    ids = list(growing.ids)
+    with pytest.raises(InputError, match="surrogate"):
+        growing.append("\ud800")
+    assert growing.ids == ids
+    assert growing.text == "Hello"

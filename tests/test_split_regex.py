@@ -1,0 +1,174 @@
+"""Places that the automaton of a splitting regex clears, against the tokenizer's own splitter."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import Regex, pre_tokenizers
+
+from deepen_ext.cuts import _RegexSplitter
+from deepen_ext.split_regex import NotUnderstood, SplitRegex
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_NO_HAN = r"&&[^\p{Han}]]"
+# The patterns of families whose splitters differ, as their tokenizer.json has them.
+PATTERNS = {
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "gpt-4": CL100K,
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen3.5": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-4o": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "deepseek-v3": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "kimi": r"[\p{Han}]+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER[:-1]}{_NO_HAN}*{_LOWER[:-1]}{_NO_HAN}+(?i:'s|'t|'re)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER[:-1]}{_NO_HAN}+{_LOWER[:-1]}{_NO_HAN}*(?i:'s|'t|'re)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "groups of three, from the right": r"\d{1,3}(?=(?:\d{3})*\b)|\D+",
+    "cjk": r"[一-龥぀-ゟ゠-ヿ]+",
+}
+ALPHABET = "aabZ  1 2.,'\n\r\t-(é́̃ßſKﬅİ的日ก็ำ한ا🦙\u200d\u00a0_/"
+BEHAVIORS = ["isolated", "removed", "merged_with_previous", "merged_with_next", "contiguous"]
+
+
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choice(ALPHABET) for _ in range(rng.randint(2, 14)))
+
+
+def pieces(splitter: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
+    return [piece for piece, _ in splitter.pre_tokenize_str(text)] if text else []
+
+
+def check_places(pattern: str, behavior: str, rng: random.Random, texts: int) -> int:
+    """Every place said to split a text divides its pieces; returns how many were said to."""
+    invert = behavior == "removed"
+    ours = _RegexSplitter(pattern, behavior.title().replace("_", ""), invert)
+    theirs = pre_tokenizers.Split(Regex(pattern), behavior, invert)
+    found = 0
+    for _ in range(texts):
+        text = random_text(rng)
+        whole = pieces(theirs, text)
+        for place in range(1, len(text)):
+            pair = text[place - 1], text[place]
+            if ours.transparent(*pair) and ours.splits(*pair):
+                found += 1
+                apart = pieces(theirs, text[:place]) + pieces(theirs, text[place:])
+                assert apart == whole, (pattern, behavior, text[:place], text[place:])
+    return found
+
+
+@pytest.mark.parametrize("behavior", BEHAVIORS)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_families(name: str, behavior: str) -> None:
+    pattern = PATTERNS[name]
+    if "\\b" in pattern:
+        with pytest.raises(NotUnderstood):
+            SplitRegex(pattern)
+        return
+    found = check_places(pattern, behavior, random.Random(1), 300)
+    if behavior in ("isolated", "removed"):
+        assert found > 50
+    elif behavior.startswith("merged"):
+        assert found == 0
+
+
+def random_regex(rng: random.Random, depth: int = 3) -> str:
+    """From the whole of the grammar that is understood."""
+    atoms = ["a", "b", "1", " ", r"\s", r"\S", r"\p{L}", r"\P{L}", r"\p{N}", r"\d", r"\n", r"\.", ".", "'"]
+    atoms += ["[a-z]", r"[^\s\p{L}]", r"[\r\n]", r"[\p{L}&&[^a]]", "[^ab]", "é", "的"]
+    kind = rng.random()
+    if depth == 0 or kind < 0.35:
+        item = rng.choice(atoms)
+    elif kind < 0.6:
+        item = "".join(random_regex(rng, depth - 1) for _ in range(rng.randint(1, 3)))
+    elif kind < 0.75:
+        inner = "|".join(random_regex(rng, depth - 1) for _ in range(rng.randint(2, 3)))
+        item = f"{rng.choice(['(?:', '(', '(?>'])}{inner})"
+    elif kind < 0.8:
+        item = f"(?i:{rng.choice(['st', 'ab|k', '[sdmt]', 'i'])})"
+    elif kind < 0.85:
+        item = f"{rng.choice(['(?=', '(?!'])}{random_regex(rng, depth - 1)})"
+    else:
+        inner = random_regex(rng, depth - 1)
+        signs = [
+            "*",
+            "+",
+            "?",
+            "{1,3}",
+            "{2}",
+            "{2,}",
+            "*?",
+            "+?",
+            "??",
+            "*+",
+            "++",
+            "?+",
+            "{1,2}+",
+            "{2}?",
+            "{,2}",
+        ]
+        item = f"(?:{inner}){rng.choice(signs)}"
+    return item
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_regex(seed: int) -> None:
+    """Some thousand regexes, each understood and right, or refused."""
+    rng = random.Random(seed)
+    understood = places = 0
+    for _ in range(60):
+        pattern = "|".join(random_regex(rng) for _ in range(rng.randint(1, 4)))
+        try:
+            Regex(pattern)
+        except Exception:  # not one of Oniguruma's: the bindings raise no other class
+            continue
+        try:
+            SplitRegex(pattern)
+        except NotUnderstood:
+            continue
+        understood += 1
+        places += check_places(pattern, rng.choice(BEHAVIORS), rng, 25)
+    assert understood >= 10
+    assert places >= 20
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?<=a)b",
+        r"(?<!a)b",
+        r"\ba",
+        r"\Bb",
+        "^a",
+        r"\Aa",
+        r"\Ga",
+        r"(a)\1",
+        "a*",
+        "a?|b",
+        "(?=a)",
+        "a|",
+        "(?x:a)",
+    ],
+)
+def test_not_understood(pattern: str) -> None:
+    with pytest.raises(NotUnderstood):
+        SplitRegex(pattern)
+
+
+def test_case_folds_into_several_characters() -> None:
+    regex = SplitRegex("(?i:st)x")
+    assert not regex.transparent("ﬅ", "x")
+    assert not regex.transparent("ſ", "t")
+    assert regex.transparent("é", "x")
