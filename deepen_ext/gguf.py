@@ -12,15 +12,11 @@ from typing import Any
 
 from deepen_ext.cache import atomic_directory, cache_dir, locked
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf_pre_tokenizers import SplitRule, split_rule
 
 Progress = Callable[[str], None]
 
-_REVISION = "1"  # goes into the cache key: raise it when the rules of the conversion change
-
-# How llama.cpp splits text before BPE for these values of `tokenizer.ggml.pre`: single digits, then GPT-2's
-# pattern. transformers 5.23 knows no rule for them and leaves the digits out, so that "  12" comes out as
-# other tokens than the model was trained on.
-_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+_REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
 
 
 def converted_folder(sha256: str, name: str) -> Path:
@@ -110,27 +106,41 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
 
 
 def _tokenizer(path: Path) -> Any:
-    """The file's tokenizer, corrected where transformers does not follow the file's own settings."""
-    from tokenizers import pre_tokenizers
+    """The file's tokenizer, corrected where transformers does not follow the file's own settings.
+
+    For byte-level BPE, transformers 5.23 knows a third of the names of how text is split, takes GPT-2's rule
+    for all others, and never takes a word that is a token whole.
+    """
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     metadata = _metadata(path)
+    byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
+    rule = split_rule(metadata.get("tokenizer.ggml.pre")) if byte_level else None
     # Not AutoTokenizer: it would parse the whole file only to choose a class; the tokenizer.json comes out
     # the same.
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     backend = tokenizer.backend_tokenizer
-    if metadata.get("tokenizer.ggml.pre") in _DIGITS_APART:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    wanted, bos = metadata.get("tokenizer.ggml.add_bos_token"), tokenizer.bos_token
+    if rule is not None:
+        backend.pre_tokenizer = _pre_tokenizer(rule)
+        backend.model.ignore_merges = rule.ignore_merges
+    bos = tokenizer.bos_token
+    wanted = metadata.get("tokenizer.ggml.add_bos_token", True if rule is not None and rule.add_bos else None)
     if wanted is not None and bos is not None and wanted != (backend.encode("a").tokens[0] == bos):
         first = f"{bos} " if wanted else ""
         backend.post_processor = TemplateProcessing(
             single=f"{first}$A", pair=f"{first}$A {first}$B", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return tokenizer
+
+
+def _pre_tokenizer(rule: SplitRule) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
+    return pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _all_eos(model: Any, path: Path) -> None:
@@ -162,6 +172,8 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     try:
         yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

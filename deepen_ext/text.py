@@ -17,7 +17,7 @@ from typing import Any
 
 from deepen_ext.cuts import CutFinder
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.token_bytes import SPACE_MARK, Encoder, Kind, build_encoder
+from deepen_ext.token_bytes import SPACE_MARK, Encoder, Kind, build_encoder, without_padding
 
 # Each breaks some tokenizer that changes text: lower-casing, accents, NFC, NFKC, stripped or folded
 # whitespace.
@@ -47,8 +47,11 @@ class Vocabulary:
     Text is carried byte for byte. This asks for a departure from some tokenizers, always on a private view:
     Unicode NFC (in transformers' Qwen 2) is left out, the dummy space that SentencePiece puts before a text
     stands before the text only, never after a special token, and a literal `▁`, which SentencePiece would
-    turn into a space, is spelt in byte tokens. For text in NFC without special tokens or `▁` the ids are
-    those of the tokenizer.
+    turn into a space, is spelt in byte tokens. A text that begins with a space keeps it behind the dummy
+    space (`▁▁the`), as in SentencePiece; the Metaspace step of transformers (Llama 2, Mistral) puts no dummy
+    space before such a text, so that " the" and "the" would be the same ids. An added token of text never
+    takes the spaces beside it along (Phi-3's `</s>`). For text in NFC without special tokens or `▁`, and
+    without spaces at its start or beside an added token, the ids are those of the tokenizer.
 
     Attributes:
         tokens: bytes by id, length `vocab_size`; None where the token has no text (special, unused, beyond
@@ -75,19 +78,26 @@ class Vocabulary:
         """Read a transformers fast tokenizer (or a `tokenizers.Tokenizer`) and check that text survives it.
 
         Args:
-            tokenizer: what `AutoTokenizer.from_pretrained` returns. It is neither changed nor copied.
-            vocab_size: rows of the model's embedding or logits, when these exceed the tokenizer; default: its
-            length.
+            tokenizer: what `AutoTokenizer.from_pretrained` returns. It is neither changed nor copied. The
+                padding and truncation of a `tokenizers.Tokenizer` are left out.
+            vocab_size: rows of the model's embedding or logits; default: one more than the largest id. A
+                special token beyond the rows is left out: its name in a text is read as any other text.
             name: for messages; default: the tokenizer's `name_or_path`.
 
         Raises:
-            ModelError: unsupported family, or the first probe text that does not come back byte for byte.
+            ModelError: unsupported family; an id beyond the rows that text can give, or that stands before
+                every text; the first probe text that does not come back byte for byte.
         """
         name = name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
-        encoder = build_encoder(tokenizer, name)
-        known = encoder.view.get_vocab_size(with_added_tokens=True)
-        size = known if vocab_size is None else vocab_size
+        tokenizer = without_padding(tokenizer)
+        encoder = build_encoder(tokenizer, name, vocab_size)
+        size = encoder.id_bound if vocab_size is None else vocab_size
         prefix_ids = _prefix_ids(tokenizer, name)
+        if any(token_id >= size for token_id in prefix_ids):
+            raise ModelError(
+                f"{name}: the tokenizer puts the ids {prefix_ids} before every text, but the model has only "
+                f"{size} rows; the tokenizer belongs to another model"
+            )
         vocabulary = cls(encoder, encoder.token_bytes(size), prefix_ids, name)
         vocabulary._check(tokenizer)
         return vocabulary
@@ -101,6 +111,16 @@ class Vocabulary:
     def vocab_size(self) -> int:
         """Rows of the model's logits; `len(tokens)`."""
         return len(self.tokens)
+
+    @property
+    def id_bound(self) -> int:
+        """One more than the tokenizer's largest id that the model has a row for; at most `vocab_size`."""
+        return self._encoder.id_bound
+
+    @property
+    def unfit(self) -> dict[int, str]:
+        """Special tokens that the model has no row for: names by id. No text gives their ids."""
+        return dict(self._encoder.unfit)
 
     @property
     def lost_bytes(self) -> frozenset[int]:
@@ -189,11 +209,6 @@ class Vocabulary:
         """Round trip over `_PROBES`, and the same ids as the tokenizer where nothing sets them apart."""
         for text in _PROBES:
             ids = self.encode(text)
-            if max(ids) >= self.vocab_size:
-                raise ModelError(
-                    f"{self.name}: the tokenizer gives id {max(ids)} for {text!r}, but the model has only "
-                    f"{self.vocab_size} rows; the tokenizer belongs to another model"
-                )
             back = self.decode(ids)
             if back != text.encode():
                 raise ModelError(

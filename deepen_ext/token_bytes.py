@@ -9,7 +9,8 @@ reason about.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from tokenizers.models import BPE
 from deepen_ext.errors import ModelError
 
 SPACE_MARK = "▁"
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 Kind = Literal["byte_level", "sentencepiece"]
 
 
@@ -65,9 +67,11 @@ class Encoder:
     """A private, byte-exact view of a Hugging Face fast tokenizer: same model and added tokens, no copy of
     either.
 
-    It differs from the original in three ways, all needed to carry bytes exactly: no Unicode NFC step
+    It differs from the original in five ways, all needed to carry bytes exactly: no Unicode NFC step
     (transformers adds one to every Qwen 2 tokenizer), no dummy space before the text (`Vocabulary` puts it
-    there itself, and only there), and no padding, truncation or special tokens around the text.
+    there itself, and only there), no padding, truncation or special tokens around the text, no added token
+    of text that takes the spaces beside it along (Phi-3's `</s>`), and no special token that the model has no
+    row for (Gemma 3's `<image_soft_token>` beside a model of text alone).
     """
 
     kind: Kind
@@ -79,6 +83,8 @@ class Encoder:
     special_ids: frozenset[int]
     byte_ids: tuple[int | None, ...]  # the token of each of the 256 bytes
     lost_bytes: frozenset[int]  # those without one, which the tokenizer drops from text
+    id_bound: int  # the largest id and 1: more than the number of tokens where ids are left out (GPT-4o)
+    unfit: dict[int, str]  # special tokens without a row: names by id; the view reads them as other text
 
     @property
     def ignores_merges(self) -> bool:
@@ -89,9 +95,8 @@ class Encoder:
         """Each token's bytes by id, length `vocab_size`; None for special tokens and unknown ids."""
         to_bytes = _byte_level_bytes if self.kind == "byte_level" else _sentencepiece_bytes
         # One id at a time: `get_vocab` would build a dictionary of 40 MB for Gemma.
-        known = self.view.get_vocab_size(with_added_tokens=True)
         tokens: list[bytes | None] = [None] * vocab_size
-        for token_id in range(min(known, vocab_size)):
+        for token_id in range(min(self.id_bound, vocab_size)):
             if token_id in self.special_ids:
                 continue
             token = self.view.id_to_token(token_id)
@@ -105,8 +110,7 @@ class Encoder:
 
     def token_texts(self) -> Iterator[str]:
         """Every token as text, special ones included (SentencePiece only)."""
-        known = self.view.get_vocab_size(with_added_tokens=True)
-        names = (self.view.id_to_token(token_id) for token_id in range(known))
+        names = (self.view.id_to_token(token_id) for token_id in range(self.id_bound))
         return (name.replace(SPACE_MARK, " ") for name in names if name is not None)
 
 
@@ -118,13 +122,22 @@ def _byte_level_bytes(token: str) -> bytes | None:
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if _BYTE_TOKEN.fullmatch(token):
         return bytes.fromhex(token[3:5])
     return token.replace(SPACE_MARK, " ").encode()
 
 
-def build_encoder(tokenizer: Any, name: str) -> Encoder:
-    """Read a transformers fast tokenizer or a `tokenizers.Tokenizer`; ModelError for another family."""
+def build_encoder(tokenizer: Any, name: str, rows: int | None = None) -> Encoder:
+    """Read a transformers fast tokenizer or a `tokenizers.Tokenizer`.
+
+    Args:
+        tokenizer: the original. It is neither changed nor copied.
+        name: for messages.
+        rows: of the model's logits; None: as many as the tokenizer needs.
+
+    Raises:
+        ModelError: another family; a token that text can give has an id beyond the rows.
+    """
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise ModelError(f"{name}: not a fast tokenizer; save the model with a tokenizer.json and load that")
@@ -139,7 +152,15 @@ def build_encoder(tokenizer: Any, name: str) -> Encoder:
 
     kind = _family(backend, name)
     view = Tokenizer(model)
-    added = dict(sorted(backend.get_added_tokens_decoder().items()))
+    every = dict(sorted(backend.get_added_tokens_decoder().items()))
+    unfit = {
+        i: token.content
+        for i, token in every.items()
+        if rows is not None and _is_left_out(i, token, model, rows)
+    }
+    added = {i: _kept_apart(token) for i, token in every.items() if i not in unfit}
+    if rows is not None:
+        _refuse_beyond(((i, token.content) for i, token in added.items()), rows, name)
     view.add_tokens(list(added.values()))
     view.encode_special_tokens = backend.encode_special_tokens
     if any(view.id_to_token(i) != token.content for i, token in added.items()):
@@ -149,8 +170,10 @@ def build_encoder(tokenizer: Any, name: str) -> Encoder:
     normalizer_dummy = _set_normalizer(view, backend, kind)
     pre_tokenizer_dummy = _set_pre_tokenizer(view, backend)
 
-    names = BYTE_TO_CHAR if kind == "byte_level" else {byte: f"<0x{byte:02X}>" for byte in range(256)}
-    byte_ids = [view.token_to_id(names[byte]) for byte in range(256)]
+    bound = _id_bound(view)
+    if rows is not None:
+        _refuse_beyond(((i, token) for i in range(rows, bound) if (token := view.id_to_token(i))), rows, name)
+    byte_ids = [_byte_id(view, kind, byte) for byte in range(256)]
     lost = frozenset(byte for byte, byte_id in enumerate(byte_ids) if byte_id is None)
     if not lost <= (_RARE_BYTES if kind == "byte_level" else frozenset()):
         missing = ", ".join(f"0x{byte:02X}" for byte in sorted(lost - _RARE_BYTES) or sorted(lost))
@@ -170,7 +193,67 @@ def build_encoder(tokenizer: Any, name: str) -> Encoder:
         special_ids=frozenset(special),
         byte_ids=tuple(byte_ids),
         lost_bytes=lost,
+        id_bound=bound,
+        unfit=unfit,
     )
+
+
+def _is_left_out(token_id: int, token: AddedToken, model: BPE, rows: int) -> bool:
+    """Whether the view does without a token: special, beyond the rows, and not a word of BPE's as well."""
+    return token_id >= rows and token.special and model.token_to_id(token.content) is None
+
+
+def _kept_apart(token: AddedToken) -> AddedToken:
+    """The same token, which leaves the spaces beside it to the text if it is of text itself."""
+    if token.special or not (token.lstrip or token.rstrip):
+        return token
+    return AddedToken(
+        token.content, single_word=token.single_word, normalized=token.normalized, special=False
+    )
+
+
+def _id_bound(view: Tokenizer) -> int:
+    """The largest id and 1."""
+    count = int(view.get_vocab_size(with_added_tokens=True))
+    # As many ids as tokens from 0 on: there is none beyond. Else the dictionary is worth its memory.
+    if all(view.id_to_token(token_id) is not None for token_id in range(count)):
+        return count
+    return max(view.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def _refuse_beyond(tokens: Iterable[tuple[int, str]], rows: int, name: str) -> None:
+    """ModelError if there is a token, by id and name, beyond the rows."""
+    beyond = [(token_id, token) for token_id, token in tokens if token_id >= rows]
+    if beyond:
+        token_id, token = beyond[0]
+        raise ModelError(
+            f"{name}: the tokenizer can give id {token_id} ({token!r}), but the model has only {rows} rows; "
+            "the tokenizer belongs to another model, or tokens were added to it and not to the model "
+            "(resize_token_embeddings adds the rows)"
+        )
+
+
+def _byte_id(view: Tokenizer, kind: Kind, byte: int) -> int | None:
+    """The token of a byte. SentencePiece spells it `<0x09>`, or as the character itself (Gemma 1 and 2)."""
+    if kind == "byte_level":
+        return view.token_to_id(BYTE_TO_CHAR[byte])
+    found = view.token_to_id(f"<0x{byte:02X}>")
+    if found is None and byte < 0x80:
+        found = view.token_to_id(SPACE_MARK if byte == 0x20 else chr(byte))
+    return found
+
+
+def without_padding(tokenizer: Any) -> Any:
+    """The tokenizer; in place of a `tokenizers.Tokenizer` that pads or cuts, its like that does neither."""
+    if not isinstance(tokenizer, Tokenizer) or (tokenizer.padding is None and tokenizer.truncation is None):
+        return tokenizer
+    plain = Tokenizer(tokenizer.model)
+    plain.add_tokens([token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())])
+    plain.encode_special_tokens = tokenizer.encode_special_tokens
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (component := getattr(tokenizer, part)) is not None:
+            setattr(plain, part, component)
+    return plain
 
 
 def _family(backend: Tokenizer, name: str) -> Kind:

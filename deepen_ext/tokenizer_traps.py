@@ -73,13 +73,14 @@ def _prefix(member: Member) -> list[Trap]:
 
 
 def _sizes(member: Member) -> list[Trap]:
-    known, rows = len(member.tokenizer), member.vocab_size
+    known, rows = member.vocabulary.id_bound, member.vocab_size
     found = []
     if rows > known:
         text = f"{rows - known} of its {rows} logits have no token behind them; they never count as text"
         found.append(Trap("padding rows", text))
-    if rows < known:
-        text = f"its tokenizer has {known} tokens and its logits only {rows}: the last ones cannot be written"
+    if unfit := member.vocabulary.unfit:
+        names = ", ".join(unfit.values())
+        text = f"its {rows} logits have none for {names}: left out, and their names are read as other text"
         found.append(Trap("missing rows", text))
     if len(member.embedding) != rows:
         text = (

@@ -195,7 +195,7 @@ def test_ids_beyond_the_tokenizer_are_empty(smollm2_dir: Path) -> None:
     padded = Vocabulary.from_tokenizer(tokenizer, 49152 + 64)
     assert padded.vocab_size == 49216
     assert padded.tokens[49152:] == [None] * 64
-    with pytest.raises(ModelError, match="has only 1000 rows"):
+    with pytest.raises(ModelError, match="only 1000 rows"):
         Vocabulary.from_tokenizer(tokenizer, 1000)
 
 
@@ -456,7 +456,7 @@ def test_other_families(name: str) -> None:
         text = "".join(texts)
         assert_grows(vocabulary, pieces_of(text, cuts))
         assert_cuts_hold(vocabulary, text)
-        if without_special(vocabulary, text) and not ("rstrip" in name and "<tag>" in text):
+        if without_special(vocabulary, text):
             assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
             assert vocabulary.decode(vocabulary.prefix_ids + vocabulary.encode(text)) == text.encode()
 

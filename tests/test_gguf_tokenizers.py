@@ -1,0 +1,198 @@
+"""The tokenizer of a GGUF file: text is split as the file's name for it says, or the file is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from real_tokenizers import SMALL, tokenizer_file
+from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+
+from deepen_ext.errors import ModelError
+from deepen_ext.gguf import convert_tokenizer, file_sha256
+from deepen_ext.gguf_pre_tokenizers import SPLIT_RULES
+from deepen_ext.text import Vocabulary
+
+TEXTS = [
+    "The QUICK brownFox, isn't it? IT'S 3.14159 (roughly), or 1234567 and 12ab.",
+    "def f(x):\n\tif x >= 10:\n        return {'a': [x**2, -1.5e-3]}  # ok\n\n\n",
+    "今天天气很好，我们去公园吧。日本語カナ 한국어 中文English混合123",
+    "naïve e\u0301 n\u0303 ½² Ⅳ ٣ क्षि สวัสดี 👩‍👩‍👧‍👦 $1,000 <b>a|b</b> `x` ~/y \r\n  z  ",
+]
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SMALLEST = [*ALPHABET, "ab"], ["a b"]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+# Regular expressions as llama.cpp's sources name them, written out.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
+WRITTEN_OUT = {
+    "gpt-2": [GPT2],
+    "mpt": [GPT2],
+    "smollm": [r"\p{N}", GPT2],
+    "falcon": [r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],
+    "llama-bpe": [LLAMA3],
+    "glm4": [LLAMA3],
+    "qwen2": [QWEN2],
+    "bloom": [r" ?[^(\s|.,!?…。，、।۔،)]+"],
+    "deepseek-coder": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
+    "deepseek-v3": [
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+    "seed-coder": [QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+")],
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[list[str], list[str]]:
+    """Tokens and merges that cross words, digits and marks: other splits give other ids."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=ALPHABET, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(pair) for pair in model["merges"]]
+
+
+Convert = Callable[..., Path]
+
+
+@pytest.fixture
+def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Write a GGUF file of a tokenizer alone and convert it, in a cache of its own."""
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+
+    def made(tokens: list[str], merges: list[str], pre: Any, add_bos: bool | None = None) -> Path:
+        path = tmp_path / "tokenizer.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tokenizer_model("gpt2")
+        if isinstance(pre, str):
+            writer.add_tokenizer_pre(pre)
+        elif pre is not None:
+            writer.add_uint32("tokenizer.ggml.pre", pre)
+        writer.add_token_list([*SPECIAL, *tokens])
+        writer.add_token_types([3] * 3 + [1] * len(tokens))
+        writer.add_token_merges(merges)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return convert_tokenizer(path, sha256=file_sha256(path), name="made") / "tokenizer.json"
+
+    return made
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_ids_are_those_of_the_rule(name: str, convert: Convert, trained: tuple[list[str], list[str]]) -> None:
+    tokens, merges = trained
+    found = Tokenizer.from_file(str(convert(tokens, merges, name)))
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *tokens])}
+    expected = Tokenizer(BPE(vocab, [(left, right) for left, right in map(str.split, merges)]))
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WRITTEN_OUT[name]]
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    expected.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
+    for text in TEXTS:
+        assert ids_of(found, text) == ids_of(expected, text)
+    expected.pre_tokenizer = last
+    assert any(ids_of(found, text) != ids_of(expected, text) for text in TEXTS)
+
+
+NUMBERS = [
+    ("gpt-2", ["1234567"]),
+    ("falcon", ["123", "456", "7"]),
+    ("default", ["123", "456", "7"]),
+    ("smollm", list("1234567")),
+    ("deepseek-llm", list("1234567")),
+    ("kimi-k2", ["123", "456", "7"]),
+    ("superbpe", ["1", "234", "567"]),
+    ("tiny_aya", ["1", "234", "567"]),
+    ("afmoe", ["1", "234", "567"]),
+    ("tekken", list("1234567")),
+    ("gpt-4o", ["123", "456", "7"]),
+    ("minicpm5", ["123", "456", "7"]),
+    ("viking", list("1234567")),
+    ("bloom", ["1234567"]),
+]
+
+
+@pytest.mark.parametrize(("name", "pieces"), NUMBERS, ids=[name for name, _ in NUMBERS])
+def test_how_a_number_is_split(name: str, pieces: list[str], convert: Convert) -> None:
+    pre_tokenizer = Tokenizer.from_file(str(convert(*SMALLEST, name))).pre_tokenizer
+    assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("1234567")] == pieces
+
+
+def test_every_rule_compiles_and_keeps_text(convert: Convert, trained: tuple[list[str], list[str]]) -> None:
+    """Each of llama.cpp's names makes a tokenizer that carries text byte for byte."""
+    tokens, merges = trained
+    tokenizer = Tokenizer.from_file(str(convert(tokens, merges, "gpt-2")))
+    assert len(SPLIT_RULES) > 80
+    for rule in set(SPLIT_RULES.values()):
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, last])
+        vocabulary = Vocabulary.from_tokenizer(tokenizer, name=repr(rule))
+        for text in TEXTS:
+            assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize("pre", ["megalodon", None, 7, "gemma4", "whitespace"])
+def test_an_unknown_rule_is_refused(pre: str | int | None, convert: Convert) -> None:
+    what = "names no pre-tokenizer" if pre is None else f"names the pre-tokenizer {pre!r}"
+    with pytest.raises(ModelError, match=rf"tokenizer.gguf: its metadata {what}.*--pre-tokenizer NAME"):
+        convert(*SMALLEST, pre)
+
+
+@pytest.mark.parametrize(("name", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
+def test_a_word_that_is_a_token_is_taken_whole(name: str, whole: bool, convert: Convert) -> None:
+    tokenizer = Tokenizer.from_file(str(convert([*SMALLEST[0], "Ġhello"], SMALLEST[1], name)))
+    assert (tokenizer.encode(" hello", add_special_tokens=False).tokens == ["Ġhello"]) is whole
+
+
+@pytest.mark.parametrize(
+    ("name", "add_bos", "there"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("tekken", None, True), ("qwen2", True, True)],
+)
+def test_bos(name: str, add_bos: bool | None, there: bool, convert: Convert) -> None:
+    tokenizer = Tokenizer.from_file(str(convert(*SMALLEST, name, add_bos)))
+    assert (tokenizer.encode("a").tokens[0] == "<s>") is there
+
+
+REAL = {"deepseek-v4": "deepseek-v3"}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_vocabularies(name: str, convert: Convert) -> None:
+    """A GGUF file of a real vocabulary gives the ids of the model's own tokenizer.json."""
+    [source] = [source for source in SMALL if source.name == name]
+    path = tokenizer_file(source)
+    model = json.loads(path.read_bytes())["model"]
+    tokens = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in SPECIAL]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    own = Tokenizer.from_file(str(path))
+    made = Tokenizer.from_file(str(convert(tokens, merges, REAL[name])))
+    for text in TEXTS:
+        assert (
+            made.encode(text, add_special_tokens=False).tokens
+            == own.encode(text, add_special_tokens=False).tokens
+        )
