@@ -132,7 +132,7 @@ class Run:
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
         self._criteria = [settings.criteria() for _ in prompts]
         self._certificate = (
-            Certificate(fuser.learning_rate, fuser.steps, self._chooser)
+            Certificate(fuser.learning_rate, fuser.steps, self._chooser, log_probs=fuser.log_probs)
             if certified_skip and isinstance(fuser, DeepenFuser)
             else None
         )
