@@ -78,6 +78,7 @@ def fuse(
     learning_rate: float,
     steps: int,
     min_probability: float,
+    log_probs: bool,
     fused: _Address,
     chosen: _Address,
     workspace: _Address,

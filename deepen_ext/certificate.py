@@ -9,17 +9,19 @@ the moments of step t = 1..T are m = sum_i a_i g_i and v = sum_i b_i g_i^2, so b
     |m| / (sqrt(v) + eps) <= c_t = sqrt(sum_i a_i^2 / b_i).
 
 (Gradients that grow by b2/b1 a step reach c_t at every step at once: nothing is given away.) Weight decay
-first scales the logit by k_t = 1 - 0.01 eta_t. After T steps a candidate's logit z lies within
+first scales what moves by k_t = 1 - 0.01 eta_t. That is the logit z less c, the logarithm of the sum of all
+exponentials (in the paper's recipe z itself, c = 0). After T steps a candidate's z - c lies within
 
-    D z - M .. D z + M,    D = prod_t k_t,    M = sum_t eta_t c_t prod_{s>t} k_s
+    D (z - c) - M .. D (z - c) + M,    D = prod_t k_t,    M = sum_t eta_t c_t prod_{s>t} k_s
 
 and any other token's where it was. The main model's first choice z_1 is a candidate, so it stays first if
 
-    D z_1 - M > D z_2 + M    and    D z_1 - M > z_2.
+    D (z_1 - c) - M > D (z_2 - c) + M    and    D (z_1 - c) - M > z_2 - c.
 
 Floating point: M gets a ten-thousandth more (the float32 moments, the rounded b1 and b2), each bound 3 T + 8
-rounding errors of the logit. Then both sides are rounded to the logits' dtype, as the fusion rounds what it
-writes back. Rounding keeps order, so a tie on one side of it is a tie here, and a tie is not settled.
+rounding errors of z - c, and with c above 0 or below it 4 of z and of z_1, through whose difference z - c is
+found and undone. Then both sides are rounded to the logits' dtype, as the fusion rounds what it writes back.
+Rounding keeps order, so a tie on one side of it is a tie here, and a tie is not settled.
 
 Processors that give each token a score by its own logit and the ids, rising with the logit, keep order too:
 the bounds go through them, all tokens' upper ones with the first choice's lower one among them.
@@ -78,12 +80,13 @@ def _largest_ratio(t: int) -> float:
 class Certificate:
     """Says which rows' greedy tokens are settled by the main model alone."""
 
-    def __init__(self, learning_rate: float, steps: int, chooser: Chooser) -> None:
-        """Bound the search of these settings, for what `chooser` makes of its logits."""
+    def __init__(self, learning_rate: float, steps: int, chooser: Chooser, *, log_probs: bool = True) -> None:
+        """Bound the search of these settings (`DeepenFuser`), for what `chooser` makes of its logits."""
         self._decay, reach = movement(learning_rate, steps)
         self._reach = reach * (1 + 1e-4)
         self._rounding = (3 * steps + 8) * _ROUNDING
         self._chooser = chooser
+        self._log_probs = log_probs
 
     def settled(
         self,
@@ -110,32 +113,49 @@ class Certificate:
         processors = self._chooser.processors(rows[0])
         if self._chooser.settings.do_sample or any(type(one) not in _ORDERLY for one in processors):
             return torch.zeros(len(rows), dtype=torch.bool, device=main_logits.device)
-        if processors:
-            return self._settled_after(main_logits, rows, ids)
         if top is None or top.ids.shape[1] < 2:
             top = launch(
                 main_logits, 2
             )  # one read; a sixth of torch.topk's time at 262,144 tokens on the CPU
         sound = top.status == 0
         first_two = top.ids[:, :2].long().where(sound[:, None], 0)  # the ids of other rows are unspecified
-        lower, upper = self._bounds(main_logits.gather(1, first_two))
+        origin = self._origin(main_logits, first_two[:, :1], top.probs[:, :1])
+        if processors:
+            return sound & self._settled_after(main_logits, rows, ids, origin)
+        lower, upper = self._bounds(main_logits.gather(1, first_two), *origin)
         return sound & (lower[:, 0] > upper[:, 1])
 
     def _settled_after(
-        self, main_logits: torch.Tensor, rows: Sequence[int], ids: Sequence[Sequence[int]]
+        self,
+        main_logits: torch.Tensor,
+        rows: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        origin: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """`settled` after processors: the first choice at its worst against all others at their best."""
         first = self._chooser.processed(main_logits, rows, ids).argmax(dim=-1, keepdim=True)
-        lower, upper = self._bounds(main_logits)
+        lower, upper = self._bounds(main_logits, *origin)
         worst = upper.scatter(1, first, lower.gather(1, first))
         scores = self._chooser.processed(worst, rows, ids)
         score = scores.gather(1, first)
         return (score > scores.scatter(1, first, -torch.inf).amax(dim=-1, keepdim=True)).squeeze(1)
 
-    def _bounds(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _origin(
+        self, logits: torch.Tensor, first: torch.Tensor, probability: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first choice's logit, and what the search has for it (csrc/ops/fuse.h), [b, 1]."""
+        logit = logits.gather(1, first).float()
+        return (logit, probability.log()) if self._log_probs else (torch.zeros_like(logit),) * 2
+
+    def _bounds(
+        self, logits: torch.Tensor, origin: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each logit may end, in its dtype: as a candidate it moves, otherwise it stays."""
         z = logits.float()
-        decayed, moved = z * self._decay, z.abs() * self._rounding + self._reach
-        lower = torch.minimum(decayed - moved, z)
-        upper = torch.maximum(decayed + moved, z).masked_fill(z == -torch.inf, -torch.inf)
+        searched = z - origin + value
+        decayed, moved = searched * self._decay, searched.abs() * self._rounding + self._reach
+        if self._log_probs:
+            moved = moved + 4 * _ROUNDING * (z.abs() + origin.abs())
+        lower = torch.minimum(decayed - moved - value + origin, z)
+        upper = torch.maximum(decayed + moved - value + origin, z).masked_fill(z == -torch.inf, -torch.inf)
         return lower.to(logits.dtype), upper.to(logits.dtype)

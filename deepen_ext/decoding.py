@@ -17,6 +17,7 @@ from deepen_ext.certificate import Certificate
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
+from deepen_ext.member import forbid
 from deepen_ext.memory import find_shortage
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
@@ -129,10 +130,12 @@ class Run:
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
         self._main = open_session(ensemble.members[0], at_once, capacity, shared)
+        self._unwritable = ensemble.members[0].unwritable(settings.eos_ids)
+        self._shared = shared is not None
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
         self._criteria = [settings.criteria() for _ in prompts]
         self._certificate = (
-            Certificate(fuser.learning_rate, fuser.steps, self._chooser)
+            Certificate(fuser.learning_rate, fuser.steps, self._chooser, log_probs=fuser.log_probs)
             if certified_skip and isinstance(fuser, DeepenFuser)
             else None
         )
@@ -201,6 +204,8 @@ class Run:
         self._begun = []
         targets = {self._assistants.places[row]: self._rows[row].ids for row in rows}
         main_logits = forward(self._main, targets, names[0])
+        # Those of a session of its own nobody else reads.
+        main_logits = forbid(main_logits, self._unwritable, in_place=not self._shared)
         read = perf_counter()
         main = self.ensemble.fuser.top(0, main_logits)
         reasons = self._unneeded(main_logits, main)

@@ -157,7 +157,12 @@ class Ensemble:
             if maps is None or not maps.made_with(members, rows):
                 self._maps = MemberMaps(members, rows)
         self.fuser: Fuser = make_fuser(
-            fuser, self.members, self._maps if on_relative_maps(fuser) else None, self.names, **search
+            fuser,
+            self.members,
+            self._maps if on_relative_maps(fuser) else None,
+            self.names,
+            recipe=recipe,
+            **search,
         )
         alone = len(members) == 1
         self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware and not alone else None

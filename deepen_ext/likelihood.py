@@ -38,6 +38,9 @@ class TextReading:
     context belongs to the text. Without a context the first token follows what the tokenizer puts before
     every text, or else the BOS or EOS token (its `prefix_token_id`).
 
+    As in the loop, only what can be written has a probability: tokens with text, EOS, and the special tokens
+    that the text names (see `Member.unwritable`).
+
     An assistant takes part at a token as it does in the loop: it has read the text so far, in the tokens that
     this has by itself; it waits for unfinished characters, and heeds the ensemble's boundary rule.
 
@@ -112,7 +115,7 @@ class TextReading:
             greedy: list[bool] = []
             for rows in _blocks(len(reading.scored), member):
                 targets = reading.scored[rows.start : rows.stop]
-                found, top = _logprobs(reading.logits.take(rows), targets, member.name)
+                found, top = _logprobs(reading.logits.take(rows, written=True), targets, member.name)
                 logprobs += found
                 greedy += [one == token for one, token in zip(top, targets, strict=True)]
             self._alone[id(member)] = self._likelihoods(reading, logprobs, greedy)
@@ -156,8 +159,9 @@ class TextReading:
         logprobs: list[float] = []
         greedy: list[bool] = []
         for rows in _blocks(len(main.scored), *members):
-            logits = main.logits.take(rows)
-            parts = [self._part(ensemble, 0, main, range(len(rows)), rows)]
+            logits = main.logits.take(rows, written=True)
+            top = main.logits.top(rows, fuser.candidates, ensemble.device, written=True)
+            parts = [Part(0, f"logits of {ensemble.names[0]}", top, range(len(rows)), logits)]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
                 first, last = (bisect_left(said, (place,)) for place in (rows.start, rows.stop))
                 if here := said[first:last]:
@@ -173,7 +177,7 @@ class TextReading:
     def _part(
         self, ensemble: Ensemble, i: int, reading: Reading, places: Sequence[int], rows: Sequence[int]
     ) -> Part:
-        """What member i says at these places of a step: these rows of what it has read."""
+        """What assistant i says at these places of a step: these rows of what it has read."""
         top = reading.logits.top(rows, ensemble.fuser.candidates, ensemble.device)
         name = f"logits of {ensemble.names[i]}"
         return Part(i, name, top, places, reading.logits.take(rows))

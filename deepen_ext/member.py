@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,9 @@ class Member:
     context_length: int | None
     device: torch.device
     dtype: torch.dtype
+    _unwritable: dict[frozenset[int], torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -39,6 +43,34 @@ class Member:
     def vocab_size(self) -> int:
         """Number of logits the model gives (may exceed the number of tokens)."""
         return self.vocabulary.vocab_size
+
+    @cached_property
+    def _without_text(self) -> frozenset[int]:
+        texts = enumerate(self.vocabulary.tokens)
+        return frozenset(i for i, text in texts if not text).difference(self.eos_ids)
+
+    def unwritable(self, but: Iterable[int] = ()) -> torch.Tensor:
+        """The ids that are never written, int64 [n], rising, on the model's device; to be read only.
+
+        What can be written is a token with text, and EOS. Other special tokens are part of prompts alone, and
+        logits beyond the tokenizer mean nothing.
+
+        Args:
+            but: ids that can be written all the same, such as others that end a text.
+        """
+        kept = self._without_text.intersection(but)
+        if kept not in self._unwritable:
+            ids = sorted(self._without_text - kept)
+            self._unwritable[kept] = torch.tensor(ids, dtype=torch.long, device=self.device)
+        return self._unwritable[kept]
+
+
+def forbid(logits: torch.Tensor, ids: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+    """Logits [b, V] with -inf for `Member.unwritable` ids; a copy where there are any, unless `in_place`."""
+    if not len(ids):
+        return logits
+    with torch.inference_mode(in_place):  # what a session gives can be written to there alone
+        return logits.index_fill_(1, ids, -torch.inf) if in_place else logits.index_fill(1, ids, -torch.inf)
 
 
 def unique_names(members: Sequence[Member]) -> list[str]:

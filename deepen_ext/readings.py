@@ -14,7 +14,7 @@ import torch
 from deepen_ext.assistants import forward
 from deepen_ext.boundary import CANDIDATES, BoundaryRule, candidates_of
 from deepen_ext.errors import InputError, ModelError, failures_of
-from deepen_ext.member import Member
+from deepen_ext.member import Member, forbid
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.session import BatchSession
 from deepen_ext.text import GrowingText, Utf8Stream
@@ -22,13 +22,19 @@ from deepen_ext.weighting import PromptScore, read_prompts
 
 
 class LogitRows:
-    """Rows of a member's logits, kept as the blocks [n, V] they came in, and their most probable tokens."""
+    """Rows of a member's logits, kept as the blocks [n, V] they came in, and their most probable tokens.
 
-    def __init__(self, name: str) -> None:
+    As a main model's, `written`, they have -inf for what cannot be written.
+    """
+
+    def __init__(self, name: str, unwritable: torch.Tensor) -> None:
         self._name = name
+        self._unwritable = unwritable
         self._blocks: list[torch.Tensor] = []
         self._begins: list[int] = []
-        self._top: dict[tuple[int, torch.device], tuple[int, TopK]] = {}  # with the blocks that are in it
+        self._top: dict[
+            tuple[int, torch.device, bool], tuple[int, TopK]
+        ] = {}  # with the blocks that are in it
         self._rows = 0
 
     def __len__(self) -> int:
@@ -41,7 +47,7 @@ class LogitRows:
         self._rows += len(block)
         return range(self._rows - len(block), self._rows)
 
-    def take(self, rows: Sequence[int]) -> torch.Tensor:
+    def take(self, rows: Sequence[int], *, written: bool = False) -> torch.Tensor:
         """The logits [n, V] of these rows: read only, a view where they follow one another in a block."""
         found = []
         for number, group in groupby(rows, key=lambda row: bisect_right(self._begins, row) - 1):
@@ -50,20 +56,24 @@ class LogitRows:
                 found.append(block[local[0] : local[0] + len(local)])
             else:
                 found.append(block.index_select(0, torch.tensor(local).to(block.device)))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        taken = found[0] if len(found) == 1 else torch.cat(found)
+        return forbid(taken, self._unwritable) if written else taken
 
-    def top(self, rows: Sequence[int], k: int, device: torch.device) -> TopK:
+    def top(self, rows: Sequence[int], k: int, device: torch.device, *, written: bool = False) -> TopK:
         """The k most probable tokens of these rows, on a device; each row is looked at once for every k."""
-        done, found = self._top.get((k, device), (0, None))
+        done, found = self._top.get((k, device, written), (0, None))
         if done < len(self._blocks):
-            blocks = [launch(block, min(k, block.shape[1])) for block in self._blocks[done:]]
+            blocks = [
+                launch(forbid(block, self._unwritable) if written else block, min(k, block.shape[1]))
+                for block in self._blocks[done:]
+            ]
             for begin, block in zip(self._begins[done:], blocks, strict=True):
                 status = block.status.tolist()
                 check_status(f"logits of {self._name}", status, range(begin, begin + len(status)))
             moved = [TopK(*(one.to(device) for one in block)) for block in blocks]
             parts = moved if found is None else [found, *moved]
             found = TopK(*(torch.cat(same) for same in zip(*parts, strict=True)))
-            self._top[k, device] = len(self._blocks), found
+            self._top[k, device, written] = len(self._blocks), found
         assert found is not None
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return TopK(*(one[rows[0] : rows[0] + len(rows)] for one in found))
@@ -91,13 +101,15 @@ class Reading:
         """
         vocabulary = member.vocabulary
         self.member = member
-        self.logits = LogitRows(member.name)
         whole, character_ends = vocabulary.encode_spans(context + text)
         self.data = (context + text).encode()
         own = vocabulary.encode(context)
         self.prefix = list(vocabulary.prefix_ids) or ([] if own else _first_id(member))
         self.ids = self.prefix + whole
         self.first = len(self.prefix) + len(own)
+        # Special tokens that the text itself names can be written in it.
+        self._unwritable = member.unwritable(self.ids)
+        self.logits = LogitRows(member.name, self._unwritable)
         if self.first >= len(self.ids):
             raise InputError(
                 f"{member.name}: the text has no token of its own after this context, its characters go to "
@@ -137,7 +149,7 @@ class Reading:
         except BaseException:
             session.close()
             self._session = None
-            self.logits = LogitRows(self.member.name)
+            self.logits = LogitRows(self.member.name, self._unwritable)
             raise
         self._session = session
 
@@ -155,7 +167,7 @@ class Reading:
     def close(self) -> None:
         """Free the cache and the logits."""
         self.release()
-        self.logits = LogitRows(self.member.name)
+        self.logits = LogitRows(self.member.name, self._unwritable)
         self._elsewhere.clear()
 
     def rows_after(self, all_ids: Iterable[Sequence[int]]) -> list[int]:
@@ -223,7 +235,8 @@ class Accompaniment:
         places = range(len(main.ends))
         known = {}
         if rule is not None:
-            known = candidates_of(main.logits.top(places, candidates, main.member.device), places)
+            top = main.logits.top(places, candidates, main.member.device, written=True)
+            known = candidates_of(top, places)
         characters = Utf8Stream()
         text = GrowingText(
             assistant.member.vocabulary, characters.feed(main.data[: main.begin]), prefix=False

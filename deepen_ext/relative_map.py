@@ -37,6 +37,8 @@ class RelativeMap:
         device: str | torch.device = "cpu",
     ) -> None:
         self.source = source
+        # Of similarity rows, also where a file gave them without their source.
+        self.recipe = source.recipe if isinstance(source, SimilarityRows) else None
         self.rows_computed = 0  # by this object, since it was made
         self._known = torch.zeros(vocab_size, dtype=torch.bool)  # always on the host
         self._complete = False  # may be False although every row is known: nobody has looked yet
@@ -209,6 +211,7 @@ class RelativeMap:
             rest=None if rows.rest is None else rows.rest.to(device),
             anchors=self.anchors,
         )
+        copy.recipe = self.recipe
         copy._known = self._known.clone()
         copy._complete = self._complete
         return copy
@@ -283,6 +286,7 @@ class RelativeMap:
         if "matrix" in tensors:
             return cls.from_dense(tensors["matrix"].to(device))
         loaded = cls(facts.vocab_size, facts.anchors, facts.entries, device=device)
+        loaded.recipe = facts.recipe
         if embedding is not None and anchor_ids is not None:
             if facts.recipe is None:
                 raise InputError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deepen_ext.errors import InputError, failures_of
-from deepen_ext.member import Member
+from deepen_ext.member import Member, forbid
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.sharing import Session
 
@@ -104,10 +104,12 @@ def read_prompts(
             session.sync(heads)
         for row, ids in prompts.items():
             start, logprobs = starts[row], []
+            unwritable = member.unwritable(ids)  # but for the special tokens that the prompt has
             for block in session.read(row, ids, start):
                 following = torch.tensor(ids[start + 1 : start + 1 + len(block)])
                 known = block[: len(following)].float()
                 picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
+                known = forbid(known, unwritable)
                 logprobs += (picked - known.logsumexp(-1)).tolist()
                 start += len(block)
             sizes = [len(member.vocabulary.bytes_of(token)) for token in ids[starts[row] + 1 :]]

@@ -90,7 +90,7 @@ def _fuse_case(dense: bool) -> Callable[[str], tuple[Any, tuple[Any, ...]]]:
         tops = [topk_softmax(one, K) for one in logits]
         lists = ([one.ids for one in tops], [one.probs for one in tops], [one.tail for one in tops])
         weights = torch.full((3, 2), 0.5, device=device)
-        arguments = (logits[0], *lists, *_rows(device, dense), ANCHORS, weights, 0.2, 5, 1e-3)
+        arguments = (logits[0], *lists, *_rows(device, dense), ANCHORS, weights, 0.2, 5, 1e-3, dense)
         return torch.ops.deepen_ext.fuse.default, arguments
 
     return case

@@ -60,9 +60,11 @@ def fuse(
     steps: int,
     candidates: int,
     min_probability: float = 0.0,
+    log_probs: bool = True,
 ) -> torch.Tensor:
     """[B, V_main] in float64: a fusion step whose less probable tokens have uniform rows and do not move."""
     logits = [one.double() for one in logits]
+    mass = logits[0].logsumexp(dim=1, keepdim=True) * log_probs
     rows = [one.double() for one in rows]
     fused = []
     for b in range(len(logits[0])):
@@ -73,7 +75,7 @@ def fuse(
         target = reference.aggregate([one[b : b + 1] for one in logits], mapped, weights)
         fused.append(
             reference.inverse_search(
-                logits[0][b : b + 1],
+                logits[0][b : b + 1] - mass[b],
                 mapped[0],
                 target,
                 learning_rate=learning_rate,
@@ -81,7 +83,7 @@ def fuse(
                 fixed=~kept[0][None],
             )
         )
-    return torch.cat(fused)
+    return torch.cat(fused) + mass
 
 
 def _kept(logits: torch.Tensor, candidates: int, min_probability: float) -> torch.Tensor:

@@ -26,7 +26,7 @@ def identity_rows(vocab: int) -> ops.Rows:
     return ops.Rows(columns, torch.ones(vocab, 1), torch.zeros(vocab), vocab)
 
 
-def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=0.0):
+def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=0.0, log_probs=True):
     """The fused logits where one assistant, with this share of the weight, gives `wanted` [B] all it has."""
     rows = identity_rows(logits.shape[1])
     batch = len(logits)
@@ -40,7 +40,13 @@ def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=
     weights = torch.tensor([[1 - share, share]]).repeat(batch, 1)
     members = [ops.FuseInput(main, rows), ops.FuseInput(topk, rows)]
     _, chosen = ops.fuse(
-        fused, members, weights, learning_rate=learning_rate, steps=steps, min_probability=min_probability
+        fused,
+        members,
+        weights,
+        learning_rate=learning_rate,
+        steps=steps,
+        min_probability=min_probability,
+        log_probs=log_probs,
     )
     assert torch.equal(chosen.long(), fused.argmax(dim=-1))
     return fused
@@ -56,20 +62,24 @@ class Settled:
         return []
 
 
-def plain(learning_rate, steps) -> Certificate:
-    return Certificate(learning_rate, steps, Settled())
+def plain(learning_rate, steps, **settings) -> Certificate:
+    return Certificate(learning_rate, steps, Settled(), **settings)
 
 
 def settled(certificate, logits, **keywords):
     return certificate.settled(logits, range(len(logits)), [[]] * len(logits), **keywords)
 
 
-def near_the_bound(rows, learning_rate, steps, dtype, seed, *, spread=0.05, vocab=VOCAB):
+def near_the_bound(
+    rows, learning_rate, steps, dtype, seed, *, spread=0.05, vocab=VOCAB, log_probs=True, height=0.0
+):
     """Logits of any height whose two largest differ by about what the search can move."""
     random = torch.Generator().manual_seed(seed)
     decay, reach = movement(learning_rate, steps)
-    top = torch.rand(rows, generator=random) * 100 - 50
-    needed = torch.maximum(2 * reach / decay * torch.ones(rows), (1 - decay) * top + reach)
+    top = height + torch.rand(rows, generator=random) * 100 - 50
+    needed = torch.full((rows,), 2 * reach / decay)
+    if not log_probs:
+        needed = needed.maximum((1 - decay) * top + reach)
     gap = needed * (1 + spread * torch.randn(rows, generator=random)).clamp(min=0.01)
     low = 12 + 10 * torch.rand(rows, 1, generator=random)
     logits = top[:, None] - gap[:, None] - low - torch.rand(rows, vocab, generator=random) * 4
@@ -111,14 +121,16 @@ class TestMovement:
 class TestSoundness:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("steps", [1, 3, 5, 10, 25, 64])
-    def test_no_assistant_changes_a_settled_token(self, dtype, steps):
+    @pytest.mark.parametrize("log_probs", [True, False])
+    def test_no_assistant_changes_a_settled_token(self, dtype, steps, log_probs):
         flips = kept = 0
         for seed, learning_rate in enumerate([0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 3.0]):
-            logits, order = near_the_bound(128, learning_rate, steps, dtype, seed)
+            logits, order = near_the_bound(128, learning_rate, steps, dtype, seed, log_probs=log_probs)
+            certificate = plain(learning_rate, steps, log_probs=log_probs)
             main_choice = logits.argmax(dim=-1)
-            sure = settled(plain(learning_rate, steps), logits)
+            sure = settled(certificate, logits)
             top = ops.topk_softmax(logits, 20)
-            assert torch.equal(sure, settled(plain(learning_rate, steps), logits, top=top))
+            assert torch.equal(sure, settled(certificate, logits, top=top))
             for share, min_probability in ((1.0, 0.0), (0.9, 0.0), (1.0, 0.2)):
                 fused = against(
                     logits,
@@ -127,6 +139,7 @@ class TestSoundness:
                     steps=steps,
                     share=share,
                     min_probability=min_probability,
+                    log_probs=log_probs,
                 )
                 changed = fused.argmax(dim=-1) != main_choice
                 assert not (changed & sure).any()
@@ -136,12 +149,30 @@ class TestSoundness:
         if steps <= 5:
             assert flips > 20
 
+    @pytest.mark.parametrize("height", [-1000.0, 100.0, 1000.0])
+    def test_a_constant_leaves_what_is_settled(self, height):
+        """Also where the logits are so large that their rounding counts."""
+        flips = 0
+        for seed, steps in enumerate((1, 5, 10)):
+            logits, order = near_the_bound(256, 0.15, steps, torch.float32, seed, height=height)
+            certificate = plain(0.15, steps)
+            sure, main_choice = settled(certificate, logits), logits.argmax(dim=-1)
+            changed = against(logits, order[:, 1], learning_rate=0.15, steps=steps).argmax(-1) != main_choice
+            assert not (changed & sure).any()
+            flips += int(changed.sum())
+            there = settled(certificate, logits - height)  # nearly the same logits
+            assert sure.sum() > 50
+            assert (there != sure).float().mean() < 0.05
+        assert flips > 20
+
     @pytest.mark.parametrize("steps", [2, 5, 10])
     def test_random_targets_and_diffuse_rows(self, steps):
         """Rows that share anchors, dense targets: the search itself, without fuse."""
         random = torch.Generator().manual_seed(steps)
         for learning_rate in (0.1, 0.4, 1.0):
-            logits, _ = near_the_bound(64, learning_rate, steps, torch.float32, steps, vocab=40)
+            logits, _ = near_the_bound(
+                64, learning_rate, steps, torch.float32, steps, vocab=40, log_probs=False
+            )
             values = torch.softmax(6 * torch.randn(40, 60, generator=random), dim=-1)
             target = torch.softmax(8 * torch.randn(64, 60, generator=random), dim=-1)
             ids = torch.arange(40, dtype=torch.int32).repeat(64, 1)
@@ -154,20 +185,21 @@ class TestSoundness:
                 learning_rate=learning_rate,
                 steps=steps,
             )
-            sure = settled(plain(learning_rate, steps), logits)
+            sure = settled(plain(learning_rate, steps, log_probs=False), logits)
             assert sure.sum() > 10
             assert torch.equal(found.argmax(dim=-1)[sure], logits.argmax(dim=-1)[sure])
 
     def test_a_runner_up_that_is_no_candidate_waits_while_the_first_decays(self):
         """One candidate with a large logit: what it may lose counts, and so does its decay."""
         decay, reach = movement(0.15, 5)
-        certificate = plain(0.15, 5)
+        certificate = plain(0.15, 5, log_probs=False)
         logits = torch.full((1, VOCAB), 60.0)
         logits[0, 7] = 300.0
         lowest = 300 * decay - reach
         logits[0, 9] = lowest + 0.1
         assert decay * (300 - float(logits[0, 9])) > 2 * reach  # one condition holds, the other does not
         assert not settled(certificate, logits)
+        assert settled(plain(0.15, 5), logits)  # a log-probability near 0 does not decay
         logits[0, 9] = lowest - 0.1
         assert settled(certificate, logits)
 
@@ -175,16 +207,18 @@ class TestSoundness:
 class TestTightness:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(("learning_rate", "steps"), [(0.1, 5), (0.15, 5), (0.25, 5), (0.5, 3)])
-    def test_just_under_the_bound_tokens_do_change(self, learning_rate, steps, dtype):
+    @pytest.mark.parametrize("log_probs", [True, False])
+    def test_just_under_the_bound_tokens_do_change(self, learning_rate, steps, dtype, log_probs):
         decay, reach = movement(learning_rate, steps)
         logits = torch.full((2, VOCAB), -20.0)
         logits[:, 3] = 2.0
         logits[0, 5] = 2.0 - 0.9 * 2 * reach / decay
         logits[1, 5] = 2.0 - 1.03 * 2 * reach / decay
         logits = logits.to(dtype)
-        fused = against(logits, torch.tensor([5, 5]), learning_rate=learning_rate, steps=steps)
+        search = {"learning_rate": learning_rate, "steps": steps, "log_probs": log_probs}
+        fused = against(logits, torch.tensor([5, 5]), **search)
         assert fused.argmax(dim=-1).tolist() == [5, 3]
-        assert settled(plain(learning_rate, steps), logits).tolist() == [False, True]
+        assert settled(plain(**search), logits).tolist() == [False, True]
 
 
 class TestEdges:
@@ -200,11 +234,14 @@ class TestEdges:
         assert settled(plain(0.15, 5), logits.to(dtype)).tolist() == [False, False, False, False, True, True]
 
     def test_ties_after_rounding_are_not_settled(self):
-        """bfloat16 has no value between 64 and 64.5: both bounds round to 64."""
+        """bfloat16 has no value between 64 and 64.5, nor up to 65: both bounds round to the same one."""
         logits = torch.zeros(1, VOCAB, dtype=torch.bfloat16)
-        logits[0, 9], logits[0, 4] = 64.5, 64.0
-        assert not settled(plain(0.091, 2), logits)
-        assert settled(plain(0.091, 2), logits.float())
+        logits[0, 9], logits[0, 4] = 65.0, 64.0
+        assert not settled(plain(0.2, 2), logits)
+        assert settled(plain(0.2, 2), logits.float())
+        logits[0, 9] = 64.5
+        assert not settled(plain(0.091, 2, log_probs=False), logits)
+        assert settled(plain(0.091, 2, log_probs=False), logits.float())
 
 
 def chooser_of(member, rows, **settings) -> Chooser:
@@ -233,7 +270,8 @@ ORDERLY = {
 class TestProcessors:
     @pytest.mark.parametrize("name", ORDERLY)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_no_assistant_changes_a_settled_token(self, tiny_main, name, dtype):
+    @pytest.mark.parametrize("log_probs", [True, False])
+    def test_no_assistant_changes_a_settled_token(self, tiny_main, name, dtype, log_probs):
         """Tokens that the processors reach lie near the bound; the assistant asks for each in turn."""
         learning_rate, steps = 0.15, 5
         count = 64
@@ -246,12 +284,14 @@ class TestProcessors:
         logits[:, tokens] = height + torch.rand(count, len(tokens), generator=random) * 8
         logits = logits.to(dtype)
         own = chooser.processed(logits, rows, ids).argmax(dim=-1)
-        sure = Certificate(learning_rate, steps, chooser).settled(logits, rows, ids)
+        certificate = Certificate(learning_rate, steps, chooser, log_probs=log_probs)
+        sure = certificate.settled(logits, rows, ids)
         if name != "forced_eos":
             assert 0 < sure.sum() < count
         changes = 0
         for wanted in tokens:
-            fused = against(logits, wanted.repeat(count), learning_rate=learning_rate, steps=steps)
+            wants = wanted.repeat(count)
+            fused = against(logits, wants, learning_rate=learning_rate, steps=steps, log_probs=log_probs)
             after = chooser.processed(fused, rows, ids).argmax(dim=-1)
             assert torch.equal(after[sure], own[sure])
             changes += int((after != own).sum())

@@ -40,6 +40,19 @@ def pair(smollm2, gemma, tmp_path_factory):
         yield Ensemble([smollm2, gemma])
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_constant_in_the_main_models_logits_changes_no_token(pair, skip):
+    settings = {"max_new_tokens": 6, "certified_skip": skip}
+    plain = pair.generate(PROMPTS[:2], **settings)
+    for constant in (1000.0, -100.0):
+        hook = pair.members[0].model.register_forward_hook(
+            lambda _, inputs, output, by=constant: dataclasses.replace(output, logits=output.logits + by)
+        )
+        moved = pair.generate(PROMPTS[:2], **settings)
+        hook.remove()
+        assert [one.token_ids for one in moved] == [one.token_ids for one in plain]
+
+
 class TestBatch:
     def test_each_row_is_the_row_alone(self, pair):
         """Rows of other lengths beside it, rows that end sooner: none of it changes a row's tokens."""

@@ -59,6 +59,13 @@ def first_token(member: Member, data: bytes) -> int:
     return ids[data] if data in ids and len(own) > 1 else own[0]
 
 
+@pytest.mark.parametrize("recipe", ["bytes", "calibrated", "paper"])
+def test_only_the_papers_recipe_searches_on_logits_as_they_are(smollm2, gemma, recipe) -> None:
+    fuser = Ensemble([smollm2, gemma], recipe=recipe, cache=False).fuser
+    assert isinstance(fuser, DeepenFuser)
+    assert fuser.log_probs == (recipe != "paper")
+
+
 class TestAverage:
     def test_is_the_weighted_sum_of_dense_relative_representations(self) -> None:
         logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1), random_logits(2, 350, seed=2)]

@@ -63,6 +63,48 @@ def test_inputs_are_left_as_they_are(pair):
     assert all(torch.equal(a, b) for a, b in zip(logits, before, strict=True))
 
 
+@pytest.mark.parametrize("constant", [100.0, 1000.0, -100.0])
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_constant_in_the_main_models_logits_changes_nothing(pair, constant, dense):
+    logits, maps = pair
+    logits = [(one * 1024).round() / 1024 for one in logits]  # exact in float32 with the constant
+    if dense:
+        maps = [RelativeMap.from_dense(one.to_dense()) for one in maps]
+    settings = {"learning_rate": 0.2, "candidates": 32}
+    plain = fuse_logits(logits, maps, [0.5, 0.5], **settings)
+    moved = fuse_logits([logits[0] + constant, logits[1]], maps, [0.5, 0.5], **settings)
+    torch.testing.assert_close(moved.softmax(1), plain.softmax(1), atol=1e-5, rtol=0)
+    assert torch.equal(moved.argmax(1), plain.argmax(1))
+
+
+def test_log_probabilities_are_as_good_as_logits(pair):
+    logits, maps = pair
+    fused = fuse_logits([logits[0].log_softmax(1), logits[1]], maps, [0.5, 0.5], learning_rate=0.2)
+    want = fuse_logits(logits, maps, [0.5, 0.5], learning_rate=0.2)
+    torch.testing.assert_close(fused.softmax(1), want.softmax(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("recipe", ["calibrated", "paper"])
+@pytest.mark.parametrize("candidates", [32, 300])
+def test_the_papers_recipe_searches_on_logits_as_they_are(pair, recipe, candidates, tmp_path):
+    """Also with a map from a file; and where all tokens are candidates, the new logits are the paper's."""
+    logits, maps = pair
+    maps = [
+        RelativeMap.from_embedding(random_embedding(one.vocab_size, 16, seed=i), torch.arange(120), recipe)
+        for i, one in enumerate(maps)
+    ]
+    settings = {"learning_rate": 0.2, "candidates": candidates}
+    fused = fuse_logits(logits, maps, [0.5, 0.5], **settings)
+    by_choice = [
+        fuse_logits(logits, maps, [0.5, 0.5], log_probs=choice, **settings) for choice in (False, True)
+    ]
+    assert not torch.equal(*by_choice)
+    assert torch.equal(fused, by_choice[recipe == "calibrated" and candidates == 32])
+    maps[0].save(tmp_path / "map")
+    maps[0] = RelativeMap.load(tmp_path / "map")
+    assert torch.equal(fused, fuse_logits(logits, maps, [0.5, 0.5], **settings))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_result_has_the_main_models_dtype(pair, dtype):
     logits, maps = pair

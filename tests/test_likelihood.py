@@ -18,7 +18,7 @@ from deepen_ext import session as session_module
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
-from deepen_ext.member import Member
+from deepen_ext.member import Member, forbid
 from deepen_ext.session import BatchSession
 from deepen_ext.text import GrowingText, Vocabulary
 from deepen_ext.weighting import prompt_weights, read_prompts
@@ -36,6 +36,14 @@ def plain_logits(member: Member, ids: list[int]) -> torch.Tensor:
     """Logits [len(ids), V] of one forward of transformers, without a cache."""
     with torch.inference_mode():
         return member.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def written_logits(member: Member, ids: list[int]) -> torch.Tensor:
+    """`plain_logits` with -inf for special tokens that are not among the ids."""
+    named = {i for i in ids if member.vocabulary.tokens[i] is None}
+    special = [i for i, text in enumerate(member.vocabulary.tokens) if not text]
+    forbidden = torch.tensor(sorted(set(special) - named - set(member.eos_ids)))
+    return plain_logits(member, ids).index_fill(1, forbidden, -math.inf)
 
 
 class TestRead:
@@ -122,7 +130,7 @@ def slowly(ensemble: Ensemble, context: str, text: str) -> Slow:
     ids = first_ids(main, context) + vocabulary.encode(context + text)
     found = Slow()
     for place in range(len(first_ids(main, context) + vocabulary.encode(context)), len(ids)):
-        logits = last_logits(main, ids[:place])
+        logits = forbid(last_logits(main, ids[:place]), main.unwritable(ids))
         said: list[torch.Tensor | None] = [logits]
         so_far = vocabulary.decode(ids[len(first_ids(main, context)) : place])
         top = logits[0].softmax(dim=-1).topk(16)
@@ -155,7 +163,7 @@ class TestMember:
     def test_equals_a_plain_forward(self, member: Member, text: str) -> None:
         ids = first_ids(member, "") + member.vocabulary.encode(text)
         scored = ids[len(first_ids(member, "")) :]
-        expected = plain_logits(member, ids)[len(ids) - len(scored) - 1 : -1].double().log_softmax(dim=-1)
+        expected = written_logits(member, ids)[len(ids) - len(scored) - 1 : -1].double().log_softmax(dim=-1)
         own = TextReading([member], "", text).member(member)
         assert own.logprobs == pytest.approx(
             [float(row[token]) for row, token in zip(expected, scored, strict=True)], abs=1e-4
@@ -186,7 +194,7 @@ class TestMember:
         whole = prefix + member.vocabulary.encode(context + text)
         scored = whole[len(prefix + member.vocabulary.encode(context)) :]
         assert 0 < len(scored) < len(whole)
-        rows = plain_logits(member, whole)[-len(scored) - 1 : -1].double().log_softmax(dim=-1)
+        rows = written_logits(member, whole)[-len(scored) - 1 : -1].double().log_softmax(dim=-1)
         reading = TextReading([member], context, text)
         own = reading.member(member)
         assert own.logprobs == pytest.approx(

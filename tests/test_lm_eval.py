@@ -221,13 +221,26 @@ def test_settings_of_generation_are_honoured_or_refused(model: DeepenLM) -> None
         write("")
 
 
-def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM) -> None:
-    """It has no text, so that no stop string could be found: of SmolLM2's chats the token before a turn."""
+def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, monkeypatch: Any) -> None:
+    """It has no text, so that no stop string could be found: of SmolLM2's chats the token before a turn.
+    Where it does not end the text it is never written."""
+    written, generate = [], model.ensemble.generate
+
+    def listened(*arguments: Any, **settings: Any) -> Any:
+        written.append(generate(*arguments, **settings))
+        return written[-1]
+
+    monkeypatch.setattr(model.ensemble, "generate", listened)
     chat = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    start = model.ensemble.members[0].tokenizer.convert_tokens_to_ids("<|im_start|>")
     settings = {"max_gen_toks": 3, "until": ["<|im_start|>"]}
     assert model.generate_until([asked(chat, settings)], disable_tqdm=True) == [""]
     settings["until"] = ["@@"]
-    assert model.generate_until([asked(chat, settings)], disable_tqdm=True)[0].startswith("assistant")
+    model.generate_until([asked(chat, settings)], disable_tqdm=True)
+    (stopped,), (other,) = written
+    assert stopped.token_ids == [start]
+    assert start not in other.token_ids
+    assert other.token_ids
 
 
 def test_a_context_too_long_for_a_member_loses_its_beginning(model: DeepenLM, monkeypatch: Any) -> None:

@@ -25,8 +25,8 @@ void bind_fuse(py::module_& module) {
   module.def(
       "fuse",
       [](const std::vector<PackedMember>& members, Address weights, Address logits, int dtype, int64_t batch,
-         int64_t anchors, double learning_rate, int32_t steps, float min_probability, Address fused,
-         Address chosen, Address workspace, const PackedBackend& backend) {
+         int64_t anchors, double learning_rate, int32_t steps, float min_probability, bool log_probs,
+         Address fused, Address chosen, Address workspace, const PackedBackend& backend) {
         DEEPEN_CHECK(members.size() <= size_t(kMaxMembers), "there are ", members.size(),
                      " members; at most ", kMaxMembers, " are possible");
         FuseParams params{};
@@ -45,6 +45,7 @@ void bind_fuse(py::module_& module) {
         params.learning_rate = learning_rate;
         params.min_probability = min_probability;
         params.steps = steps;
+        params.log_probs = log_probs;
         params.member_count = int32_t(members.size());
         params.dtype = Dtype(dtype);
         py::gil_scoped_release release;
@@ -52,7 +53,7 @@ void bind_fuse(py::module_& module) {
       },
       py::arg("members"), py::arg("weights"), py::arg("logits"), py::arg("dtype"), py::arg("batch"),
       py::arg("anchors"), py::arg("learning_rate"), py::arg("steps"), py::arg("min_probability"),
-      py::arg("fused"), py::arg("chosen"), py::arg("workspace"), py::arg("backend"));
+      py::arg("log_probs"), py::arg("fused"), py::arg("chosen"), py::arg("workspace"), py::arg("backend"));
 }
 
 }  // namespace deepen

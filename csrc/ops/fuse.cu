@@ -169,7 +169,7 @@ struct Better {
 
 // `lowest` is the logit of the last of the top k before fusion: no token outside the top k is above it.
 __device__ __forceinline__ void write_back(const FuseParams& params, int64_t b, const SearchState& row,
-                                           float lowest, unsigned long long* scratch) {
+                                           SearchOrigin origin, float lowest, unsigned long long* scratch) {
   const FuseMember& main = params.members[0];
   const int32_t k = int32_t(main.k);
   const int64_t vocab = main.rows.vocab, start = b * vocab;
@@ -178,7 +178,8 @@ __device__ __forceinline__ void write_back(const FuseParams& params, int64_t b, 
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
     const int32_t id = row.ids[t];
     if (id < 0) continue;
-    const float fused = t < row.candidates ? row.logits[t] : load_logit(params, start + id);
+    const float fused =
+        t < row.candidates ? from_search(row.logits[t], origin) : load_logit(params, start + id);
     params.fused[b * k + t] = fused;
     best = Better{}(best, choice(store_logit(params, start + id, fused), id));
   }
@@ -204,17 +205,23 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   char* const base = kShared ? shared : static_cast<char*>(params.workspace) + b * row_bytes;
   SearchState row = search_state(base, layout, k);
   count_tokens(params, b, scratch);
+  const auto logit_of = [&](int32_t t) {
+    const int32_t id = main.ids[b * k + t];
+    return id >= 0 && id < main.rows.vocab ? load_logit(params, start + id) : 0.0f;
+  };
+  const SearchOrigin origin =
+      params.log_probs ? SearchOrigin{logit_of(0), logf(main.probs[b * k])} : SearchOrigin{0.0f, 0.0f};
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
     const int32_t id = main.ids[b * k + t];
     const bool known = id >= 0 && id < main.rows.vocab;
     row.ids[t] = known ? id : -1;
-    row.logits[t] = known ? load_logit(params, start + id) : 0.0f;
+    row.logits[t] = to_search(logit_of(t), origin);
   }
   __syncthreads();
   row.candidates = row.index.candidates = scratch->counted[0];
   // log sum exp of the whole row follows from any token's logit and probability; take the largest.
   row.tail_logit = row.logits[0] - logf(main.probs[b * k]) + logf(scratch->tails[0]);
-  const float lowest = row.logits[k - 1];
+  const float lowest = logit_of(k - 1);
 
   if (kDense) {
     target_dense(params, b, row, scratch);
@@ -224,7 +231,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
     group_entries(row.index, scratch->search.groups);
   }
   search<kDense>(row, main.rows, params.anchors, schedule, &scratch->search);
-  write_back(params, b, row, lowest, scratch->best);
+  write_back(params, b, row, origin, lowest, scratch->best);
 }
 
 size_t fuse_cuda_workspace(const FuseMember& main, int64_t batch, int64_t anchors) {

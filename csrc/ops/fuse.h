@@ -5,6 +5,10 @@
 //   z    = inverse_search(main model's candidates, target)
 //   logits[b, ids_0] = z; chosen[b] = argmax(logits[b, :]), ties to the lower id
 //
+// With `log_probs` the search starts from the candidates' log-probabilities, z - log sum exp of the whole
+// row, and that sum is added again before the result is written. AdamW's weight decay pulls what it moves to
+// 0, and leaves the tokens that are no candidates: on logits the result depends on where their 0 is.
+//
 // Candidates are the main model's tokens. A token whose probability is below `min_probability` counts as part
 // of its member's tail (and is no candidate): the choice depends on the probability alone, never on what is
 // cached.
@@ -15,6 +19,7 @@
 
 #include "core/backend.h"
 #include "core/dtype.h"
+#include "core/host_device.h"
 #include "core/isa.h"
 #include "ops/adamw.h"
 #include "ops/relative_map.h"
@@ -45,7 +50,22 @@ struct FuseParams {
   int32_t steps;
   int32_t member_count;
   Dtype dtype;
+  bool log_probs;
 };
+
+// Where the search's 0 lies: a token's logit and the search's value for it. Both are 0 without log_probs.
+struct SearchOrigin {
+  float logit;  // of the most probable token
+  float value;  // its log-probability
+};
+
+// Differences first: they are exact where the logits are large and alike.
+DEEPEN_HOST_DEVICE static inline float to_search(float logit, SearchOrigin origin) {
+  return logit - origin.logit + origin.value;
+}
+DEEPEN_HOST_DEVICE static inline float from_search(float value, SearchOrigin origin) {
+  return value - origin.value + origin.logit;
+}
 
 size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, const Backend& backend);
 

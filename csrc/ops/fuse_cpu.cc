@@ -63,14 +63,15 @@ static void add_dense(const FuseMember& member, int64_t b, int64_t counted, floa
 }
 
 template <class T>
-static void write_back(const FuseParams& params, const SearchRow& row, int64_t b, T* logits) {
+static void write_back(const FuseParams& params, const SearchRow& row, SearchOrigin origin, int64_t b,
+                       T* logits) {
   const FuseMember& main = params.members[0];
   const int64_t vocab = main.rows.vocab;
   const int32_t* ids = main.ids + b * main.k;
   float* fused = params.fused + b * main.k;
   const float lowest = to_float(logits[ids[main.k - 1]]);  // no token outside the top k is above it
   for (int64_t t = 0; t < main.k; ++t) {
-    fused[t] = t < row.candidates ? row.logits[t] : to_float(logits[ids[t]]);
+    fused[t] = t < row.candidates ? from_search(row.logits[t], origin) : to_float(logits[ids[t]]);
     from_float(fused[t], &logits[ids[t]]);
   }
   int64_t best = 0;
@@ -98,7 +99,11 @@ static void fuse_typed(const FuseParams& params, const AdamStep* schedule, int64
   row.ids = main.ids + b * main.k;
   float main_tail;
   row.candidates = counted_tokens(main, b, params.min_probability, &main_tail);
-  for (int64_t t = 0; t < row.candidates; ++t) row.logits[t] = to_float(logits[row.ids[t]]);
+  const SearchOrigin origin = params.log_probs
+                                  ? SearchOrigin{to_float(logits[row.ids[0]]), logf(main.probs[b * main.k])}
+                                  : SearchOrigin{0.0f, 0.0f};
+  for (int64_t t = 0; t < row.candidates; ++t)
+    row.logits[t] = to_search(to_float(logits[row.ids[t]]), origin);
   // log sum exp of the whole row follows from any token's logit and probability; take the largest.
   row.tail_logit = row.logits[0] - logf(main.probs[b * main.k]) + logf(main_tail);
 
@@ -125,7 +130,7 @@ static void fuse_typed(const FuseParams& params, const AdamStep* schedule, int64
   }
 
   search(&row, schedule, params.steps);
-  write_back(params, row, b, logits);
+  write_back(params, row, origin, b, logits);
 }
 
 void fuse_row(const FuseParams& params, const AdamStep* schedule, int64_t row, char* workspace) {

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts
 from deepen_ext.assistants import Assistants
 from deepen_ext.chat import WithoutTemplate
+from deepen_ext.member import forbid
 from deepen_ext.prompts import Messages
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
         messages: Messages | Sequence[Messages] | None = None,
         without_template: WithoutTemplate = "error",
         pad_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         """Nothing is computed yet.
 
@@ -52,11 +54,15 @@ class DeepenLogitsProcessor(LogitsProcessor):
                 special tokens written out.
             without_template: see `chat_texts`.
             pad_token_id: what a shorter prompt is padded with; None for the main tokenizer's own.
+            eos_token_id: the same as `generate` is given, where that is another one than the model's own: of
+                tokens without text only those that end a text are ever written.
         """
         main = ensemble.members[0]
         self._ensemble = ensemble
         self._prompts = AssistantsPrompts(ensemble, messages, without_template)
         self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
+        ends = [] if eos_token_id is None else eos_token_id
+        self._unwritable = main.unwritable([ends] if isinstance(ends, int) else ends)
         self._seen: torch.Tensor | None = None  # the ids [B, L] of the last call
         self._assistants: Assistants | None = None
 
@@ -68,9 +74,11 @@ class DeepenLogitsProcessor(LogitsProcessor):
             ModelError: an assistant's forward pass failed.
         """
         assistants = self._follow(input_ids)
-        fused = assistants.step(scores, range(len(input_ids))).fused
+        writable = forbid(scores, self._unwritable.to(scores.device))
+        fused = assistants.step(writable, range(len(input_ids))).fused
         fused.check()
-        mass = scores.logsumexp(-1, keepdim=True)  # below 0 where a processor before this one forbade tokens
+        # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
+        mass = scores.logsumexp(-1, keepdim=True)
         if bool((mass < _LOG_PROBABILITIES).all()):
             return fused.logits.log_softmax(-1) + mass
         return fused.logits

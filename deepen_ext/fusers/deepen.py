@@ -35,9 +35,21 @@ class DeepenFuser(Fuser):
         candidates: int = 128,
         confidence: float = 0.0,
         min_probability: float = 0.0,
+        log_probs: bool = True,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Check the settings; `names` are the members' for error messages.
+        """Check the settings.
+
+        Args:
+            maps: of each member, the main model's first.
+            learning_rate: eta of the inverse search, above 0 to 10.
+            steps: T of the inverse search, 1 to 64.
+            candidates: see `Fuser`.
+            confidence: see `Fuser`.
+            min_probability: see above.
+            log_probs: search on the main model's log-probabilities: a constant added to its logits then
+                changes nothing. False: on its logits as they are, as in the paper.
+            names: see `Fuser`.
 
         Raises:
             InputError: a setting out of range, or maps that do not fit together.
@@ -62,6 +74,7 @@ class DeepenFuser(Fuser):
         self.maps = list(maps)
         self.learning_rate = learning_rate
         self.steps = steps
+        self.log_probs = log_probs
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """One fusion step; see `Fuser.fuse`."""
@@ -76,6 +89,7 @@ class DeepenFuser(Fuser):
             learning_rate=self.learning_rate,
             steps=self.steps,
             min_probability=self.min_probability,
+            log_probs=self.log_probs,
         )
         return chosen
 

@@ -68,6 +68,7 @@ def make_fuser(
     maps: MemberMaps | None,
     names: Sequence[str],
     *,
+    recipe: str,
     learning_rate: float,
     steps: int,
     candidates: int,
@@ -83,7 +84,12 @@ def make_fuser(
     vocab_sizes, device = [member.vocab_size for member in members], members[0].device
     if maps is not None and fuser == "deepen":
         return DeepenFuser(
-            maps.maps, learning_rate=learning_rate, steps=steps, min_probability=min_probability, **common
+            maps.maps,
+            learning_rate=learning_rate,
+            steps=steps,
+            min_probability=min_probability,
+            log_probs=recipe != "paper",
+            **common,
         )
     if maps is not None and fuser == "average":
         return AverageFuser(maps.maps, maps.anchors.token_ids[0], min_probability=min_probability, **common)

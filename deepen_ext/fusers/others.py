@@ -50,7 +50,8 @@ class FunctionFuser(Fuser):
         Args:
             function: (logits [b, V_main], said, weights float32 [b, n]) -> new logits [b, V_main], of rows in
                 which some assistant speaks. `said` is what each member says (`Said`), the main model first;
-                a member with weight 0 says nothing of that row. Its logits may be written to.
+                a member with weight 0 says nothing of that row. Its logits may be written to. What they have
+                as -inf cannot be written and stays so, whatever the function gives.
             vocab_sizes: see `Fuser`, as the rest.
         """
         super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
@@ -62,6 +63,7 @@ class FunctionFuser(Fuser):
         Raises:
             InputError: the function gives something else than logits of the same shape.
         """
+        forbidden = logits == -torch.inf  # cannot be written: not by the function's leave either
         given = self._function(logits, said, weights)
         if not isinstance(given, torch.Tensor) or given.shape != logits.shape:
             what = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
@@ -70,4 +72,5 @@ class FunctionFuser(Fuser):
             raise InputError("the fuser gave NaN; it must return logits, with -inf for what is impossible")
         if given is not logits:
             logits.copy_(given)
+        logits.masked_fill_(forbidden, -torch.inf)
         return logits.argmax(dim=-1).int()

@@ -29,6 +29,7 @@ def fuse(
     learning_rate: float,
     steps: int = 5,
     min_probability: float = 0.0,
+    log_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One DeePEn step for each row, written into the main model's logits in place.
 
@@ -39,6 +40,10 @@ def fuse(
         learning_rate: AdamW's, above 0.
         steps: 0 to 64.
         min_probability: tokens less probable than this count as part of their member's tail.
+        log_probs: the search runs on the main model's log-probabilities, so that a constant added to its
+            logits changes nothing; the result is written back in the logits' own frame. False: on the logits
+            as they are, as in the paper: what weight decay does to the candidates, but not to the other
+            tokens, then depends on the constant.
 
     Returns:
         fused float32 [B, K], the candidates' new logits in the order of `members[0].topk.ids`, and chosen
@@ -79,6 +84,7 @@ def fuse(
         learning_rate,
         steps,
         min_probability,
+        log_probs,
         fused.data_ptr(),
         chosen.data_ptr(),
         scratch.data_ptr(),

@@ -9,7 +9,7 @@ which `deepen_ext.ops` does, registers them:
     inverse_search(logits, ids, tail_logit, target, columns, values, rest, anchors, learning_rate, steps)
         -> found
     fuse(logits!, ids[], probs[], tails[], columns[], values[], rest[], anchors, weights, learning_rate,
-         steps, min_probability) -> (fused, chosen)
+         steps, min_probability, log_probs=True) -> (fused, chosen)
 
 Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry a member, and dense
 rows no `columns` and `rest`. They never wait for a device: a row that has no result is reported in `status`,
@@ -130,6 +130,7 @@ def _fuse(
     learning_rate: float,
     steps: int,
     min_probability: float,
+    log_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     members = []
     for i, top in enumerate(zip(ids, probs, tails, strict=True)):
@@ -142,6 +143,7 @@ def _fuse(
         learning_rate=learning_rate,
         steps=steps,
         min_probability=min_probability,
+        log_probs=log_probs,
     )
 
 
@@ -173,7 +175,7 @@ _register(
 _register(
     "fuse(Tensor(a!) logits, Tensor[] ids, Tensor[] probs, Tensor[] tails, Tensor[] columns, "
     "Tensor[] values, Tensor[] rest, SymInt anchors, Tensor weights, float learning_rate, int steps, "
-    "float min_probability) -> (Tensor fused, Tensor chosen)",
+    "float min_probability, bool log_probs=True) -> (Tensor fused, Tensor chosen)",
     _fuse,
     _fuse_fake,
 )

@@ -42,18 +42,46 @@ def run(logits, maps, weights, *, candidates, **settings):
 
 @pytest.mark.parametrize("entries", [None, 9, 1, ANCHORS])
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize(("candidates", "min_probability"), [(1000, 0.0), (40, 0.0), (40, 1e-3), (3, 0.0)])
-def test_against_float64(entries, count, candidates, min_probability):
+@pytest.mark.parametrize(
+    ("candidates", "min_probability", "log_probs"),
+    [(1000, 0.0, True), (40, 0.0, True), (40, 1e-3, True), (40, 1e-3, False), (3, 0.0, True)],
+)
+def test_against_float64(entries, count, candidates, min_probability, log_probs):
     maps = members(entries, count)
     logits = [random_logits(2, vocab, seed=i) for i, vocab in enumerate(VOCABS[:count])]
     weights = [0.5, 0.5] if count == 2 else [0.5, 0.3, 0.2]
-    settings = {"learning_rate": 0.2, "steps": 5, "min_probability": min_probability}
+    settings = {
+        "learning_rate": 0.2,
+        "steps": 5,
+        "min_probability": min_probability,
+        "log_probs": log_probs,
+    }
     main, fused, chosen, inputs = run(logits, maps, weights, candidates=candidates, **settings)
     want = oracle.fuse(logits, [one.to_dense() for one in maps], weights, candidates=candidates, **settings)
     assert (want - logits[0]).abs().max() > 0.1, "the step moves nothing"
     torch.testing.assert_close(main.double(), want, atol=2e-3, rtol=0)
     assert torch.equal(main.gather(1, inputs[0].topk.ids.long()), fused)
     assert torch.equal(chosen.long(), main.argmax(dim=1))
+
+
+@pytest.mark.parametrize("entries", [None, 9])
+@pytest.mark.parametrize("min_probability", [0.0, 1e-3])
+@pytest.mark.parametrize("constant", [100.0, 1000.0, -100.0])
+def test_a_constant_in_the_main_models_logits_changes_nothing(entries, min_probability, constant):
+    """Multiples of 1/1024 are exact in float32 with the constant, so that the inputs are the same to the bit;
+    near 1,000 the results are rounded to 3e-5."""
+    maps = members(entries)
+    logits = [(random_logits(4, vocab, seed=i) * 1024).round() / 1024 for i, vocab in enumerate(VOCABS[:2])]
+    settings = {"learning_rate": 0.2, "candidates": 32, "min_probability": min_probability}
+    plain, _, chosen, inputs = run(logits, maps, [0.5, 0.5], **settings)
+    moved, fused, same, _ = run([logits[0] + constant, logits[1]], maps, [0.5, 0.5], **settings)
+    assert torch.equal(same, chosen)
+    torch.testing.assert_close(moved.softmax(1), plain.softmax(1), atol=1e-5, rtol=0)
+    ids = inputs[0].topk.ids.long()
+    torch.testing.assert_close(fused - constant, plain.gather(1, ids), atol=4e-5, rtol=0)
+    _, _, other, _ = run([logits[0] + 1000, logits[1]], maps, [0.5, 0.5], log_probs=False, **settings)
+    away = ~(other[:, None] == ids).any(dim=1)
+    assert away.any(), "on logits as they are, decay lets tokens win that are no candidates"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
