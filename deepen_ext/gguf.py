@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepen_ext.cache import atomic_directory, cache_dir, locked
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import DeepenError, InputError, ModelError
 
 Progress = Callable[[str], None]
 
@@ -45,7 +45,8 @@ def convert_gguf(
 
     Raises:
         InputError: no such file.
-        ModelError: the file is truncated or of a kind transformers cannot read, or `gguf` is not installed.
+        ModelError: the file is truncated or of a kind transformers cannot read, lacks weights or has those of
+            another architecture; or `gguf` is not installed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the spelling of the path")
@@ -85,6 +86,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from deepen_ext.checkpoint import check_weights
     from deepen_ext.quiet import quiet
 
     with _reading(path), quiet():
@@ -97,9 +99,17 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         say(f"Converting {name}, once: weights")
         with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
+        model = loaded[0]
+        check_weights(model, loaded[1], path.name)  # a head is tied where the file has none
         # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
         if model.hf_quantizer is not None:
             model.hf_quantizer.remove_quantization_config(model)
@@ -162,6 +172,8 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     try:
         yield
+    except DeepenError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

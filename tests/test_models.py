@@ -38,7 +38,10 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole Llama model of one layer in a GGUF file, quantised to Q8_0, with a byte-level tokenizer."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Path:
     tokens = ["<unk>", "<s>", "</s>", "<eot>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -71,7 +74,9 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "blk.0.ffn_gate": (96, 64),
         "blk.0.ffn_up": (96, 64),
         "blk.0.ffn_down": (64, 96),
+        **further,
     }
+    shapes.pop(without, None)
     for name, shape in shapes.items():
         kind = gguf.GGMLQuantizationType.Q8_0
         blocks = gguf.quants.quantize(random.standard_normal(shape, dtype=np.float32), kind)
@@ -203,11 +208,30 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     assert not list(assets.rglob("config.json"))
 
 
+def test_a_gguf_that_lacks_weights_is_refused(assets: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "lacks.gguf", without="blk.0.ffn_down")
+    with pytest.raises(ModelError, match=r"lacks\.gguf: the checkpoint lacks .*layers\.0\.mlp\.down_proj"):
+        load_member(path)
+    assert not list(assets.rglob("config.json"))
+
+
+def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
+    tiny_gguf: Path, assets: Path, tmp_path: Path
+) -> None:
+    own = load_member(write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))).model
+    tied = load_member(tiny_gguf).model
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    head, embedding = own.get_output_embeddings().weight, own.get_input_embeddings().weight
+    assert head.shape == embedding.shape
+    assert not torch.equal(head, embedding)
+
+
 def test_unknown_paths_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder, and not a hub name"):
         resolve(tmp_path / "missing")
-    with pytest.raises(InputError, match="no such file or folder"):
-        resolve("missing.gguf")
+    for name in ("missing.gguf", "missing.GGUF"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            resolve(name)
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
