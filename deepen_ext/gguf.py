@@ -87,15 +87,15 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from deepen_ext.checkpoint import check_weights
+    from deepen_ext.gguf_reader import read_once
     from deepen_ext.quiet import quiet
 
-    with _reading(path), quiet():
+    with _reading(path), quiet(), read_once():
         say(f"Converting {name}, once: tokenizer")
         tokenizer = _tokenizer(path)
         say(f"Converting {name}, once: settings")
-        # Parsing the file's vocabulary in Python is what takes long (13 s of Gemma's 262,144 tokens each
-        # time). The tokenizer above uses transformers' quick reader, and a config given spares the model a
-        # second parse.
+        # Parsing the file's vocabulary in Python is what takes long. The tokenizer above uses transformers'
+        # quick reader, and the config and the weights share a parse (`read_once`).
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         say(f"Converting {name}, once: weights")
         with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from deepen_ext import demo
 from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf_reader import read_once
 from deepen_ext.member import Member
 from deepen_ext.models import convert_gguf, load_member, resolve
 
@@ -139,6 +140,23 @@ def test_embedded_tokenizers_are_the_original_ones(smollm2: Member, gemma: Membe
     assert pieces(gemma, "Hello world") == [b"Hello", b" world"]  # no dummy space in front
     assert pieces(gemma, "a\n\n\n    b") == [b"a", b"\n\n\n", b"    ", b"b"]
     assert (smollm2.context_length, gemma.context_length) == (8192, 32768)
+
+
+def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tiny_gguf)
+    with pytest.raises(RuntimeError, match="stop"), read_once():  # noqa: PT012
+        quick = gguf.GGUFReader(str(tiny_gguf))
+        assert gguf.GGUFReader(str(tiny_gguf)) is quick
+        assert type(quick.data) is np.ndarray
+        assert not quick.data.flags.writeable
+        assert list(quick.fields) == list(plain.fields)
+        assert all(quick.fields[name].contents() == field.contents() for name, field in plain.fields.items())
+        assert [one.name for one in quick.tensors] == [one.name for one in plain.tensors]
+        pairs = zip(quick.tensors, plain.tensors, strict=True)
+        assert all(np.array_equal(one.data, other.data) for one, other in pairs)
+        raise RuntimeError("stop")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 CONVERT = """
