@@ -20,7 +20,10 @@ from tiny_models import one_byte_tokens, save_model
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from deepen_ext.adapters.lm_eval_args import ensemble_from
+from deepen_ext.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.models import load_member, load_members
@@ -205,6 +208,30 @@ def test_trust_is_true_or_false(whole: Path, load: Any, value: Any) -> None:
 def test_trust_reaches_the_members_of_an_ensemble(folder: Path) -> None:
     with pytest.raises(InputError, match="trust_remote_code is 'yes'"):
         Ensemble.from_pretrained([folder, folder], trust_remote_code="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", ["generate", "nll", "tune", "doctor"])
+def test_the_command_line_refuses_code_too(folder: Path, tmp_path: Path, command: str) -> None:
+    marker = bring_code(folder, "model")
+    text = tmp_path / "text.txt"
+    text.write_text("so it goes. " * 9)
+    options = {"generate": ["--prompt", "a"], "doctor": []}.get(command, ["--text", str(text)])
+    models = ["--model", str(folder), "--model", str(folder)]
+    refused = CliRunner().invoke(app, [command, *models, *options], input="y\n" * 5)
+    assert refused.exit_code == 1
+    assert "is not run" in refused.stderr
+    assert not marker.exists()
+    trusted = CliRunner().invoke(app, [command, "--trust-remote-code", *models, *options])
+    assert "is not run" not in trusted.stderr
+    assert marker.exists()
+
+
+def test_the_harness_hands_trust_on(folder: Path) -> None:
+    bring_code(folder, "model")
+    with pytest.raises(ModelError, match="is not run"):
+        ensemble_from(f"{folder}|{folder}", {})
+    ensemble = ensemble_from(f"{folder}|{folder}", {"trust_remote_code": True})
+    assert {type(member.model).__name__ for member in ensemble.members} == {"OwnModel"}
 
 
 # ---------------------------------------------------------------- weights
