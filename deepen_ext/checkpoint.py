@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.quiet import loading_notes
 
 # Tensors that old checkpoints hold and that a model computes by itself: rotary frequencies, positions, and
 # the causal masks of GPT-2's time.
@@ -37,16 +38,36 @@ def load_model(
     """
     with failures_of_loading(target, name):
         check_code(target, name, trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            target,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
-            output_loading_info=True,
-        )
+        with loading_notes() as notes, _named_conversions(name, notes):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                target,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
+                output_loading_info=True,
+            )
     model: PreTrainedModel = loaded[0]
     check_weights(model, loaded[1], name)
     return model
+
+
+@contextmanager
+def _named_conversions(name: str, notes: list[str]) -> Iterator[None]:
+    """Name the weights that transformers could not put together, as the experts of a layer are.
+
+    Its error does not; the table that it notes before does.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        rows = [line for note in notes for line in note.splitlines() if "CONVERSION" in line and "|" in line]
+        if not rows:
+            raise
+        keys = {re.sub(r"\x1b\[[\d;]*m", "", row).split("|")[0].strip() for row in rows}
+        raise ModelError(
+            f"{name}: some of the weights that make up {_named(keys)} are missing or of another shape. Fetch "
+            "the config and the weights again, from one place"
+        ) from error
 
 
 def check_code(target: Path | str, name: str, trust_remote_code: bool) -> None:

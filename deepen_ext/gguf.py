@@ -96,7 +96,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
         say(f"Converting {name}, once: settings")
         # Parsing the file's vocabulary in Python is what takes long. The tokenizer above uses transformers'
         # quick reader, and the config and the weights share a parse (`read_once`).
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         say(f"Converting {name}, once: weights")
         with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

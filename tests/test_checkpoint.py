@@ -15,14 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import Environment
 from safetensors.torch import load_file, save_file
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from deepen_ext.adapters.lm_eval_args import ensemble_from
+from deepen_ext.chat import chat_texts
 from deepen_ext.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
@@ -30,6 +32,14 @@ from deepen_ext.models import load_member, load_members
 from deepen_ext.tokenizer_file import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+SMALL = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 200,
+}
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +172,20 @@ def test_attention_from_the_hub_is_code(folder: Path) -> None:
     change(folder / "config.json", attn_implementation="somebody/some-kernel")
     with pytest.raises(ModelError, match=r"attention from the hub \(somebody/some-kernel\)"):
         load_member(folder)
+
+
+def test_a_chat_template_reaches_nothing_of_python(folder: Path) -> None:
+    marker = folder.parent / "ran"
+    reach = "cycler.__init__.__globals__.os.mknod"
+    template = f"{{{{ {reach}('{marker}') }}}}" + "{{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    member = load_member(folder)
+    assert member.tokenizer.chat_template
+    with pytest.raises(InputError, match=r"chat template refuses these messages: .*unsafe"):
+        chat_texts([member], [{"role": "user", "content": "Hello"}], without_template="error")
+    assert not marker.exists()
+    Environment().from_string(member.tokenizer.chat_template).render(messages=[{"content": "Hello"}])
+    assert marker.exists()  # outside the sandbox it does reach it
 
 
 class Touch:
@@ -309,6 +333,25 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
     shard.unlink()
     with pytest.raises(ModelError, match=shard.name):
         load_member(folder)
+
+
+@pytest.mark.parametrize("change_one", [lambda weight: None, lambda weight: weight[:5].clone()])
+def test_weights_that_are_put_together_are_named(folder: Path, change_one: Any, capfd: Any) -> None:
+    """transformers joins the experts of a layer; one of them is missing or too small."""
+    config = MixtralConfig(num_local_experts=4, num_key_value_heads=2, **SMALL)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    load_member(folder)
+    one = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    changed = {**weights, one: change_one(weights[one])}
+    kept = {key: weight for key, weight in changed.items() if weight is not None}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    capfd.readouterr()
+    with pytest.raises(
+        ModelError, match=r"that make up model\.layers\.0\.mlp\.experts\.gate_up_proj are missing"
+    ):
+        load_member(folder)
+    assert "CONVERSION" not in "".join(capfd.readouterr())
 
 
 # ---------------------------------------------------------------- the tokenizer's class and its file
