@@ -240,6 +240,8 @@ def test_the_command_line_refuses_code_too(folder: Path, tmp_path: Path, command
     text = tmp_path / "text.txt"
     text.write_text("so it goes. " * 9)
     options = {"generate": ["--prompt", "a"], "doctor": []}.get(command, ["--text", str(text)])
+    if command == "tune":
+        options += ["--out", str(tmp_path / "preset.yaml")]
     models = ["--model", str(folder), "--model", str(folder)]
     refused = CliRunner().invoke(app, [command, *models, *options], input="y\n" * 5)
     assert refused.exit_code == 1
