@@ -9,6 +9,16 @@ TOKENS ?= 32
 TEST_JOBS ?= 2
 
 VENV := .venv
+# The demo runs on the CPU: `make demo` alone takes whatever is installed, and where nothing is, it does not wait for
+# CUDA kernels of six architectures unless DEEPEN_CUDA asks for them. It says so; `make build` compiles them.
+ifeq ($(MAKECMDGOALS) $(origin DEEPEN_CUDA),demo file)
+ifneq ($(wildcard $(VENV)/installed-*),)
+DEEPEN_CUDA := $(patsubst $(VENV)/installed-%,%,$(firstword $(wildcard $(VENV)/installed-*)))
+else ifneq ($(CUDACXX)$(shell command -v nvcc),)
+DEEPEN_CUDA := OFF
+DEMO_NOTE := make demo: building the CPU part alone, which the demo runs on; make build adds the CUDA kernels
+endif
+endif
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -117,8 +127,9 @@ core: $(TOOLS)
 # The core compiles while the packages are unpacked, which keeps one processor busy. Editable, with the build tools of
 # the environment: no isolated build environment to fill, and CMake's folder stays.
 $(INSTALLED): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(CXX_FILES)
+	$(if $(DEMO_NOTE),@echo "$(DEMO_NOTE)")
 	@rm -f $(VENV)/installed-*
-	@$(MAKE) --no-print-directory --jobs 2 $(DEPENDENCIES) core
+	@$(MAKE) --no-print-directory --jobs 2 DEEPEN_CUDA=$(DEEPEN_CUDA) $(DEPENDENCIES) core
 	PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) \
 	$(PIP) install --quiet --quiet --no-build-isolation --no-deps --editable .
 	$(PIP) check

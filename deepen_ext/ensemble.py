@@ -174,6 +174,7 @@ class Ensemble:
         *,
         dtype: str | torch.dtype | Sequence[str | torch.dtype] = "float32",
         device: str | torch.device | Sequence[str | torch.device] = "cpu",
+        trust_remote_code: bool = False,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Ensemble:
@@ -184,6 +185,7 @@ class Ensemble:
             dtype: of the members' weights, "float32", "float16" or "bfloat16"; one for all, or one for each.
             device: where the models go, "cpu", "cuda" or "cuda:1"; one for all, or one for each. The fusion
                 runs where the main model is.
+            trust_remote_code: run code that members bring along (`load_member`); False refuses them by name.
             progress: called with a line of text as each stage starts.
             settings: everything else `Ensemble(...)` takes: weights, recipe, learning_rate, ...
 
@@ -201,7 +203,9 @@ class Ensemble:
         _check_names(settings.get("fuser", "deepen"), settings.get("recipe", RECIPE), weights)
         if not isinstance(weights, str | None):
             check_weights(weights, len(members))
-        loaded = load_members(members, dtype=dtype, device=device, progress=progress)
+        loaded = load_members(
+            members, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
         if progress is not None:
             progress("Matching vocabularies")
         return cls(loaded, **settings)

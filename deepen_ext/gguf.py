@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepen_ext.cache import atomic_directory, cache_dir, locked
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.gguf_pre_tokenizers import SplitRule, split_rule
 
 Progress = Callable[[str], None]
@@ -41,7 +41,8 @@ def convert_gguf(
 
     Raises:
         InputError: no such file.
-        ModelError: the file is truncated or of a kind transformers cannot read, or `gguf` is not installed.
+        ModelError: the file is truncated or of a kind transformers cannot read, lacks weights or has those of
+            another architecture; or `gguf` is not installed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the spelling of the path")
@@ -81,21 +82,30 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from deepen_ext.checkpoint import check_weights
+    from deepen_ext.gguf_reader import read_once
     from deepen_ext.quiet import quiet
 
-    with _reading(path), quiet():
+    with _reading(path), quiet(), read_once():
         say(f"Converting {name}, once: tokenizer")
         tokenizer = _tokenizer(path)
         say(f"Converting {name}, once: settings")
-        # Parsing the file's vocabulary in Python is what takes long (13 s of Gemma's 262,144 tokens each
-        # time). The tokenizer above uses transformers' quick reader, and a config given spares the model a
-        # second parse.
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        # Parsing the file's vocabulary in Python is what takes long. The tokenizer above uses transformers'
+        # quick reader, and the config and the weights share a parse (`read_once`).
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         say(f"Converting {name}, once: weights")
         with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, config=config, dtype=torch.float32
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
+        model = loaded[0]
+        check_weights(model, loaded[1], path.name)  # a head is tied where the file has none
         # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
         if model.hf_quantizer is not None:
             model.hf_quantizer.remove_quantization_config(model)
@@ -172,8 +182,10 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
     try:
         yield
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
+    except DeepenError as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(

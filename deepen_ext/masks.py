@@ -7,11 +7,12 @@ import re
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from deepen_ext import attention
 from deepen_ext.errors import ModelError
 from deepen_ext.kv_cache import ManyLanes
-from deepen_ext.member import Member
+from deepen_ext.member import Member, inner_model
 
 
 def check_batches(member: Member, windows: Sequence[int | None]) -> None:
@@ -19,15 +20,14 @@ def check_batches(member: Member, windows: Sequence[int | None]) -> None:
 
     They need positions and masks of their own. ``windows`` are those of the model's layers.
     """
-    config = member.model.config.get_text_config()
+    model = inner_model(member.model)
+    config = model.config.get_text_config()
     implementation = getattr(config, "_attn_implementation", None)
     types = getattr(config, "layer_types", None) or []
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
     changing = {part.get("rope_type") for part in ropes} & {"dynamic", "longrope"}
-    if "position_ids" not in inspect.signature(member.model.forward).parameters or getattr(
-        config, "alibi", False
-    ):
+    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         reason = "takes no position_ids"
     elif implementation not in ("sdpa", attention.NAME, "eager"):
         reason = f"has attention '{implementation}'; load it with attn_implementation='sdpa'"
@@ -35,19 +35,19 @@ def check_batches(member: Member, windows: Sequence[int | None]) -> None:
         reason = "has chunked attention"
     elif changing:
         reason = f"has rotary positions of type '{changing.pop()}', which depend on the longest sequence"
-    elif len(windows) > 1 and not _takes_a_mask_by_layer_type(member):
+    elif len(windows) > 1 and not _takes_a_mask_by_layer_type(model):
         reason = "has layers with different windows but takes one mask for all"
     else:
         return
     raise ModelError(
-        f"{member.name}: this model ({type(member.model).__name__}) cannot run texts of different lengths "
+        f"{member.name}: this model ({type(model).__name__}) cannot run texts of different lengths "
         f"together: it {reason}. Generate one prompt at a time"
     )
 
 
-def _takes_a_mask_by_layer_type(member: Member) -> bool:
+def _takes_a_mask_by_layer_type(model: PreTrainedModel) -> bool:
     """Whether the model takes masks prepared by the caller, one for each layer type (most models do)."""
-    source = inspect.getsource(inspect.unwrap(type(member.model.base_model).forward))
+    source = inspect.getsource(inspect.unwrap(type(model.base_model).forward))
     return re.search(r"isinstance\(.*attention_mask, dict\)", source) is not None
 
 

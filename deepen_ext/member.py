@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,12 +13,40 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepen_ext.text import Vocabulary
 
 
+def inner_model(model: Any) -> Any:
+    """The model itself, where a wrapper stands around it: `torch.compile`, PEFT.
+
+    A wrapper's forward takes anything; only the model's says what it can do.
+    """
+    while True:
+        if isinstance(compiled := getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = compiled
+        elif callable(base := getattr(model, "get_base_model", None)):
+            model = base()
+        else:
+            return model
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is its values in memory: no quantised or other special weight, no sparse layout."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+
+
+def dense(weight: torch.Tensor) -> torch.Tensor:
+    """A weight's values: itself, not copied, or what a quantised one stands for."""
+    if is_plain(weight) or not hasattr(weight, "dequantize"):
+        return weight
+    values: torch.Tensor = weight.dequantize()
+    return values
+
+
 @dataclass
 class Member:
     """A causal language model that can take part in an ensemble.
 
     ``eos_ids`` are all token ids that end a text; ``context_length`` is the largest number of positions (None
-    when the config does not say); ``device`` and ``dtype`` are the model's.
+    when the config does not say); ``device`` and ``dtype`` are the model's. The model may stand in a wrapper
+    (`inner_model`), and its linear layers may be quantised.
     """
 
     name: str
@@ -34,10 +63,10 @@ class Member:
 
     @property
     def embedding(self) -> torch.Tensor:
-        """Input embeddings ``[rows, d]`` in the model's dtype, not copied."""
+        """Input embeddings ``[rows, d]`` in the model's dtype, not copied unless they are quantised."""
         weight = self.model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
-        return weight
+        return dense(weight)
 
     @property
     def vocab_size(self) -> int:

@@ -10,7 +10,7 @@ from deepen_ext.coverage import Coverage
 from deepen_ext.diagnosis import DeviceMemory, MemberFacts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.kv_cache import cache_bytes
-from deepen_ext.member import Member
+from deepen_ext.member import Member, dense, inner_model
 from deepen_ext.memory import available_bytes
 from deepen_ext.relative_map import RelativeMap
 from deepen_ext.token_likelihoods import Score, TokenLikelihoods
@@ -83,8 +83,9 @@ def is_same_model(a: Member, b: Member, of_a: TokenLikelihoods, of_b: TokenLikel
     apart = sum(abs(x - y) for x, y in zip(of_a.logprobs, of_b.logprobs, strict=True)) / len(of_a.logprobs)
     if apart > (_ROUNDING if coarse.itemsize > 2 else _ROUNDING_OF_TWO_BYTES):
         return False
-    ours, theirs = dict(a.model.named_parameters()), dict(b.model.named_parameters())
+    ours, theirs = (dict(inner_model(member.model).named_parameters()) for member in (a, b))
     return ours.keys() == theirs.keys() and all(
-        one.shape == theirs[name].shape and torch.equal(one.to("cpu", coarse), theirs[name].to("cpu", coarse))
+        one.shape == theirs[name].shape
+        and torch.equal(dense(one).to("cpu", coarse), dense(theirs[name]).to("cpu", coarse))
         for name, one in ours.items()
     )

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepen_ext import demo
+from deepen_ext.checkpoint import adapter_refusal, load_model
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.gguf import convert_gguf
 from deepen_ext.member import Member
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.quiet import quiet
 from deepen_ext.text import Vocabulary
+from deepen_ext.tokenizer_file import load_tokenizer
 
 __all__ = ["DTYPES", "Progress", "convert_gguf", "find_device", "load_member", "load_members", "resolve"]
 
@@ -41,12 +43,15 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path 
 
     Raises:
         InputError: there is no such file, folder or embedded model, and the text cannot be a hub name.
-        ModelError: a ``.gguf`` file cannot be converted, or an embedded model not fetched.
+        ModelError: a ``.gguf`` file cannot be converted, an embedded model not fetched, or the folder
+            holds an adapter.
     """
     if str(name_or_path).startswith("demo:"):
         return demo.embedded(str(name_or_path).removeprefix("demo:"), progress)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(adapter_refusal(str(path)))
         if not (path / "config.json").is_file():
             raise InputError(
                 f"{path}: the folder has no config.json; name the folder of a transformers model"
@@ -58,13 +63,13 @@ def resolve(name_or_path: str | Path, progress: Progress | None = None) -> Path 
             )
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf":
             raise InputError(
                 f"{path}: not a model; name a folder, a .gguf file or a hub name such as org/name"
             )
         return convert_gguf(path, progress)
     name = str(name_or_path)
-    if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name):
+    if path.suffix.lower() == ".gguf" or not _HUB_NAME.fullmatch(name):
         raise InputError(
             f"{name}: no such file or folder, and not a hub name (org/name); check the spelling of the path"
         )
@@ -76,27 +81,39 @@ def load_member(
     *,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Member:
     """Load a model and its tokenizer, ready for inference.
+
+    Every weight must come from the checkpoint (`checkpoint.check_weights`), and the tokenizer is what its
+    file tokenizer.json says, whatever class its config names (`tokenizer_file`).
 
     Args:
         name_or_path: hub name, local folder, ``.gguf`` file, or an embedded model (``demo:gemma-3-270m``).
         dtype: "float32", "float16", "bfloat16" or the ``torch.dtype``.
         device: where the model goes, for example "cpu" or "cuda:0".
+        trust_remote_code: run code that the folder or the hub's repository brings along, where transformers
+            has no class of its own for the model. False refuses such a model by name. Nothing asks on
+            standard input.
         progress: called with one line of text as each stage starts.
 
     Raises:
         InputError: unknown path, hub name, dtype or device.
-        ModelError: the model cannot be loaded, or its tokenizer fails the byte round trip.
+        ModelError: the model cannot be loaded, needs code of its own, lacks weights or has those of another
+            architecture, or its tokenizer fails the byte round trip.
     """
+    if type(trust_remote_code) is not bool:
+        raise InputError(f"trust_remote_code is {trust_remote_code!r}; give True or False")
     torch_dtype = _dtype(dtype)
     torch_device = find_device(device)
     target = resolve(name_or_path, progress)
     name = target.name if isinstance(target, Path) else target
     if progress is not None:
         progress(f"Loading {name}")
-    tokenizer, model = _load(target, name, torch_dtype)
+    with quiet():
+        tokenizer = load_tokenizer(target, name, trust_remote_code=trust_remote_code)
+        model = load_model(target, name, torch_dtype, trust_remote_code=trust_remote_code)
     model = model.to(torch_device).eval().requires_grad_(False)  # type: ignore[arg-type]
     head = model.get_output_embeddings()
     rows = head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
@@ -117,9 +134,12 @@ def load_members(
     *,
     dtype: str | torch.dtype | Sequence[str | torch.dtype] = "float32",
     device: str | torch.device | Sequence[str | torch.device] = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> list[Member]:
     """Load several, as `load_member` does; dtype and device are one for all, or one for each.
+
+    ``trust_remote_code`` holds for every member.
 
     Raises:
         InputError: see `load_member`; a number of dtypes or devices that is not the members'; a CUDA device
@@ -131,7 +151,13 @@ def load_members(
         check_built_for(one)
     dtypes = _for_each("dtype", dtype, len(members))
     return [
-        load_member(name, dtype=dtypes[i], device=devices[i], progress=progress)
+        load_member(
+            name,
+            dtype=dtypes[i],
+            device=devices[i],
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         for i, name in enumerate(members)
     ]
 
@@ -146,23 +172,6 @@ def _for_each(what: str, value: Any, members: int) -> list[Any]:
             f"there are {len(values)} of {what} for {members} members; give one, or one for each"
         )
     return values
-
-
-def _load(
-    target: Path | str, name: str, dtype: torch.dtype
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(target)
-            model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
-    except Exception as error:
-        if isinstance(target, str):
-            raise InputError(
-                f"{name}: neither a local file or folder nor a model the hub gives: {_first_line(error)}. "
-                "Check the name, and the network if it has not been downloaded before"
-            ) from error
-        raise ModelError(f"{target}: transformers cannot load this model: {_first_line(error)}") from error
-    return tokenizer, model
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -209,8 +218,3 @@ def _context_length(model: PreTrainedModel) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

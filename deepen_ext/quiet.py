@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as _standard
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,3 +24,22 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def loading_notes() -> Iterator[list[str]]:
+    """What transformers notes while it loads weights: kept in a list, shown nowhere."""
+    notes: list[str] = []
+    keep = _standard.Handler()
+    keep.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+    logger = _standard.getLogger("transformers.modeling_utils")
+    before = logger.level, logger.propagate
+    logger.setLevel(_standard.WARNING)
+    logger.propagate = False
+    logger.addHandler(keep)
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(keep)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -15,7 +15,7 @@ from deepen_ext.feed_plan import SHARED, common_prefix, fed_first, groups, in_co
 from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
 from deepen_ext.masks import attention_mask, check_batches
-from deepen_ext.member import Member
+from deepen_ext.member import Member, inner_model
 from deepen_ext.small_products import small_products
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
@@ -49,7 +49,7 @@ class BatchSession:
         self._aside: set[int] = set()  # of these, rows that nobody feeds for now
         # Logits after a row's ids: a forward's output [b, V] and the row's place in it.
         self._logits: dict[int, tuple[torch.Tensor, int]] = {}
-        share_heads(member.model)
+        share_heads(inner_model(member.model))
         self._room = take_room(member, rows, capacity)
         self._cache = self._room.cache
         self._fixed = _on_fixed_buffers(member, self._cache)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from deepen_ext.member import is_plain
+
 _LINEAR = torch.nn.functional.linear
 _MOST_ROWS = 16  # at 32 both ways take the same time
 
@@ -36,6 +38,10 @@ class _TurnedAround(TorchFunctionMode):
 
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    # Of quantised and other special weights (subclasses, sparse layouts) only the package that made them
+    # knows the products.
+    if not (is_plain(x) and is_plain(weight) and (bias is None or is_plain(bias))):
+        return False
     rows = x.numel() // max(x.shape[-1], 1)
     return 1 <= rows <= _MOST_ROWS and x.dtype == weight.dtype == torch.float32 and weight.dim() == 2
 

@@ -129,3 +129,40 @@ def test_errors_name_no_folder_of_the_machine_that_built_the_core() -> None:
     for suffix in ("cc", "cu") if _core.cuda_compiled() else ("cc",):
         assert f"csrc/ops/topk_softmax.{suffix}".encode() in module
     assert str(ROOT).encode() not in module
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nvcc", "installed", "built"),
+    [
+        (["demo"], True, "", "OFF"),
+        (["demo"], False, "", "AUTO"),
+        (["demo", "DEEPEN_CUDA=ON"], True, "", "ON"),
+        (["build"], True, "", "AUTO"),
+        (["build"], True, "OFF", "AUTO"),
+        (["demo"], True, "AUTO", None),
+        (["demo"], True, "OFF", None),
+    ],
+)
+def test_the_demo_alone_waits_for_no_cuda_kernels(
+    tmp_path: Path, arguments: list[str], nvcc: bool, installed: str, built: str | None
+) -> None:
+    """What `make` would build, beside an installation and a CUDA compiler or without; and that it says so."""
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("make", "sh", "grep", *(["nvcc"] if nvcc else [])):
+        (tools / tool).symlink_to(shutil.which(tool) or "/bin/true")
+    (tmp_path / ".venv").mkdir()
+    for stamp in ("tools", "dependencies", *([f"installed-{installed}"] if installed else [])):
+        (tmp_path / ".venv" / stamp).touch()
+    done = subprocess.run(
+        ["make", "-n", *arguments],
+        cwd=tmp_path,
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(re.findall(r"installed-(\w+)$", done.stdout, re.MULTILINE)) == ({built} if built else set())
+    assert ("the CPU part alone" in done.stdout) == (built == "OFF")

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tiny_models import one_byte_tokens, save_model
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext.anchors import PrefixColumns, shared_anchors
 from deepen_ext.coverage import coverage, mean_distribution, row_shapes
@@ -33,16 +34,6 @@ SHORT = SAMPLE_TEXT[:500]
 
 
 # ---------------------------------------------------------------- real, tiny models
-
-
-def one_byte_tokens() -> Tokenizer:
-    """Byte-level BPE without merges: the 256 bytes and an end."""
-    names = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
-    return tokenizer
 
 
 def characters_only() -> Tokenizer:
@@ -71,27 +62,6 @@ def characters_only() -> Tokenizer:
     special = ["<unk>", "<eos>", *(name for name in of_bytes if name not in of_the_mark)]
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     return tokenizer
-
-
-def save_model(
-    folder: Path, tokenizer: Tokenizer, *, seed: int, eos: str | None = "<eos>", padding: int = 0
-) -> Path:
-    """A Llama of random weights, small but whole, with this tokenizer."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size() + padding,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=400,
-        bos_token_id=None,
-        eos_token_id=None if eos is None else tokenizer.token_to_id(eos),
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
-    return folder
 
 
 def learn(member: Member, text: str) -> None:

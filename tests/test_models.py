@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from deepen_ext import demo
 from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf_reader import read_once
 from deepen_ext.member import Member
 from deepen_ext.models import convert_gguf, load_member, resolve
 
@@ -38,7 +39,10 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole Llama model of one layer in a GGUF file, quantised to Q8_0, with a byte-level tokenizer."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Path:
     tokens = ["<unk>", "<s>", "</s>", "<eot>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -71,7 +75,9 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "blk.0.ffn_gate": (96, 64),
         "blk.0.ffn_up": (96, 64),
         "blk.0.ffn_down": (64, 96),
+        **further,
     }
+    shapes.pop(without, None)
     for name, shape in shapes.items():
         kind = gguf.GGMLQuantizationType.Q8_0
         blocks = gguf.quants.quantize(random.standard_normal(shape, dtype=np.float32), kind)
@@ -134,6 +140,23 @@ def test_embedded_tokenizers_are_the_original_ones(smollm2: Member, gemma: Membe
     assert pieces(gemma, "Hello world") == [b"Hello", b" world"]  # no dummy space in front
     assert pieces(gemma, "a\n\n\n    b") == [b"a", b"\n\n\n", b"    ", b"b"]
     assert (smollm2.context_length, gemma.context_length) == (8192, 32768)
+
+
+def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    plain = gguf.GGUFReader(tiny_gguf)
+    with pytest.raises(RuntimeError, match="stop"), read_once():  # noqa: PT012
+        quick = gguf.GGUFReader(str(tiny_gguf))
+        assert gguf.GGUFReader(str(tiny_gguf)) is quick
+        assert type(quick.data) is np.ndarray
+        assert not quick.data.flags.writeable
+        assert list(quick.fields) == list(plain.fields)
+        assert all(quick.fields[name].contents() == field.contents() for name, field in plain.fields.items())
+        assert [one.name for one in quick.tensors] == [one.name for one in plain.tensors]
+        pairs = zip(quick.tensors, plain.tensors, strict=True)
+        assert all(np.array_equal(one.data, other.data) for one, other in pairs)
+        raise RuntimeError("stop")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 CONVERT = """
@@ -203,11 +226,30 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     assert not list(assets.rglob("config.json"))
 
 
+def test_a_gguf_that_lacks_weights_is_refused(assets: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "lacks.gguf", without="blk.0.ffn_down")
+    with pytest.raises(ModelError, match=r"lacks\.gguf: the checkpoint lacks .*layers\.0\.mlp\.down_proj"):
+        load_member(path)
+    assert not list(assets.rglob("config.json"))
+
+
+def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
+    tiny_gguf: Path, assets: Path, tmp_path: Path
+) -> None:
+    own = load_member(write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))).model
+    tied = load_member(tiny_gguf).model
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    head, embedding = own.get_output_embeddings().weight, own.get_input_embeddings().weight
+    assert head.shape == embedding.shape
+    assert not torch.equal(head, embedding)
+
+
 def test_unknown_paths_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder, and not a hub name"):
         resolve(tmp_path / "missing")
-    with pytest.raises(InputError, match="no such file or folder"):
-        resolve("missing.gguf")
+    for name in ("missing.gguf", "missing.GGUF"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            resolve(name)
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve(tmp_path)
     (tmp_path / "notes.txt").write_text("x")

@@ -28,8 +28,9 @@ def ensemble_from(
     Args:
         pretrained: the members, the main model first, or an ensemble, which is returned.
         arguments: `demo` (the embedded pair) or `preset` (a YAML file) instead of `pretrained`; `dtype` and
-            `device`, one for all or one for each; and the settings of `Ensemble`, of which those that are
-            given count more than the preset's. `fuser` is a name as on the command line.
+            `device`, one for all or one for each; `trust_remote_code`; and the settings of `Ensemble`, of
+            which those that are given count more than the preset's. `fuser` is a name as on the command
+            line.
 
     Raises:
         InputError: an unknown argument, none or two of the ways to name members, a value out of range, a
@@ -38,7 +39,7 @@ def ensemble_from(
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = set(inspect.signature(Ensemble).parameters) - {"members"}
-    known = {"demo", "preset", "dtype", "device", *settings}
+    known = {"demo", "preset", "dtype", "device", "trust_remote_code", *settings}
     if unknown := sorted(given.keys() - known):
         raise InputError(
             f"model_args: there is no {', '.join(unknown)}; there are pretrained, batch_size, max_gen_toks, "
@@ -68,6 +69,8 @@ def ensemble_from(
         given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
+    if "trust_remote_code" in given:
+        placed["trust_remote_code"] = given.pop("trust_remote_code")
     chosen = preset.settings(**{name: given.pop(name) for name in SETTINGS if name in given})
     return Ensemble.from_pretrained(preset.members, progress=log.info, **placed, **chosen, **given)
 

@@ -16,6 +16,7 @@ from deepen_ext.commands.options import (
     Devices,
     Dtypes,
     Models,
+    TrustRemoteCode,
     exit_codes,
     member_names,
     one_or_more,
@@ -42,6 +43,7 @@ def doctor(
     ] = None,
     dtype: Dtypes = None,
     device: Devices = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -64,6 +66,7 @@ def doctor(
                 embedded.members(say) if names is None else names,
                 dtype=one_or_more([one.value for one in dtype or []], "float32"),
                 device=one_or_more(device, "cpu"),
+                trust_remote_code=trust_remote_code,
                 progress=say,
             )
             diagnosis = diagnose(members, text=sample, progress=say)

@@ -23,6 +23,7 @@ from deepen_ext.commands.options import (
     Preset,
     RecipeName,
     Recipes,
+    TrustRemoteCode,
     Weights,
     exit_codes,
     load_ensemble,
@@ -89,6 +90,7 @@ def evaluate(
     ] = False,
     dtype: Dtypes = None,
     device: Devices = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Score models together and alone on the paper's benchmarks, with intervals and paired comparisons.
@@ -113,6 +115,7 @@ def evaluate(
             learning_rate=learning_rate,
             dtypes=dtype,
             devices=device,
+            trust_remote_code=trust_remote_code,
         )
         ensembles = _configurations(base, fused if not alone else [], singles)
 

@@ -22,6 +22,7 @@ from deepen_ext.commands.options import (
     Models,
     Preset,
     Recipes,
+    TrustRemoteCode,
     Weights,
     exit_codes,
     load_ensemble,
@@ -91,6 +92,7 @@ def generate(
     ] = None,
     dtype: Dtypes = None,
     device: Devices = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -115,6 +117,7 @@ def generate(
             learning_rate=learning_rate,
             dtypes=dtype,
             devices=device,
+            trust_remote_code=trust_remote_code,
         )
         result = ensemble.generate(
             [{"role": "user", "content": text}] if chat else text,

@@ -22,6 +22,7 @@ from deepen_ext.commands.options import (
     Models,
     Preset,
     Recipes,
+    TrustRemoteCode,
     Weights,
     exit_codes,
     load_ensemble,
@@ -57,6 +58,7 @@ def nll(
     ] = CONTEXT,
     dtype: Dtypes = None,
     device: Devices = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -81,6 +83,7 @@ def nll(
             learning_rate=learning_rate,
             dtypes=dtype,
             devices=device,
+            trust_remote_code=trust_remote_code,
         )
         with progress() as say:
             from deepen_ext.fusers import parse_fuser

@@ -101,6 +101,13 @@ Devices = Annotated[
     list[str] | None,
     typer.Option("--device", help="Where the models run: one for all, or one for each. cpu by default."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that a model's folder or repository brings along. Without it such a model is refused.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -116,6 +123,7 @@ def load_ensemble(
     learning_rate: float | None = None,
     dtypes: list[Dtype] | None = None,
     devices: list[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> Ensemble:
     """The ensemble that the options ask for; None stands for what was not given.
 
@@ -142,6 +150,7 @@ def load_ensemble(
             names if names is not None else embedded.members(say),
             dtype=one_or_more([one.value for one in dtypes or []], "float32"),
             device=one_or_more(devices, "cpu"),
+            trust_remote_code=trust_remote_code,
             progress=say,
             **settings,
         )

@@ -14,6 +14,7 @@ from deepen_ext.commands.options import (
     Dtypes,
     FuserSpec,
     Models,
+    TrustRemoteCode,
     exit_codes,
     member_names,
     one_or_more,
@@ -51,6 +52,7 @@ def tune(
     fuser: FuserSpec = None,
     dtype: Dtypes = None,
     device: Devices = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Choose weights, settings and the main model of two or more models, and write a preset.
@@ -91,6 +93,7 @@ def tune(
                 named,
                 dtype=one_or_more([one.value for one in dtype or []], "float32"),
                 device=one_or_more(device, "cpu"),
+                trust_remote_code=trust_remote_code,
                 progress=say,
             )
             tuning = tune_members(

@@ -147,10 +147,12 @@ def weights_fingerprint(member: Member) -> str:
 
     All of a weight would be more certain and would read every byte of a model; any training changes samples.
     """
+    from deepen_ext.member import dense, inner_model
+
     digest = hashlib.sha256()
-    for name, weight in member.model.named_parameters():
+    for name, weight in inner_model(member.model).named_parameters():
         digest.update(f"{name} {list(weight.shape)} ".encode())
-        flat = weight.detach().flatten()
+        flat = dense(weight.detach()).flatten()
         digest.update(flat[:: max(len(flat) // _SAMPLES, 1)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
