@@ -124,6 +124,8 @@ class Run:
             new_tokens=longest,
             shared=shared,
         )
+        for number, prompt in enumerate(prompts):
+            self._assistants.append(number, prompt.unfinished)
         self._check_lengths(shared)
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)

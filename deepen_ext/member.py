@@ -40,6 +40,11 @@ class Member:
         """Number of logits the model gives (may exceed the number of tokens)."""
         return self.vocabulary.vocab_size
 
+    def name_of(self, token: int) -> str:
+        """How the tokenizer writes a special token, which has no text; "" where the id has no token."""
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        return name if isinstance(name, str) else ""
+
 
 def unique_names(members: Sequence[Member]) -> list[str]:
     """Members' names, numbered where two are the same (timings are by name)."""

@@ -16,10 +16,14 @@ Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's beginning: the main model's tokens, and the text that each assistant reads."""
+    """One row's beginning: the main model's tokens, and the text that each assistant reads.
+
+    `unfinished` is what the tokens have of a character after that text.
+    """
 
     main_ids: list[int]
     texts: list[PromptText]
+    unfinished: bytes = b""
 
 
 def is_batch(prompt: Prompts) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from deepen_ext.adapters.generate_call import GENERATE
 from deepen_ext.adapters.logits_processor import DeepenLogitsProcessor
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts
 from deepen_ext.chat import WithoutTemplate
@@ -68,10 +68,10 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 seed=seed,
             )
             rows = _unmasked(input_ids, model_inputs.get("attention_mask"))
-            texts = AssistantsPrompts(ensemble, messages, without_template).texts(rows)
+            prompts = AssistantsPrompts(ensemble, messages, without_template)
             run = Run(
                 ensemble,
-                [Prompt(*one) for one in zip(rows, texts, strict=True)],
+                [Prompt(ids, *prompts.read(row, len(rows), ids)) for row, ids in enumerate(rows)],
                 settings,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
@@ -101,7 +101,7 @@ def _given_to_generate(logits_processor: Any, stopping_criteria: Any) -> dict[st
     Where something else called it, they are what it was called with.
     """
     caller = sys._getframe(2)
-    if caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+    if caller.f_code is not GENERATE:
         return {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     return {
         name: caller.f_locals.get(name)
