@@ -44,7 +44,7 @@ class _Row:
     prompt_length: int
     new_tokens: int  # at most so many
     pieces: list[str] = field(default_factory=list)
-    recent: str = ""  # the end of the text, for stop strings
+    recent: str = ""  # the end of the new text with special tokens' names, for stop strings
     changed: int = 0
     finish_reason: FinishReason | None = None
 
@@ -261,10 +261,16 @@ class Run:
         return reasons
 
     def _hand_over(self, row: int, token: int) -> Written:
-        """Give the token's text to the assistants."""
+        """Give the token's text to the assistants; a special token has none, and they read its name."""
         if token in self.settings.eos_ids:
             return Written(row, token, "")
-        piece = self._assistants.append(row, self.ensemble.members[0].vocabulary.bytes_of(token))
+        main, longest = self.ensemble.members[0], self._longest_stop
+        data = main.vocabulary.bytes_of(token)
+        name = "" if data else main.name_of(token)
+        read = self._assistants.append(row, data or name.encode())
+        if longest:
+            self._rows[row].recent = (self._rows[row].recent + read)[-(longest + len(read)) :]
+        piece = read.removesuffix(name)
         if piece:
             self._rows[row].pieces.append(piece)
         return Written(row, token, piece)
@@ -275,7 +281,7 @@ class Run:
             row = self._rows[one.row]
             if one.token in self.settings.eos_ids:
                 row.finish_reason = "eos"
-            elif self._stops(row, one.text):
+            elif any(stop in row.recent for stop in self.settings.stop_strings):
                 row.finish_reason = "stop_string"
             elif self._criteria[one.row] and bool(
                 self._criteria[one.row](torch.tensor([row.ids]), (step.fused.logits[i : i + 1],)).all()
@@ -285,13 +291,6 @@ class Run:
                 row.finish_reason = "length"
             if row.finish_reason is not None:
                 self._release(one.row)
-
-    def _stops(self, row: _Row, piece: str) -> bool:
-        """Whether the new piece completes a stop string."""
-        if not piece or not self._longest_stop:
-            return False
-        row.recent = (row.recent + piece)[-(self._longest_stop + len(piece)) :]
-        return any(stop in row.recent for stop in self.settings.stop_strings)
 
     def _drop_full(self) -> bool:
         """End the rows that some member cannot read any more; whether any row is left."""

@@ -11,7 +11,6 @@ from deepen_ext.errors import InputError
 from deepen_ext.member import Member
 
 Messages: TypeAlias = Sequence[Message]
-Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages]
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,9 @@ class Prompt:
     main_ids: list[int]
     texts: list[PromptText]
     unfinished: bytes = b""
+
+
+Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages] | Sequence[Prompt]
 
 
 def is_batch(prompt: Prompts) -> bool:
@@ -49,6 +51,8 @@ def read_prompts(
 
 
 def _read(members: Sequence[Member], prompt: object, without_template: WithoutTemplate, name: str) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, str):
         if not prompt:
             raise InputError(f"{name} is empty; give some text to continue")

@@ -52,7 +52,8 @@ class Settings:
         max_length: at most so many tokens together with the prompt, where that was asked for.
         do_sample: draw from the fused distribution; otherwise its most probable token is taken.
         seed: of sampling; None for another text every time.
-        stop_strings: the text ends once it holds one of them.
+        stop_strings: the text ends once the new text, special tokens written out, holds one of them. (For
+            transformers it may begin in the prompt.)
         eos_ids: the main model's token ids that end the text.
     """
 

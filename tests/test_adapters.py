@@ -378,6 +378,54 @@ class TestCustomGenerate:
             assert ids[: len(one.token_ids)] == one.token_ids
             assert set(ids[len(one.token_ids) :]) <= {pair.members[0].tokenizer.pad_token_id}
 
+    @pytest.mark.parametrize(
+        ("prompt", "written", "stop"),
+        [
+            ("Hello there", "! And more", "there!"),
+            ("Hello", " there! And", "there!"),
+            ("Hello", "<|im_start|>user", "<|im_start|>"),
+            ("Hello", " you<|im_start|>user", "you<|im_start|>"),
+            ("Hello there!", " And more", "there!"),
+            ("Hello", " 🦙🦙 and", "🦙"),
+        ],
+    )
+    def test_stop_strings_as_in_transformers(self, smollm2, prompt, written, stop):
+        """Its own criterion: a stop string may begin in the prompt, and be a special token's name."""
+        alone = Ensemble([smollm2], fuser="single")
+        given = inputs(alone, prompt)
+        forced = smollm2.vocabulary.encode(written)
+        start = given["input_ids"].shape[1]
+        settings = {
+            "stop_strings": [stop],
+            "max_new_tokens": len(forced),
+            "do_sample": False,
+            "prefix_allowed_tokens_fn": lambda _, ids: [forced[len(ids) - start]],
+        }
+        expected = smollm2.model.generate(**given, **settings, tokenizer=smollm2.tokenizer)
+        output = smollm2.model.generate(**given, **settings, custom_generate=alone.custom_generate)
+        assert torch.equal(output, expected)
+        own = alone.generate(prompt, **settings)
+        in_prompt = prompt.endswith("there")
+        assert own.finish_reason == (
+            "length" if in_prompt or output.shape[1] == start + len(forced) else "stop_string"
+        )
+        if not in_prompt:  # a stop string of the ensemble's stands in the new text
+            assert own.token_ids == expected[0, start:].tolist()
+
+    def test_special_tokens_are_handed_over_by_name(self, pair, main, fuse):
+        """Written by the loop as they are read in a prompt; the text is without them."""
+        forced = pair.members[0].vocabulary.encode("Hi<|im_start|>user")
+        prompt = len(inputs(pair, SHORT)["input_ids"][0])
+        settings = {
+            "max_new_tokens": len(forced),
+            "prefix_allowed_tokens_fn": lambda _, ids: [forced[len(ids) - prompt]],
+        }
+        run = pair.start(SHORT, **settings)
+        for _ in run:
+            pass
+        assert run._assistants._text(0, 0).text == SHORT + "Hi<|im_start|>user"
+        assert run.results()[0].text == "Hiuser"
+
     def test_own_processors_and_criteria(self, pair, main, expected):
         class AfterFour(StoppingCriteria):
             def __call__(self, input_ids, scores, **_):
