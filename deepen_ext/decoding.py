@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +17,8 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
 from deepen_ext.memory import find_shortage
+from deepen_ext.numbers import real_number, whole_number
+from deepen_ext.one_reader import OneReader
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
 from deepen_ext.settings import Settings
@@ -100,12 +101,12 @@ class Run:
         fuser = ensemble.fuser
         if certified_skip and not isinstance(fuser, DeepenFuser):
             raise InputError(f"certified_skip bounds the inverse search, which {ensemble.method} has not")
-        if confidence_gate is not None and not 0 < confidence_gate <= 1:
-            raise InputError(f"confidence_gate is {confidence_gate}; choose above 0 to 1")
+        if confidence_gate is not None:
+            real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
         if streamer is not None and len(prompts) > 1:
             raise InputError("a streamer takes one prompt; leave it out, or give the prompts one at a time")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"the batch size is {batch_size}; choose 1 or more")
+        if batch_size is not None:
+            batch_size = whole_number("the batch size", batch_size, 1)
         self.ensemble = ensemble
         self.settings = settings
         self._rows = [
@@ -143,18 +144,17 @@ class Run:
         self._streamer = streamer
         self._longest_stop = max(map(len, settings.stop_strings), default=0)
         self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=at_once)
-        self._steps = self._write()
+        self._steps = OneReader(self._write())
 
-    def __iter__(self) -> Generator[list[Written], None, None]:
+    def __iter__(self) -> Iterator[list[Written]]:
         return self._steps
 
     def close(self) -> None:
         """Stop, free all caches, and keep the relative rows that were computed."""
         self._cancelled = True
-        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
-            return  # another thread is in a step: the loop ends after it, and frees
-        self._steps.close()
-        self._free()
+        if self._steps.close():
+            self._free()
+        # Else another thread is in a step: the loop ends after it, and frees.
 
     def results(self) -> list[Generation]:
         """What was written, row by row."""

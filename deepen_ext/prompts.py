@@ -45,7 +45,12 @@ def read_prompts(
     """
     if not is_batch(prompt):
         return [_read(members, prompt, without_template, "the prompt")]
-    if not isinstance(prompt, Sequence) or not prompt:
+    if not isinstance(prompt, Sequence):
+        raise InputError(
+            f"the prompt is a {type(prompt).__name__}; give a text, a chat, or a list of them "
+            "(of a generator list(...))"
+        )
+    if not prompt:
         raise InputError("there is no prompt; give a text, a chat, or a list of them")
     return [_read(members, one, without_template, f"prompt {i}") for i, one in enumerate(prompt)]
 
