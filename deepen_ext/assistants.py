@@ -64,13 +64,7 @@ class Assistants:
         """
         self._ensemble = ensemble
         self._members = ensemble.members[1:]
-        self._texts = [
-            [
-                GrowingText(member.vocabulary, one.text, prefix=one.prefix)
-                for member, one in zip(self._members, own, strict=True)
-            ]
-            for own in texts
-        ]
+        self._texts = [self._begun(own) for own in texts]
         self._unread = [[""] * len(self._members) for _ in texts]
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
         self._characters = [Utf8Stream() for _ in texts]
@@ -125,8 +119,21 @@ class Assistants:
         self._bytes = [list(self._bytes[source]) for source in sources]
         self._characters = [self._characters[source].copy() for source in sources]
 
+    def restart(self, row: int, texts: Sequence[PromptText]) -> None:
+        """The row's text is another now; its cache keeps what the two begin with."""
+        self._texts[row] = self._begun(texts)
+        self._unread[row] = [""] * len(self._members)
+        self._bytes[row] = [len(one.text.encode()) for one in texts]
+        self._characters[row] = Utf8Stream()
+
+    def _begun(self, texts: Sequence[PromptText]) -> list[GrowingText]:
+        return [
+            GrowingText(member.vocabulary, one.text, prefix=one.prefix)
+            for member, one in zip(self._members, texts, strict=True)
+        ]
+
     def append(self, row: int, data: bytes) -> str:
-        """Add the bytes of the chosen token to a row's text; returns the characters they complete."""
+        """Add a token's bytes to a row's text; returns the characters they complete."""
         piece = self._characters[row].feed(data)
         if piece:
             size = len(piece.encode())

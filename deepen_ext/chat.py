@@ -113,12 +113,18 @@ def _from_template(member: Member, conversation: list[dict[str, str]]) -> str:
     assert isinstance(text, str)
     for message in conversation:
         # What the assistant said before may be shortened on purpose: reasoning templates drop the thinking.
-        if message["role"] != "assistant" and message["content"].strip() not in text:
+        # Some templates collapse spaces and line breaks: that leaves nothing out.
+        if message["role"] != "assistant" and _bare(message["content"]) not in _bare(text):
             raise InputError(
                 f"{member.name}: its chat template leaves out the {message['role']} message "
                 f"{message['content'][:60]!r}; put what it says into a message that the template keeps"
             )
     return text
+
+
+def _bare(text: str) -> str:
+    """The text without whitespace."""
+    return "".join(text.split())
 
 
 def _transcript(conversation: list[dict[str, str]]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +18,8 @@ from deepen_ext.fusers import DeepenFuser, Part
 from deepen_ext.generation import FinishReason, Generation, Timings
 from deepen_ext.member import forbid
 from deepen_ext.memory import find_shortage
+from deepen_ext.numbers import real_number, whole_number
+from deepen_ext.one_reader import OneReader
 from deepen_ext.prompts import Prompt
 from deepen_ext.sampler import Chooser
 from deepen_ext.settings import Settings
@@ -45,7 +46,7 @@ class _Row:
     prompt_length: int
     new_tokens: int  # at most so many
     pieces: list[str] = field(default_factory=list)
-    recent: str = ""  # the end of the text, for stop strings
+    recent: str = ""  # the end of the new text with special tokens' names, for stop strings
     changed: int = 0
     finish_reason: FinishReason | None = None
 
@@ -101,12 +102,12 @@ class Run:
         fuser = ensemble.fuser
         if certified_skip and not isinstance(fuser, DeepenFuser):
             raise InputError(f"certified_skip bounds the inverse search, which {ensemble.method} has not")
-        if confidence_gate is not None and not 0 < confidence_gate <= 1:
-            raise InputError(f"confidence_gate is {confidence_gate}; choose above 0 to 1")
+        if confidence_gate is not None:
+            real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
         if streamer is not None and len(prompts) > 1:
             raise InputError("a streamer takes one prompt; leave it out, or give the prompts one at a time")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"the batch size is {batch_size}; choose 1 or more")
+        if batch_size is not None:
+            batch_size = whole_number("the batch size", batch_size, 1)
         self.ensemble = ensemble
         self.settings = settings
         self._rows = [
@@ -125,12 +126,16 @@ class Run:
             new_tokens=longest,
             shared=shared,
         )
+        for number, prompt in enumerate(prompts):
+            self._assistants.append(number, prompt.unfinished)
         self._check_lengths(shared)
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
         self._main = open_session(ensemble.members[0], at_once, capacity, shared)
-        self._unwritable = ensemble.members[0].unwritable(settings.eos_ids)
+        main = ensemble.members[0]
+        named = main.special_in(settings.every_stop_string)  # they end the text, so they can be written
+        self._unwritable = main.unwritable([*settings.eos_ids, *named])
         self._shared = shared is not None
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
         self._criteria = [settings.criteria() for _ in prompts]
@@ -144,18 +149,17 @@ class Run:
         self._streamer = streamer
         self._longest_stop = max(map(len, settings.stop_strings), default=0)
         self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=at_once)
-        self._steps = self._write()
+        self._steps = OneReader(self._write())
 
-    def __iter__(self) -> Generator[list[Written], None, None]:
+    def __iter__(self) -> Iterator[list[Written]]:
         return self._steps
 
     def close(self) -> None:
         """Stop, free all caches, and keep the relative rows that were computed."""
         self._cancelled = True
-        if inspect.getgeneratorstate(self._steps) == inspect.GEN_RUNNING:
-            return  # another thread is in a step: the loop ends after it, and frees
-        self._steps.close()
-        self._free()
+        if self._steps.close():
+            self._free()
+        # Else another thread is in a step: the loop ends after it, and frees.
 
     def results(self) -> list[Generation]:
         """What was written, row by row."""
@@ -264,10 +268,16 @@ class Run:
         return reasons
 
     def _hand_over(self, row: int, token: int) -> Written:
-        """Give the token's text to the assistants."""
+        """Give the token's text to the assistants; a special token has none, and they read its name."""
         if token in self.settings.eos_ids:
             return Written(row, token, "")
-        piece = self._assistants.append(row, self.ensemble.members[0].vocabulary.bytes_of(token))
+        main, longest = self.ensemble.members[0], self._longest_stop
+        data = main.vocabulary.bytes_of(token)
+        name = "" if data else main.name_of(token)
+        read = self._assistants.append(row, data or name.encode())
+        if longest:
+            self._rows[row].recent = (self._rows[row].recent + read)[-(longest + len(read)) :]
+        piece = read.removesuffix(name)
         if piece:
             self._rows[row].pieces.append(piece)
         return Written(row, token, piece)
@@ -278,7 +288,7 @@ class Run:
             row = self._rows[one.row]
             if one.token in self.settings.eos_ids:
                 row.finish_reason = "eos"
-            elif self._stops(row, one.text):
+            elif any(stop in row.recent for stop in self.settings.stop_strings):
                 row.finish_reason = "stop_string"
             elif self._criteria[one.row] and bool(
                 self._criteria[one.row](torch.tensor([row.ids]), (step.fused.logits[i : i + 1],)).all()
@@ -288,13 +298,6 @@ class Run:
                 row.finish_reason = "length"
             if row.finish_reason is not None:
                 self._release(one.row)
-
-    def _stops(self, row: _Row, piece: str) -> bool:
-        """Whether the new piece completes a stop string."""
-        if not piece or not self._longest_stop:
-            return False
-        row.recent = (row.recent + piece)[-(self._longest_stop + len(piece)) :]
-        return any(stop in row.recent for stop in self.settings.stop_strings)
 
     def _drop_full(self) -> bool:
         """End the rows that some member cannot read any more; whether any row is left."""

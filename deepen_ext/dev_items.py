@@ -10,6 +10,7 @@ from pathlib import Path
 from deepen_ext.errors import InputError
 from deepen_ext.evaluation.tasks import TASKS, Item, Task
 from deepen_ext.likelihood import pieces
+from deepen_ext.numbers import whole_number
 
 _PIECE, _CONTEXT = 400, 400  # characters of a text that are scored together, and that are read before them
 
@@ -77,8 +78,8 @@ class DevSet:
             raise InputError(f"{file}: cannot be read as a text file: {error}") from error
         if not text.strip():
             raise InputError(f"{file} is empty; give some text")
-        if limit is not None and limit < 1:
-            raise InputError(f"limit is {limit}; give a number of pieces of 1 or more")
+        if limit is not None:
+            limit = whole_number("limit", limit, 1)
         found = [DevItem(*one) for one in pieces(text, length=_PIECE, context=_CONTEXT)]
         if limit is not None and limit < len(found):
             found = [found[i * len(found) // limit] for i in range(limit)]

@@ -59,7 +59,8 @@ class Generation:
     """A text that the ensemble wrote.
 
     Attributes:
-        text: the new text, without the prompt. A stop string that ended it is kept, as transformers keeps it.
+        text: the new text, without the prompt and special tokens. A stop string that ended it is kept, as
+            transformers keeps it.
         token_ids: the main model's new tokens, a final EOS included.
         finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", "stopping_criteria",
             "context": some member's context is full (an assistant may need more tokens for the text than the

@@ -73,6 +73,16 @@ class Member:
         """Number of logits the model gives (may exceed the number of tokens)."""
         return self.vocabulary.vocab_size
 
+    def name_of(self, token: int) -> str:
+        """How the tokenizer writes a special token, which has no text; "" where the id has no token."""
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        return name if isinstance(name, str) else ""
+
+    def special_in(self, texts: Sequence[str]) -> list[int]:
+        """The tokens without text whose names stand in one of these texts."""
+        names = ((i, self.name_of(i)) for i in self._without_text) if texts else ()
+        return [i for i, name in names if name and any(name in text for text in texts)]
+
     @cached_property
     def _without_text(self) -> frozenset[int]:
         texts = enumerate(self.vocabulary.tokens)

@@ -14,6 +14,7 @@ from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
 from deepen_ext.cache import cache_dir
 from deepen_ext.errors import DeepenError, InputError
 from deepen_ext.member import Member
+from deepen_ext.numbers import whole_number
 from deepen_ext.relative_map import RelativeMap
 from deepen_ext.row_sources import PrefixRows, Recipe, RowSource, SimilarityRows
 
@@ -82,8 +83,7 @@ def _row_sources(
     members: Sequence[Member], anchors: Anchors, recipe: Recipe, temperature: float | None, entries: int
 ) -> list[RowSource]:
     device = members[0].device
-    if entries < 1:
-        raise InputError(f"entries is {entries}; choose 1 or more")
+    entries = whole_number("entries", entries, 1)
     if recipe == "bytes":
         if temperature is not None:
             raise InputError("the bytes recipe has no temperature; leave relative_temperature out")

@@ -11,15 +11,21 @@ from deepen_ext.errors import InputError
 from deepen_ext.member import Member
 
 Messages: TypeAlias = Sequence[Message]
-Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's beginning: the main model's tokens, and the text that each assistant reads."""
+    """One row's beginning: the main model's tokens, and the text that each assistant reads.
+
+    `unfinished` is what the tokens have of a character after that text.
+    """
 
     main_ids: list[int]
     texts: list[PromptText]
+    unfinished: bytes = b""
+
+
+Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages] | Sequence[Prompt]
 
 
 def is_batch(prompt: Prompts) -> bool:
@@ -39,12 +45,19 @@ def read_prompts(
     """
     if not is_batch(prompt):
         return [_read(members, prompt, without_template, "the prompt")]
-    if not isinstance(prompt, Sequence) or not prompt:
+    if not isinstance(prompt, Sequence):
+        raise InputError(
+            f"the prompt is a {type(prompt).__name__}; give a text, a chat, or a list of them "
+            "(of a generator list(...))"
+        )
+    if not prompt:
         raise InputError("there is no prompt; give a text, a chat, or a list of them")
     return [_read(members, one, without_template, f"prompt {i}") for i, one in enumerate(prompt)]
 
 
 def _read(members: Sequence[Member], prompt: object, without_template: WithoutTemplate, name: str) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
     if isinstance(prompt, str):
         if not prompt:
             raise InputError(f"{name} is empty; give some text to continue")

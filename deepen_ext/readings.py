@@ -86,7 +86,8 @@ class Reading:
 
     Attributes:
         ids: of context and text together, after what the member's tokenizer puts before every text; where
-            that is nothing and there is no context, after its BOS or else EOS id (lm-eval's convention).
+            that is nothing and there is no context, after its BOS or else EOS id (lm-eval's convention). A
+            text that begins with these ids gets no second ones.
         first: the first scored token's place in `ids`: scored are those beyond the context's own.
         ends: where each scored token ends, in bytes of context and text.
         begin: where the first of them begins.
@@ -105,8 +106,9 @@ class Reading:
         self.data = (context + text).encode()
         own = vocabulary.encode(context)
         self.prefix = list(vocabulary.prefix_ids) or ([] if own else _first_id(member))
-        self.ids = self.prefix + whole
-        self.first = len(self.prefix) + len(own)
+        self.ids = self.after_prefix(whole)
+        added = len(self.ids) - len(whole)
+        self.first = max(added + len(own), len(self.prefix))
         # Special tokens that the text itself names can be written in it.
         self._unwritable = member.unwritable(self.ids)
         self.logits = LogitRows(member.name, self._unwritable)
@@ -121,11 +123,16 @@ class Reading:
                 f"{member.context_length}; shorten the context, or score the text in shorter pieces"
             )
         ends = _byte_ends(member, context + text, whole, character_ends)
-        self.begin = ends[len(own) - 1] if own else 0
-        self.ends = ends[len(own) :]
+        before = self.first - added  # tokens of context and text that are not scored
+        self.begin = ends[before - 1] if before else 0
+        self.ends = ends[before:]
         self._session: BatchSession | None = None
         self._score: PromptScore | None = None
         self._elsewhere: dict[tuple[int, ...], int] = {}  # rows after ids that the text does not begin with
+
+    def after_prefix(self, ids: list[int]) -> list[int]:
+        """The ids of a text's begin, after `prefix` unless they begin with it."""
+        return ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
 
     @property
     def scored(self) -> list[int]:
@@ -245,7 +252,7 @@ class Accompaniment:
         begin = main.begin
         for place, end in enumerate(main.ends):
             if not characters.pending and (rule is None or not rule.sits_out(text, known[place])):
-                found.append((place, assistant.prefix + text.ids))
+                found.append((place, list(assistant.after_prefix(text.ids))))
             text.append(characters.feed(main.data[begin:end]))
             begin = end
         return found

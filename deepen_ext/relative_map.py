@@ -15,6 +15,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.map_file import MapFacts, read_map, write_map
+from deepen_ext.numbers import token_id_tensor
 from deepen_ext.ops import Rows
 from deepen_ext.row_sources import DEFAULT_ENTRIES, RowSource, SimilarityRows, SparseRows
 
@@ -153,11 +154,12 @@ class RelativeMap:
         Ids on a CUDA device are copied to the host, which waits for them, unless the map was filled.
 
         Raises:
-            InputError: a row is missing and the map has no source to compute it from.
+            InputError: ids that are no whole numbers, or a row is missing and the map has no source to
+                compute it from.
         """
         if self._complete:
             return 0
-        flat = ids.reshape(-1).long().cpu()
+        flat = token_id_tensor("ids", ids).reshape(-1).long().cpu()
         missing = flat[~self._known[flat]]
         if len(missing) == 0:
             return 0

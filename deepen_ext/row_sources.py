@@ -14,6 +14,7 @@ import torch
 from deepen_ext import ops
 from deepen_ext.anchors import Anchors, PrefixColumns
 from deepen_ext.errors import InputError
+from deepen_ext.numbers import real_number, token_id_tensor, whole_number
 
 Recipe = Literal["paper", "calibrated", "bytes"]
 
@@ -73,10 +74,9 @@ class SimilarityRows:
             raise InputError(f"recipe '{recipe}' has no similarity rows; use 'paper' or 'calibrated'")
         if temperature is None:
             temperature = DEFAULT_TEMPERATURE[recipe]
-        if not 0 < temperature <= 1000:
-            raise InputError(f"temperature is {temperature}; choose above 0 to 1000")
-        if entries < 1:
-            raise InputError(f"entries is {entries}; choose 1 or more")
+        temperature = real_number("temperature", temperature, "above 0 to 1000", lambda x: 0 < x <= 1000)
+        entries = whole_number("entries", entries, 1)
+        anchor_ids = token_id_tensor("anchor_ids", anchor_ids)
         if embedding.dim() != 2:
             raise InputError(
                 f"the embedding has shape {list(embedding.shape)}; expected [vocabulary, dimension]"
@@ -89,7 +89,7 @@ class SimilarityRows:
         self.device = embedding.device
         self.anchor_ids = anchor_ids.to(device=embedding.device, dtype=torch.int64).contiguous()
         self.recipe = recipe
-        self.temperature = float(temperature)
+        self.temperature = temperature
         self.vocab_size = len(embedding)
         self.anchors = len(anchor_ids)
         self.entries = min(entries, self.anchors)

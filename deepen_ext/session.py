@@ -16,6 +16,7 @@ from deepen_ext.graphs import WIDTHS, leave_room, take_room
 from deepen_ext.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
 from deepen_ext.masks import attention_mask, check_batches
 from deepen_ext.member import Member, inner_model
+from deepen_ext.numbers import whole_number
 from deepen_ext.small_products import small_products
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
@@ -39,8 +40,7 @@ class BatchSession:
             ModelError: the model's cache cannot be rolled back by tokens, or with two or more rows, the model
                 cannot run sequences of different lengths in one forward.
         """
-        if rows < 1:
-            raise InputError(f"{member.name}: a session of {rows} rows; make it 1 or more")
+        rows = whole_number(f"{member.name}: a session's number of rows", rows, 1)
         self.member = member
         self.rows = rows
         self.tokens_fed = 0

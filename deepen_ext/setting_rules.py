@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepen_ext.errors import InputError
+from deepen_ext.numbers import real_number, whole_number
 
 # Whole numbers: the smallest that makes sense.
 _COUNTS = {
@@ -163,13 +164,10 @@ def check_values(values: dict[str, Any], vocab_size: int) -> None:
     """Raise for values out of range, and for those that only sampling would read; numbers become floats."""
     defaults = GenerationConfig._get_default_generation_params()
     for name, value in values.items():
-        if name in _COUNTS and (type(value) is not int or value < _COUNTS[name]):
-            raise InputError(f"{name} is {value!r}; choose {_COUNTS[name]} or more")
+        if name in _COUNTS:
+            values[name] = whole_number(name, value, _COUNTS[name])
         if name in _NUMBERS:
-            words, fits = _NUMBERS[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-                raise InputError(f"{name} is {value!r}; choose {words}")
-            values[name] = float(value)
+            values[name] = real_number(name, value, *_NUMBERS[name])
         if name in _FLAGS and type(value) is not bool:
             raise InputError(f"{name} is {value!r}; choose True or False")
         if name in _TOKENS:
@@ -209,10 +207,8 @@ def stop_list(stop_strings: Any) -> list[str]:
 
 
 def check_seed(seed: Any) -> int | None:
-    """The seed, with room above it for one a row."""
-    if seed is not None and (type(seed) is not int or not -(2**62) < seed < 2**62):
-        raise InputError(f"seed is {seed!r}; give a whole number, or none at all")
-    return seed
+    """The seed, with room above it for each row's."""
+    return None if seed is None else whole_number("seed", seed, -(2**62), 2**62)
 
 
 def callables(name: str, given: Any) -> list[Any]:

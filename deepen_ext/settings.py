@@ -52,7 +52,8 @@ class Settings:
         max_length: at most so many tokens together with the prompt, where that was asked for.
         do_sample: draw from the fused distribution; otherwise its most probable token is taken.
         seed: of sampling; None for another text every time.
-        stop_strings: the text ends once it holds one of them.
+        stop_strings: the text ends once the new text, special tokens written out, holds one of them. (For
+            transformers it may begin in the prompt.)
         eos_ids: the main model's token ids that end the text.
     """
 
@@ -68,6 +69,12 @@ class Settings:
     _logits_processor: Sequence[Any] = ()
     _stopping_criteria: Sequence[Any] = ()
     _prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None
+
+    @property
+    def every_stop_string(self) -> list[str]:
+        """`stop_strings`, and those of transformers' own criterion for them."""
+        criteria = (getattr(one, "stop_strings", ()) for one in self._stopping_criteria)
+        return [*self.stop_strings, *(stop for stops in criteria for stop in stops)]
 
     @classmethod
     def read(

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Generator, Iterator
 from types import TracebackType
 
 from deepen_ext.decoding import Run
 from deepen_ext.generation import Generation
+from deepen_ext.one_reader import OneReader
 
 
 class TextStream(Iterator[str]):
     """Pieces of one text, whole characters only; a context manager.
 
-    The work is done as pieces are asked for. `close`, the end of the ``with`` block or dropping the stream
-    ends it and frees the caches.
+    One thread at a time reads it. The work is done as pieces are asked for. `close`, the end of the ``with``
+    block or dropping the stream ends it and frees the caches.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._pieces = _read(run)  # holds the run, not the stream: dropping the stream frees all at once
+        self._pieces = OneReader(
+            _read(run)
+        )  # holds the run, not the stream: dropping the stream frees all at once
         weakref.finalize(self, run.close).atexit = False
 
     def __next__(self) -> str:
@@ -36,10 +38,7 @@ class TextStream(Iterator[str]):
 
     def close(self) -> None:
         """End the work and free the caches; no more pieces come."""
-        if (
-            inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING
-        ):  # else another thread is in a step: the run ends after it
-            self._pieces.close()
+        self._pieces.close()  # where another thread is in a step, the run ends after it
         self._run.close()
 
     @property

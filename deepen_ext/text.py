@@ -371,7 +371,12 @@ class Utf8Stream:
     @property
     def pending(self) -> bool:
         """Whether an unfinished character waits for its other bytes."""
-        return bool(self._decoder.getstate()[0])
+        return bool(self.unfinished)
+
+    @property
+    def unfinished(self) -> bytes:
+        """What there is of an unfinished character."""
+        return self._decoder.getstate()[0]
 
     def finish(self) -> str:
         """The stream has ended: an unfinished character becomes U+FFFD."""

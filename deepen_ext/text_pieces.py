@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deepen_ext.errors import InputError
+from deepen_ext.numbers import whole_number
 
 PIECE, CONTEXT = 1500, 500  # characters; together some 600 tokens
 
@@ -24,8 +25,7 @@ def pieces(text: str, *, length: int = PIECE, context: int = CONTEXT) -> list[tu
     """
     if not text:
         raise InputError("the text is empty; give some text to score")
-    if length < 1 or context < 0:
-        raise InputError(f"pieces of {length} characters after {context}; give 1 or more, after 0 or more")
+    length, context = whole_number("length", length, 1), whole_number("context", context, 0)
     found = []
     begin = 0
     while begin < len(text):

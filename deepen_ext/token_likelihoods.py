@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from deepen_ext.errors import InputError
+from deepen_ext.numbers import whole_number
 
 BLOCK = 128  # bytes
 
@@ -57,8 +58,7 @@ class TokenLikelihoods:
         return self._spread([1.0] * len(self.ends), size)
 
     def _spread(self, values: Sequence[float], size: int) -> list[float]:
-        if size < 1:
-            raise InputError(f"blocks of {size} bytes; give 1 or more")
+        size = whole_number("the size of blocks", size, 1)
         blocks = [0.0] * -(-self.nbytes // size)
         begin = 0
         for value, end in zip(values, self.ends, strict=True):

@@ -30,6 +30,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers import FuseFunction
 from deepen_ext.member import Member, unique_names
 from deepen_ext.models import Progress
+from deepen_ext.numbers import real_number
 from deepen_ext.presets import Preset
 from deepen_ext.row_sources import Recipe
 
@@ -152,8 +153,7 @@ def tune(
             context; and what `Ensemble` raises.
         ModelError: a member's forward pass failed.
     """
-    if not 0 < minutes < float("inf"):
-        raise InputError(f"minutes is {minutes}; give a budget above 0")
+    minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
     if len(members) < 2 or fuser == "single":
         raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
     if fuser == "deepen" and not recipes:

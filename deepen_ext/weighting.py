@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deepen_ext.errors import InputError, failures_of
 from deepen_ext.member import Member, forbid
+from deepen_ext.numbers import real_number
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.sharing import Session
 
@@ -20,7 +21,9 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     Raises:
         InputError: not one for each member, negative, not finite, or not summing to 1.
     """
-    weights = [float(weight) for weight in weights]
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise InputError(f"weights is {weights!r}; give a list of numbers, one for each member")
+    weights = [real_number("weight", weight, "0 to 1", lambda _: True) for weight in weights]
     if len(weights) != members:
         raise InputError(f"there are {len(weights)} weights for {members} members; give one for each")
     if any(not math.isfinite(weight) or weight < 0 for weight in weights):

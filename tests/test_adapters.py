@@ -187,6 +187,118 @@ class TestLogitsProcessor:
             output = main.generate(**given, logits_processor=[fuse], max_new_tokens=TOKENS, do_sample=False)
         assert new_ids(output, given) == [answer.token_ids]
 
+    @pytest.mark.parametrize("drafts", ["prompt lookup", "a model"])
+    def test_assisted_decoding_writes_the_same(self, pair, main, drafts):
+        """transformers goes back wherever a draft is not what the fused scores say."""
+        given = inputs(pair, "One two three 🦙🦙, one two three 🦙🦙, one two")
+        expected = pair.generate(
+            "One two three 🦙🦙, one two three 🦙🦙, one two", max_new_tokens=14, eos_token_id=[5]
+        )
+        assert expected.changed_tokens
+        shown, back, drafts_left_alone = [], [], []
+
+        class Watched(DeepenLogitsProcessor):
+            def __call__(self, input_ids, scores):
+                back.append(input_ids.shape[1] < shown[-1] if shown else False)
+                shown.append(input_ids.shape[1])
+                fused = super().__call__(input_ids, scores)
+                drafts_left_alone.append(fused is scores)
+                return fused
+
+        draft = {"prompt lookup": {"prompt_lookup_num_tokens": 4}, "a model": {"assistant_model": main}}
+        with Watched(pair) as fuse:
+            output = main.generate(
+                **given,
+                logits_processor=[fuse],
+                max_new_tokens=14,
+                do_sample=False,
+                eos_token_id=[5],
+                **draft[drafts],
+            )
+        assert new_ids(output, given) == [expected.token_ids]
+        assert any(back)
+        assert any(drafts_left_alone)
+        assert not all(drafts_left_alone)
+
+    @pytest.mark.parametrize(
+        "later",
+        [
+            "🦙🦙",
+            "<|im_start|>user",
+            "🦙<|im_start|>",
+            "<|im_end|>",
+            "<|im_end|><|im_end|>",
+            "<|im_end|>\nHi",
+        ],
+    )
+    def test_the_same_ids_are_the_same_text(self, pair, later):
+        """Step by step, begun anew, and gone back to: what an assistant reads depends on the ids alone."""
+        vocabulary = pair.members[0].vocabulary
+        prompt, after = vocabulary.encode("ok"), vocabulary.encode(later)
+        assert later[0] != "🦙" or len(vocabulary.encode("🦙")) > 1  # some end inside a character
+        scores = torch.randn(1, pair.members[0].vocab_size, generator=torch.Generator().manual_seed(1))
+        with DeepenLogitsProcessor(pair) as steps:
+            for end in (*range(len(after) + 1), *range(len(after), -1, -1)):
+                ids = torch.tensor([prompt + after[:end]])
+                fused = steps(ids, scores)
+                with DeepenLogitsProcessor(pair) as anew:
+                    torch.testing.assert_close(fused, anew(ids, scores), atol=1e-4, rtol=1e-4)
+                    assert read_by(steps) == read_by(anew)
+
+    def test_a_prompt_that_ends_inside_a_character(self, pair, main, fuse):
+        """The assistants wait for the rest of it, as they do for a character that was begun by a step."""
+        vocabulary = pair.members[0].vocabulary
+        ids = torch.tensor([vocabulary.encode("A llama: 🦙")[:-1]])
+        rest = SuppressTokensLogitsProcessor(
+            [i for i in range(vocabulary.vocab_size) if i != vocabulary.encode("A llama: 🦙")[-1]]
+        )
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 1, "do_sample": False}
+        main.generate(ids, logits_processor=[fuse, rest], **settings)
+        assert read_by(fuse) == ["A llama: "]
+        texts = []
+        with pytest.MonkeyPatch.context() as patch:
+            close = Assistants.close
+            patch.setattr(
+                Assistants, "close", lambda self: texts.append(self._text(0, 0).text) or close(self)
+            )
+            main.generate(
+                ids,
+                custom_generate=pair.custom_generate,
+                logits_processor=[rest],
+                **settings,
+            )
+        assert set(texts) == {"A llama: 🦙"}
+
+    def test_padding_is_what_the_mask_says(self, pair, main, fuse):
+        """SmolLM2 pads with its EOS, which a prompt may begin with: no padding where the mask is 1."""
+        tokenizer = pair.members[0].tokenizer
+        eos = tokenizer.pad_token_id
+        assert eos in pair.members[0].eos_ids
+        given = tokenizer(
+            ["<|im_end|><|im_end|>Sky", LONG], return_tensors="pt", padding=True, padding_side="left"
+        )
+        main.generate(**given, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
+        assert read_by(fuse) == ["<|im_end|><|im_end|>Sky", LONG]
+        alone = {name: one[:1, -3:] for name, one in given.items()}
+        main.generate(**alone, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
+        assert read_by(fuse) == ["<|im_end|><|im_end|>Sky"]
+        alone["attention_mask"] = torch.tensor([[0, 1, 1]])
+        main.generate(**alone, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
+        assert read_by(fuse) == ["<|im_end|>Sky"]
+
+    def test_prompts_it_cannot_read(self, pair, main, fuse):
+        settings = {"logits_processor": [fuse], "max_new_tokens": 2, "do_sample": False}
+        right = pair.members[0].tokenizer(
+            [SHORT, LONG], return_tensors="pt", padding=True, padding_side="right"
+        )
+        with pytest.raises(InputError, match="prompt 0 is padded on the right; pad on the left"):
+            main.generate(**right, **settings)
+        embeddings = main.get_input_embeddings()(inputs(pair, SHORT)["input_ids"])
+        with pytest.raises(InputError, match="no use for inputs_embeds"):
+            main.generate(inputs_embeds=embeddings, **settings)
+        with pytest.raises(InputError, match="prompt 0 is empty"):
+            fuse(torch.empty(1, 0, dtype=torch.long), torch.randn(1, pair.members[0].vocab_size))
+
     def test_scores_of_another_model(self, fuse):
         with pytest.raises(InputError, match="as many tokens as the member has"):
             fuse(torch.tensor([[1, 2, 3]]), torch.randn(1, 1000))
@@ -204,6 +316,12 @@ class TestLogitsProcessor:
             assert not closed
         assert len(closed) == 1
         assert fuse._assistants is None
+
+
+def read_by(fuse: DeepenLogitsProcessor) -> list[str]:
+    """What the assistant has read of each row."""
+    assistants = fuse._assistants
+    return [assistants._text(row, 0).text for row in range(len(assistants.places))]
 
 
 class TestCustomGenerate:
@@ -259,6 +377,54 @@ class TestCustomGenerate:
         for ids, one in zip(new_ids(output, given), alone, strict=True):
             assert ids[: len(one.token_ids)] == one.token_ids
             assert set(ids[len(one.token_ids) :]) <= {pair.members[0].tokenizer.pad_token_id}
+
+    @pytest.mark.parametrize(
+        ("prompt", "written", "stop"),
+        [
+            ("Hello there", "! And more", "there!"),
+            ("Hello", " there! And", "there!"),
+            ("Hello", "<|im_start|>user", "<|im_start|>"),
+            ("Hello", " you<|im_start|>user", "you<|im_start|>"),
+            ("Hello there!", " And more", "there!"),
+            ("Hello", " 🦙🦙 and", "🦙"),
+        ],
+    )
+    def test_stop_strings_as_in_transformers(self, smollm2, prompt, written, stop):
+        """Its own criterion: a stop string may begin in the prompt, and be a special token's name."""
+        alone = Ensemble([smollm2], fuser="single")
+        given = inputs(alone, prompt)
+        forced = smollm2.vocabulary.encode(written)
+        start = given["input_ids"].shape[1]
+        settings = {
+            "stop_strings": [stop],
+            "max_new_tokens": len(forced),
+            "do_sample": False,
+            "prefix_allowed_tokens_fn": lambda _, ids: [forced[len(ids) - start]],
+        }
+        expected = smollm2.model.generate(**given, **settings, tokenizer=smollm2.tokenizer)
+        output = smollm2.model.generate(**given, **settings, custom_generate=alone.custom_generate)
+        assert torch.equal(output, expected)
+        own = alone.generate(prompt, **settings)
+        in_prompt = prompt.endswith("there")
+        assert own.finish_reason == (
+            "length" if in_prompt or output.shape[1] == start + len(forced) else "stop_string"
+        )
+        if not in_prompt:  # a stop string of the ensemble's stands in the new text
+            assert own.token_ids == expected[0, start:].tolist()
+
+    def test_special_tokens_are_handed_over_by_name(self, pair, main, fuse):
+        """Written by the loop as they are read in a prompt; the text is without them."""
+        forced = pair.members[0].vocabulary.encode("Hi<|im_start|>user")
+        prompt = len(inputs(pair, SHORT)["input_ids"][0])
+        settings = {
+            "max_new_tokens": len(forced),
+            "prefix_allowed_tokens_fn": lambda _, ids: [forced[len(ids) - prompt]],
+        }
+        run = pair.start(SHORT, **settings)
+        for _ in run:
+            pass
+        assert run._assistants._text(0, 0).text == SHORT + "Hi<|im_start|>user"
+        assert run.results()[0].text == "Hiuser"
 
     def test_own_processors_and_criteria(self, pair, main, expected):
         class AfterFour(StoppingCriteria):
@@ -402,10 +568,10 @@ class TestTextOfIds:
     def test_main_ids_back_to_text(self, smollm2, gemma, text):
         for member in (smollm2, gemma):
             vocabulary = member.vocabulary
-            assert text_of(member, vocabulary.prefix_ids + vocabulary.encode(text)) == text
+            assert text_of(member, vocabulary.prefix_ids + vocabulary.encode(text)) == (text, b"")
 
     def test_nothing_but_bos(self, gemma):
-        assert text_of(gemma, gemma.vocabulary.prefix_ids) == ""
+        assert text_of(gemma, gemma.vocabulary.prefix_ids) == ("", b"")
 
 
 def test_the_snippets_of_the_documentation(pair, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
 
@@ -219,6 +220,25 @@ def test_settings_of_generation_are_honoured_or_refused(model: DeepenLM) -> None
         write(max_gen_toks=0)
     with pytest.raises(InputError, match="prompt 0 is empty"):
         write("")
+
+
+def test_a_context_that_begins_with_bos_gets_no_second(gemma: Member, smollm2: Member) -> None:
+    """As in the harness's own models; each member has its own BOS."""
+    own = HFLM(pretrained=gemma.model, tokenizer=gemma.tokenizer, batch_size=1)
+    model = DeepenLM(Ensemble([gemma], fuser="single"))
+    pairs = [("<bos>The sky is", " blue"), ("The sky is", " blue"), ("", "<bos>The sky is")]
+    expected = own.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
+    found = model.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
+    assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    settings = {"max_gen_toks": 4, "until": ["@@"], "do_sample": False}
+    texts = [asked(context, settings) for context in ("<bos>The sky is", "The sky is")]
+    written = model.generate_until(texts, disable_tqdm=True)
+    assert written == own.generate_until(texts, disable_tqdm=True)
+    assert written[0] == written[1]
+    assisted = DeepenLM(Ensemble([smollm2, gemma]))  # for SmolLM2 `<bos>` is text, which Gemma then reads
+    (answer,) = assisted.loglikelihood([asked("", "<bos>The sky")], disable_tqdm=True)
+    assert math.isfinite(answer[0])
 
 
 def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, monkeypatch: Any) -> None:

@@ -379,7 +379,7 @@ class TestTune:
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
             tune([smollm2, gemma], dev, fuser="single")
         for minutes in (0, -1, math.inf, math.nan):
-            with pytest.raises(InputError, match="give a budget above 0"):
+            with pytest.raises(InputError, match="choose a budget above 0"):
                 tune([smollm2, gemma], dev, minutes=minutes)
 
 

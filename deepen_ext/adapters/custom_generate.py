@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from deepen_ext.adapters.generate_call import GENERATE
 from deepen_ext.adapters.logits_processor import DeepenLogitsProcessor
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts
 from deepen_ext.chat import WithoutTemplate
@@ -21,7 +21,7 @@ from deepen_ext.decoding import Run
 from deepen_ext.errors import InputError
 from deepen_ext.member import Member
 from deepen_ext.prompts import Messages, Prompt
-from deepen_ext.setting_rules import SAMPLING
+from deepen_ext.setting_rules import SAMPLING, callables, stop_list
 from deepen_ext.settings import Settings
 
 if TYPE_CHECKING:
@@ -62,16 +62,15 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 main,
                 _settings_for_rows(generation_config, input_ids.shape[1]),
                 logits_processor=given["logits_processor"],
-                stopping_criteria=given["stopping_criteria"],
+                stopping_criteria=_with_stop_strings(given["stopping_criteria"], stop_strings, main),
                 prefix_allowed_tokens_fn=given.get("prefix_allowed_tokens_fn"),
-                stop_strings=stop_strings,
                 seed=seed,
             )
             rows = _unmasked(input_ids, model_inputs.get("attention_mask"))
-            texts = AssistantsPrompts(ensemble, messages, without_template).texts(rows)
+            prompts = AssistantsPrompts(ensemble, messages, without_template)
             run = Run(
                 ensemble,
-                [Prompt(*one) for one in zip(rows, texts, strict=True)],
+                [Prompt(ids, *prompts.read(row, len(rows), ids)) for row, ids in enumerate(rows)],
                 settings,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
@@ -101,7 +100,7 @@ def _given_to_generate(logits_processor: Any, stopping_criteria: Any) -> dict[st
     Where something else called it, they are what it was called with.
     """
     caller = sys._getframe(2)
-    if caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+    if caller.f_code is not GENERATE:
         return {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
     return {
         name: caller.f_locals.get(name)
@@ -115,6 +114,14 @@ def _given_to_generate(logits_processor: Any, stopping_criteria: Any) -> dict[st
             "negative_prompt_attention_mask",
         )
     }
+
+
+def _with_stop_strings(criteria: Any, stop_strings: str | list[str] | None, main: Member) -> list[Any]:
+    """transformers' own criterion for them: it looks at the prompt too, and at special tokens' names."""
+    found = callables("stopping_criteria", criteria)
+    if stops := stop_list(stop_strings):
+        found.append(StopStringCriteria(main.tokenizer, stops))
+    return found
 
 
 # What `generate` prepares for the main model's forward pass. The ensemble's own loop has no use for it.

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from deepen_ext import __version__
 from deepen_ext.adapters.lm_eval_args import ensemble_from, log, whole_number
-from deepen_ext.adapters.lm_eval_contexts import fitting, read_chat, write_chat
+from deepen_ext.adapters.lm_eval_contexts import fitting, prompt_of, read_chat, write_chat
 from deepen_ext.chat import chat_texts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.likelihood import TextReading
-from deepen_ext.member import Member
 from deepen_ext.text_pieces import CONTEXT, PIECE, pieces
 
 __all__ = ["DeepenLM"]
@@ -204,12 +203,11 @@ class DeepenLM(LM):  # type: ignore[misc]
             settings["seed"] = int(torch.randint(2**48, ())) if seed is None else seed + done
         elif not settings.get("temperature"):
             settings.pop("temperature", None)  # the harness's way to say that nothing is drawn
-        main, members = self.ensemble.members[0], self.ensemble.members
-        if ends := _special_ids(main, stops):
-            settings.setdefault("eos_token_id", [*main.eos_ids, *ends])
+        members = self.ensemble.members
         prompts: list[Any] = [read_chat(one) or fitting(members, one, "", new_tokens) for one in contexts]
         pairs = zip(prompts, contexts, strict=True)
         _warn_of_cuts(sum(isinstance(kept, str) and kept != whole for kept, whole in pairs), len(contexts))
+        prompts = [prompt_of(members, one) if isinstance(one, str) and one else one for one in prompts]
         written = self.ensemble.generate(
             prompts,
             max_new_tokens=new_tokens,
@@ -271,9 +269,3 @@ def _warn_of_cuts(cut: int, total: int) -> None:
         warnings.warn(
             f"{cut} of {total} contexts were too long for a member, and lost their beginning", stacklevel=2
         )
-
-
-def _special_ids(main: Member, stops: Sequence[str]) -> list[int]:
-    """Ids of stop strings that are special tokens of the main model (<|im_end|>), which have no text."""
-    added = main.tokenizer.get_added_vocab()
-    return [added[stop] for stop in stops if stop in added and main.vocabulary.tokens[added[stop]] is None]

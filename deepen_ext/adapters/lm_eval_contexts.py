@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from deepen_ext.chat import Message
+from deepen_ext.chat import Message, PromptText
 from deepen_ext.errors import InputError
 from deepen_ext.member import Member
+from deepen_ext.prompts import Prompt
 
 # What a context begins with that is a chat: the harness hands on text alone, and each member has a template
 # of its own. No task's text begins so, and one that does is refused, not misread.
@@ -31,6 +32,20 @@ def read_chat(context: str) -> list[Message] | None:
             f"{context[-80:]!r}. Leave --apply_chat_template out for this task"
         ) from error
     return messages
+
+
+def prompt_of(members: Sequence[Member], context: str) -> Prompt:
+    """The context as each member reads it: with one BOS where it begins with the member's own (`<s>`).
+
+    So do the harness's own models.
+    """
+    texts = []
+    for member in members:
+        prefix = member.vocabulary.prefix_ids
+        has_prefix = member.vocabulary.encode(context)[: len(prefix)] == prefix
+        texts.append(PromptText(context, prefix=not has_prefix))
+    main = members[0].vocabulary
+    return Prompt((main.prefix_ids if texts[0].prefix else []) + main.encode(context), texts[1:])
 
 
 def fitting(members: Sequence[Member], context: str, text: str, new_tokens: int = 0) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import LogitsProcessor
 
-from deepen_ext.adapters.prompt_texts import AssistantsPrompts
+from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
+from deepen_ext.adapters.prompt_texts import AssistantsPrompts, written
 from deepen_ext.assistants import Assistants
-from deepen_ext.chat import WithoutTemplate
+from deepen_ext.chat import PromptText, WithoutTemplate
+from deepen_ext.errors import InputError
 from deepen_ext.member import forbid
 from deepen_ext.prompts import Messages
 
@@ -23,9 +25,14 @@ _LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to no more than 1, wi
 class DeepenLogitsProcessor(LogitsProcessor):
     """Fuses the assistants into the main model's logits, in transformers' own `generate` of the main model.
 
-    For greedy decoding, sampling and beam search, with any batch, padded on the left as transformers wants
-    it. The assistants follow the ids they are shown: a row that goes on from a row of the last call, in
-    whatever order, costs one step; anything else is a new prompt.
+    For greedy decoding, sampling, beam search and assisted decoding, with any batch, padded on the left as
+    transformers wants it. What the assistants read depends on the ids alone, not on the calls before: their
+    text, special tokens written out, up to the last whole character. A row that goes on from a row of the
+    last call, in whatever order, costs one step; of any other what it begins with in common is kept. A draft
+    (by an assistant model or prompt lookup) is left as it is: its tokens are checked against fused scores.
+
+    Which ids are padding the attention mask of `generate` says. Where other code calls the processor, it is
+    the `pad_token_id`s that a row begins with.
 
     transformers puts the processors that its settings ask for before this one: a repetition penalty acts on
     the main model's logits alone. To have it act on the fused ones, give that processor after this one, in
@@ -53,7 +60,8 @@ class DeepenLogitsProcessor(LogitsProcessor):
                 prompt): the assistants then read it in their own. Otherwise they read the prompt's text,
                 special tokens written out.
             without_template: see `chat_texts`.
-            pad_token_id: what a shorter prompt is padded with; None for the main tokenizer's own.
+            pad_token_id: what a row that has ended goes on with, and what shorter prompts are padded with
+                where no attention mask says it; None for the main tokenizer's own.
             eos_token_id: the same as `generate` is given, where that is another one than the model's own: of
                 tokens without text only those that end a text are ever written.
         """
@@ -61,18 +69,26 @@ class DeepenLogitsProcessor(LogitsProcessor):
         self._ensemble = ensemble
         self._prompts = AssistantsPrompts(ensemble, messages, without_template)
         self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
-        ends = [] if eos_token_id is None else eos_token_id
-        self._unwritable = main.unwritable([ends] if isinstance(ends, int) else ends)
-        self._seen: torch.Tensor | None = None  # the ids [B, L] of the last call
+        ends = (
+            [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+        )
+        self._unwritable = main.unwritable(ends)
+        self._endings = {self._pad, *main.eos_ids, *ends}
+        self._call: GenerateCall | None = None
+        self._prompts_of: list[_RowPrompt] = []
+        self._seen: list[list[int]] = []  # the ids that each row's assistants have read, with padding
         self._assistants: Assistants | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The fused scores [B, V] of the tokens after `input_ids` [B, L].
 
         Raises:
-            InputError: scores that are not the main model's, or a text longer than an assistant's context.
+            InputError: scores that are not the main model's, a text longer than an assistant's context, or
+                prompts that are empty, embeddings, or padded on the right.
             ModelError: an assistant's forward pass failed.
         """
+        if is_drafting():
+            return scores
         assistants = self._follow(input_ids)
         writable = forbid(scores, self._unwritable.to(scores.device))
         fused = assistants.step(writable, range(len(input_ids))).fused
@@ -88,7 +104,8 @@ class DeepenLogitsProcessor(LogitsProcessor):
         if self._assistants is not None:
             self._assistants.close()
             self._ensemble.save_rows()
-        self._assistants = self._seen = None
+        self._assistants = self._call = None
+        self._seen = []
 
     def __enter__(self) -> DeepenLogitsProcessor:
         return self
@@ -98,33 +115,94 @@ class DeepenLogitsProcessor(LogitsProcessor):
 
     def _follow(self, ids: torch.Tensor) -> Assistants:
         """The assistants, having read these ids."""
-        sources = self._sources(ids)
-        if sources is None or self._assistants is None:
+        rows: list[list[int]] = ids.tolist()
+        self._find_prompts(rows, generate_call())
+        rows = [self._without_end(row) for row in rows]
+        seen, self._seen = self._seen, []  # should this fail, the next call begins anew
+        if self._assistants is None or len(seen) != len(rows):
             self.close()
-            prompts = [self._without_padding(row) for row in ids.tolist()]
-            self._assistants = Assistants(self._ensemble, self._prompts.texts(prompts))
-            self._assistants.open()
+            read = [self._read(i, row) for i, row in enumerate(rows)]
+            self._assistants = assistants = Assistants(self._ensemble, [texts for texts, _ in read])
+            assistants.open()
+            for i, (_, data) in enumerate(read):
+                assistants.append(i, data)
         else:
-            if sources != list(range(len(ids))):
-                self._assistants.reorder(sources)
-            vocabulary = self._ensemble.members[0].vocabulary
-            for row, token in enumerate(ids[:, -1].tolist()):
-                self._assistants.append(row, vocabulary.bytes_of(token))
-        self._seen = ids.clone()  # beam search writes into its own
-        return self._assistants
+            assistants = self._assistants
+            sources = [self._source(i, row, seen) for i, row in enumerate(rows)]
+            order = [i if source is None else source for i, source in enumerate(sources)]
+            if order != list(range(len(rows))):
+                assistants.reorder(order)
+            main = self._ensemble.members[0]
+            for i, (row, source) in enumerate(zip(rows, sources, strict=True)):
+                if source is None:
+                    texts, data = self._read(i, row)
+                    assistants.restart(i, texts)
+                else:
+                    data = written(main, row[len(seen[source]) :])
+                assistants.append(i, data)
+        self._seen = rows
+        return assistants
 
-    def _sources(self, ids: torch.Tensor) -> list[int] | None:
-        """Of each row the row of the last call that it goes on from by one token; None where one does not."""
-        seen = self._seen
-        if seen is None or len(seen) != len(ids) or seen.shape[1] + 1 != ids.shape[1]:
-            return None
-        same = (ids[:, None, :-1] == seen[None]).all(-1)
-        if bool(same.diagonal().all()):
-            return list(range(len(ids)))
-        return same.int().argmax(1).tolist() if bool(same.any(1).all()) else None
+    def _find_prompts(self, rows: list[list[int]], call: GenerateCall | None) -> None:
+        """What each row's prompt is: by the call of `generate`, else what the rows were when they began."""
+        known = len(self._prompts_of) == len(rows)
+        if call is not None:
+            # The tensors are kept, so that no other call's can be taken for them.
+            old = self._call
+            if known and old is not None and call.prompts is old.prompts and call.mask is old.mask:
+                return
+            prompts: list[list[int]] = call.prompts.tolist()
+            kept = [[True] * len(ids) for ids in prompts] if call.mask is None else (call.mask != 0).tolist()
+        else:
+            if (
+                known
+                and self._call is None
+                and all(map(_begins, rows, (one.ids for one in self._prompts_of)))
+            ):
+                return
+            prompts = rows
+            kept = [self._by_pad_id(ids) for ids in rows]
+        for i, places in enumerate(kept):
+            if not any(places):
+                raise InputError(f"prompt {i} is empty; give some text to continue")
+        found = [_RowPrompt(*one) for one in zip(prompts, kept, strict=True)]
+        if found != self._prompts_of:
+            self._seen = [[] for _ in self._seen]  # no row goes on from what it was
+        self._prompts_of, self._call = found, call
 
-    def _without_padding(self, ids: list[int]) -> list[int]:
-        start = 0
-        while start < len(ids) and ids[start] == self._pad:
-            start += 1
-        return ids[start:]
+    def _by_pad_id(self, ids: list[int]) -> list[bool]:
+        start = next((i for i, token in enumerate(ids) if token != self._pad), len(ids))
+        return [i >= start for i in range(len(ids))]
+
+    def _without_end(self, ids: list[int]) -> list[int]:
+        """The ids without what follows the end of a row: of EOS and padding at its end the first is kept."""
+        end = len(ids)
+        while end > 1 and ids[end - 1] in self._endings and ids[end - 2] in self._endings:
+            end -= 1
+        return ids[:end]
+
+    def _source(self, i: int, row: list[int], seen: list[list[int]]) -> int | None:
+        """The row of the last call that this one goes on from; None where it begins anew."""
+        prompts = self._prompts_of
+        prefix = len(self._ensemble.members[0].vocabulary.prefix_ids)
+        for j in (i, *range(len(seen))):
+            # Nothing but BOS: whether the first token's space is its own is known with the whole.
+            some_text = len(seen[j]) - prompts[j].kept.count(False) > prefix
+            if some_text and prompts[j] == prompts[i] and _begins(row, seen[j]):
+                return int(j)
+        return None
+
+    def _read(self, i: int, row: list[int]) -> tuple[list[PromptText], bytes]:
+        """What the assistants read first as this row's text, and the bytes that go on from it."""
+        prompt = self._prompts_of[i]
+        own = [token for token, keep in zip(row, prompt.kept, strict=False) if keep]
+        return self._prompts.read(i, len(self._prompts_of), own, row[len(prompt.ids) :])
+
+
+class _RowPrompt(NamedTuple):
+    ids: list[int]  # with padding
+    kept: list[bool]  # False: padding
+
+
+def _begins(row: list[int], start: list[int]) -> bool:
+    return row[: len(start)] == start

@@ -9,6 +9,7 @@ from deepen_ext.chat import PromptText, WithoutTemplate, chat_texts
 from deepen_ext.errors import InputError
 from deepen_ext.member import Member
 from deepen_ext.prompts import Messages, is_batch
+from deepen_ext.text import Utf8Stream
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -31,30 +32,45 @@ class AssistantsPrompts:
                 chat_texts(self._assistants, chat, without_template=without_template) for chat in chats
             ]
 
-    def texts(self, rows: Sequence[Sequence[int]]) -> list[list[PromptText]]:
-        """Of each row of main ids, the prompt of each assistant; rows may share a chat, as beams do."""
+    def read(
+        self, row: int, rows: int, prompt: Sequence[int], later: Sequence[int] = ()
+    ) -> tuple[list[PromptText], bytes]:
+        """What each assistant reads of one row: a prompt, and the bytes that go on from it.
+
+        The bytes are what there is of an unfinished character, and in a chat what was written since. Without
+        chats it does not matter where the prompt ends.
+
+        Args:
+            row: its number.
+            rows: how many there are; several may share a chat, as beams do.
+            prompt: the main model's ids, without padding.
+            later: those written since.
+
+        Raises:
+            InputError: the chats are not one for each prompt.
+        """
         if self._chats is None:
-            written = [PromptText(text_of(self._main, ids)) for ids in rows]
-            return [[text] * len(self._assistants) for text in written]
-        if len(rows) % len(self._chats):
-            raise InputError(f"there are {len(self._chats)} chats for {len(rows)} prompts; give one for each")
-        copies = len(rows) // len(self._chats)
-        return [chat for chat in self._chats for _ in range(copies)]
+            text, rest = text_of(self._main, [*prompt, *later])
+            return [PromptText(text)] * len(self._assistants), rest
+        if rows % len(self._chats):
+            raise InputError(f"there are {len(self._chats)} chats for {rows} prompts; give one for each")
+        return self._chats[row * len(self._chats) // rows], written(self._main, later)
 
 
-def text_of(member: Member, ids: Sequence[int]) -> str:
-    """The text of a prompt's ids, without what the tokenizer puts before it, special tokens written out."""
+def text_of(member: Member, ids: Sequence[int]) -> tuple[str, bytes]:
+    """The text of a prompt's ids up to its last whole character, and the bytes after that.
+
+    It is without what the tokenizer puts before it, and special tokens are written out.
+    """
     vocabulary, start = member.vocabulary, len(member.vocabulary.prefix_ids)
     ids = ids[start:] if list(ids[:start]) == vocabulary.prefix_ids else ids
     special = [i for i, token in enumerate(ids) if vocabulary.tokens[token] is None]
     first = special[0] if special else len(ids)
     data = vocabulary.decode(ids[:first])  # a dummy space stands at the very beginning only
-    for token in ids[first:]:
-        data += vocabulary.bytes_of(token) or _name_of(member, token).encode()
-    return data.decode(errors="replace")
+    characters = Utf8Stream()
+    return characters.feed(data + written(member, ids[first:])), characters.unfinished
 
 
-def _name_of(member: Member, token: int) -> str:
-    """How a special token is written; "" where the id has no token."""
-    name = member.tokenizer.convert_ids_to_tokens(token)
-    return name if isinstance(name, str) else ""
+def written(member: Member, ids: Sequence[int]) -> bytes:
+    """The bytes of ids that go on from others, special tokens written out."""
+    return b"".join(member.vocabulary.bytes_of(token) or member.name_of(token).encode() for token in ids)

@@ -230,8 +230,19 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: bars.update(task, description=message)
 
 
+def check_output() -> None:
+    """Raise InputError where the caller has closed standard output (`>&-`)."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise InputError("standard output is closed; send it to a file, or to /dev/null")
+
+
 def write(text: str) -> None:
-    """To standard output, at once."""
+    """To standard output, at once.
+
+    Raises:
+        InputError: standard output is closed.
+    """
+    check_output()
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -243,7 +254,8 @@ def exit_codes(debug: bool) -> Iterator[None]:
     def fail(message: str, code: int, error: BaseException) -> typer.Exit:
         if debug:
             traceback.print_exception(error)
-        print(message, file=sys.stderr)
+        if sys.stderr is not None:
+            print(message, file=sys.stderr)
         return typer.Exit(code)
 
     if not debug:
@@ -253,6 +265,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
             errors="replace"
         )  # a terminal that cannot show a character must not end the text
     try:
+        check_output()
         yield
     except KeyboardInterrupt as error:
         raise fail("\ninterrupted", 130, error) from None

@@ -26,6 +26,7 @@ from deepen_ext.evaluation.summary import Summary, summarise, write_summary
 from deepen_ext.evaluation.tasks import Item, Task
 from deepen_ext.fusers import DeepenFuser
 from deepen_ext.generation import BatchGeneration
+from deepen_ext.numbers import whole_number
 from deepen_ext.sharing import SharedForwards
 
 DEFAULT_BATCH = 16
@@ -80,8 +81,7 @@ def evaluate(
     folder = Path(out)
     if not ensembles:
         raise InputError("there is nothing to evaluate; give one ensemble or more")
-    if batch_size < 1:
-        raise InputError(f"the batch size is {batch_size}; choose 1 or more")
+    batch_size = whole_number("the batch size", batch_size, 1)
     jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit)
     members = {id(member): member for one in ensembles.values() for member in one.members}
     at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]

@@ -13,6 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from deepen_ext.errors import InputError
+from deepen_ext.numbers import whole_number
 
 _DRAWN_AT_ONCE = 1_000_000  # items resampled together by the bootstrap: 8 MB of indices
 
@@ -140,9 +141,8 @@ def paired_bootstrap(
         raise InputError(
             "a difference is not finite; an item has likelihood 0 or none under one of the systems"
         )
-    if resamples < 1:
-        raise InputError(f"resamples is {resamples}; give 1 or more")
-    generator = np.random.default_rng(seed)
+    resamples = whole_number("resamples", resamples, 1)
+    generator = np.random.default_rng(whole_number("seed", seed, 0))
     means = np.empty(resamples)
     rows = max(_DRAWN_AT_ONCE // values.size, 1)
     for start in range(0, resamples, rows):

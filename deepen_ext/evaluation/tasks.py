@@ -18,6 +18,7 @@ from typing import Any
 
 from deepen_ext.errors import InputError
 from deepen_ext.evaluation.answers import Answers, LastNumber, Letter, ShortText, up_to_stop
+from deepen_ext.numbers import whole_number
 
 SPLITS = ("dev", "test")
 
@@ -78,8 +79,8 @@ class Task:
         """
         if split not in SPLITS:
             raise InputError(f"split is {split!r}; give one of: {', '.join(SPLITS)}")
-        if limit is not None and limit < 1:
-            raise InputError(f"limit is {limit}; give a number of items of 1 or more")
+        if limit is not None:
+            limit = whole_number("limit", limit, 1)
         folder = Path(data) / self.name
         file = folder / f"{split}.jsonl"
         rows = _read(file)

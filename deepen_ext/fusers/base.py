@@ -16,6 +16,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
+from deepen_ext.numbers import logits_tensor, real_number, whole_number
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.weighting import confident_weights
 
@@ -51,14 +52,10 @@ class Fuser(ABC):
         Raises:
             InputError: a setting out of range.
         """
-        if candidates < 1:
-            raise InputError(f"candidates is {candidates}; choose 1 or more")
-        if not 0 <= confidence <= 10:
-            raise InputError(f"confidence is {confidence}; choose 0 to 10")
-        self.confidence = confidence
+        self.confidence = real_number("confidence", confidence, "0 to 10", lambda x: 0 <= x <= 10)
         self.vocab_sizes = list(vocab_sizes)
         self.device = device
-        self.candidates = candidates
+        self.candidates = whole_number("candidates", candidates, 1)
         self.names = list(names) if names is not None else [f"member {i}" for i in range(len(vocab_sizes))]
         self._shares: dict[object, torch.Tensor] = {}
         self._lock = threading.Lock()  # of what a step computes once and keeps
@@ -89,6 +86,7 @@ class Fuser(ABC):
         """
         vocab_size = self.vocab_sizes[member]
         name = f"logits of {self.names[member]}"
+        logits = logits_tensor(name, logits)
         rows = range(len(logits)) if rows is None else rows
         if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] != vocab_size:
             raise InputError(
@@ -124,6 +122,10 @@ class Fuser(ABC):
         Raises:
             InputError: see `fuse_logits`.
         """
+        if not isinstance(logits, Sequence):
+            raise InputError(
+                f"the logits are a {type(logits).__name__}; give a list, one tensor [B, V] for each member"
+            )
         if len(logits) != len(self.vocab_sizes):
             raise InputError(
                 f"there are {len(logits)} logits for {len(self.vocab_sizes)} members; give one for each"
@@ -131,6 +133,7 @@ class Fuser(ABC):
         main_logits = logits[0]
         if main_logits is None:
             raise InputError("the main model cannot sit out of a fusion step")
+        main_logits = logits_tensor(f"logits of {self.names[0]}", main_logits)
         with self._lock:
             parts = [main if main is not None else self.top(0, main_logits)]
             every = range(len(main_logits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from deepen_ext import ops
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.parts import Said
+from deepen_ext.numbers import real_number, whole_number
 from deepen_ext.relative_map import RelativeMap
 
 
@@ -63,17 +63,16 @@ class DeepenFuser(Fuser):
             confidence=confidence,
             names=names,
         )
-        if not math.isfinite(learning_rate) or not 0 < learning_rate <= 10:
-            raise InputError(
-                f"learning_rate is {learning_rate}; choose above 0 to 10 (the paper uses 0.1 to 0.5)"
-            )
-        if not 1 <= steps <= 64:
-            raise InputError(f"steps is {steps}; choose 1 to 64")
         self.min_probability = check_min_probability(min_probability)
         check_maps(maps)
         self.maps = list(maps)
-        self.learning_rate = learning_rate
-        self.steps = steps
+        self.learning_rate = real_number(
+            "learning_rate",
+            learning_rate,
+            "above 0 to 10 (the paper uses 0.1 to 0.5)",
+            lambda x: 0 < x <= 10,
+        )
+        self.steps = whole_number("steps", steps, 1, 64)
         self.log_probs = log_probs
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
@@ -108,9 +107,7 @@ def check_maps(maps: Sequence[RelativeMap]) -> None:
 
 def check_min_probability(value: float) -> float:
     """The value, if it is one; InputError otherwise."""
-    if not 0 <= value < 1:
-        raise InputError(f"min_probability is {value}; choose 0 to below 1")
-    return value
+    return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)
 
 
 def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.Rows:

@@ -1,0 +1,45 @@
+"""An iterator that is read by one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+from deepen_ext.errors import InputError
+
+T = TypeVar("T")
+
+
+class OneReader(Iterator[T]):
+    """A generator, which says what is wrong where two threads ask it for something at once."""
+
+    def __init__(self, steps: Generator[T, None, None]) -> None:
+        self._steps = steps
+        self._reading = threading.Lock()
+
+    def __next__(self) -> T:
+        """What comes next.
+
+        Raises:
+            InputError: another thread is in a step, or a callback of this step asks for the next.
+        """
+        if not self._reading.acquire(blocking=False):
+            raise InputError(
+                "this text is being read already, by another thread or by what called back; "
+                "read it in one place, and hand the pieces on"
+            )
+        try:
+            return next(self._steps)
+        finally:
+            self._reading.release()
+
+    def close(self) -> bool:
+        """End the generator; False where a step is being made, which has to end it itself."""
+        if not self._reading.acquire(blocking=False):
+            return False
+        try:
+            self._steps.close()
+        finally:
+            self._reading.release()
+        return True
