@@ -87,12 +87,9 @@ static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64
     sum += double(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
     for (int64_t i = whole; i < size; ++i) sum += double(expf(block[i] - base));
   }
-  if (sum != sum) {
-    params.status[row] = kRowNotFinite;
-    return;
-  }
-  if (largest == kMinusInfinity) {
-    params.status[row] = kRowEmpty;
+  if (sum != sum || largest == kMinusInfinity) {
+    params.status[row] = sum != sum ? kRowNotFinite : kRowEmpty;
+    for (int64_t i = 0; i < k; ++i) params.ids[row * k + i] = -1;  // fuse refuses them
     return;
   }
 
