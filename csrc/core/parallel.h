@@ -8,6 +8,14 @@
 
 namespace deepen {
 
+// How many threads to use of those allowed, if a thread is worth its start only with `least` units of work. A
+// thread that waits for another one waits for the scheduler wherever other processes are busy: some
+// milliseconds.
+inline int worthwhile_threads(int allowed, int64_t work, int64_t least) {
+  const int64_t worth = work / least;
+  return worth < 1 ? 1 : worth < allowed ? int(worth) : allowed;
+}
+
 // Calls work(thread, begin, end) over contiguous shares of [0, count); work must not throw.
 template <class Work>
 void parallel_for(int64_t count, int threads, const Work& work) {

@@ -15,6 +15,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
+from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.weighting import confident_weights
 
@@ -151,10 +152,7 @@ class Fuser(ABC):
         if not fused_rows:
             return FusedStep(logits, main_choice, main_choice, tuple(parts))
         whole = len(fused_rows) == len(logits)
-        # A plain copy: logits made under inference_mode could not be written to outside it.
-        fused = torch.empty_like(logits, requires_grad=False)
-        with torch.no_grad():
-            fused.copy_(logits)
+        fused = plain_copy(logits)
         ours = fused if whole else fused[self._index(fused_rows)]
         said = [self._said(part, fused_rows) for part in parts]
         by_row = self._share(tuple(shares[row] for row in fused_rows))

@@ -168,7 +168,7 @@ def test_a_row_without_a_softmax_gives_no_ids_that_fuse_would_take(backend):
     assert status.tolist() == [0, 1, 0]
     given[0] = given[0]._replace(topk=given[0].topk._replace(ids=ids, probs=probs, tail=tail))
     if backend.emulator is None:
-        with pytest.raises(InputError, match="token -1 of member 0 .*status is 0"):
+        with pytest.raises(InputError, match=r"token -1 of member 0 .*status is 0"):
             run_fuse("operator", broken, given)
     else:
         run_fuse("operator", broken, given)
