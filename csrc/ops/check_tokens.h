@@ -28,6 +28,17 @@ inline void check_token_ids(const int32_t* ids, int64_t count, int64_t vocab, in
 inline void check_columns(const RelativeRows& rows, const int32_t* ids, int64_t count, int64_t anchors,
                           int member) {
   if (is_dense(rows)) return;
+  // Rows lie anywhere in memory, and the model's forward pass has had the caches: all are asked for at once.
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t row = int64_t(ids[t]) * rows.entries;
+    __builtin_prefetch(rows.rest + ids[t]);
+    for (int64_t j = 0; j < rows.entries; j += 16) {
+      __builtin_prefetch(rows.columns + row + j);
+      __builtin_prefetch(rows.values + row + j);
+    }
+    __builtin_prefetch(rows.columns + row + rows.entries - 1);
+    __builtin_prefetch(rows.values + row + rows.entries - 1);
+  }
   for (int64_t t = 0; t < count; ++t) {
     const int32_t* columns = rows.columns + int64_t(ids[t]) * rows.entries;
     int32_t largest = -1;  // without an early exit, so that it is a few vector instructions
