@@ -81,7 +81,12 @@ static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64
     const float base = largest == kMinusInfinity ? 0.0f : largest;
     const Vec shift = broadcast(base);
     Vec sums[4] = {};
+    const char* next = reinterpret_cast<const char*>(logits + begin) + kTopkBlock * sizeof(T);
     for (int64_t i = 0; i < whole; i += kGroup) {
+      // The next block comes from memory while this one's exponentials are computed.
+      for (size_t line = 0; line < kGroup * sizeof(T); line += 64) {
+        __builtin_prefetch(next + i * sizeof(T) + line);
+      }
       for (int lane = 0; lane < 4; ++lane) sums[lane] += exp(load(block + i + lane * kWidth) - shift);
     }
     sum += double(sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])));
