@@ -2,6 +2,7 @@
 // nothing stays behind that a fork or the interpreter's exit could trip over.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -31,6 +32,17 @@ void parallel_for(int64_t count, int threads, const Work& work) {
   }
   work(0, int64_t{0}, count / used);
   for (auto& other : others) other.join();
+}
+
+// Calls work(thread, row) for each row of [0, count), each thread taking the next row that nobody has: the
+// second thread may get half a core or none, since torch's own threads spin for a while after their work.
+template <class Work>
+void parallel_rows(int64_t count, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t used = count < threads ? count : threads;
+  parallel_for(used, int(used), [&](int thread, int64_t, int64_t) {
+    for (int64_t row = next++; row < count; row = next++) work(thread, row);
+  });
 }
 
 }  // namespace deepen

@@ -29,9 +29,8 @@ void topk_softmax(const TopkSoftmaxParams& params, const Backend& backend) {
   auto* keys = static_cast<uint64_t*>(params.workspace);
   const int64_t keys_per_thread = topk_softmax_keys(vocab, k);
   const int threads = worthwhile_threads(backend.threads, batch * vocab, kLogitsPerThread);
-  parallel_for(batch, threads, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) row_kernel(params, row, keys + thread * keys_per_thread);
-  });
+  parallel_rows(batch, threads,
+                [&](int thread, int64_t row) { row_kernel(params, row, keys + thread * keys_per_thread); });
 }
 
 }  // namespace deepen
