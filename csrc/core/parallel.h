@@ -1,5 +1,5 @@
-// Rows in parallel. Threads are started per call: a start costs some 15 microseconds, a row's work more, and
-// nothing stays behind that a fork or the interpreter's exit could trip over.
+// Rows in parallel. Threads are started per call: a start costs some 15 microseconds, a share's work more,
+// and nothing stays behind that a fork or the interpreter's exit could trip over.
 #pragma once
 
 #include <atomic>

@@ -44,9 +44,8 @@ void inverse_search(const InverseSearchParams& params, const Backend& backend) {
   const auto row_kernel = DEEPEN_CPU(inverse_search_row);
   const size_t per_thread = cpu_workspace(params.rows, params.candidates, params.anchors);
   const int threads = worthwhile_threads(backend.threads, params.batch, kSearchRowsPerThread);
-  parallel_for(params.batch, threads, [&](int thread, int64_t begin, int64_t end) {
-    char* workspace = static_cast<char*>(params.workspace) + size_t(thread) * per_thread;
-    for (int64_t row = begin; row < end; ++row) row_kernel(params, schedule, row, workspace);
+  parallel_rows(params.batch, threads, [&](int thread, int64_t row) {
+    row_kernel(params, schedule, row, static_cast<char*>(params.workspace) + size_t(thread) * per_thread);
   });
 }
 
