@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from deepen_ext.fusers import DeepenFuser
+from deepen_ext.numbers import whole_number
 from deepen_ext.relative_map import RelativeMap
 from deepen_ext.weighting import check_weights
 
@@ -56,6 +57,7 @@ def fuse_logits(
             logits: `DeepenFuser.step(...).check()` tells.
     """
     if log_probs is None:
+        candidates = whole_number("candidates", candidates, 1)
         log_probs = bool(maps) and candidates < maps[0].vocab_size and maps[0].recipe != "paper"
     fuser = DeepenFuser(
         maps, learning_rate=learning_rate, steps=steps, candidates=candidates, log_probs=log_probs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +13,7 @@ from oracle import random_embedding, random_logits
 
 from deepen_ext import InputError, RelativeMap, fuse_logits, reference
 from deepen_ext.fusers import DeepenFuser
+from deepen_ext.ops.copy import plain_copy
 
 
 @pytest.mark.parametrize("name", golden_names())
@@ -246,3 +249,49 @@ def test_threads_may_share_a_fuser(pair):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: fuser.step(logits, [0.5, 0.5]).logits, range(16)))
     assert all(torch.equal(one, want) for one in found)
+
+
+_COUNTS_THREADS = """
+import os, torch
+from deepen_ext import RelativeMap
+from deepen_ext.fusers import DeepenFuser
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(1)
+rows = torch.full((50_000, 2), 0.5)
+maps = [RelativeMap.from_dense(rows), RelativeMap.from_dense(rows.clone())]
+logits = [torch.linspace(0, 9, 50_000)[None].contiguous() for _ in maps]
+fuser = DeepenFuser(maps, learning_rate=0.1)
+torch.set_num_threads(2)
+before = threads()
+fuser.step(logits, [0.5, 0.5])
+after = threads()
+logits[0].clone()  # that does: torch's threads stay
+print(before, after, threads())
+"""
+
+
+def test_a_step_of_one_row_starts_no_thread():
+    """Beside a busy process, waiting for another thread costs a slice of the scheduler's."""
+    done = subprocess.run([sys.executable, "-c", _COUNTS_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after, pool = map(int, done.stdout.split())
+    assert pool == before + 1, "torch has no threads of its own here: this shows nothing"
+    assert after == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 40_000), (3, 7), (0, 7), (2, 2**20 + 1)])
+def test_plain_copy(dtype, shape):
+    with torch.inference_mode():
+        given = torch.randn(shape).to(dtype)
+    found = plain_copy(given)
+    assert torch.equal(found, given)
+    assert not found.is_inference()
+    found.fill_(1)
+    assert shape[0] == 0 or not torch.equal(found, given)
+    turned = torch.randn(5, 4, requires_grad=True).T
+    assert torch.equal(plain_copy(turned), turned)
+    assert not plain_copy(turned).requires_grad

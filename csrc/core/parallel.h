@@ -10,6 +10,7 @@
 // Without OpenMP, threads are started per call.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #ifndef _OPENMP
@@ -18,6 +19,14 @@
 #endif
 
 namespace deepen {
+
+// How many threads to use of those allowed, if a thread is worth its start only with `least` units of work. A
+// thread that waits for another one waits for the scheduler wherever other processes are busy: some
+// milliseconds.
+inline int worthwhile_threads(int allowed, int64_t work, int64_t least) {
+  const int64_t worth = work / least;
+  return worth < 1 ? 1 : worth < allowed ? int(worth) : allowed;
+}
 
 // Calls work(thread, begin, end) over contiguous shares of [0, count); work must not throw.
 template <class Work>
@@ -28,12 +37,10 @@ void parallel_for(int64_t count, int threads, const Work& work) {
     return;
   }
 #ifdef _OPENMP
-  // All of the threads, even where some have nothing to do: a smaller team would end the others, and torch's
-  // next operation would start them again.
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int64_t i = 0; i < threads; ++i) {
-    if (i < used) work(int(i), count * i / used, count * (i + 1) / used);
-  }
+  // By as many threads as torch has, even where some have nothing to do: a smaller team would end the others,
+  // and torch's next operation would start them again.
+#pragma omp parallel for schedule(static, 1)
+  for (int64_t i = 0; i < used; ++i) work(int(i), count * i / used, count * (i + 1) / used);
 #else
   std::vector<std::thread> others;
   others.reserve(size_t(used - 1));
@@ -43,6 +50,17 @@ void parallel_for(int64_t count, int threads, const Work& work) {
   work(0, int64_t{0}, count / used);
   for (auto& other : others) other.join();
 #endif
+}
+
+// Calls work(thread, row) for each row of [0, count), each thread taking the next row that nobody has: the
+// second thread may get half a processor or none.
+template <class Work>
+void parallel_rows(int64_t count, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const int64_t used = count < threads ? count : threads;
+  parallel_for(used, int(used), [&](int thread, int64_t, int64_t) {
+    for (int64_t row = next++; row < count; row = next++) work(thread, row);
+  });
 }
 
 }  // namespace deepen

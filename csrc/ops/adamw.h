@@ -11,6 +11,7 @@ namespace deepen {
 
 constexpr float kBeta1 = 0.9f, kBeta2 = 0.999f, kAdamEpsilon = 1e-8f, kWeightDecay = 0.01f;
 constexpr int kCosinePeriod = 10;
+constexpr int kSearchRowsPerThread = 2;  // a row takes some 100 microseconds
 constexpr int kMaxSearchSteps = 64;
 
 // What one step needs, computed once on the host in double.

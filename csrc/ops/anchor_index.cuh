@@ -77,11 +77,12 @@ __device__ __forceinline__ int32_t block_exclusive_sum(int32_t value, int32_t* t
 
 // begin(t, length, share) by every lane of the warp that has candidate t, then visit(t, j, column, excess) by
 // one lane for each of its entries. Loads of several rows are in flight at once. A token outside the
-// vocabulary (of a row whose top-k failed) has no entries.
+// vocabulary (of a row whose top-k failed) has no entries; a column that is no anchor ends a row, as -1 does.
 template <class Begin, class Visit>
 __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const int32_t* ids, int32_t count,
                                                int64_t anchors, Begin begin, Visit visit) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const auto ends = [anchors](int32_t column) { return uint32_t(column) >= uint32_t(anchors); };
   for (int32_t first = warp; first < count; first += kSearchWarps * kRowsInFlight) {
     int32_t columns[kRowsInFlight];
     float values[kRowsInFlight], rest[kRowsInFlight];
@@ -101,12 +102,12 @@ __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const i
     for (int i = 0; i < kRowsInFlight; ++i) {
       const int32_t t = first + i * kSearchWarps;
       if (t >= count) break;
-      uint32_t ended = __ballot_sync(kWholeWarp, columns[i] < 0);
+      uint32_t ended = __ballot_sync(kWholeWarp, ends(columns[i]));
       int64_t length = 0;
       while (ended == 0 && length + 32 < rows.entries) {
         length += 32;
         const bool inside = length + lane < rows.entries;
-        ended = __ballot_sync(kWholeWarp, !inside || rows.columns[starts[i] + length + lane] < 0);
+        ended = __ballot_sync(kWholeWarp, !inside || ends(rows.columns[starts[i] + length + lane]));
       }
       length += ended != 0 ? __ffs(int(ended)) - 1 : 32;
       const float share = length < anchors ? rest[i] / float(anchors - length) : 0.0f;

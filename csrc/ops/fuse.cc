@@ -5,11 +5,13 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "ops/check_tokens.h"
 #include "ops/search_row.h"
 
 namespace deepen {
 
 static size_t cpu_workspace(const FuseMember& main, int64_t anchors) {
+  check_search_size(main.rows, main.k, anchors);
   Arena arena{nullptr};
   take_search_row(arena, main.rows, main.k, anchors);
   return arena.used;
@@ -19,6 +21,43 @@ size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, co
   if (!on_cpu(backend)) return fuse_cuda_workspace(main, batch, anchors);
   return cpu_workspace(main, anchors) *
          size_t(std::max<int64_t>(std::min<int64_t>(backend.threads, batch), 1));
+}
+
+// The logits are written while everything else is read.
+static void check_apart(const FuseParams& params) {
+  const auto* logits = static_cast<const char*>(params.logits);
+  const int64_t size = params.batch * params.members[0].rows.vocab * (params.dtype == Dtype::f32 ? 4 : 2);
+  const auto check = [&](const void* other, int64_t count, const char* name) {
+    const auto* begin = static_cast<const char*>(other);
+    DEEPEN_CHECK(begin == nullptr || begin >= logits + size || begin + 4 * count <= logits,
+                 "logits share memory with ", name, "; pass logits.clone()");
+  };
+  check(params.weights, params.batch * params.member_count, "the weights");
+  for (int32_t i = 0; i < params.member_count; ++i) {
+    const FuseMember& member = params.members[i];
+    check(member.ids, params.batch * member.k, "a member's ids");
+    check(member.probs, params.batch * member.k, "a member's probs");
+    check(member.tail, params.batch, "a member's tail");
+    check(member.rows.columns, member.rows.vocab * member.rows.entries, "a member's columns");
+    check(member.rows.values, member.rows.vocab * member.rows.entries, "a member's row values");
+    check(member.rows.rest, member.rows.vocab, "a member's rest");
+  }
+}
+
+// What fuse_row reads: all ids of the main model; of an assistant and of either's rows what counts.
+static void check_tokens(const FuseParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    for (int32_t i = 0; i < params.member_count; ++i) {
+      const FuseMember& member = params.members[i];
+      if (i > 0 && params.weights[b * params.member_count + i] == 0.0f) continue;
+      const int32_t* ids = member.ids + b * member.k;
+      const float* probs = member.probs + b * member.k;
+      int64_t counted = member.k;
+      while (counted > 1 && probs[counted - 1] < params.min_probability) --counted;
+      check_token_ids(ids, i == 0 ? member.k : counted, member.rows.vocab, i);
+      check_columns(member.rows, ids, counted, params.anchors, i);
+    }
+  }
 }
 
 void fuse(const FuseParams& params, const Backend& backend) {
@@ -42,16 +81,18 @@ void fuse(const FuseParams& params, const Backend& backend) {
                params.learning_rate, "; it must be positive");
   DEEPEN_CHECK(params.min_probability >= 0 && params.min_probability < 1, "min_probability is ",
                params.min_probability, "; choose 0 to below 1");
+  check_apart(params);
   if (params.batch == 0) return;
 
   AdamStep schedule[kMaxSearchSteps];
   for (int step = 0; step < params.steps; ++step) schedule[step] = adam_step(params.learning_rate, step);
   if (!on_cpu(backend)) return fuse_cuda(params, schedule, backend);
+  check_tokens(params);
   const auto row_kernel = DEEPEN_CPU(fuse_row);
   const size_t per_thread = cpu_workspace(params.members[0], params.anchors);
-  parallel_for(params.batch, backend.threads, [&](int thread, int64_t begin, int64_t end) {
-    char* workspace = static_cast<char*>(params.workspace) + size_t(thread) * per_thread;
-    for (int64_t row = begin; row < end; ++row) row_kernel(params, schedule, row, workspace);
+  const int threads = worthwhile_threads(backend.threads, params.batch, kSearchRowsPerThread);
+  parallel_rows(params.batch, threads, [&](int thread, int64_t row) {
+    row_kernel(params, schedule, row, static_cast<char*>(params.workspace) + size_t(thread) * per_thread);
   });
 }
 

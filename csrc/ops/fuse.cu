@@ -177,7 +177,10 @@ __device__ __forceinline__ void write_back(const FuseParams& params, int64_t b, 
   unsigned long long best = worst;
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
     const int32_t id = row.ids[t];
-    if (id < 0) continue;
+    if (id < 0) {
+      params.fused[b * k + t] = NAN;
+      continue;
+    }
     const float fused =
         t < row.candidates ? from_search(row.logits[t], origin) : load_logit(params, start + id);
     params.fused[b * k + t] = fused;

@@ -40,9 +40,10 @@ struct FuseParams {
   FuseMember members[kMaxMembers];  // the main model first
   const float* weights;             // [batch, member_count], each row sums to 1
   void* logits;                     // [batch, vocab of the main model] dtype, contiguous: in and out
-  float* fused;                     // [batch, k of the main model] the candidates' new logits
-  int32_t* chosen;                  // [batch]
-  void* workspace;                  // fuse_workspace(...) bytes
+  float* fused;     // [batch, k of the main model] the candidates' new logits; on CUDA NaN for an id outside
+                    // the vocabulary, which the CPU refuses
+  int32_t* chosen;  // [batch]
+  void* workspace;  // fuse_workspace(...) bytes
   int64_t batch;
   int64_t anchors;
   double learning_rate;

@@ -4,11 +4,13 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "ops/check_tokens.h"
 #include "ops/search_row.h"
 
 namespace deepen {
 
 static size_t cpu_workspace(const RelativeRows& rows, int64_t candidates, int64_t anchors) {
+  check_search_size(rows, candidates, anchors);
   Arena arena{nullptr};
   take_search_row(arena, rows, candidates, anchors);
   return arena.used;
@@ -37,11 +39,13 @@ void inverse_search(const InverseSearchParams& params, const Backend& backend) {
   AdamStep schedule[kMaxSearchSteps];
   for (int step = 0; step < params.steps; ++step) schedule[step] = adam_step(params.learning_rate, step);
   if (!on_cpu(backend)) return inverse_search_cuda(params, schedule, backend);
+  check_token_ids(params.ids, params.batch * params.candidates, params.rows.vocab, 0);
+  check_columns(params.rows, params.ids, params.batch * params.candidates, params.anchors, 0);
   const auto row_kernel = DEEPEN_CPU(inverse_search_row);
   const size_t per_thread = cpu_workspace(params.rows, params.candidates, params.anchors);
-  parallel_for(params.batch, backend.threads, [&](int thread, int64_t begin, int64_t end) {
-    char* workspace = static_cast<char*>(params.workspace) + size_t(thread) * per_thread;
-    for (int64_t row = begin; row < end; ++row) row_kernel(params, schedule, row, workspace);
+  const int threads = worthwhile_threads(backend.threads, params.batch, kSearchRowsPerThread);
+  parallel_rows(params.batch, threads, [&](int thread, int64_t row) {
+    row_kernel(params, schedule, row, static_cast<char*>(params.workspace) + size_t(thread) * per_thread);
   });
 }
 

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   char* const base = kShared ? shared : static_cast<char*>(params.workspace) + b * row_bytes;
   SearchState row = search_state(base, layout, candidates);
   for (int32_t t = thread; t < candidates; t += kSearchThreads) {
-    row.ids[t] = params.ids[b * candidates + t];
+    const int32_t id = params.ids[b * candidates + t];
+    row.ids[t] = id >= 0 && id < params.rows.vocab ? id : -1;
     row.logits[t] = params.logits[b * candidates + t];
   }
   row.tail_logit = params.tail_logit[b];
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
 
   search<kDense>(row, params.rows, params.anchors, schedule, scratch);
   for (int32_t t = thread; t < candidates; t += kSearchThreads)
-    params.found[b * candidates + t] = row.logits[t];
+    params.found[b * candidates + t] = row.ids[t] < 0 ? NAN : row.logits[t];
 }
 
 size_t inverse_search_cuda_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates,

@@ -27,7 +27,7 @@ struct InverseSearchParams {
   const float*
       tail_logit;       // [batch] log of the summed exp(logit) of all other tokens; -inf if there are none
   const float* target;  // [batch, anchors], each row sums to 1
-  float* found;         // [batch, candidates] the resulting logits
+  float* found;         // [batch, candidates] the resulting logits; NaN as in fuse.h for an id out of range
   void* workspace;      // inverse_search_workspace(...) bytes
   RelativeRows rows;    // of the main model
   int64_t batch;

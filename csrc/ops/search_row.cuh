@@ -57,6 +57,7 @@ static inline size_t reserve(size_t* used, int64_t count) {
 // `words` * 32 candidates are grouped in one pass.
 static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t candidates, int64_t anchors,
                                               int32_t words) {
+  DEEPEN_CHECK(anchors < (1 << 30), "there are ", anchors, " anchors; a CUDA search takes up to 2^30");
   SearchLayout layout{};
   size_t used = 0;
   for (size_t* array : {&layout.ids, &layout.logits, &layout.probs, &layout.pull, &layout.first,
@@ -64,7 +65,6 @@ static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t 
     *array = reserve(&used, candidates);
   }
   if (is_dense(rows)) {
-    DEEPEN_CHECK(anchors < (1 << 30), "there are ", anchors, " anchors; a CUDA search takes up to 2^30");
     layout.width = int32_t(anchors);
     layout.target = reserve(&used, anchors);
     layout.relative = reserve(&used, anchors);
@@ -112,7 +112,7 @@ static inline size_t search_row_bytes(const SearchLayout& layout) { return (layo
 struct SearchState {
   AnchorIndex index;  // of sparse rows
   int32_t candidates;
-  int32_t* ids;  // -1 for one outside the vocabulary: of a row whose top-k failed
+  int32_t* ids;  // -1 for one outside the vocabulary, as of a row whose top-k failed
   float *logits, *probs, *pull, *first, *second;
   float* target;    // [touched] or, with dense rows, [anchors]
   float* relative;  // likewise: target / r - 1

@@ -8,6 +8,8 @@
 
 namespace deepen {
 
+constexpr int64_t kLogitsPerThread = 1 << 17;  // some 100 microseconds
+
 size_t topk_softmax_workspace(int64_t batch, int64_t vocab, int64_t k, const Backend& backend) {
   if (!on_cpu(backend)) return topk_softmax_cuda_workspace(batch, vocab, k);
   return size_t(topk_softmax_keys(vocab, k)) * sizeof(uint64_t) *
@@ -26,9 +28,9 @@ void topk_softmax(const TopkSoftmaxParams& params, const Backend& backend) {
   const auto row_kernel = DEEPEN_CPU(topk_softmax_row);
   auto* keys = static_cast<uint64_t*>(params.workspace);
   const int64_t keys_per_thread = topk_softmax_keys(vocab, k);
-  parallel_for(batch, backend.threads, [&](int thread, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) row_kernel(params, row, keys + thread * keys_per_thread);
-  });
+  const int threads = worthwhile_threads(backend.threads, batch * vocab, kLogitsPerThread);
+  parallel_rows(batch, threads,
+                [&](int thread, int64_t row) { row_kernel(params, row, keys + thread * keys_per_thread); });
 }
 
 }  // namespace deepen

@@ -107,12 +107,9 @@ static void softmax_topk(const T* logits, const TopkSoftmaxParams& params, int64
     const float base = largest == kMinusInfinity ? 0.0f : largest;
     for (int64_t i = whole; i < size; ++i) sum += double(expf(block[i] - base));
   }
-  if (sum != sum) {
-    params.status[row] = kRowNotFinite;
-    return;
-  }
-  if (largest == kMinusInfinity) {
-    params.status[row] = kRowEmpty;
+  if (sum != sum || largest == kMinusInfinity) {
+    params.status[row] = sum != sum ? kRowNotFinite : kRowEmpty;
+    for (int64_t i = 0; i < k; ++i) params.ids[row * k + i] = -1;  // fuse refuses them
     return;
   }
 

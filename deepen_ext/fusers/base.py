@@ -6,7 +6,6 @@ hand-off, boundary rule) is the same for all, so that accuracy and speed can be 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -17,10 +16,10 @@ import torch
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
 from deepen_ext.numbers import logits_tensor, real_number, whole_number
+from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.weighting import confident_weights
 
-_COPIED_BY_ONE = 4 << 20  # bytes of logits: a millisecond of one thread's time
 _SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
 
 
@@ -156,7 +155,7 @@ class Fuser(ABC):
         if not fused_rows:
             return FusedStep(logits, main_choice, main_choice, tuple(parts))
         whole = len(fused_rows) == len(logits)
-        fused = _copied(logits)
+        fused = plain_copy(logits)
         ours = fused if whole else fused[self._index(fused_rows)]
         said = [self._said(part, fused_rows) for part in parts]
         by_row = self._share(tuple(shares[row] for row in fused_rows))
@@ -218,20 +217,6 @@ class Fuser(ABC):
         places = [place.get(row, -1) for row in part.rows]
         topk = TopK(*placed(part.topk, places, len(fused_rows)))
         return Said(part.member, part.name, topk, part, places)
-
-
-def _copied(logits: torch.Tensor) -> torch.Tensor:
-    """A copy that can be written to: logits made under inference_mode could not be, outside it.
-
-    On the CPU by this thread alone. torch would share the copy of a single text's logits with its other
-    threads, and wait for them: where another process is busy, 3 to 20 ms of a step that takes half of one.
-    """
-    copy = torch.empty_like(logits, requires_grad=False)
-    if logits.device.type == "cpu" and logits.is_contiguous() and logits.nbytes <= _COPIED_BY_ONE:
-        ctypes.memmove(copy.data_ptr(), logits.data_ptr(), logits.nbytes)
-        return copy
-    with torch.no_grad():
-        return copy.copy_(logits)
 
 
 def _by_row(

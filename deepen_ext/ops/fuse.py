@@ -48,6 +48,12 @@ def fuse(
     Returns:
         fused float32 [B, K], the candidates' new logits in the order of `members[0].topk.ids`, and chosen
         int32 [B], the argmax of the new logits.
+
+    Raises:
+        InputError: shapes, dtypes, devices or settings that do not fit, `logits` in the memory of another
+            tensor given, and on the CPU token ids outside a member's rows or columns that are no anchors. On
+            CUDA nothing waits for the device: such tokens and entries are left out, and a candidate's fused
+            logit is NaN.
     """
     if not members:
         raise InputError("there are no members to fuse")

@@ -35,6 +35,11 @@ def inverse_search(
 
     Returns:
         float32 [B, K], the new logits.
+
+    Raises:
+        InputError: shapes, dtypes, devices or settings that do not fit, and on the CPU ids outside the rows
+            or columns that are no anchors. On CUDA nothing waits for the device: such a candidate's logit is
+            NaN, and a row ends before such a column.
     """
     check_tensor("logits", logits, shape=[None, None], dtype=torch.float32)
     backend = backend_of("inverse_search", logits)

@@ -13,7 +13,8 @@ which `deepen_ext.ops` does, registers them:
 
 Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry a member, and dense
 rows no `columns` and `rest`. They never wait for a device: a row that has no result is reported in `status`,
-on the CPU too, and raises nothing. None has a derivative.
+on the CPU too, and raises nothing. Ids and columns out of range are InputErrors on the CPU and left out on
+CUDA, as in the functions. None has a derivative.
 """
 
 from __future__ import annotations
