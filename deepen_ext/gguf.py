@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from deepen_ext.cache import atomic_directory, cache_dir, locked
+from deepen_ext.cache import atomic_directory, cache_dir, kept_in, locked, write_failure
 from deepen_ext.errors import InputError, ModelError
 
 Progress = Callable[[str], None]
@@ -44,8 +44,9 @@ def convert_gguf(
         name: name of the folder, by default the file's without ``.gguf``.
 
     Raises:
-        InputError: no such file.
-        ModelError: the file is truncated or of a kind transformers cannot read, or `gguf` is not installed.
+        InputError: no such file, or it cannot be read.
+        ModelError: the file is damaged or of a kind transformers cannot read, `gguf` is not installed, or the
+            cache cannot be written to.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the spelling of the path")
@@ -53,7 +54,8 @@ def convert_gguf(
     if target.is_dir():
         return target
     say = progress or (lambda _: None)
-    with locked(target, on_wait=lambda: say(f"Waiting for another process that converts {target.name}")):
+    waiting = f"Waiting for another process that converts {target.name}"
+    with kept_in(target.parent), locked(target, on_wait=lambda: say(waiting)):
         if not target.is_dir():  # it may have come while we waited
             with atomic_directory(target) as temporary:
                 _convert(path, temporary, target.name, say)
@@ -65,7 +67,7 @@ def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
     target = converted_folder(sha256, f"{name}-tokenizer")
     if target.is_dir():
         return target
-    with locked(target):
+    with kept_in(target.parent), locked(target):
         if not target.is_dir():
             with atomic_directory(target) as temporary, _reading(path):
                 _tokenizer(path).save_pretrained(temporary)
@@ -75,9 +77,12 @@ def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
 def file_sha256(path: Path) -> str:
     """Hash of a file's content, hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -163,6 +168,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if write_failure(error) is not None:  # a full disk says nothing against the file
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{path}: cannot convert this GGUF file, {type(error).__name__}: {lines[0]}. "
