@@ -42,6 +42,8 @@ def cache_dir(*parts: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(error.filename, error.strerror) from error
+    except ValueError as error:  # huggingface_hub's, of a file in a folder's place; it names the path
+        raise _unwritable("Hugging Face assets", error) from error
     return folder
 
 

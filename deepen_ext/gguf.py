@@ -12,6 +12,7 @@ from typing import Any
 
 from deepen_ext.cache import atomic_directory, cache_dir, kept_in, locked, write_failure
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.gguf_checks import check_finite, check_gguf
 
 Progress = Callable[[str], None]
 
@@ -69,7 +70,7 @@ def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
         return target
     with kept_in(target.parent), locked(target):
         if not target.is_dir():
-            with atomic_directory(target) as temporary, _reading(path):
+            with atomic_directory(target) as temporary, _reading(path, weights=False):
                 _tokenizer(path).save_pretrained(temporary)
     return target
 
@@ -92,7 +93,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
 
     from deepen_ext.quiet import quiet
 
-    with _reading(path), quiet():
+    with _reading(path, weights=True), quiet():
         say(f"Converting {name}, once: tokenizer")
         tokenizer = _tokenizer(path)
         say(f"Converting {name}, once: settings")
@@ -105,6 +106,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, config=config, dtype=torch.float32
             )
+        check_finite(model.state_dict().items())
         # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
         if model.hf_quantizer is not None:
             model.hf_quantizer.remove_quantization_config(model)
@@ -155,7 +157,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, *, weights: bool) -> Iterator[None]:
     """Any failure of the readers, which know a damaged file only by what breaks first, as one clear error."""
     try:
         for package in ("accelerate", "gguf"):
@@ -166,6 +168,7 @@ def _reading(path: Path) -> Iterator[None]:
             "install them with: pip install 'deepen-ext[demo]'"
         ) from error
     try:
+        check_gguf(path, weights=weights)
         yield
     except Exception as error:
         if write_failure(error) is not None:  # a full disk says nothing against the file
