@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -12,8 +14,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
+
+from deepen_ext.errors import ModelError
 
 _STALE_SECONDS = 3600.0  # no write takes so long: its process was killed
+_WRITE_FAILURES = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # no right
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),  # a file in a folder's place
+}
 
 
 def cache_dir(*parts: str) -> Path:
@@ -21,11 +31,66 @@ def cache_dir(*parts: str) -> Path:
 
     ``cache_dir("models", "abc")`` is ``$HF_ASSETS_CACHE/deepen_ext/models/abc``. Characters that a path
     cannot hold are replaced by ``huggingface_hub``. At least two parts.
+
+    Raises:
+        ModelError: it cannot be made. The message names it and the variable that moves it.
     """
     namespace, subfolder, *rest = parts
-    folder = Path(cached_assets_path("deepen_ext", namespace=namespace, subfolder=subfolder)).joinpath(*rest)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = cached_assets_path("deepen_ext", namespace=namespace, subfolder=subfolder)
+        folder = Path(found).joinpath(*rest)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(error.filename, error.strerror) from error
+    except ValueError as error:  # huggingface_hub's, of a file in a folder's place; it names the path
+        raise _unwritable("Hugging Face assets", error) from error
     return folder
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """A failure to write into the cache is a ModelError that names the folder and what to do.
+
+    Raises:
+        ModelError: see above; everything else passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := write_failure(error)) is not None:
+            raise _unwritable(folder, reason) from error
+        raise
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why the system did not take what was written, where that is what went wrong; else None.
+
+    Libraries hide it behind errors of their own: what they were raised from is looked at too.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if isinstance(seen, SafetensorError) and (found := re.search(r"os error (\d+)", str(seen))):
+            number = int(found[1])
+        if number in _WRITE_FAILURES:
+            return os.strerror(number)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _unwritable(folder: object, reason: object) -> ModelError:
+    return ModelError(
+        f"{folder}: the cache cannot be written to ({reason}); make room or give the right to write there, "
+        "or set the environment variable HF_ASSETS_CACHE to another folder"
+    )
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left behind: the folder's files and folders of this name, an hour old."""
+    for stale in folder.glob(pattern):
+        with suppress(OSError):  # another process may sweep, or finish, at the same time
+            if time.time() - stale.lstat().st_mtime > _STALE_SECONDS:
+                _remove(stale)
 
 
 @contextmanager
@@ -50,20 +115,22 @@ def locked(target: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it becomes ``target`` at once; an error removes it."""
+    """Yield a temporary path to write to; on success it becomes ``target`` at once; an error removes it.
+
+    The path is in a temporary folder: libraries write temporaries of their own beside what they are given,
+    and these too are gone with it when the process is killed and a later one sweeps.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):
-        with suppress(FileNotFoundError):  # another process may sweep, or finish, at the same time
-            if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
-                stale.unlink()
-    temporary = _temporary(target)
+    sweep(target.parent, f".*.tmp-{'[0-9a-f]' * 32}")
+    folder = _temporary(target)
+    folder.mkdir()
     try:
+        temporary = folder / target.name
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _sync(target.parent)
 
 
@@ -88,6 +155,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(target.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _temporary(target: Path) -> Path:

@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from deepen_ext.cache import atomic_directory, cache_dir, locked
+from deepen_ext.cache import atomic_directory, cache_dir, kept_in, locked, write_failure
 from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.gguf_checks import check_finite, check_gguf
 from deepen_ext.gguf_pre_tokenizers import SplitRule, split_rule
 
 Progress = Callable[[str], None]
@@ -40,9 +41,9 @@ def convert_gguf(
         name: name of the folder, by default the file's without ``.gguf``.
 
     Raises:
-        InputError: no such file.
-        ModelError: the file is truncated or of a kind transformers cannot read, lacks weights or has those of
-            another architecture; or `gguf` is not installed.
+        InputError: no such file, or it cannot be read.
+        ModelError: the file is damaged or of a kind transformers cannot read, lacks weights or has those of
+            another architecture; `gguf` is not installed; or the cache cannot be written to.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the spelling of the path")
@@ -50,7 +51,8 @@ def convert_gguf(
     if target.is_dir():
         return target
     say = progress or (lambda _: None)
-    with locked(target, on_wait=lambda: say(f"Waiting for another process that converts {target.name}")):
+    waiting = f"Waiting for another process that converts {target.name}"
+    with kept_in(target.parent), locked(target, on_wait=lambda: say(waiting)):
         if not target.is_dir():  # it may have come while we waited
             with atomic_directory(target) as temporary:
                 _convert(path, temporary, target.name, say)
@@ -62,9 +64,9 @@ def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
     target = converted_folder(sha256, f"{name}-tokenizer")
     if target.is_dir():
         return target
-    with locked(target):
+    with kept_in(target.parent), locked(target):
         if not target.is_dir():
-            with atomic_directory(target) as temporary, _reading(path):
+            with atomic_directory(target) as temporary, _reading(path, weights=False):
                 _tokenizer(path).save_pretrained(temporary)
     return target
 
@@ -72,9 +74,12 @@ def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
 def file_sha256(path: Path) -> str:
     """Hash of a file's content, hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -86,7 +91,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     from deepen_ext.gguf_reader import read_once
     from deepen_ext.quiet import quiet
 
-    with _reading(path), quiet(), read_once():
+    with _reading(path, weights=True), quiet(), read_once():
         say(f"Converting {name}, once: tokenizer")
         tokenizer = _tokenizer(path)
         say(f"Converting {name}, once: settings")
@@ -106,6 +111,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
             )
         model = loaded[0]
         check_weights(model, loaded[1], path.name)  # a head is tied where the file has none
+        check_finite(model.state_dict().items())
         # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
         if model.hf_quantizer is not None:
             model.hf_quantizer.remove_quantization_config(model)
@@ -170,7 +176,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, *, weights: bool) -> Iterator[None]:
     """Any failure of the readers, which know a damaged file only by what breaks first, as one clear error."""
     try:
         for package in ("accelerate", "gguf"):
@@ -181,12 +187,15 @@ def _reading(path: Path) -> Iterator[None]:
             "install them with: pip install 'deepen-ext[demo]'"
         ) from error
     try:
+        check_gguf(path, weights=weights)
         yield
     except DeepenError as error:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:
+        if write_failure(error) is not None:  # a full disk says nothing against the file
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"{path}: cannot convert this GGUF file, {type(error).__name__}: {lines[0]}. "

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.map_checks import Damaged, check_header, check_rows, read_facts
 
 _FORMAT = "deepen-ext relative map 1"
 
@@ -48,7 +49,7 @@ def write_map(path: Path, facts: MapFacts, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_map(path: Path) -> tuple[MapFacts, dict[str, torch.Tensor]]:
-    """Read a map back.
+    """Read a map back: everything in it is checked, so that rows can be used as they are.
 
     Raises:
         InputError: there is no such file.
@@ -59,14 +60,23 @@ def read_map(path: Path) -> tuple[MapFacts, dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if metadata.get("format") != _FORMAT:
+                raise ModelError(f"{path} is no relative map of this version; delete it")
+            text = metadata.get("facts", "")
+            facts = read_facts(text)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            check_header(facts, {n: (one.get_dtype(), one.get_shape()) for n, one in slices.items()})
+            tensors = {name: file.get_tensor(name) for name in slices}
+        if metadata.get("checksum") != _checksum(text, tensors):
+            raise Damaged("its checksum differs")
+        check_rows(facts, tensors)
+    except Damaged as error:
+        raise ModelError(f"the relative map {path} is damaged ({error}); delete it") from error
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"the relative map {path} cannot be read ({error}); delete it") from error
-    if metadata.get("format") != _FORMAT:
-        raise ModelError(f"{path} is no relative map of this version; delete it")
-    if metadata.get("checksum") != _checksum(metadata.get("facts", ""), tensors):
-        raise ModelError(f"the relative map {path} is damaged (its checksum differs); delete it")
-    return MapFacts(**json.loads(metadata["facts"])), tensors
+        raise ModelError(
+            f"the relative map {path} is damaged: it cannot be read ({error}); delete it"
+        ) from error
+    return MapFacts(**facts), tensors
 
 
 def _checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
 
 from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
-from deepen_ext.cache import cache_dir
-from deepen_ext.errors import DeepenError, InputError
+from deepen_ext.cache import cache_dir, sweep
+from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.member import Member
 from deepen_ext.numbers import whole_number
 from deepen_ext.relative_map import RelativeMap
@@ -48,7 +49,7 @@ class MemberMaps:
         sources = _row_sources(members, self.anchors, recipe, temperature, entries)
         device = members[0].device
         self.maps = [RelativeMap.from_source(source, device) for source in sources]
-        self._files = [_map_file(one) for one in self.maps] if cache else []
+        self._files = _map_files(self.maps) if cache else []
         self._saved = [0] * len(self.maps)
         # The garbage collector may end a dropped run, which saves too, in the middle of a save.
         self._saving = threading.RLock()
@@ -102,16 +103,25 @@ def _row_sources(
     return [PrefixRows(anchors, prefixes, i, rows) for i, rows in enumerate(similarity)]
 
 
-def _map_file(relative: RelativeMap) -> Path:
-    return cache_dir("relative-maps", "rows") / f"{relative.fingerprint}.safetensors"
+def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:
+    """Where the rows of each map are kept; [] with a warning where there is no such place."""
+    try:
+        folder = cache_dir("relative-maps", "rows")
+    except ModelError as error:
+        warnings.warn(f"computed rows are not kept for the next run: {error}", stacklevel=3)
+        return []
+    sweep(folder, ".tmp??????")  # safetensors' own, of a killed process
+    return [folder / f"{relative.fingerprint}.safetensors" for relative in maps]
 
 
 def _read_rows(relative: RelativeMap, file: Path) -> None:
     """Take over an earlier run's rows. A damaged file is reported and its rows are computed anew."""
-    if not file.is_file():
-        return
     try:
-        relative.read(file)
+        if file.is_file():
+            relative.read(file)
     except DeepenError as error:
         warnings.warn(f"{error}: its rows are computed anew and the file replaced", stacklevel=3)
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # where it cannot be removed, `save` says that it cannot be replaced
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"rows of earlier runs cannot be read from {file}: {error}", stacklevel=3)

@@ -9,13 +9,14 @@
     confidence: 0.5
     measured: {...}                                            # what was measured; not read again
 
-Only `members` must be there. What is left out has the default of `Ensemble`.
+Only `members` must be there. What is left out has the default of `Ensemble`. A fuser that is code
+(module:function) is never imported because a file says so: the caller names it too.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ from deepen_ext.weighting import check_weights
 SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
 _KEYS = ("members", *SETTINGS, "measured")
 _EXAMPLES = {"learning_rate": 0.25, "relative_temperature": 40.0, "confidence": 0.5}  # settings with numbers
+_MOST_BYTES = 1 << 17  # the parser takes a second for it
+_DEEPEST = 20
 _RECIPES = ("bytes", "calibrated", "paper")
 
 
@@ -56,12 +59,15 @@ class Preset:
                 more than the file's; the file's temperature goes with the file's recipe only.
 
         Raises:
-            InputError: a fuser that there is not.
+            InputError: a fuser that there is not; one that is code (module:function) in the file and not
+                among the options.
         """
         from deepen_ext.fusers import parse_fuser
 
         options = {key: value for key, value in options.items() if value is not None}
         found = self.given | options
+        if "fuser" not in options:
+            _refuse_code(str(found.get("fuser", "")))
         if "fuser" in found:
             found["fuser"], recipe = parse_fuser(found["fuser"], found.get("recipe", ""))
             if recipe:
@@ -91,15 +97,15 @@ def load_preset(path: str | Path) -> Preset:
 
     for key in values:
         if key not in _KEYS:
-            raise wrong(key, f"{key!r} is no key of a preset; there are {', '.join(_KEYS)}")
+            raise wrong(key, f"{_shown(key)} is no key of a preset; there are {', '.join(_KEYS)}")
     if "members" not in values:
         raise InputError(f"{file}: there is no 'members'; list the models, the main model first")
     members = values["members"]
     if not isinstance(members, list) or not members or not all(isinstance(m, str) and m for m in members):
-        raise wrong("members", f"members is {members!r}; give a list of models, the main model first")
+        raise wrong("members", f"members is {_shown(members)}; give a list of models, the main model first")
     for key in SETTINGS:
         if key in values and (expected := _problem(key, values[key])):
-            raise wrong(key, f"{key} is {values[key]!r}; {expected}")
+            raise wrong(key, f"{key} is {_shown(values[key])}; {expected}")
     if isinstance(weights := values.get("weights"), list):
         try:
             check_weights(weights, len(members))
@@ -108,7 +114,7 @@ def load_preset(path: str | Path) -> Preset:
     if values.get("recipe") == "bytes" and values.get("relative_temperature") is not None:
         raise wrong("relative_temperature", "the bytes recipe has no temperature; take this line out")
     if not isinstance(measured := values.get("measured", {}), dict):
-        raise wrong("measured", f"measured is {measured!r}; give keys and values, or leave it out")
+        raise wrong("measured", f"measured is {_shown(measured)}; give keys and values, or leave it out")
     try:
         found = [_member(name, file) for name in members]
     except InputError as error:
@@ -138,19 +144,40 @@ def write_preset(path: str | Path, preset: Preset) -> None:
         raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place") from error
 
 
+def _refuse_code(fuser: str) -> None:
+    name, colon, _ = fuser.partition(":")
+    if colon and name != "deepen":
+        raise InputError(
+            f"the preset's fuser {_shown(fuser)} is code, which a file cannot choose; if you trust it, "
+            f"name it yourself with --fuser {fuser}, or in Python with preset.settings(fuser={fuser!r})"
+        )
+
+
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
     """The file's keys with their values and with their lines, counted from 1."""
     try:
-        text = file.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        with file.open("rb") as opened:
+            data = opened.read(_MOST_BYTES + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as a text file: {error}") from error
+    if len(data) > _MOST_BYTES:
+        raise InputError(f"{file}: longer than {_MOST_BYTES} bytes; a preset is a short text")
+    try:
+        _check_nesting(file, text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{file}{where}: this is no YAML: {reason}") from error
+    except InputError:
+        raise
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        # The constructors of numbers, times and the like let these through.
+        raise InputError(f"{file}: a value cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{file}: a preset is keys and values, such as 'members: [a, b]'")
     lines: dict[str, int] = {}
@@ -162,16 +189,39 @@ def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
     return values, {key: lines.get(str(key), 1) for key in values}
 
 
+def _check_nesting(file: Path, text: str) -> None:
+    """Before anything is made of it: composing nested lists recurses, and aliases grow without bound."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{file}, line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"{where}: *{event.anchor} is an alias; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise InputError(f"{where}: more than {_DEEPEST} levels of lists and keys; a preset needs three")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN
+
+
 def _problem(key: str, value: Any) -> str | None:
     """What to write instead; None where the value is right. Ranges are the ensemble's own to check."""
-    number = type(value) in (int, float) and math.isfinite(value)
     if value is None:  # as `relative_temperature:`, which leaves it to the default
         return None
     if key == "weights":
-        numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+        numbers = isinstance(value, list) and all(map(_is_number, value))
         return None if numbers or value == "prompt" else "give a list of numbers, or prompt"
     if key in _EXAMPLES:
-        return None if number else f"give a number such as {_EXAMPLES[key]}"
+        return None if _is_number(value) else f"give a number such as {_EXAMPLES[key]}"
     if key == "recipe":
         return None if value in _RECIPES else f"use one of {', '.join(_RECIPES)}"
     return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"
@@ -179,6 +229,18 @@ def _problem(key: str, value: Any) -> str | None:
 
 def _member(name: str, file: Path) -> str:
     """The member as `load_member` finds it from any folder."""
+    try:
+        if "\0" in name:
+            raise ValueError("it has a zero byte")
+        name.encode()  # half a surrogate pair has no bytes
+        return _found(name, file)
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~ of no user
+        raise InputError(f"{_shown(name)} is no model's name or path: {error}") from error
+
+
+def _found(name: str, file: Path) -> str:
     if name.startswith("demo:"):
         return name
     path = Path(name).expanduser()

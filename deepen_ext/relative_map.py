@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, ModelError
 from deepen_ext.map_file import MapFacts, read_map, write_map
 from deepen_ext.numbers import token_id_tensor
 from deepen_ext.ops import Rows
@@ -287,21 +287,29 @@ class RelativeMap:
             device = "cpu" if embedding is None else embedding.device
         if "matrix" in tensors:
             return cls.from_dense(tensors["matrix"].to(device))
-        loaded = cls(facts.vocab_size, facts.anchors, facts.entries, device=device)
-        loaded.recipe = facts.recipe
+        source = None
         if embedding is not None and anchor_ids is not None:
             if facts.recipe is None:
                 raise InputError(
                     f"{path} holds rows that need tokenizers, not an embedding alone; load it without"
                 )
-            loaded.source = SimilarityRows(
+            source = SimilarityRows(
                 embedding,
                 anchor_ids,
                 recipe=facts.recipe,
                 temperature=facts.temperature,
                 entries=facts.entries,
             )
-            loaded._check_source(facts, path)
+            _check_source(facts, source, source.fingerprint(), path)
+        try:
+            loaded = cls(facts.vocab_size, facts.anchors, facts.entries, source, device)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{path}: there is no memory for {facts.vocab_size} rows of {facts.entries} entries"
+            ) from error
+        loaded.recipe = facts.recipe
+        if source is not None:
+            loaded.fingerprint = facts.source  # they were compared
         loaded._adopt(tensors)
         return loaded
 
@@ -309,21 +317,33 @@ class RelativeMap:
         """Take over the rows another run saved for the same source; returns how many.
 
         Raises:
-            InputError: no such file, or saved for another source.
+            InputError: no such file, or saved for another source; this map has no source.
             ModelError: the file is damaged or no relative map.
         """
         facts, tensors = read_map(Path(path))
-        self._check_source(facts, path)
+        if self.source is None:
+            raise InputError("this map has no source, so no other run's rows are known to be its own")
+        _check_source(facts, self.source, self.fingerprint, path)
+        if "tokens" not in tensors:
+            raise ModelError(f"the relative map {path} is damaged (its rows are whole); delete it")
         self._adopt(tensors)
         return len(tensors["tokens"])
-
-    def _check_source(self, facts: MapFacts, path: str | Path) -> None:
-        if self.source is None or facts.source != self.fingerprint:
-            raise InputError(
-                f"{path} was saved for another model, other anchors or other settings; delete it or use what "
-                "it was made with"
-            )
 
     def _adopt(self, tensors: Mapping[str, torch.Tensor]) -> None:
         rows = SparseRows(tensors["columns"], tensors["values"], tensors["rest"])
         self._keep(tensors["tokens"].long(), rows)
+
+
+def _check_source(facts: MapFacts, source: RowSource, fingerprint: str, path: str | Path) -> None:
+    """That the rows were saved for this source: by its fingerprint, and by the sizes that index them."""
+    if facts.source != fingerprint:
+        raise InputError(
+            f"{path} was saved for another model, other anchors or other settings; delete it or use what "
+            "it was made with"
+        )
+    sizes = (facts.vocab_size, facts.anchors, facts.entries)
+    if sizes != (expected := (source.vocab_size, source.anchors, source.entries)):
+        raise ModelError(
+            f"the relative map {path} is damaged (vocab_size, anchors, entries are {sizes}, those of its "
+            f"source {expected}); delete it"
+        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from deepen_ext import ops
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, ModelError
 from deepen_ext.fusers import Part
 
 if TYPE_CHECKING:
@@ -89,8 +90,16 @@ class Trace:
 
     def _write_line(self, record: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()  # a run that is killed leaves whole lines
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()  # a run that is killed leaves whole lines
+        except OSError as error:
+            with suppress(OSError):  # what could not be written is tried again
+                self._file.close()
+            raise ModelError(
+                f"{self._file.name}: the trace cannot be written to ({error.strerror}); make room, or name "
+                "another file"
+            ) from error
 
 
 def _readable(part: Part) -> dict[int, tuple[list[int], list[float]]]:

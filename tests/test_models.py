@@ -202,9 +202,11 @@ def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "map"
     target.write_text("old")
-    old_rest = tmp_path / ".map.tmp-killed"
-    old_rest.write_text("half")
-    os.utime(old_rest, (0, 0))
+    for name in ("map", "another"):  # of a killed process, with what its library left there
+        old_rest = tmp_path / f".{name}.tmp-{'0f' * 16}"
+        old_rest.mkdir()
+        (old_rest / ".tmpAb12cD").write_text("half")
+        os.utime(old_rest, (0, 0))
     with pytest.raises(RuntimeError, match="disk"), atomic_write(target) as temporary:  # noqa: PT012
         temporary.write_text("ne")
         raise RuntimeError("disk")

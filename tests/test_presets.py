@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,31 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ("members: [a, b]\nmeasured: yes\n", "line 2: measured is True"),
         ("members: [a, b\nfuser: deepen\n", "line 2: this is no YAML: expected ',' or ']'"),
         ("members: !!python/name:os.system\n", "line 1: this is no YAML: could not determine a constructor"),
+        ("members: [a, b]\nmeasured: " + "[" * 5000, "line 2: more than 20 levels"),
+        ("members: [a, b]\nmeasured: " + "{a: " * 5000, "line 2: more than 20 levels"),
+        ("members: [a, b]\nmeasured:" + "\n- " + "- " * 3000, "more than 20 levels"),
+        (
+            "a: &a [x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij"))
+            + "members: *j\n",
+            r"line 2: \*a is an alias; write the value out",
+        ),
+        ("members: &m [*m]\n", r"line 1: \*m is an alias"),
+        ("members: [a, b]\nlearning_rate: 1" + "0" * 5000, "a value cannot be read: .*digits"),
+        ("members: [a, b]\nlearning_rate: 0x1" + "0" * 5000, "line 2: learning_rate is a huge number; give"),
+        ("members: [a, b]\nweights: [0x1" + "0" * 5000 + ", 1]", "line 2: weights is a huge number; give"),
+        ("members: [a, b]\nweights: [.nan, 1]", r"line 2: weights is \[nan, 1\]; give a list"),
+        ("members: [a, 0x1" + "0" * 5000 + "]", "line 1: members is a huge number"),
+        ("members: [a, b]\nmeasured: 2001-99-99", "a value cannot be read: month"),
+        ("members: [a, b]\nmeasured: !!bool x", "a value cannot be read"),
+        ("members: [a, b]\nmeasured: !!timestamp x", "a value cannot be read"),
+        ("members: [a, b]\nmeasured: !!int ''", "a value cannot be read"),
+        ("members: [a, b]\n? [c]\n: d\n", "this is no YAML: found unhashable key"),
+        ('members: ["a\\0", b]', r"line 1: 'a\\x00' is no model's name or path"),
+        ('members: ["\\ud800", b]', r"line 1: '\\ud800' is no model's name or path"),
+        ("members: [~nobody_xyz/a, b]", "line 1: '~nobody_xyz/a' is no model's name or path"),
+        (f"members: [{'a' * 5000}, b]", "line 1: 'a*'?.* is no model's name or path"),
+        ("# " + "x" * 200_000, "longer than 131072 bytes"),
         ("- a\n- b\n", "a preset is keys and values"),
         ("", "a preset is keys and values"),
     ],
@@ -131,6 +157,28 @@ def test_a_wrong_file_names_its_line_and_the_cure(tmp_path: Path, text: str, mes
     with pytest.raises(InputError, match=message) as raised:
         load_preset(preset_file(tmp_path, text))
     assert str(tmp_path / "preset.yaml") in str(raised.value)
+
+
+def test_code_that_a_file_names_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fuser_of_a_preset.py").write_text(
+        "open('imported', 'w').close()\ndef f(logits, said, weights):\n    return logits\n"
+    )
+    preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: fuser_of_a_preset:f\n"))
+    with pytest.raises(InputError, match=r"is code, which a file cannot choose.*--fuser fuser_of_a_preset:f"):
+        preset.settings()
+    with pytest.raises(InputError, match="is code"):
+        preset.settings(recipe="bytes")
+    assert preset.settings(fuser="average") == {"fuser": "average"}
+    assert not (tmp_path / "imported").exists()
+    assert preset.settings(fuser="fuser_of_a_preset:f")["fuser"].__name__ == "f"  # the caller names it
+    assert (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("spec", [":f", ".:f", "..os:system", "os:"])
+def test_a_fuser_that_is_no_name_of_code(spec: str) -> None:
+    with pytest.raises(InputError, match=r"fuser '"):
+        Preset(DEMO).settings(fuser=spec)
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from deepen_ext import __version__
 from deepen_ext.cache import locked
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.evaluation.record_checks import is_header, is_record, read_line
 from deepen_ext.weighting import PROMPT_TOKENS, SHARPNESS
 
 if TYPE_CHECKING:
@@ -262,15 +263,19 @@ class RecordFile:
         """A file's header (None where not even that is whole), its records, and how many bytes are whole.
 
         Raises:
-            InputError: a line that is not the last one is damaged, or an item is there twice.
+            InputError: it cannot be read, a line that is not the last one is damaged, a field is missing or
+                of another type, or an item is there twice.
         """
-        lines = path.read_bytes().split(b"\n")
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         del lines[-1]  # what follows the last newline: nothing, or a torn line
         parsed: list[dict[str, Any]] = []
         size = 0
         for number, line in enumerate(lines, start=1):
             try:
-                read = json.loads(line)
+                read = read_line(line)
                 if not isinstance(read, dict) or ("format" in read) != (number == 1):
                     raise ValueError
                 parsed.append(read)
@@ -281,10 +286,11 @@ class RecordFile:
             size += len(line) + 1
         if not parsed:
             return None, [], 0
-        try:
-            records = [ItemRecord(**{**one, "timing": ItemTiming(**one["timing"])}) for one in parsed[1:]]
-        except (TypeError, KeyError) as error:
-            raise _damaged(path, "its lines have other fields") from error
+        if not is_header(parsed[0]):
+            raise _damaged(path, "its header has other fields")
+        if not all(map(is_record, parsed[1:])):
+            raise _damaged(path, "its lines have other fields")
+        records = [ItemRecord(**{**one, "timing": ItemTiming(**one["timing"])}) for one in parsed[1:]]
         if len({record.index for record in records}) != len(records):
             raise _damaged(path, "an item is there twice")
         return parsed[0], records, size
@@ -295,7 +301,10 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def _check_same(path: Path, there: Header, now: Header) -> None:
-    old, new = dict(_flat(there)), dict(_flat(now))
+    try:
+        old, new = dict(_flat(there)), dict(_flat(now))
+    except RecursionError as error:
+        raise _damaged(path, "its header is nested too deeply") from error
     differ = [
         f"{key} is {_short(old.get(key))} there and {_short(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())

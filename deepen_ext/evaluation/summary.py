@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepen_ext import __version__
 from deepen_ext.cache import atomic_write
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, ModelError
 from deepen_ext.evaluation.records import Header, ItemRecord, RecordFile, check_folder
 from deepen_ext.evaluation.statistics import mcnemar, wilson_interval
 from deepen_ext.evaluation.tasks import TASKS
@@ -149,9 +149,20 @@ def summarise(folder: str | Path) -> Summary:
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write ``summary.json``, whole or not at all."""
-    with atomic_write(folder / "summary.json") as path:
-        path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n")
+    """Write ``summary.json``, whole or not at all.
+
+    Raises:
+        ModelError: the disk does not take it.
+    """
+    target = folder / "summary.json"
+    try:
+        with atomic_write(target) as path:
+            path.write_text(json.dumps(summary.as_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise ModelError(
+            f"{target}: cannot be written ({error.strerror}); every answer is kept: make room and give the "
+            "same command again"
+        ) from error
 
 
 def _task_summary(read: Sequence[tuple[Header, list[ItemRecord]]]) -> TaskSummary:

@@ -175,10 +175,14 @@ def _read(file: Path) -> Sequence[Mapping[str, Any]]:
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: {line[:60]!r} is no JSON object")
             rows.append(row)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {len(rows) + 1} is no JSON: {error}") from error
+    except InputError:
+        raise
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, too many digits, nested without end
+        raise InputError(f"{file}, line {len(rows) + 1} is no JSON: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     return rows
 
 

@@ -55,7 +55,7 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
         sys.path.insert(0, here)
     try:
         found = getattr(import_module(name), rest)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: '.:f', ':f'
         raise InputError(f"fuser '{spec}': {error}; name a function as module:function") from error
     if not callable(found):
         raise InputError(f"fuser '{spec}' is {found!r}; name a function")

@@ -1,0 +1,89 @@
+"""What the lines of a result file must hold, for whoever reads them to rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def read_line(line: bytes) -> Any:
+    """A line's value.
+
+    Raises:
+        ValueError: it is no JSON, or no UTF-8, or nested without end.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def is_header(value: Any) -> bool:
+    """Whether a first line has what results are read by. It may have more: what the run depended on."""
+    return _fits(value, _HEADER)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a line has the fields of an `ItemRecord`, these alone, each of its type and range."""
+    return (
+        _fits(value, _RECORD)
+        and value.keys() == _RECORD.keys()
+        and value["timing"].keys() == _RECORD["timing"].keys()
+        and bool(value["changed"] <= value["tokens"])
+    )
+
+
+def _fits(value: Any, rules: Mapping[str, Any]) -> bool:
+    if not isinstance(value, dict) or not rules.keys() <= value.keys():
+        return False
+    return all(
+        _fits(value[key], rule) if isinstance(rule, dict) else rule(value[key]) for key, rule in rules.items()
+    )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53  # exact in every reader of JSON
+
+
+def _at_least_one(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _milliseconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12  # False for NaN
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _members(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_fits(one, _MEMBER) for one in value)
+
+
+_MEMBER: dict[str, Any] = {"name": _text, "vocabulary": _text, "weights": _text}
+_HEADER: dict[str, Any] = {
+    "task": {"name": _text, "split": _text, "items": _at_least_one, "items_sha256": _text},
+    "configuration": {
+        "name": _text,
+        "method": _text,
+        "members": _members,
+        "weights": lambda value: isinstance(value, list | dict),
+        "share_forwards": _truth,
+    },
+}
+_RECORD: dict[str, Any] = {
+    "index": _count,
+    "output": _text,
+    "answer": lambda value: value is None or _text(value),
+    "correct": _truth,
+    "tokens": _at_least_one,
+    "changed": _count,
+    "finish_reason": _text,
+    "timing": {"prompt_ms": _milliseconds, "decode_ms": _milliseconds, "rows": _at_least_one},
+}

@@ -1,0 +1,145 @@
+"""What a relative map's file must hold: checked before its numbers reserve memory or index anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_MOST = 1 << 22  # tokens or anchors; the largest vocabularies have some 2 ** 18
+_CHUNK = 1 << 20  # entries looked at together: what the checks need beside the map stays small
+_SUM_ERROR = 1e-3  # of a row, as `RelativeMap.from_dense` allows
+_ROUNDING = 1e-5
+_DTYPES = {
+    "matrix": "F32",
+    "tokens": "I32",
+    "columns": "I32",
+    "values": "F32",
+    "rest": "F32",
+}
+_SPARSE = {"tokens", "columns", "values", "rest"}
+_FACTS: dict[str, tuple[type, ...]] = {
+    "vocab_size": (int,),
+    "anchors": (int,),
+    "entries": (int,),
+    "source": (str,),
+    "recipe": (str, type(None)),
+    "temperature": (float, int, type(None)),
+}
+
+
+class Damaged(ValueError):
+    """The content of a map's file is wrong; the message says what."""
+
+
+def read_facts(text: str) -> dict[str, Any]:
+    """The facts as they stand in a file's metadata, each of the right type and range.
+
+    Raises:
+        Damaged: they are not.
+    """
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged("its facts are no JSON") from error
+    if not isinstance(facts, dict) or facts.keys() != _FACTS.keys():
+        raise Damaged(f"its facts are not {', '.join(_FACTS)}")
+    for key, types in _FACTS.items():
+        if type(facts[key]) not in types:  # not isinstance: True is an int
+            raise Damaged(f"{key} is {_short(facts[key])}")
+    for key in ("vocab_size", "anchors"):
+        if not 1 <= facts[key] <= _MOST:
+            raise Damaged(f"{key} is {_short(facts[key])}")
+    if not 1 <= facts["entries"] <= facts["anchors"]:
+        raise Damaged(f"entries is {_short(facts['entries'])} with {facts['anchors']} anchors")
+    recipe, temperature = facts["recipe"], facts["temperature"]
+    if recipe not in (None, "paper", "calibrated") or (recipe is None) != (temperature is None):
+        raise Damaged(f"recipe is {_short(recipe)} with temperature {_short(temperature)}")
+    if temperature is not None and not 0 < temperature <= 1000:  # False for NaN
+        raise Damaged(f"temperature is {_short(temperature)}")
+    return facts
+
+
+def check_header(facts: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]) -> None:
+    """That the file's tensors, by name their dtype and shape, are those of a map with these facts.
+
+    Raises:
+        Damaged: they are not.
+    """
+    names = set(tensors)
+    if names != _SPARSE and names != {"matrix"}:
+        raise Damaged(f"its tensors are {', '.join(sorted(names)) or 'missing'}")
+    vocab, anchors, entries = facts["vocab_size"], facts["anchors"], facts["entries"]
+    if names == {"matrix"}:
+        expected = {"matrix": [vocab, anchors]}
+    else:
+        count = (tensors["tokens"][1] or [-1])[0]
+        if not 0 <= count <= vocab:
+            raise Damaged(f"it has {count} rows of {vocab} tokens")
+        expected = {"tokens": [count], "columns": [count, entries], "values": [count, entries]}
+        expected["rest"] = [count]
+    for name, shape in expected.items():
+        if tensors[name] != (_DTYPES[name], shape):
+            dtype, found = tensors[name]
+            raise Damaged(f"{name} is {dtype} {found}; expected {_DTYPES[name]} {shape}")
+
+
+def check_rows(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """That every row is a distribution over the anchors: kernels index with the columns unchecked.
+
+    Args:
+        facts: what `read_facts` returned.
+        tensors: what `check_header` found right.
+
+    Raises:
+        Damaged: tokens that do not rise or are out of range, columns out of range, doubled or after an unused
+            entry, values negative or not finite, a row that does not sum to 1.
+    """
+    if "matrix" in tensors:
+        for rows in torch.split(tensors["matrix"], max(_CHUNK // facts["anchors"], 1)):
+            _check_sums(rows, rows.sum(dim=1, dtype=torch.float64))
+        return
+    tokens = tensors["tokens"]
+    if len(tokens) and (int(tokens[0]) < 0 or int(tokens[-1]) >= facts["vocab_size"]):
+        raise Damaged("a token is out of range")
+    if bool((tokens[1:] <= tokens[:-1]).any()):
+        raise Damaged("its tokens are not in order")
+    at_once = max(_CHUNK // facts["entries"], 1)
+    parts = (torch.split(tensors[name], at_once) for name in ("columns", "values", "rest"))
+    for columns, values, rest in zip(*parts, strict=True):
+        if len(columns):
+            _check_columns(columns, facts["anchors"])
+            if not bool(((rest >= -_ROUNDING) & (rest <= 1 + _ROUNDING)).all()):
+                raise Damaged("a rest is not between 0 and 1")
+            _check_sums(values, torch.where(columns >= 0, values, 0.0).sum(dim=1) + rest)
+
+
+def _check_columns(columns: torch.Tensor, anchors: int) -> None:
+    if int(columns.min()) < -1 or int(columns.max()) >= anchors:
+        raise Damaged("a column is out of range")
+    used = columns >= 0
+    if bool((used[:, 1:] & ~used[:, :-1]).any()):
+        raise Damaged("a column stands after an unused entry")
+    ordered = columns.numpy().copy()
+    ordered.sort(axis=1)
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise Damaged("a row names a column twice")
+
+
+def _check_sums(values: torch.Tensor, sums: torch.Tensor) -> None:
+    least = float(values.min())  # NaN where any value is
+    if math.isnan(least) or least < 0:
+        raise Damaged("a value is negative or no number")
+    if not bool(((sums - 1).abs() <= _SUM_ERROR).all()):
+        raise Damaged("a row does not sum to 1")
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 40 else f"{text[:36]}..."
