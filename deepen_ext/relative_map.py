@@ -15,8 +15,8 @@ import torch
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.map_file import MapFacts, read_map, write_map
-from deepen_ext.numbers import token_id_tensor
 from deepen_ext.ops import Rows
+from deepen_ext.ops.checks import token_id_tensor
 from deepen_ext.row_sources import DEFAULT_ENTRIES, RowSource, SimilarityRows, SparseRows
 
 _FILL_BLOCK = 4096  # rows computed together by `fill`: what a block needs beside the map stays small

@@ -14,7 +14,8 @@ import torch
 from deepen_ext import ops
 from deepen_ext.anchors import Anchors, PrefixColumns
 from deepen_ext.errors import InputError
-from deepen_ext.numbers import real_number, token_id_tensor, whole_number
+from deepen_ext.numbers import real_number, whole_number
+from deepen_ext.ops.checks import token_id_tensor
 
 Recipe = Literal["paper", "calibrated", "bytes"]
 

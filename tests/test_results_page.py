@@ -75,7 +75,9 @@ def write_answers(work: Path, name: str, right: dict[int, bool], rate: float = R
         },
         "configuration": {
             "name": name,
-            "members": [{"name": one} for one in letters],
+            "method": name.partition(" ")[2],
+            "members": [{"name": one, "vocabulary": "0", "weights": "0"} for one in letters],
+            "weights": [1 / len(letters)] * len(letters),
             "fuser": {"learning_rate": rate} if "deepen" in name else {},
             "share_forwards": True,
         },

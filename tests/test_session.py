@@ -592,7 +592,7 @@ class TestBadInput:
             session.sync({0: []})
         with pytest.raises(InputError, match=r"0\.\.49151"):
             session.sync({0: [49152]})
-        with pytest.raises(InputError, match="0 rows"):
+        with pytest.raises(InputError, match="number of rows is 0; choose 1 or more"):
             BatchSession(short, rows=0)
 
     def test_the_row_is_named_and_the_others_untouched(self, smollm2: Member) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
-from deepen_ext.numbers import logits_tensor, real_number, whole_number
+from deepen_ext.numbers import real_number, whole_number
+from deepen_ext.ops.checks import logits_tensor
 from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
 from deepen_ext.weighting import confident_weights

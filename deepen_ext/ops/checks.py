@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -73,3 +74,32 @@ def check_built_for(device: torch.device) -> None:
 def workspace(size: int, device: torch.device) -> torch.Tensor:
     """Scratch memory of `size` bytes."""
     return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def token_id_tensor(name: str, value: Any) -> torch.Tensor:
+    """The value, if it is a tensor of whole numbers; floats would be cut, and a mask read as ids 0 and 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{name} must be a torch.Tensor of ids, not {type(value).__name__}")
+    if value.dtype == torch.bool:
+        raise InputError(f"{name} is a mask (bool); give the ids themselves: {name}.nonzero().flatten()")
+    if value.is_floating_point() or value.is_complex():
+        raise InputError(f"{name} is {str(value.dtype).removeprefix('torch.')}; give whole numbers (int64)")
+    return value
+
+
+def logits_tensor(name: str, value: Any) -> torch.Tensor:
+    """The value, if it is a tensor.
+
+    Raises:
+        InputError: it is a list, a numpy array or the like.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise InputError(
+            f"{name} must be a torch.Tensor [B, V], not {type(value).__name__}; make one with "
+            "torch.as_tensor(...)"
+        )
+    return value
