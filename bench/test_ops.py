@@ -145,7 +145,8 @@ def test_fuse(benchmark: Any, ensemble: Ensemble, logits: list[torch.Tensor]) ->
     work = step.given[0].clone()
 
     def ours() -> torch.Tensor:
-        return ops.fuse(work, members, weights, learning_rate=LEARNING_RATE)[0]
+        # Both on the logits as they are, as in the paper.
+        return ops.fuse(work, members, weights, learning_rate=LEARNING_RATE, log_probs=False)[0]
 
     equality = check_equal("logits", ours(), step.search(step.target())[:, :K], 1e-3)
     beside(
