@@ -383,26 +383,22 @@ def _room(kept: dict[str, object] | dict[str, int] | dict[str, bool]) -> dict[st
     return kept  # type: ignore[return-value]
 
 
-def _can_be_empty(node: _Node) -> bool:
-    """Whether it may match without reading a character; a look-ahead does."""
+def _can_be_empty(node: _Node, *, looks: bool = True) -> bool:
+    """Whether it may match without reading a character; `looks`: a look-ahead may."""
     if isinstance(node, _Sequence):
-        return all(map(_can_be_empty, node.items))
+        return all(_can_be_empty(item, looks=looks) for item in node.items)
     if isinstance(node, _Choice):
-        return any(map(_can_be_empty, node.branches))
+        return any(_can_be_empty(branch, looks=looks) for branch in node.branches)
     if isinstance(node, _Repeat):
-        return node.least == 0 or _can_be_empty(node.item)
-    return isinstance(node, _Look) or (isinstance(node, _Atomic) and _can_be_empty(node.item))
+        return node.least == 0 or _can_be_empty(node.item, looks=looks)
+    if isinstance(node, _Atomic):
+        return _can_be_empty(node.item, looks=looks)
+    return looks and isinstance(node, _Look)
 
 
 def _can_be_left_out(node: _Node) -> bool:
     """Whether it matches for certain, be it nothing, wherever it stands."""
-    if isinstance(node, _Sequence):
-        return all(map(_can_be_left_out, node.items))
-    if isinstance(node, _Choice):
-        return any(map(_can_be_left_out, node.branches))
-    if isinstance(node, _Repeat):
-        return node.least == 0 or _can_be_left_out(node.item)
-    return isinstance(node, _Atomic) and _can_be_left_out(node.item)
+    return _can_be_empty(node, looks=False)
 
 
 def _gives_back(node: _Node) -> bool:
