@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class DeepenError(Exception):
@@ -32,3 +33,12 @@ def failures_of(name: str) -> Iterator[None]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{name}: its forward pass failed: {type(error).__name__}: {first}") from error
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value of a file for a message, cut to `most` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from deepen_ext.errors import shown
+
 _MOST = 1 << 22  # tokens or anchors; the largest vocabularies have some 2 ** 18
 _CHUNK = 1 << 20  # entries looked at together: what the checks need beside the map stays small
 _SUM_ERROR = 1e-3  # of a row, as `RelativeMap.from_dense` allows
@@ -49,17 +51,17 @@ def read_facts(text: str) -> dict[str, Any]:
         raise Damaged(f"its facts are not {', '.join(_FACTS)}")
     for key, types in _FACTS.items():
         if type(facts[key]) not in types:  # not isinstance: True is an int
-            raise Damaged(f"{key} is {_short(facts[key])}")
+            raise Damaged(f"{key} is {shown(facts[key], 40)}")
     for key in ("vocab_size", "anchors"):
         if not 1 <= facts[key] <= _MOST:
-            raise Damaged(f"{key} is {_short(facts[key])}")
+            raise Damaged(f"{key} is {shown(facts[key], 40)}")
     if not 1 <= facts["entries"] <= facts["anchors"]:
-        raise Damaged(f"entries is {_short(facts['entries'])} with {facts['anchors']} anchors")
+        raise Damaged(f"entries is {shown(facts['entries'], 40)} with {facts['anchors']} anchors")
     recipe, temperature = facts["recipe"], facts["temperature"]
     if recipe not in (None, "paper", "calibrated") or (recipe is None) != (temperature is None):
-        raise Damaged(f"recipe is {_short(recipe)} with temperature {_short(temperature)}")
+        raise Damaged(f"recipe is {shown(recipe, 40)} with temperature {shown(temperature, 40)}")
     if temperature is not None and not 0 < temperature <= 1000:  # False for NaN
-        raise Damaged(f"temperature is {_short(temperature)}")
+        raise Damaged(f"temperature is {shown(temperature, 40)}")
     return facts
 
 
@@ -135,11 +137,3 @@ def _check_sums(values: torch.Tensor, sums: torch.Tensor) -> None:
         raise Damaged("a value is negative or no number")
     if not bool(((sums - 1).abs() <= _SUM_ERROR).all()):
         raise Damaged("a row does not sum to 1")
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 40 else f"{text[:36]}..."

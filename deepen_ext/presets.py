@@ -25,7 +25,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # its types are a package of their own
 
 from deepen_ext.cache import atomic_write
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.weighting import check_weights
 
 SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
@@ -97,15 +97,15 @@ def load_preset(path: str | Path) -> Preset:
 
     for key in values:
         if key not in _KEYS:
-            raise wrong(key, f"{_shown(key)} is no key of a preset; there are {', '.join(_KEYS)}")
+            raise wrong(key, f"{shown(key)} is no key of a preset; there are {', '.join(_KEYS)}")
     if "members" not in values:
         raise InputError(f"{file}: there is no 'members'; list the models, the main model first")
     members = values["members"]
     if not isinstance(members, list) or not members or not all(isinstance(m, str) and m for m in members):
-        raise wrong("members", f"members is {_shown(members)}; give a list of models, the main model first")
+        raise wrong("members", f"members is {shown(members)}; give a list of models, the main model first")
     for key in SETTINGS:
         if key in values and (expected := _problem(key, values[key])):
-            raise wrong(key, f"{key} is {_shown(values[key])}; {expected}")
+            raise wrong(key, f"{key} is {shown(values[key])}; {expected}")
     if isinstance(weights := values.get("weights"), list):
         try:
             check_weights(weights, len(members))
@@ -114,7 +114,7 @@ def load_preset(path: str | Path) -> Preset:
     if values.get("recipe") == "bytes" and values.get("relative_temperature") is not None:
         raise wrong("relative_temperature", "the bytes recipe has no temperature; take this line out")
     if not isinstance(measured := values.get("measured", {}), dict):
-        raise wrong("measured", f"measured is {_shown(measured)}; give keys and values, or leave it out")
+        raise wrong("measured", f"measured is {shown(measured)}; give keys and values, or leave it out")
     try:
         found = [_member(name, file) for name in members]
     except InputError as error:
@@ -148,7 +148,7 @@ def _refuse_code(fuser: str) -> None:
     name, colon, _ = fuser.partition(":")
     if colon and name != "deepen":
         raise InputError(
-            f"the preset's fuser {_shown(fuser)} is code, which a file cannot choose; if you trust it, "
+            f"the preset's fuser {shown(fuser)} is code, which a file cannot choose; if you trust it, "
             f"name it yourself with --fuser {fuser}, or in Python with preset.settings(fuser={fuser!r})"
         )
 
@@ -201,14 +201,6 @@ def _check_nesting(file: Path, text: str) -> None:
             raise InputError(f"{where}: more than {_DEEPEST} levels of lists and keys; a preset needs three")
 
 
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN
 
@@ -237,7 +229,7 @@ def _member(name: str, file: Path) -> str:
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~ of no user
-        raise InputError(f"{_shown(name)} is no model's name or path: {error}") from error
+        raise InputError(f"{shown(name)} is no model's name or path: {error}") from error
 
 
 def _found(name: str, file: Path) -> str:
