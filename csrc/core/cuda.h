@@ -29,6 +29,7 @@ struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Clears the runtime's last error.
 [[noreturn]] void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error);
 
 class DeviceGuard {

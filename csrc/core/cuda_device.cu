@@ -9,10 +9,14 @@ bool cuda_compiled() { return true; }
 int cuda_device_count() {
   int count = 0;
   // A machine without a driver is no error here: the caller asks precisely to find that out.
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
 }
 
 void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error) {
+  // It has been told: without this the next launch that succeeds would find it and throw it again.
+  cudaGetLastError();
   throw CudaError(std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error) + ", from " + call +
                   " [" + file + ":" + std::to_string(line) + "]");
 }
@@ -26,7 +30,7 @@ DeviceGuard::DeviceGuard(int device) {
 
 // The device was current before, so this fails only after an error that the next call reports.
 DeviceGuard::~DeviceGuard() {
-  if (switched_) cudaSetDevice(previous_);
+  if (switched_ && cudaSetDevice(previous_) != cudaSuccess) cudaGetLastError();
 }
 
 static int attribute(cudaDeviceAttr which, int device) {

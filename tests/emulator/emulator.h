@@ -65,11 +65,15 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = struct CUstream_st*;
 
+// What fails sets the thread's last error, launches too. What succeeds leaves it as it is.
+cudaError_t cudaGetLastError();  // and clears it
+cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
@@ -99,15 +103,15 @@ struct Launch {
   int device;
 };
 
-// Runs all blocks; returns an error for what CUDA would not launch, throws Error for what a kernel does
+// Runs all blocks; sets the last error for what CUDA would not launch, throws Error for what a kernel does
 // wrong.
-cudaError_t run(Launch launch, const std::function<void()>& body);
+void run(Launch launch, const std::function<void()>& body);
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(const Launch& what, void (*kernel)(Parameters...), const Arguments&... arguments) {
+void launch(const Launch& what, void (*kernel)(Parameters...), const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
                 "the kernel takes another number of arguments");
-  return run(what, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  run(what, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 void* dynamic_shared();                              // of the block that runs
@@ -153,7 +157,8 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
   do {                                                                                                    \
     const ::deepen::emulator::Launch deepen_launch{                                                       \
         #kernel, __FILE__, __LINE__, (grid), (block), size_t(dynamic_shared_bytes), (void*)(stream), -1}; \
-    const cudaError_t deepen_launched = ::deepen::emulator::launch(deepen_launch, kernel, ##__VA_ARGS__); \
+    ::deepen::emulator::launch(deepen_launch, kernel, ##__VA_ARGS__);                                     \
+    const cudaError_t deepen_launched = cudaGetLastError();                                               \
     if (deepen_launched != cudaSuccess) {                                                                 \
       ::deepen::throw_cuda_error(__FILE__, __LINE__, "launch of " #kernel, deepen_launched);              \
     }                                                                                                     \

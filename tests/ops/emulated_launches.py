@@ -74,6 +74,14 @@ def test_launches_go_to_the_callers_device_and_stream(operation, backend):
     assert backend.emulator.current_device == 0, "the device guard did not restore the device"
 
 
+def test_a_failed_call_does_not_fail_the_next_one(operation, backend):
+    backend.packed = (1, 7, 0)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        operation()
+    backend.packed = (1, 0, 0)
+    operation()
+
+
 def test_no_order_of_threads_changes_a_bit(operation, backend):
     want = operation()
     for seed in range(3, 9):
