@@ -537,7 +537,8 @@ void run(Launch launch, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   launch.device = current_device;
   if (!possible(launch)) return void(failed(cudaErrorInvalidConfiguration));
-  if (launch.shared_bytes > settings.max_shared_bytes) return void(failed(cudaErrorInvalidValue));
+  if (launch.shared_bytes > allowed_shared_bytes(launch.function, launch.device))
+    return void(failed(cudaErrorInvalidValue));
   std::ostringstream line;
   line << launch.kernel << " grid " << triple(launch.grid.x, launch.grid.y, launch.grid.z) << " block "
        << triple(launch.block.x, launch.block.y, launch.block.z) << " shared " << launch.shared_bytes
@@ -575,12 +576,20 @@ using namespace deepen::emulator;
 // --- For tests in Python, by ctypes
 // ----------------------------------------------------------------------------------
 
-#define DEEPEN_EXPORT extern "C" __attribute__((visibility("default")))
 DEEPEN_EXPORT void deepen_emulator_set_seed(uint64_t seed) { settings.seed = seed; }
+
+static void become_another_device() {
+  forget_allowed();
+  forget_devices();
+}
 DEEPEN_EXPORT void deepen_emulator_set_max_shared_bytes(int64_t bytes) {
   settings.max_shared_bytes = size_t(bytes);
+  become_another_device();
 }
-DEEPEN_EXPORT void deepen_emulator_set_multiprocessors(int count) { settings.multiprocessors = count; }
+DEEPEN_EXPORT void deepen_emulator_set_multiprocessors(int count) {
+  settings.multiprocessors = count;
+  become_another_device();
+}
 DEEPEN_EXPORT void deepen_emulator_set_devices(int count) { settings.devices = count; }
 DEEPEN_EXPORT void deepen_emulator_forget_launches() { launches.clear(); }
 DEEPEN_EXPORT int64_t deepen_emulator_launch_count() { return int64_t(launches.size()); }

@@ -6,6 +6,8 @@
 
 #include "emulator.h"
 
+#define DEEPEN_EXPORT extern "C" __attribute__((visibility("default")))  // for tests in Python, by ctypes
+
 namespace deepen {
 namespace emulator {
 
@@ -23,6 +25,10 @@ extern thread_local int current_device;
 
 char* poisoned(size_t bytes);  // memory at a multiple of 128, to be freed
 void poison(char* memory, size_t bytes);
+
+// The most dynamic shared memory that a kernel has been allowed on a device. Other devices forget it.
+size_t allowed_shared_bytes(const void* kernel, int device);
+void forget_allowed();
 
 cudaError_t failed(cudaError_t error);  // makes it the thread's last error
 

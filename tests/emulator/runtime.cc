@@ -1,6 +1,10 @@
 // The CUDA runtime's calls under the emulator.
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "internal.h"
 
@@ -38,6 +42,8 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unknown";
 }
 
+static std::atomic<int64_t> questions{0};  // for attributes, of devices and of kernels
+
 static bool exists(int device) { return device >= 0 && device < settings.devices; }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -54,12 +60,43 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return settings.devices > 0 ? cudaSuccess : failed(cudaErrorNoDevice);
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  ++questions;
   if (!exists(device)) return failed(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = settings.multiprocessors; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(settings.max_shared_bytes); return cudaSuccess;
   }
   return failed(cudaErrorInvalidValue);
+}
+
+constexpr int kAllowedByDefault = 48 * 1024;
+static std::mutex allowed_mutex;
+static std::map<std::pair<const void*, int>, int> allowed;  // by kernel and device
+
+size_t deepen::emulator::allowed_shared_bytes(const void* kernel, int device) {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  const auto found = allowed.find({kernel, device});
+  return size_t(found == allowed.end() ? kAllowedByDefault : found->second);
+}
+void deepen::emulator::forget_allowed() {
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  allowed.clear();
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  ++questions;
+  *attributes = {0, int(allowed_shared_bytes(kernel, current_device))};
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (value < 0 || size_t(value) > settings.max_shared_bytes) return failed(cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> lock(allowed_mutex);
+  allowed[{kernel, current_device}] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  std::swap(current, *mode);
+  return cudaSuccess;
 }
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes) {
   *pointer = poisoned(bytes);
@@ -75,3 +112,5 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
   std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
+
+DEEPEN_EXPORT int64_t deepen_emulator_questions() { return questions; }

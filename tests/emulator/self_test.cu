@@ -179,6 +179,22 @@ void test_launch_errors() {
   expect(refused(1, 32, size_t(1) << 20), "more shared memory than there is");
 }
 
+void test_much_shared_memory() {
+  constexpr size_t kMuch = 64 * 1024;
+  Managed<float> in(32), out(32);
+  in[0] = 1.0f;
+  const auto kernel = reverse<5>;
+  DEEPEN_START(kernel, "reverse<5>", 1, 32, kMuch, nullptr, in.data, out.data);
+  expect(cudaGetLastError() == cudaErrorInvalidValue, "a kernel had more than it was allowed");
+  DEEPEN_LAUNCH((reverse<5>), 1, 32, kMuch, nullptr, in.data, out.data);
+  DEEPEN_CUDA_CHECK(cudaDeviceSynchronize());
+  expect(out[31] == 5.0f, "reversed in much shared memory");
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  DEEPEN_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  expect(mode == cudaStreamCaptureModeGlobal, "the thread's capture mode was left another");
+  DEEPEN_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+}
+
 template <class Call>
 bool throws(Call call) {
   try {
@@ -330,6 +346,7 @@ int main(int count, char** arguments) {
     if (name == "all" || name == "shared") test_shared();
     if (name == "all" || name == "intrinsics") test_intrinsics();
     if (name == "all" || name == "launch-errors") test_launch_errors();
+    if (name == "all" || name == "much-shared-memory") test_much_shared_memory();
     if (name == "all" || name == "failed-calls") test_failed_calls();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
