@@ -30,6 +30,17 @@ void poison(char* memory, size_t bytes);
 size_t allowed_shared_bytes(const void* kernel, int device);
 void forget_allowed();
 
+constexpr unsigned kNoThread = ~0u;
+// The thread that runs, if this is in its block's shared memory; else kNoThread.
+unsigned thread_with_shared(const void* address);
+
+// Lanes of the warp have met, or it has ended: what follows does not run side by side with what was before.
+#ifdef DEEPEN_COUNT_BANKS
+void warp_met(unsigned warp, const char* kernel);
+#else
+inline void warp_met(unsigned, const char*) {}
+#endif
+
 cudaError_t failed(cudaError_t error);  // makes it the thread's last error
 
 }  // namespace emulator
