@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,21 @@ K, ENTRIES, ANCHORS, VOCAB = 128, 32, 40_000, 32_000
 
 # Places that follow from the data, from hashing or from who came first: here some conflicts are bound to be.
 _SCATTERED = re.compile(
-    r"slot_columns\[|slot_numbers\[|bits\[|mass\[|bins\[uint32_t|offsets\[(a\];|index\.numbers)"
+    r"slot_columns\[|slot_numbers\[|bits\[|mass\[|bins\[uint32_t|rank = index\.offsets\["
     r"|\[index\.numbers\[|\[index\.group_|group_\w+\[to\]|\[rank\] =|\[atomicAdd"
 )
 
 
 @dataclass
 class Accesses:
-    """Of one kernel at one line."""
+    """Of one kernel at one place in a line."""
 
     kernel: str
     place: str  # csrc/...:line
     text: str  # of that line
     kind: str  # read, write or atomic
     size: int  # bytes that a lane moves
+    order: int  # among the line's accesses of this kind, as the compiler put them
     instructions: int = 0  # of whole warps
     least: int = 0  # wavefronts without a conflict
     wavefronts: int = 0
@@ -67,19 +69,21 @@ class Accesses:
         self.same_word = max(self.same_word, same)
 
 
-def _places(program: Path, offsets: list[str]) -> list[tuple[Path, int]]:
-    """File and line of each call, the innermost that is not the emulator's own."""
+def _places(program: Path, offsets: list[str]) -> list[tuple[str, Path, int]]:
+    """Function, file and line of each call, the innermost that is not the emulator's own."""
     found = subprocess.run(
-        ["addr2line", "--inlines", "--addresses", "-e", str(program), *offsets],
+        ["addr2line", "--inlines", "--addresses", "--functions", "-e", str(program), *offsets],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
     places = []
     for frames in re.split(r"^0x[0-9a-f]+\n", found, flags=re.MULTILINE)[1:]:
-        where = next(one for one in frames.splitlines() if "/emulator.h:" not in one)
+        lines = frames.splitlines()
+        pairs = zip(lines[::2], lines[1::2], strict=True)
+        function, where = next(one for one in pairs if "/emulator.h:" not in one[1])
         path, number = re.sub(r" \(discriminator.*", "", where).rsplit(":", 1)
-        places.append((Path(path).resolve(), int(number)))
+        places.append((function, Path(path).resolve(), int(number)))
     return places
 
 
@@ -87,15 +91,18 @@ def read_report(report: str, program: Path) -> list[Accesses]:
     """The emulator's report with places in the sources, the costliest first. `program` is what was run."""
     lines = [line.split("\t") for line in report.splitlines()]
     places = _places(program, [line[1] for line in lines])
+    order: Counter[tuple[str, ...]] = Counter()
     by_place: dict[tuple[str, ...], Accesses] = {}
-    for (kernel, _, kind, size, *numbers), (path, number) in zip(lines, places, strict=True):
-        place = f"{path.relative_to(ROOT)}:{number}"
-        name = re.sub(r"\W.*", "", kernel.lstrip("("))
-        if (name, place, kind, size) not in by_place:
+    for (kernel, _, kind, size, *numbers), (function, path, number) in zip(lines, places, strict=True):
+        place, name = f"{path.relative_to(ROOT)}:{number}", re.sub(r"\W.*", "", kernel.lstrip("("))
+        order[kernel, function, place, kind] += 1
+        which = order[kernel, function, place, kind]
+        key = (name, place, kind, size, str(which))
+        if key not in by_place:
             text = path.read_text().splitlines()[number - 1].strip()
-            by_place[name, place, kind, size] = Accesses(name, place, text, kind, int(size))
+            by_place[key] = Accesses(name, place, text, kind, int(size), which)
         instructions, least, wavefronts, worst, count, same = map(int, numbers)
-        by_place[name, place, kind, size].add(least, wavefronts, instructions, worst, count, same)
+        by_place[key].add(least, wavefronts, instructions, worst, count, same)
     return sorted(by_place.values(), key=lambda one: -one.extra)
 
 
@@ -166,13 +173,16 @@ def _run() -> None:
 
 
 def table(found: list[Accesses]) -> Iterator[str]:
-    yield f"{'extra':>7} {'worst':>5} {'times':>6} {'mean':>6} {'of':>7} {'one word':>8}  what"
+    yield "  extra  worst  times   mean      of  one word  what"
     for one in found:
-        same = f"{one.same_word}" if one.kind == "atomic" else ""
+        if one.worst == 1:
+            continue
+        same = str(one.same_word) if one.kind == "atomic" else ""
         yield (
-            f"{one.extra:7} {one.worst:5} {one.worst_count:6} {one.mean:6.2f} {one.instructions:7} "
-            f"{same:>8}  {one.kernel}, {one.place}, {one.kind} of {one.size}: {one.text}"
+            f"{one.extra:7}{one.worst:7}{one.worst_count:7}{one.mean:7.2f}{one.instructions:8}{same:>10}  "
+            f"{one.kernel}, {one.place}, {one.kind} {one.order} of {one.size} bytes: {one.text}"
         )
+    yield f"{sum(one.worst == 1 for one in found)} other places have no conflict"
 
 
 if __name__ == "__main__":

@@ -186,6 +186,8 @@ def test_bank_conflicts_are_counted() -> None:
         "atomics_at_four_words": ("atomic", 4, 4, 1, 4),
         "in_a_loop": ("write", 4, 8, 8, 64),
         "apart": ("write", 4, 1, 2, 2),
+        "turns_skipped": ("write", 4, 1, 9, 9),
+        "after_uneven_loops": ("write", 4, 2, 3, 6),
     }
     assert found["atomics_at_four_words"].same_word == 8
 
@@ -198,6 +200,8 @@ REGULAR_CONFLICTS = {
     "topk_merge": 4,
     "score_strips": 2,
 }
+# The mean degree of the others; of 32 random banks the fullest has 3.5. Neighbours' anchors are 32 apart.
+SCATTERED_CONFLICTS = {"fuse_kernel": 4.6, "inverse_search_kernel": 4.6}
 
 
 def test_kernels_have_no_more_bank_conflicts() -> None:
@@ -207,8 +211,7 @@ def test_kernels_have_no_more_bank_conflicts() -> None:
     assert any(one.scattered for one in found), "no place is known as scattered any more"
     for one in found:
         if one.scattered:
-            # 32 random banks have 3.5 in the fullest on average.
-            assert one.mean < 4 or one.worst <= REGULAR_CONFLICTS.get(one.kernel, 1), one
+            assert one.mean <= SCATTERED_CONFLICTS.get(one.kernel, 4), one
         else:
             assert one.worst <= REGULAR_CONFLICTS.get(one.kernel, 1), one
 

@@ -1,17 +1,19 @@
 // Bank conflicts in shared memory. The kernels are compiled with GCC's -fsanitize=thread, which calls a
 // function at each access to memory; these functions are here, in place of ThreadSanitizer's own.
 //
-// Lanes run one after another, so what a warp does as one instruction is put together afterwards: between two
-// meetings of its lanes (a collective, a barrier) the n-th access of each lane at one place in the code.
-// Where lanes skip different turns of a loop, accesses of different turns come together. There are 32 banks
-// of 4 bytes; accesses of up to 4 bytes are served for the whole warp at once, of 8 for half of it, of 16 for
-// a quarter. The degree is the largest number of different words in one bank: as many wavefronts it takes.
-// One word is read for all its lanes at once; atomics at one word are not, which is counted apart and is in
-// no degree.
+// Lanes run one after another, so what a warp does as one instruction is put together afterwards: what its
+// lanes do at one place, through the same calls and in the same turns of the loops around it, between two
+// meetings of the lanes (a collective, a barrier). Calls and turns come from -fsanitize=thread's and
+// -fsanitize-coverage's reports of functions and basic blocks.
 //
-// Not modelled: what the compiler keeps in registers, makes wider or moves (kernels are compiled unoptimised,
-// so an access is what the source says); memcpy; where static arrays lie, so conflicts between two arrays in
-// one instruction.
+// There are 32 banks of 4 bytes. Accesses of up to 4 bytes are served for the whole warp at once, of 8 for
+// half of it, of 16 for a quarter. The degree is the largest number of different words in one bank: as many
+// wavefronts it takes. One word is read for all its lanes at once; atomics at one word are not, which is
+// counted apart and is in no degree.
+//
+// The kernels are compiled unoptimised, so an access is what the source says, and as wide; nothing is
+// inlined, so that code lies in the order of the source. Not modelled: what nvcc keeps in registers, joins or
+// moves; memcpy; where static arrays lie, so conflicts between two arrays in one instruction.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -35,18 +37,16 @@ struct Instruction {
   uintptr_t addresses[32];
 };
 
-// What the lanes of a warp have done at one place since the warp last met.
+// What the lanes of a warp have done at one place, by one path, since the warp last met. More than one
+// instruction if the path did not tell them apart.
 struct Site {
+  const void* place;
   Access access;
   unsigned bytes;
   std::vector<Instruction> instructions;
   size_t next[32] = {};  // by lane
 };
-
-struct WarpAccesses {
-  std::unordered_map<const void*, Site> sites;
-  std::vector<const void*> used;
-};
+using Sites = std::unordered_map<uint64_t, Site>;  // by path and place
 
 struct Statistics {
   Access access;
@@ -57,20 +57,87 @@ struct Statistics {
   unsigned same_word = 0;  // lanes of an atomic at one word, at most
 };
 
-static std::map<unsigned, WarpAccesses> warps;
+static Sites warps[kMaxThreads / 32];
 static std::map<std::string, std::map<const void*, Statistics>> kernels;
 
+// --- Where a thread is
+// -----------------------------------------------------------------------------------------------
+
+// A loop is known from its first jump back on; its blocks lie from head to tail, because they are laid out as
+// in the source.
+struct Loop {
+  uintptr_t head, tail;
+  uint64_t turn;
+};
+
+struct Frame {
+  uint64_t caller;   // the path up to the call
+  const void* base;  // of its memory
+  uintptr_t block;   // the last one
+  std::vector<Loop> loops;
+};
+
+static std::vector<Frame> stacks[kMaxThreads];
+static std::unordered_map<uintptr_t, uintptr_t> tails;  // the furthest jump back to each head so far
+
+static uint64_t mix(uint64_t hash, uint64_t value) {
+  hash = (hash ^ value) * 0x9e3779b97f4a7c15ull;
+  return hash ^ hash >> 29;
+}
+
+static uint64_t path(const std::vector<Frame>& stack) {
+  if (stack.empty()) return 0;
+  uint64_t hash = stack.back().caller;
+  for (const Loop& loop : stack.back().loops) hash = mix(mix(hash, loop.head), loop.turn);
+  return hash;
+}
+
+static void enter_function(const void* call, const void* base) {
+  std::vector<Frame>& stack = stacks[running_thread()];
+  stack.push_back({mix(path(stack), uintptr_t(call)), base, 0, {}});
+}
+
+static void leave_function() {
+  std::vector<Frame>& stack = stacks[running_thread()];
+  if (!stack.empty()) stack.pop_back();
+}
+
+// Functions that touch no memory and call none do not report themselves: their blocks are left out.
+static void enter_block(uintptr_t block, const void* base) {
+  std::vector<Frame>& stack = stacks[running_thread()];
+  if (stack.empty() || stack.back().base != base) return;
+  Frame& frame = stack.back();
+  std::vector<Loop>& loops = frame.loops;
+  const uintptr_t from = frame.block;
+  frame.block = block;
+  if (block > from) {
+    while (!loops.empty() && std::max(loops.back().tail, tails[loops.back().head]) < block) loops.pop_back();
+    return;
+  }
+  uintptr_t& tail = tails[block];
+  tail = std::max(tail, from);
+  while (!loops.empty() && loops.back().head > block) loops.pop_back();
+  if (loops.empty() || loops.back().head != block) loops.push_back({block, from, 0});
+  ++loops.back().turn;
+}
+
+void forget_paths() {
+  for (auto& stack : stacks) stack.clear();
+}
+
+// --- Accesses
+// --------------------------------------------------------------------------------------------------------
+
 static void record(Access access, const void* address, unsigned bytes, const void* place) {
-  const unsigned thread = thread_with_shared(address);
-  if (thread == kNoThread) return;
-  WarpAccesses& warp = warps[thread / 32];
-  const auto [found, is_new] = warp.sites.try_emplace(place, Site{access, bytes, {}, {}});
-  Site& site = found->second;
-  if (site.instructions.empty()) warp.used.push_back(place);
-  const size_t n = site.next[thread % 32]++;
+  if (running_thread() == kNoThread || !is_shared(address)) return;
+  const unsigned thread = running_thread(), lane = thread % 32;
+  Sites& sites = warps[thread / 32];
+  const uint64_t key = mix(path(stacks[thread]), uintptr_t(place));
+  Site& site = sites.try_emplace(key, Site{place, access, bytes, {}, {}}).first->second;
+  const size_t n = site.next[lane]++;
   if (n == site.instructions.size()) site.instructions.emplace_back();
-  site.instructions[n].lanes |= 1u << thread % 32;
-  site.instructions[n].addresses[thread % 32] = reinterpret_cast<uintptr_t>(address);
+  site.instructions[n].lanes |= 1u << lane;
+  site.instructions[n].addresses[lane] = reinterpret_cast<uintptr_t>(address);
 }
 
 // The largest number of different words in one bank, for the lanes `first` to `first + count - 1`; 0 if none
@@ -119,17 +186,13 @@ static void count(const Instruction& instruction, Statistics* statistics) {
 }
 
 void warp_met(unsigned number, const char* kernel) {
-  WarpAccesses& warp = warps[number];
-  if (warp.used.empty()) return;
   auto& places = kernels[kernel];
-  for (const void* const place : warp.used) {
-    Site& site = warp.sites.at(place);
-    Statistics& statistics = places.try_emplace(place, Statistics{site.access, site.bytes}).first->second;
+  for (const auto& [key, site] : warps[number]) {
+    Statistics& statistics =
+        places.try_emplace(site.place, Statistics{site.access, site.bytes}).first->second;
     for (const Instruction& one : site.instructions) count(one, &statistics);
-    site.instructions.clear();
-    std::fill(std::begin(site.next), std::end(site.next), 0);
   }
-  warp.used.clear();
+  warps[number].clear();
 }
 
 void record_atomic(const void* address, unsigned bytes, const void* place) {
@@ -145,6 +208,7 @@ using namespace deepen::emulator;
 // ----------------------------------------------------------------------------------
 
 #define DEEPEN_PLACE __builtin_extract_return_addr(__builtin_return_address(0))
+#define DEEPEN_CALLERS_BASE (*static_cast<void**>(__builtin_frame_address(0)))  // there are frame pointers
 #define DEEPEN_ACCESSES(bytes)                                                                               \
   DEEPEN_EXPORT void __tsan_read##bytes(void* p) { record(Access::read, p, bytes, DEEPEN_PLACE); }           \
   DEEPEN_EXPORT void __tsan_write##bytes(void* p) { record(Access::write, p, bytes, DEEPEN_PLACE); }         \
@@ -166,9 +230,16 @@ DEEPEN_EXPORT void __tsan_read_range(void* p, unsigned long bytes) {
 DEEPEN_EXPORT void __tsan_write_range(void* p, unsigned long bytes) {
   record_words(Access::write, p, bytes, DEEPEN_PLACE);
 }
+DEEPEN_EXPORT void __tsan_func_entry(void* call) {
+  if (running_thread() != kNoThread) enter_function(call, DEEPEN_CALLERS_BASE);
+}
+DEEPEN_EXPORT void __tsan_func_exit() {
+  if (running_thread() != kNoThread) leave_function();
+}
+DEEPEN_EXPORT void __sanitizer_cov_trace_pc() {
+  if (running_thread() != kNoThread) enter_block(uintptr_t(DEEPEN_PLACE), DEEPEN_CALLERS_BASE);
+}
 DEEPEN_EXPORT void __tsan_init() {}
-DEEPEN_EXPORT void __tsan_func_entry(void*) {}
-DEEPEN_EXPORT void __tsan_func_exit() {}
 DEEPEN_EXPORT void __tsan_vptr_update(void**, void*) {}
 
 // --- For tests in Python

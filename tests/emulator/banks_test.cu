@@ -41,7 +41,7 @@ __global__ void atomics_at_four_words() {
   DEEPEN_STATIC_SHARED(int, buffer, 4 * 32);
   atomicAdd(&buffer[threadIdx.x % 4 * 32], 1);  // counted
 }
-// The n-th access of each lane goes with the n-th of the others, though one lane runs after the other.
+// What the lanes do in one turn goes together, though one lane runs after the other.
 __global__ void in_a_loop(int stride) {
   DEEPEN_SHARED(float, buffer);
   for (int i = 0; i < stride; ++i) {
@@ -56,6 +56,30 @@ __global__ void apart() {
       buffer[threadIdx.x * 2] = 1.0f;  // counted
     }
     __syncwarp();
+  }
+}
+// A turn of the loop is one for all lanes, whichever turns each of them skips.
+__global__ void turns_skipped(int stride) {
+  DEEPEN_SHARED(float, buffer);
+  for (int i = 0; i < stride; ++i) {
+    if ((int(threadIdx.x) + i) % 3 == 0) continue;
+    buffer[int(threadIdx.x) * stride + i] = 1.0f;  // counted
+  }
+}
+__device__ __forceinline__ int turns(int wanted) {
+  int done = 0;
+  while (true) {
+    if (done == wanted) return done;
+    ++done;
+  }
+}
+// After loops of different lengths the lanes go on together.
+__global__ void after_uneven_loops() {
+  DEEPEN_SHARED(float, buffer);
+  for (int turn = 0; turn < 3; ++turn) {
+    float sum = float(turns(int(threadIdx.x) % 5));
+    for (unsigned i = 0; i < threadIdx.x % 7; ++i) sum += 1.0f;
+    buffer[2 * threadIdx.x + unsigned(turn)] = sum;  // counted
   }
 }
 __global__ void none(float* out) { out[threadIdx.x] = 1.0f; }
@@ -73,6 +97,8 @@ int main() {
   DEEPEN_LAUNCH(atomics_at_four_words, 1, 32, 0, nullptr);
   DEEPEN_LAUNCH(in_a_loop, 1, 32, kBytes, nullptr, 8);
   DEEPEN_LAUNCH(apart, 1, 32, kBytes, nullptr);
+  DEEPEN_LAUNCH(turns_skipped, 1, 32, kBytes, nullptr, 9);
+  DEEPEN_LAUNCH(after_uneven_loops, 1, 32, kBytes, nullptr);
   DEEPEN_LAUNCH(none, 1, 32, 0, nullptr, out);
   std::fputs(deepen_emulator_bank_report(), stdout);
   return 0;

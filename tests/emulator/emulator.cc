@@ -32,7 +32,6 @@ namespace deepen {
 namespace emulator {
 
 constexpr size_t kStackBytes = 256 * 1024;  // address space; what is touched is far less
-constexpr unsigned kMaxThreads = 1024;
 
 Settings settings;
 thread_local int current_device = 0;
@@ -431,14 +430,15 @@ void maybe_yield() {
   suspend();
 }
 
-unsigned thread_with_shared(const void* address) {
+unsigned running_thread() { return machine.launch == nullptr ? kNoThread : machine.current->number; }
+
+bool is_shared(const void* address) {
   const auto within = [address](const char* begin, size_t bytes) {
     return uintptr_t(address) - uintptr_t(begin) < bytes;
   };
-  if (machine.launch == nullptr) return kNoThread;
-  bool shared = within(machine.shared.get(), machine.launch->shared_bytes);
-  for (const StaticArray& array : machine.static_arrays) shared = shared || within(array.memory, array.bytes);
-  return shared ? machine.current->number : kNoThread;
+  if (within(machine.shared.get(), machine.launch->shared_bytes)) return true;
+  return std::any_of(machine.static_arrays.begin(), machine.static_arrays.end(),
+                     [&](const StaticArray& array) { return within(array.memory, array.bytes); });
 }
 
 int lane() { return int(machine.current->number % 32); }
@@ -504,6 +504,7 @@ static void run_block() {
   for (const StaticArray& array : machine.static_arrays) poison(array.memory, array.bytes);
   poison(machine.shared.get(), machine.launch->shared_bytes);
   machine.exited = machine.at_barrier = 0;
+  forget_paths();
   for (unsigned i = 0; i < kMaxThreads; i += 32) {
     const unsigned lanes = machine.threads <= i ? 0 : machine.threads - i;
     machine.warps[i / 32] = {0, lanes >= 32 ? 0 : ~0u << lanes};

@@ -29,7 +29,11 @@
 #define __device__
 #define __host__
 #define __constant__ static
+#ifdef DEEPEN_COUNT_BANKS  // code in the order of the source: what follows a loop comes after it
+#define __forceinline__ inline __attribute__((noinline))
+#else
 #define __forceinline__ inline __attribute__((always_inline))
+#endif
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)

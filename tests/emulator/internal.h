@@ -30,15 +30,18 @@ void poison(char* memory, size_t bytes);
 size_t allowed_shared_bytes(const void* kernel, int device);
 void forget_allowed();
 
+constexpr unsigned kMaxThreads = 1024;
 constexpr unsigned kNoThread = ~0u;
-// The thread that runs, if this is in its block's shared memory; else kNoThread.
-unsigned thread_with_shared(const void* address);
+unsigned running_thread();            // its number within the block; kNoThread between launches
+bool is_shared(const void* address);  // in the shared memory of the block that runs
 
-// Lanes of the warp have met, or it has ended: what follows does not run side by side with what was before.
 #ifdef DEEPEN_COUNT_BANKS
+// Lanes of the warp have met, or it has ended: what follows does not run side by side with what was before.
 void warp_met(unsigned warp, const char* kernel);
+void forget_paths();  // a block begins
 #else
 inline void warp_met(unsigned, const char*) {}
+inline void forget_paths() {}
 #endif
 
 cudaError_t failed(cudaError_t error);  // makes it the thread's last error
