@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,15 @@ _REPORT = "DEEPEN_EMULATED_REPORT"  # where to write how often each kernel was l
 
 def build() -> Path:
     """The folder with the module and `emulator_self_test`, up to date."""
+    return _build("emulated", "emulator_self_test")
+
+
+def build_banks() -> Path:
+    """The folder with the module that counts bank conflicts and with `banks_test`, up to date."""
+    return _build("banks", "banks_test") / "banks"
+
+
+def _build(*targets: str) -> Path:
     import pybind11
 
     # The ones beside Python first: their versions are pinned.
@@ -44,7 +54,7 @@ def build() -> Path:
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
             *("-DDEEPEN_CUDA=OFF", "-DDEEPEN_EMULATOR=ON"),
         )
-        _run(cmake, "--build", str(BUILD), "--target", "emulated", "emulator_self_test")
+        _run(cmake, "--build", str(BUILD), "--target", *targets)
     return BUILD / "tests" / "emulator"
 
 
@@ -57,36 +67,39 @@ def core_in(folder: Path) -> Path:
 def with_another(source: Path, original: Path, folder: Path) -> Path:
     """The module with one kernel source replaced, in `folder`: compiles and links as the build did."""
     commands = json.loads((BUILD / "compile_commands.json").read_text())
-    (words,) = [
-        one["command"].split()
-        for one in commands
-        if one["file"] == str(original) and "emulated_kernels.dir" in one["command"]
-    ]
-    new, place = folder / "kernel.o", words.index("-o") + 1
-    old = BUILD / words[place]
-    words[place] = str(new)
+    compiled = [(one["file"], one["command"].split()) for one in commands]
+    objects = {
+        BUILD / words[words.index("-o") + 1]: (file, words)
+        for file, words in compiled
+        if re.search(r"/(emulated_kernels|emulated_bindings|emulator)\.dir/", words[words.index("-o") + 1])
+    }
+    ((old, words),) = [(one, words) for one, (file, words) in objects.items() if file == str(original)]
+    new = folder / "kernel.o"
+    words[words.index("-o") + 1] = str(new)
     words[words.index(str(original))] = str(source)
     _run(*words, cwd=BUILD)
-    objects = [one for one in BUILD.glob("tests/emulator/CMakeFiles/emul*.dir/**/*.o") if one != old]
-    objects = [one for one in objects if "emulator_self_test" not in str(one)]
+    kept = [str(one) for one in objects if one != old]
     core = folder / core_in(BUILD / "tests" / "emulator").name
-    _run(words[0], "-shared", "-fsanitize=address,undefined", *map(str, objects), str(new), "-o", str(core))
+    _run(words[0], "-shared", "-fsanitize=address,undefined", *kept, str(new), "-o", str(core))
     return core
 
 
 def environment(core: Path, report: Path | None = None) -> dict[str, str]:
-    """For a process that runs on this module instead of the real one."""
+    """For a process that runs on this module of `build()` instead of the real one."""
     # libstdc++ must be there when AddressSanitizer starts, or it does not find __cxa_throw.
     preload = [_run("g++", f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")]
     more = {
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        _CORE: str(core),
     }
-    return os.environ | more | ({_REPORT: str(report)} if report else {})
+    return bare_environment(core) | more | ({_REPORT: str(report)} if report else {})
+
+
+def bare_environment(core: Path) -> dict[str, str]:
+    """For a process that runs on this module of `build_banks()`, which has no sanitizers."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", _CORE: str(core)}
 
 
 def _run(*command: str, cwd: Path | None = None) -> str:
@@ -126,6 +139,11 @@ class Emulator:
     def questions(self) -> int:
         """How often attributes of devices and kernels were asked for so far."""
         return int(self._library.deepen_emulator_questions())
+
+    def bank_report(self) -> str:
+        """What was counted so far, as in tests/emulator/banks.cc; for a module of `build_banks()` alone."""
+        self._library.deepen_emulator_bank_report.restype = ctypes.c_char_p
+        return str(self._library.deepen_emulator_bank_report().decode())
 
     def take_launches(self) -> list[str]:
         """A line for each launch since the last call: kernel, grid, block, shared bytes, device, stream."""

@@ -32,7 +32,6 @@ namespace deepen {
 namespace emulator {
 
 constexpr size_t kStackBytes = 256 * 1024;  // address space; what is touched is far less
-constexpr unsigned kMaxThreads = 1024;
 
 Settings settings;
 thread_local int current_device = 0;
@@ -391,6 +390,7 @@ static bool complete(const Fiber& arrival) {
   }
   if (!alike) fail("lanes meet at different warp collectives", everyone());
   if (wait.kind == Kind::multiply) multiply(warp, lanes);
+  warp_met(warp, machine.launch->kernel);
   uint64_t results[32];
   for (unsigned lane = 0; lane < 32; ++lane) {
     if (lanes >> lane & 1) results[lane] = result_for(wait.kind, warp, lane, lanes);
@@ -428,6 +428,17 @@ void maybe_yield() {
   if (settings.seed <= 1 || random_bits() >> 62 != 0) return;
   make_ready(machine.current);
   suspend();
+}
+
+unsigned running_thread() { return machine.launch == nullptr ? kNoThread : machine.current->number; }
+
+bool is_shared(const void* address) {
+  const auto within = [address](const char* begin, size_t bytes) {
+    return uintptr_t(address) - uintptr_t(begin) < bytes;
+  };
+  if (within(machine.shared.get(), machine.launch->shared_bytes)) return true;
+  return std::any_of(machine.static_arrays.begin(), machine.static_arrays.end(),
+                     [&](const StaticArray& array) { return within(array.memory, array.bytes); });
 }
 
 int lane() { return int(machine.current->number % 32); }
@@ -468,6 +479,10 @@ static void fiber_main() {
   }
 }
 
+static void all_warps_met() {
+  for (unsigned warp = 0; warp * 32 < machine.threads; ++warp) warp_met(warp, machine.launch->kernel);
+}
+
 // All threads wait or have exited.
 static void open_barrier() {
   const Wait& first = machine.fibers[0]->wait;
@@ -481,6 +496,7 @@ static void open_barrier() {
     throw Error(std::string(what) + ": " + place() + everyone());
   }
   machine.at_barrier = 0;
+  all_warps_met();
   for (unsigned i = 0; i < machine.threads; ++i) make_ready(machine.fibers[i].get());
 }
 
@@ -488,6 +504,7 @@ static void run_block() {
   for (const StaticArray& array : machine.static_arrays) poison(array.memory, array.bytes);
   poison(machine.shared.get(), machine.launch->shared_bytes);
   machine.exited = machine.at_barrier = 0;
+  forget_paths();
   for (unsigned i = 0; i < kMaxThreads; i += 32) {
     const unsigned lanes = machine.threads <= i ? 0 : machine.threads - i;
     machine.warps[i / 32] = {0, lanes >= 32 ? 0 : ~0u << lanes};
@@ -501,6 +518,7 @@ static void run_block() {
     resume(&machine.scheduler, next_fiber());
     if (!machine.error.empty()) throw Error(machine.error);
   }
+  all_warps_met();
 }
 
 static void prepare(unsigned threads) {
@@ -524,6 +542,7 @@ static void clean_up(bool failed) {
   machine.static_arrays.clear();
   machine.shared.reset();
   machine.error.clear();
+  machine.launch = nullptr;
 }
 
 static bool possible(const Launch& launch) {

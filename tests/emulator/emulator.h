@@ -6,6 +6,9 @@
 // run one after another. Order of blocks and of fibers comes from a seed: 0 is rising, 1 falling, others are
 // shuffled. What a missing barrier leaves stale is therefore really read, and shared memory starts as NaN.
 //
+// Compiled another way (DEEPEN_COUNT_BANKS), it counts bank conflicts in shared memory by kernel and place
+// instead: banks.cc says how. tests/bank_conflicts.py prints them.
+//
 // Reported by an exception with kernel, block, threads and places: barriers or collectives that not all of
 // their threads reach, collectives whose lanes differ in kind or place, launches beyond CUDA's limits. Not
 // modelled: memory order (a missing __threadfence), time, more than one block at once, launch bounds.
@@ -26,7 +29,11 @@
 #define __device__
 #define __host__
 #define __constant__ static
+#ifdef DEEPEN_COUNT_BANKS  // code in the order of the source: what follows a loop comes after it
+#define __forceinline__ inline __attribute__((noinline))
+#else
 #define __forceinline__ inline __attribute__((always_inline))
+#endif
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -39,11 +46,30 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+// Where bank conflicts are counted, an assignment is one access of the whole: the compiler would store
+// members.
+#ifdef DEEPEN_COUNT_BANKS
+#define DEEPEN_EMULATE_ASSIGNMENT(name, bytes)                                 \
+  typedef char Whole __attribute__((vector_size(bytes), may_alias));           \
+  __attribute__((always_inline)) name& operator=(const name& other) {          \
+    *reinterpret_cast<Whole*>(this) = *reinterpret_cast<const Whole*>(&other); \
+    return *this;                                                              \
+  }
+#else
+#define DEEPEN_EMULATE_ASSIGNMENT(name, bytes)
+#endif
+
 // Loads and stores of these must be aligned, as on the device: UBSan says so if they are not.
-#define DEEPEN_EMULATE_VECTOR(T, name)                                               \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                 \
-  struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { T x, y, z, w; }; \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                         \
+#define DEEPEN_EMULATE_VECTOR(T, name)                              \
+  struct alignas(2 * sizeof(T)) name##2 {                           \
+    T x, y;                                                         \
+    DEEPEN_EMULATE_ASSIGNMENT(name##2, 2 * sizeof(T))               \
+  };                                                                \
+  struct alignas(4 * sizeof(T) > 16 ? 16 : 4 * sizeof(T)) name##4 { \
+    T x, y, z, w;                                                   \
+    DEEPEN_EMULATE_ASSIGNMENT(name##4, 4 * sizeof(T))               \
+  };                                                                \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }        \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 DEEPEN_EMULATE_VECTOR(float, float)
 DEEPEN_EMULATE_VECTOR(int, int)
@@ -52,6 +78,7 @@ DEEPEN_EMULATE_VECTOR(unsigned short, ushort)
 DEEPEN_EMULATE_VECTOR(unsigned long long, ulonglong)
 DEEPEN_EMULATE_VECTOR(double, double)
 #undef DEEPEN_EMULATE_VECTOR
+#undef DEEPEN_EMULATE_ASSIGNMENT
 
 // Of the fiber that runs.
 extern uint3 threadIdx, blockIdx;
@@ -238,25 +265,42 @@ inline void __threadfence_block() {}
 // --- Atomics: fibers do not interrupt each other, so plain code is atomic. Each returns the old value.
 // ----------------
 
-#define DEEPEN_EMULATE_ATOMIC(T, name, result) \
-  inline T name(T* address, T operand) {       \
-    deepen::emulator::maybe_yield();           \
-    const T old = *address;                    \
-    *address = (result);                       \
-    return old;                                \
+// Where bank conflicts are counted, an atomic is one access: of its caller, not a read and a write of its
+// own.
+#ifdef DEEPEN_COUNT_BANKS
+namespace deepen {
+namespace emulator {
+void record_atomic(const void* address, unsigned bytes, const void* place);
+}
+}  // namespace deepen
+#define DEEPEN_EMULATE_ONE_ACCESS __attribute__((noinline, no_sanitize("thread")))
+#define DEEPEN_EMULATE_BEGIN_ATOMIC                                                       \
+  deepen::emulator::record_atomic(address, sizeof *address, __builtin_return_address(0)); \
+  deepen::emulator::maybe_yield()
+#else
+#define DEEPEN_EMULATE_ONE_ACCESS
+#define DEEPEN_EMULATE_BEGIN_ATOMIC deepen::emulator::maybe_yield()
+#endif
+
+#define DEEPEN_EMULATE_ATOMIC(T, name, result)                     \
+  DEEPEN_EMULATE_ONE_ACCESS inline T name(T* address, T operand) { \
+    DEEPEN_EMULATE_BEGIN_ATOMIC;                                   \
+    const T old = *address;                                        \
+    *address = (result);                                           \
+    return old;                                                    \
   }
-#define DEEPEN_EMULATE_ATOMICS(T)                                    \
-  DEEPEN_EMULATE_ATOMIC(T, atomicMax, old > operand ? old : operand) \
-  DEEPEN_EMULATE_ATOMIC(T, atomicMin, old < operand ? old : operand) \
-  DEEPEN_EMULATE_ATOMIC(T, atomicAnd, old& operand)                  \
-  DEEPEN_EMULATE_ATOMIC(T, atomicOr, old | operand)                  \
-  DEEPEN_EMULATE_ATOMIC(T, atomicXor, old ^ operand)                 \
-  DEEPEN_EMULATE_ATOMIC(T, atomicExch, operand)                      \
-  inline T atomicCAS(T* address, T expected, T desired) {            \
-    deepen::emulator::maybe_yield();                                 \
-    const T old = *address;                                          \
-    if (old == expected) *address = desired;                         \
-    return old;                                                      \
+#define DEEPEN_EMULATE_ATOMICS(T)                                                   \
+  DEEPEN_EMULATE_ATOMIC(T, atomicMax, old > operand ? old : operand)                \
+  DEEPEN_EMULATE_ATOMIC(T, atomicMin, old < operand ? old : operand)                \
+  DEEPEN_EMULATE_ATOMIC(T, atomicAnd, old& operand)                                 \
+  DEEPEN_EMULATE_ATOMIC(T, atomicOr, old | operand)                                 \
+  DEEPEN_EMULATE_ATOMIC(T, atomicXor, old ^ operand)                                \
+  DEEPEN_EMULATE_ATOMIC(T, atomicExch, operand)                                     \
+  DEEPEN_EMULATE_ONE_ACCESS inline T atomicCAS(T* address, T expected, T desired) { \
+    DEEPEN_EMULATE_BEGIN_ATOMIC;                                                    \
+    const T old = *address;                                                         \
+    if (old == expected) *address = desired;                                        \
+    return old;                                                                     \
   }
 DEEPEN_EMULATE_ATOMICS(int)
 DEEPEN_EMULATE_ATOMICS(unsigned)
@@ -270,6 +314,8 @@ DEEPEN_EMULATE_ATOMIC(unsigned, atomicInc, old >= operand ? 0 : old + 1)
 DEEPEN_EMULATE_ATOMIC(unsigned, atomicDec, old == 0 || old > operand ? operand : old - 1)
 #undef DEEPEN_EMULATE_ATOMICS
 #undef DEEPEN_EMULATE_ATOMIC
+#undef DEEPEN_EMULATE_ONE_ACCESS
+#undef DEEPEN_EMULATE_BEGIN_ATOMIC
 
 // --- Intrinsics
 // ------------------------------------------------------------------------------------------------------

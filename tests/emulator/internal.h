@@ -30,6 +30,20 @@ void poison(char* memory, size_t bytes);
 size_t allowed_shared_bytes(const void* kernel, int device);
 void forget_allowed();
 
+constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kNoThread = ~0u;
+unsigned running_thread();            // its number within the block; kNoThread between launches
+bool is_shared(const void* address);  // in the shared memory of the block that runs
+
+#ifdef DEEPEN_COUNT_BANKS
+// Lanes of the warp have met, or it has ended: what follows does not run side by side with what was before.
+void warp_met(unsigned warp, const char* kernel);
+void forget_paths();  // a block begins
+#else
+inline void warp_met(unsigned, const char*) {}
+inline void forget_paths() {}
+#endif
+
 cudaError_t failed(cudaError_t error);  // makes it the thread's last error
 
 }  // namespace emulator
