@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guard import pytest_runtest_protocol  # noqa: F401  # a hook
 
 from deepen_ext import _core
 
