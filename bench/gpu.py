@@ -1,9 +1,11 @@
 """GPU benchmarks: each operation and the whole fusion step, beside the bytes they must move and torch.
 
-Writes bench/results/<gpu>.json. Every result is first compared with the CPU twin's. Times are of CUDA events
-around one replay of a CUDA graph: "warm" replays in a row, "cold" ones each after a write of twice the L2;
-"plain" is the wall clock of ordinary calls in a row, Python and launches included. What would begin after
-`--minutes` is left out, and named.
+Writes RESULTS/<gpu>.json after each case, so that a run that is cut short loses nothing. Every result is
+first compared with the CPU twin's; a case that fails is written down, and the others run. Times are of CUDA
+events, with the device never waiting for Python: "warm" is a call among 20 in one CUDA graph, "cold" the
+replay of a graph of one call after a read of twice the L2; "plain" is the wall clock of ordinary calls in a
+row, Python and launches included. Slow baselines come last. What would end after `--minutes` is left out, and
+named.
 """
 
 from __future__ import annotations
@@ -11,14 +13,19 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import statistics
 import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, check_equal, environment, write_json
-from gpu_clock import DEVICE, Baseline, Bench, bandwidth, events, graph_of, pause, plain
+from common import Figure, check_equal, environment, spread
+from demo_rows import FILE as DEMO_ROWS
+from gpu_clock import DEVICE, Baseline, Bench, bandwidth, events, graph_of, in_a_graph, pause, plain
 from gpu_decode import decode_figures
+from safetensors.torch import load_file
 
 from deepen_ext import RelativeMap, _core, ops, reference
 from deepen_ext.fusers import DeepenFuser
@@ -32,6 +39,7 @@ PAIRS = {  # vocabularies, shared anchors
 }
 DIM, K, ENTRIES, STEPS, LEARNING_RATE, MIN_PROBABILITY = 640, 128, 32, 5, 0.15, 1e-4
 PAPER_ANCHORS = 4000
+REAL = "49k + 262k, the demo pair's real rows"
 
 
 # --- Inputs ---
@@ -69,144 +77,169 @@ def _check_choice(ours: torch.Tensor, twin: torch.Tensor, logits: torch.Tensor) 
 # --- Operations ---
 
 
-def time_topk(bench: Bench) -> None:
-    cases = [(vocab, batch, torch.float32) for vocab in (32_000, 151_936, 262_144) for batch in BATCHES]
+def _torch_topk(logits: torch.Tensor) -> Any:
+    return torch.softmax(logits, dim=-1, dtype=torch.float32).topk(K, dim=-1)
+
+
+def time_topk(bench: Bench, vocab: int, batch: int, dtype: torch.dtype, name: str) -> None:
+    logits = _random_logits(batch, vocab, seed=vocab).to(dtype)
+    ours, twin = ops.topk_softmax(logits, K), ops.topk_softmax(logits.cpu(), K)
+    assert torch.equal(ours.ids.cpu(), twin.ids), "ids differ from the CPU twin's"
+    equality = check_equal("same ids, probabilities and the CPU twin's", ours.probs.cpu(), twin.probs, 1e-5)
+    moved = _moved_topk(batch, vocab, logits.element_size())
+    budget = None
+    if vocab == 262_144 and dtype == torch.float32:
+        budget = {1: 12.0, 32: 1.5 * 1e6 * moved / bench.bytes_a_second + 10}.get(batch)
+    eager = Baseline("torch eager, softmax + topk, in a graph", in_a_graph(lambda: _torch_topk(logits)))
+    bench.time(
+        name, lambda: ops.topk_softmax(logits, K), moved=moved, equality=equality, baselines=[eager],
+        budget_us=budget,
+    )  # fmt: skip
+
+
+def time_compiled_topk(bench: Bench, vocab: int, batch: int, dtype: torch.dtype, name: str) -> None:
+    logits = _random_logits(batch, vocab, seed=vocab).to(dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(_torch_topk, dynamic=False)
+    times = in_a_graph(lambda: compiled(logits))
+    bench.beside(name, Baseline("torch.compile of softmax + topk, in a graph", times))
+
+
+def topk_cases() -> list[tuple[int, int, torch.dtype, str]]:
+    """The ones with a budget first."""
+    shapes = [(vocab, batch) for vocab in (262_144, 151_936, 32_000) for batch in BATCHES]
+    shapes.sort(key=lambda one: one[0] != 262_144 or one[1] not in (1, 32))
+    cases = [(*one, torch.float32) for one in shapes]
     cases += [(262_144, batch, torch.bfloat16) for batch in (1, 32)]
-    for vocab, batch, dtype in cases:
-        name = f"topk_softmax, V {vocab:,}, k {K}, {str(dtype).removeprefix('torch.')}, B {batch}"
-        if bench.late(name):
-            continue
-        logits = _random_logits(batch, vocab, seed=vocab).to(dtype)
-        ours, twin = ops.topk_softmax(logits, K), ops.topk_softmax(logits.cpu(), K)
-        assert torch.equal(ours.ids.cpu(), twin.ids), "ids differ from the CPU twin's"
-        equality = check_equal(
-            "same ids, probabilities and the CPU twin's", ours.probs.cpu(), twin.probs, 1e-5
-        )
-
-        def eager(given: torch.Tensor = logits) -> Any:
-            return torch.softmax(given, dim=-1, dtype=torch.float32).topk(K, dim=-1)
-
-        baselines = [
-            Baseline("torch eager, softmax + topk, a graph's replays", events(graph_of(eager).replay, 100))
-        ]
-        if dtype == torch.float32 and batch in (1, 32) and not bench.late(f"torch.compile beside {name}"):
-            torch._dynamo.reset()
-            compiled = torch.compile(eager, dynamic=False)
-            times = events(graph_of(lambda given=logits, run=compiled: run(given)).replay, 100)
-            baselines.append(Baseline("torch.compile of softmax + topk, a graph's replays", times))
-        moved = _moved_topk(batch, vocab, logits.element_size())
-        budget = None
-        if vocab == 262_144 and dtype == torch.float32:
-            budget = {1: 12.0, 32: 1.5 * 1e6 * moved / bench.bytes_a_second + 10}.get(batch)
-        bench.time(
-            name, lambda given=logits: ops.topk_softmax(given, K), moved=moved, equality=equality,
-            baselines=baselines, budget_us=budget,
-        )  # fmt: skip
+    return [
+        (vocab, batch, dtype,
+         f"topk_softmax, V {vocab:,}, k {K}, {str(dtype).removeprefix('torch.')}, B {batch}")
+        for vocab, batch, dtype in cases
+    ]  # fmt: skip
 
 
-def time_relative_rows(bench: Bench) -> None:
-    for count, vocab, anchors in ((128, 262_144, 45_589), (4096, 262_144, 45_589)):
-        name = f"relative_rows, {count} tokens, {anchors:,} anchors, d {DIM}, bfloat16"
-        if bench.late(name):
-            continue
-        source = SimilarityRows(_embedding(vocab, seed=1), torch.arange(anchors))
-        tokens = torch.arange(anchors - count // 2, anchors - count // 2 + count, device=DEVICE)
-        settings = (source._mean, source.temperature, False, source.entries)
-        arguments = (tokens, source.embedding, source.anchor_ids, source._inverse_norm, *settings)
-        twin = SimilarityRows(source.embedding.cpu(), torch.arange(anchors)).compute(tokens[:16].cpu())
-        found = torch.ops.deepen_ext.relative_rows(*arguments)[1][:16].cpu()
-        equality = check_equal("values of 16 rows and the CPU twin's", found, twin.values, 1e-4)
-        centred = source.embedding[source.anchor_ids].float() - source._mean
-        normal = torch.nn.functional.normalize(centred, dim=1)
+def time_relative_rows(bench: Bench, count: int, vocab: int, anchors: int, name: str) -> None:
+    source = SimilarityRows(_embedding(vocab, seed=1), torch.arange(anchors))
+    tokens = torch.arange(anchors - count // 2, anchors - count // 2 + count, device=DEVICE)
+    settings = (source._mean, source.temperature, False, source.entries)
+    arguments = (tokens, source.embedding, source.anchor_ids, source._inverse_norm, *settings)
+    twin = SimilarityRows(source.embedding.cpu(), torch.arange(anchors)).compute(tokens[:16].cpu())
+    found = torch.ops.deepen_ext.relative_rows(*arguments)[1][:16].cpu()
+    equality = check_equal("values of 16 rows and the CPU twin's", found, twin.values, 1e-4)
+    centred = source.embedding[source.anchor_ids].float() - source._mean
+    normal = torch.nn.functional.normalize(centred, dim=1)
 
-        def eager(
-            given: SimilarityRows = source, anchor: torch.Tensor = normal, of: torch.Tensor = tokens
-        ) -> Any:
-            query = torch.nn.functional.normalize(given.embedding[of].float() - given._mean, dim=1)
-            return torch.softmax(given.temperature * (query @ anchor.T), dim=1).topk(ENTRIES, dim=1)
+    def eager() -> Any:
+        query = torch.nn.functional.normalize(source.embedding[tokens].float() - source._mean, dim=1)
+        return torch.softmax(source.temperature * (query @ normal.T), dim=1).topk(ENTRIES, dim=1)
 
-        baseline = Baseline("torch matmul (float32) + softmax + topk", events(eager, 20))
-        bench.time(
-            name,
-            lambda given=arguments: torch.ops.deepen_ext.relative_rows(*given),
-            moved=2 * DIM * (count + anchors) + count * (8 * ENTRIES + 8) + 12 * anchors,
-            equality=equality,
-            baselines=[baseline],
-            note=f"{2e-9 * count * anchors * DIM:.0f} GFLOP of similarity",
-        )
+    bench.time(
+        name,
+        lambda: torch.ops.deepen_ext.relative_rows(*arguments),
+        moved=2 * DIM * (count + anchors) + count * (8 * ENTRIES + 8) + 12 * anchors,
+        equality=equality,
+        baselines=[Baseline("torch matmul (float32) + softmax + topk", events(eager, 20))],
+        note=f"{2e-9 * count * anchors * DIM:.0f} GFLOP of similarity",
+    )
 
 
 class Pair:
-    """Two vocabularies with filled maps, and logits."""
+    """Two vocabularies with filled maps, here and on the CPU, and what fuses there."""
 
-    def __init__(self, name: str, bench: Bench) -> None:
-        self.name = name
-        *vocabs, self.anchors = PAIRS[name]
-        self.maps = []
-        for i, vocab in enumerate(vocabs):
-            relative = RelativeMap.from_embedding(_embedding(vocab, seed=i), torch.arange(self.anchors))
-            pause()
-            start = time.perf_counter()
-            relative.fill()
-            pause()
-            seconds = time.perf_counter() - start
-            figure = Figure(
-                f"filling a map at load, V {vocab:,}, {self.anchors:,} anchors, d {DIM}, bfloat16",
-                1e3 * seconds, "ms", (1e3 * seconds, 1e3 * seconds), 1, note="once, wall clock",
-            )  # fmt: skip
-            bench.figures.append(figure.as_dict())
-            print(f"{figure.name}: {figure.value:.0f} ms", flush=True)
-            self.maps.append(relative)
-        self.vocabs = vocabs
-        self.on_cpu = [one.to("cpu") for one in self.maps]
+    def __init__(self, name: str, maps: list[RelativeMap]) -> None:
+        self.name, self.maps = name, maps
+        self.anchors = maps[0].anchors
+        self.vocabs = [one.vocab_size for one in maps]
+        self.on_cpu = [one.to("cpu") for one in maps]
         settings = {"learning_rate": LEARNING_RATE, "steps": STEPS, "candidates": K}
-        self.fuser = DeepenFuser(self.maps, min_probability=MIN_PROBABILITY, **settings)
+        self.fuser = DeepenFuser(maps, min_probability=MIN_PROBABILITY, **settings)
         self.twin = DeepenFuser(self.on_cpu, min_probability=MIN_PROBABILITY, **settings)
 
     def logits(self, batch: int) -> list[torch.Tensor]:
         return [_random_logits(batch, vocab, seed=i) for i, vocab in enumerate(self.vocabs)]
 
 
-def time_search_and_fuse(bench: Bench, pair: Pair) -> None:
-    search = {"learning_rate": LEARNING_RATE, "steps": STEPS}
-    settings = {**search, "min_probability": MIN_PROBABILITY}
-    for batch in BATCHES:
-        if bench.late(f"inverse_search and fuse, {pair.name}, B {batch}"):
-            continue
-        logits = pair.logits(batch)
-        tops = [ops.topk_softmax(one, K) for one in logits]
-        weights = torch.full((batch, 2), 0.5, device=DEVICE)
-        members = [ops.FuseInput(top, one.rows) for top, one in zip(tops, pair.maps, strict=True)]
-        here = [
-            ops.FuseInput(ops.TopK(*(one.cpu() for one in top)), relative.rows)
-            for top, relative in zip(tops, pair.on_cpu, strict=True)
-        ]
-        work = logits[0].clone()
-        found = ops.fuse(work, members, weights, **settings)
-        twin = ops.fuse(logits[0].cpu(), here, weights.cpu(), **settings)
-        _check_choice(found[1], twin[1], work.cpu())
-        bench.time(
-            f"fuse after top-k, {pair.name}, k {K}, m {ENTRIES}, T {STEPS}, B {batch}",
-            lambda given=work, of=members, by=weights: ops.fuse(given, of, by, **settings),
-            moved=_moved_rows(batch, 2) + logits[0].numel() * 4,
-            equality=check_equal("same argmax, logits and the CPU twin's", found[0].cpu(), twin[0], 1e-3),
-            budget_us={1: 15.0, 32: 40.0}.get(batch) if pair.name == "128k + 152k" else None,
-        )
+def random_pair(bench: Bench, name: str) -> Pair:
+    *vocabs, anchors = PAIRS[name]
+    maps = []
+    for i, vocab in enumerate(vocabs):
+        relative = RelativeMap.from_embedding(_embedding(vocab, seed=i), torch.arange(anchors))
+        pause()
+        start = time.perf_counter()
+        relative.fill()
+        pause()
+        taken = 1e3 * (time.perf_counter() - start)
+        title = f"filling a map at load, V {vocab:,}, {anchors:,} anchors, d {DIM}, bfloat16"
+        bench.figures.append(Figure(title, taken, "ms", (taken, taken), 1, note="once, wall clock"))
+        print(f"{title}: {taken:.0f} ms", flush=True)
+        maps.append(relative)
+    return Pair(name, maps)
 
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        target = torch.softmax(
-            3 * torch.randn(batch, pair.anchors, device=DEVICE, generator=generator), dim=1
-        )
-        start, tail = tops[0].probs.log(), tops[0].tail.log()
-        given = (start, tops[0].ids, tail, target)
-        found_logits = ops.inverse_search(*given, pair.maps[0].rows, **search)
-        wanted = ops.inverse_search(*(one.cpu() for one in given), pair.on_cpu[0].rows, **search)
-        bench.time(
-            f"inverse_search, {pair.name}, k {K}, m {ENTRIES}, T {STEPS}, B {batch}",
-            lambda of=given: ops.inverse_search(*of, pair.maps[0].rows, **search),
-            moved=batch * K * (12 + 8 * ENTRIES + 4 + 4 * ENTRIES),
-            equality=check_equal("logits and the CPU twin's", found_logits.cpu(), wanted, 1e-3),
-        )
+
+def real_rows(pair: Pair) -> tuple[Pair, list[torch.Tensor]]:
+    """The demo pair's real tokens and their relative rows (demo_rows.py), and logits that put these on top.
+
+    All other rows are the random pair's.
+    """
+    stored = load_file(DEMO_ROWS)
+    assert int(stored["anchors"]) == pair.anchors, f"{DEMO_ROWS} has other anchors: make it again"
+    maps, logits = [], []
+    for i, random in enumerate(pair.on_cpu):
+        ids = stored[f"ids{i}"].long()
+        relative = RelativeMap(random.vocab_size, random.anchors, ENTRIES)
+        for part in ("columns", "values", "rest"):
+            rows = getattr(relative.rows, part)
+            rows.copy_(getattr(random.rows, part))
+            rows[ids] = stored[f"{part}{i}"].to(rows.dtype)
+        relative._known[:] = True
+        maps.append(relative.to(DEVICE))
+        rest = torch.full((len(ids), random.vocab_size), -30.0)
+        logits.append(rest.scatter_(1, ids, stored[f"probs{i}"].log()).to(DEVICE))
+    return Pair(REAL, maps), logits
+
+
+def _members(tops: list[ops.TopK], maps: list[RelativeMap]) -> list[ops.FuseInput]:
+    return [ops.FuseInput(top, one.rows) for top, one in zip(tops, maps, strict=True)]
+
+
+def _on_cpu(tops: list[ops.TopK]) -> list[ops.TopK]:
+    return [ops.TopK(*(one.cpu() for one in top)) for top in tops]
+
+
+def time_fuse(bench: Bench, pair: Pair, logits: list[torch.Tensor], name: str) -> None:
+    batch = len(logits[0])
+    settings = {"learning_rate": LEARNING_RATE, "steps": STEPS, "min_probability": MIN_PROBABILITY}
+    tops = [ops.topk_softmax(one, K) for one in logits]
+    weights = torch.full((batch, 2), 0.5, device=DEVICE)
+    members, here = _members(tops, pair.maps), _members(_on_cpu(tops), pair.on_cpu)
+    work = logits[0].clone()
+    found = ops.fuse(work, members, weights, **settings)
+    twin = ops.fuse(logits[0].cpu(), here, weights.cpu(), **settings)
+    _check_choice(found[1], twin[1], work.cpu())
+    bench.time(
+        name,
+        lambda: ops.fuse(work, members, weights, **settings),
+        moved=_moved_rows(batch, 2),
+        equality=check_equal("same argmax, logits and the CPU twin's", found[0].cpu(), twin[0], 1e-3),
+        budget_us={1: 15.0, 32: 40.0}.get(batch) if pair.name == "128k + 152k" else None,
+    )
+
+
+def time_search(bench: Bench, made: Callable[[], Pair], batch: int, name: str) -> None:
+    pair = made()
+    search = {"learning_rate": LEARNING_RATE, "steps": STEPS}
+    top = ops.topk_softmax(pair.logits(batch)[0], K)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    target = torch.softmax(3 * torch.randn(batch, pair.anchors, device=DEVICE, generator=generator), dim=1)
+    given = (top.probs.log(), top.ids, top.tail.log(), target)
+    found = ops.inverse_search(*given, pair.maps[0].rows, **search)
+    wanted = ops.inverse_search(*(one.cpu() for one in given), pair.on_cpu[0].rows, **search)
+    bench.time(
+        name,
+        lambda: ops.inverse_search(*given, pair.maps[0].rows, **search),
+        moved=batch * K * (12 + 8 * ENTRIES + 4 + 4 * ENTRIES),
+        equality=check_equal("logits and the CPU twin's", found.cpu(), wanted, 1e-3),
+    )
 
 
 # --- The whole step ---
@@ -247,63 +280,44 @@ def _matrices(pair: Pair, anchors: int) -> list[torch.Tensor] | None:
     return made
 
 
-def _paper(bench: Bench, pair: Pair, logits: list[torch.Tensor], batch: int, anchors: int) -> list[Baseline]:
-    name = f"the paper in torch, dense rows, {anchors:,} anchors"
-    if bench.late(f"{name}, {pair.name}, B {batch}"):
-        return []
+def time_step(bench: Bench, pair: Pair, logits: list[torch.Tensor], name: str) -> None:
+    batch = len(logits[0])
+    found = pair.fuser.step(logits, [0.5, 0.5])
+    twin = pair.twin.step([one.cpu() for one in logits], [0.5, 0.5])
+    _check_choice(found.chosen, twin.chosen, found.logits.cpu())
+    read = sum(one.numel() for one in logits) * 4
+    bench.time(
+        name,
+        lambda: pair.fuser.step(logits, [0.5, 0.5]),
+        moved=read + logits[0].numel() * 4 + _moved_rows(batch, 2),
+        equality=check_equal("same tokens, logits and the CPU twin's", found.logits.cpu(), twin.logits, 1e-3),
+        budget_us={1: 30.0, 32: 100.0}.get(batch) if pair.name == "128k + 152k" else None,
+    )
+
+
+def time_paper(bench: Bench, made: Callable[[], Pair], anchors: int, name: str) -> None:
+    """The paper in torch beside the step of batch 1; by formula and compiled where the matrices are small."""
+    pair = made()
+    title = f"the paper in torch, dense rows, {anchors:,} anchors"
     matrices = _matrices(pair, anchors)
     if matrices is None:
         size = 4e-9 * anchors * sum(pair.vocabs)
-        bench.skipped.append(f"{name}, {pair.name}: its {size:.0f} GB do not fit this card's memory")
-        return []
+        bench.skipped.append(f"{title}, {pair.name}: its {size:.0f} GB do not fit this card's memory")
+        return
+    logits = pair.logits(1)
 
     def paper() -> torch.Tensor:
         return reference.fuse_logits(logits, matrices, [0.5, 0.5], learning_rate=LEARNING_RATE, steps=STEPS)
 
-    by_formula = _dense_step(*logits, *matrices)
-    check_equal("the paper by formula and by autograd", by_formula, paper(), 2e-2)
+    check_equal("the paper by formula and by autograd", _dense_step(*logits, *matrices), paper(), 2e-2)
     least = 200 if pair.name == "49k + 262k" and anchors == PAPER_ANCHORS else None
-    found = [Baseline(f"{name}, autograd, eager", plain(paper, 3, 1), least)]
+    bench.beside(name, Baseline(f"{title}, autograd, eager", plain(paper, 3, 1), least))
     if anchors == PAPER_ANCHORS:
         torch._dynamo.reset()
         compiled = torch.compile(_dense_step, dynamic=False)
         compiled(*logits, *matrices)
-        found.append(
-            Baseline(
-                f"{name}, gradient by formula, torch.compile",
-                plain(lambda: compiled(*logits, *matrices), 5, 2),
-            )
-        )
-    return found
-
-
-def time_step(bench: Bench, pair: Pair) -> None:
-    for batch in BATCHES:
-        shape = f"{pair.anchors:,} anchors, k {K}, m {ENTRIES}, T {STEPS}"
-        name = f"whole fusion step, {pair.name}, {shape}, B {batch}"
-        if bench.late(name):
-            continue
-        logits = pair.logits(batch)
-        found = pair.fuser.step(logits, [0.5, 0.5])
-        twin = pair.twin.step([one.cpu() for one in logits], [0.5, 0.5])
-        _check_choice(found.chosen, twin.chosen, found.logits.cpu())
-        equality = check_equal(
-            "same tokens, logits and the CPU twin's", found.logits.cpu(), twin.logits, 1e-3
-        )
-        baselines: list[Baseline] = []
-        if batch == 1:
-            baselines += _paper(bench, pair, logits, batch, PAPER_ANCHORS)
-            baselines += _paper(bench, pair, logits, batch, pair.anchors)
-            torch.cuda.empty_cache()
-        read = sum(one.numel() for one in logits) * 4
-        bench.time(
-            name,
-            lambda of=logits: pair.fuser.step(of, [0.5, 0.5]),
-            moved=read + logits[0].numel() * 4 + _moved_rows(batch, 2),
-            equality=equality,
-            baselines=baselines,
-            budget_us={1: 30.0, 32: 100.0}.get(batch) if pair.name == "128k + 152k" else None,
-        )
+        times = plain(lambda: compiled(*logits, *matrices), 5, 2)
+        bench.beside(name, Baseline(f"{title}, gradient by formula, torch.compile", times))
 
 
 def gpu_environment(bytes_a_second: float) -> dict[str, Any]:
@@ -322,10 +336,72 @@ def gpu_environment(bytes_a_second: float) -> dict[str, Any]:
     return found
 
 
+Given = tuple[Pair, Callable[[int], list[torch.Tensor]]]  # what fuses, and logits of a batch
+
+
+def run_pair(bench: Bench, title: str, given: Callable[[], Given], batches: Sequence[int]) -> None:
+    """The whole step and fuse alone, smallest batch first."""
+    shape = f"k {K}, m {ENTRIES}, T {STEPS}"
+
+    def run(what: Callable[[Bench, Pair, list[torch.Tensor], str], None], batch: int, name: str) -> None:
+        pair, logits = given()
+        what(bench, pair, logits(batch), name)
+
+    for batch in batches:
+        for kind, what in (("whole fusion step", time_step), ("fuse after top-k", time_fuse)):
+            name = f"{kind}, {title}, {shape}, B {batch}"
+            bench.case(name, partial(run, what, batch, name))
+
+
+def run(bench: Bench) -> None:
+    """Every case; what has a budget first, slow baselines last."""
+    times = events(graph_of(lambda: torch.cuda._sleep(1)).replay, 200)
+    title = "a graph of one kernel that does nothing"
+    bench.figures.append(Figure(title, statistics.median(times), "µs", spread(times), len(times)))
+    for vocab, batch, dtype, name in topk_cases():
+        bench.case(name, partial(time_topk, bench, vocab, batch, dtype, name))
+    pair_of = cache(partial(random_pair, bench))
+
+    def random(name: str) -> Given:
+        return pair_of(name), pair_of(name).logits
+
+    @cache
+    def real() -> Given:
+        pair, logits = real_rows(pair_of("49k + 262k"))
+        return pair, lambda batch: [one[torch.arange(batch, device=DEVICE) % len(one)] for one in logits]
+
+    for name in reversed(PAIRS):  # the pair of the budgets first
+        run_pair(bench, name, partial(random, name), BATCHES)
+    run_pair(bench, REAL, real, (1, 32))
+    for name in reversed(PAIRS):
+        for batch in BATCHES:
+            title = f"inverse_search, {name}, k {K}, m {ENTRIES}, T {STEPS}, B {batch}"
+            bench.case(title, partial(time_search, bench, partial(pair_of, name), batch, title))
+    for count, vocab, anchors in ((128, 262_144, 45_589), (4096, 262_144, 45_589)):
+        name = f"relative_rows, {count} tokens, {anchors:,} anchors, d {DIM}, bfloat16"
+        bench.case(name, partial(time_relative_rows, bench, count, vocab, anchors, name))
+
+    def decode() -> None:
+        torch.cuda.empty_cache()
+        bench.figures.extend(decode_figures(torch.device(DEVICE)))
+
+    bench.case("decoding", decode, seconds=60)
+    for vocab, batch, dtype, name in topk_cases():
+        if dtype == torch.float32 and batch in (1, 32):
+            title = f"torch.compile beside {name}"
+            bench.case(title, partial(time_compiled_topk, bench, vocab, batch, dtype, name), seconds=30)
+    for name in reversed(PAIRS):
+        step = f"whole fusion step, {name}, k {K}, m {ENTRIES}, T {STEPS}, B 1"
+        for dense in (PAPER_ANCHORS, PAIRS[name][2]):
+            title = f"the paper of {dense:,} anchors beside {step}"
+            bench.case(title, partial(time_paper, bench, partial(pair_of, name), dense, step), seconds=45)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start nothing new after that long")
+    parser.add_argument("--minutes", type=float, default=7.0, help="nothing runs that would end after these")
+    parser.add_argument("--only", default="", help="a regular expression: the cases to run")
     options = parser.parse_args()
     if not _core.cuda_compiled() or not torch.cuda.is_available():
         parser.exit(3, "bench/gpu.py needs a CUDA device and a build with the CUDA part (make gpu-build)\n")
@@ -334,30 +410,20 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     rate = bandwidth()
     card = torch.cuda.get_device_properties(0)
-    flush = torch.empty(2 * card.L2_cache_size, dtype=torch.uint8, device=DEVICE)
-    bench = Bench(rate, flush, start + 60 * options.minutes, [], [])
+    file = options.results / f"{re.sub(r'[^a-z0-9]+', '-', card.name.lower()).strip('-')}.json"
+    flush = torch.zeros(card.L2_cache_size // 2, dtype=torch.float32, device=DEVICE)
+    ends_at = start + 60 * options.minutes
+    bench = Bench(file, gpu_environment(rate), rate, flush, ends_at, options.only)
     print(f"{card.name}: a large copy moves {rate / 1e9:,.0f} GB/s, read and written", flush=True)
-
-    for name in reversed(PAIRS):  # the pair of the budgets first
-        if not bench.late(f"the pair {name}"):
-            pair = Pair(name, bench)
-            time_step(bench, pair)
-            time_search_and_fuse(bench, pair)
-            del pair
-            torch.cuda.empty_cache()
-    time_topk(bench)
-    time_relative_rows(bench)
-    if not bench.late("decoding"):
-        torch.cuda.empty_cache()
-        bench.figures += [one.as_dict() for one in decode_figures(torch.device(DEVICE))]
-
-    target = options.results / f"{re.sub(r'[^a-z0-9]+', '-', card.name.lower()).strip('-')}.json"
-    write_json(target, {**gpu_environment(rate), "figures": {"gpu": bench.figures}, "skipped": bench.skipped})
-    print(f"wrote {target}, {time.perf_counter() - start:.0f} s")
+    run(bench)
+    bench.write()
+    print(f"wrote {file}, {time.perf_counter() - start:.0f} s")
     for one in bench.skipped:
         print(f"not measured: {one}")
-    missed = [one["name"] for one in bench.figures if one.get("met") is False]
+    missed = [one.name for one in bench.figures if one.met is False]
     print("over budget: " + "; ".join(missed) if missed else "every budget met")
+    if bench.failed:
+        parser.exit(1, "failed: " + "\n".join(bench.failed) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
-"""Timing on a CUDA device: events, graph replays with a cold and a warm L2 cache, and their figures."""
+"""Timing on a CUDA device: the CPU's own time stays out of the figures, and figures are kept as they come.
+
+A graph of one small operation takes the device less time than Python takes to ask for it. So work is queued
+ahead: the device first sleeps until the CPU has asked for a whole round.
+"""
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, percentile, spread
+from common import Figure, percentile, spread, write_json
 
 DEVICE = "cuda:0"
-REPLAYS, COLD_REPLAYS = 400, 200
+IN_GRAPH = 20  # calls in the graph of a warm figure
+ROUND = 50  # timed calls between two sleeps
+REPLAYS, COLD_REPLAYS = 100, 200
+_SLEEP = 4_000_000  # cycles, 2 ms: longer than the CPU takes to ask for a round
 
 
 def pause() -> None:
@@ -30,9 +39,12 @@ def bandwidth() -> float:
 def events(
     call: Callable[[], object], repetitions: int, before: Callable[[], object] | None = None
 ) -> list[float]:
-    """Microseconds between an event before and one after each call."""
+    """Microseconds between an event before and one after each call, with the device never waiting for us."""
     pairs = []
-    for _ in range(repetitions + 5):
+    for i in range(repetitions + 5):
+        if i % ROUND == 0:
+            pause()
+            torch.cuda._sleep(_SLEEP)
         if before is not None:
             before()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -44,7 +56,8 @@ def events(
     return [1e3 * begin.elapsed_time(end) for begin, end in pairs[5:]]
 
 
-def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+def graph_of(call: Callable[[], object], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """`calls` calls, one after the other."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -53,8 +66,15 @@ def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for _ in range(calls):
+            call()
     return graph
+
+
+def in_a_graph(call: Callable[[], object]) -> list[float]:
+    """Microseconds of a call among IN_GRAPH in one graph, on data that the L2 cache holds if it can."""
+    replay = graph_of(call, IN_GRAPH).replay
+    return [one / IN_GRAPH for one in events(replay, REPLAYS)]
 
 
 def plain(call: Callable[[], object], repetitions: int = 20, calls: int = 20) -> list[float]:
@@ -81,19 +101,43 @@ class Baseline:
 
 @dataclass
 class Bench:
-    """Collects figures until time is up."""
+    """Runs cases until time is up, and writes what there is after each."""
 
+    file: Path
+    environment: dict[str, Any]
     bytes_a_second: float
-    flush: torch.Tensor  # twice the L2 cache
-    ends_at: float
-    figures: list[dict[str, Any]]
-    skipped: list[str]
+    flush: torch.Tensor  # twice the L2 cache; read, so that no dirty line is written back while we time
+    ends_at: float  # of time.perf_counter
+    only: str = ""  # a regular expression: the cases to run
+    figures: list[Figure] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
-    def late(self, what: str) -> bool:
-        if time.perf_counter() < self.ends_at:
-            return False
-        self.skipped.append(what)
-        return True
+    def case(self, name: str, run: Callable[[], None], seconds: float = 0.0) -> None:
+        """Run it if `seconds` are left; a failure is written down and the next case runs.
+
+        Raises:
+            RuntimeError: the device is lost after a failure; what was measured is on disk.
+        """
+        if not re.search(self.only, name):
+            return
+        if time.perf_counter() + seconds > self.ends_at:
+            self.skipped.append(name)
+            self.write()
+            return
+        try:
+            run()
+        except (AssertionError, RuntimeError) as error:
+            self.failed.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            print(f"FAILED {self.failed[-1]}", flush=True)
+            self.write()
+            pause()  # raises again if the device is lost
+        self.write()
+
+    def write(self) -> None:
+        figures = {"gpu": [one.as_dict() for one in self.figures]}
+        found = {**self.environment, "figures": figures, "skipped": self.skipped, "failed": self.failed}
+        write_json(self.file, found)
 
     def time(
         self,
@@ -106,14 +150,14 @@ class Bench:
         budget_us: float | None = None,
         note: str = "",
     ) -> None:
-        """Cold, warm and plain figures of `call`, which must move at least `moved` bytes."""
-        graph = graph_of(call)
+        """Figures of `call`, which must move at least `moved` bytes."""
         ways = {
-            "cold L2": events(graph.replay, COLD_REPLAYS, before=self.flush.zero_),
-            "warm L2": events(graph.replay, REPLAYS),
+            "warm L2": in_a_graph(call),
+            "cold L2": events(graph_of(call).replay, COLD_REPLAYS, before=self.flush.sum),
             "plain calls, wall clock": plain(call),
         }
         floor = 1e6 * moved / self.bytes_a_second
+        made = []
         for way, times in ways.items():
             value = statistics.median(times)
             figure = Figure(
@@ -131,14 +175,31 @@ class Bench:
             )
             if budget_us is not None and "plain" not in way:
                 figure = replace(figure, budget=f"at most {budget_us:.3g} µs", met=value <= budget_us)
-            for baseline in baselines or (None,):
-                self.figures.append(_beside(figure, baseline).as_dict())
-            print(f"{figure.name}: {value:.1f} µs, p99 {figure.p99:.1f}, floor {floor:.2f}", flush=True)
+            made.append(figure)
+        print(
+            f"{name}: " + ", ".join(f"{value.value:.1f} {way}" for way, value in zip(ways, made, strict=True))
+            + f" µs; floor {floor:.2f}",
+            flush=True,
+        )  # fmt: skip
+        self.figures += made
+        for baseline in baselines:
+            self.beside(name, baseline)
+
+    def beside(self, name: str, baseline: Baseline) -> None:
+        """A baseline of figures that are there: the first one stands in them, others beside them."""
+        ours = [one for one in self.figures if one.name.startswith(f"{name}, ")]
+        own = {one.name: one for one in ours}  # a figure with a baseline keeps it
+        for figure in own.values():
+            made = _beside(figure, baseline)
+            if figure.baseline:
+                self.figures.append(made)
+            else:
+                self.figures[self.figures.index(figure)] = made
+        theirs = statistics.median(baseline.times)
+        print(f"    {baseline.name}: {theirs:.1f} µs, {theirs / ours[0].value:.1f} times ours", flush=True)
 
 
-def _beside(figure: Figure, baseline: Baseline | None) -> Figure:
-    if baseline is None:
-        return figure
+def _beside(figure: Figure, baseline: Baseline) -> Figure:
     theirs = statistics.median(baseline.times)
     ratio = theirs / figure.value
     beside = replace(

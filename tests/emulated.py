@@ -104,6 +104,7 @@ class Emulator:
         self._library.deepen_emulator_launch.restype = ctypes.c_char_p
         self._library.deepen_emulator_launch.argtypes = [ctypes.c_int64]
         self._library.deepen_emulator_launch_count.restype = ctypes.c_int64
+        self._library.deepen_emulator_questions.restype = ctypes.c_int64
         self._library.deepen_emulator_set_seed.argtypes = [ctypes.c_uint64]
         self._library.deepen_emulator_set_max_shared_bytes.argtypes = [ctypes.c_int64]
 
@@ -120,6 +121,11 @@ class Emulator:
     @property
     def current_device(self) -> int:
         return int(self._library.deepen_emulator_current_device())
+
+    @property
+    def questions(self) -> int:
+        """How often attributes of devices and kernels were asked for so far."""
+        return int(self._library.deepen_emulator_questions())
 
     def take_launches(self) -> list[str]:
         """A line for each launch since the last call: kernel, grid, block, shared bytes, device, stream."""

@@ -107,6 +107,18 @@ def test_a_barrier_taken_out_is_noticed(folder: Path, tmp_path: Path, name: str,
     assert re.search(r"1 failed|ERROR: AddressSanitizer|runtime error", done.stdout + done.stderr)
 
 
+def test_an_error_left_set_is_noticed(folder: Path, tmp_path: Path) -> None:
+    original = ROOT / "csrc" / "core" / "cuda_device.cu"
+    text, count = re.subn(r"  cudaGetLastError\(\);\n(  throw CudaError)", r"\1", original.read_text())
+    assert count == 1, f"{original} has changed; the line that clears the error is another"
+    planted = tmp_path / original.name
+    planted.write_text(text)
+    core = emulated.with_another(planted, original, tmp_path)
+    done = emulated_tests(core, "tests/ops/emulated_launches.py", "-k", "failed_call", "-x", "--tb=line")
+    assert "1 failed" in done.stdout, done.stdout + done.stderr
+    assert "cudaErrorInvalidDevice: invalid device ordinal, from launch of" in done.stdout
+
+
 def self_test(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(folder / "emulator_self_test"), *arguments],
@@ -145,6 +157,7 @@ def test_small_kernels_give_what_was_worked_out_by_hand(folder: Path, seed: int)
         ("alignment", r"misaligned address .* for type 'const struct float4', which requires 16 byte"),
         ("uninitialised", r"read 0x7fe1dead from dynamic shared memory"),
         ("static-uninitialised", r"read 0x7fe1dead from static shared memory"),
+        ("stale-error", r"cudaErrorInvalidDevice: .*, from launch of intrinsics \[.*self_test.cu:\d+\]"),
         ("missing-barrier", r"a thread read what another had not written yet"),
     ],
 )

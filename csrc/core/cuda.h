@@ -3,7 +3,8 @@
 // gives the same names a fiber for each CUDA thread.
 //
 //   DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, args...)
-//     launches and checks for a launch error (CudaError); a template instance goes in parentheses
+//     launches and checks for a launch error (CudaError); a template instance goes in parentheses. The kernel
+//     may have all the shared memory that a block can have
 //   DEEPEN_SHARED(type, name)                the block's dynamic shared memory as `type* name`, 16-byte
 //   aligned,
 //                                            one per kernel
@@ -29,6 +30,7 @@ struct CudaError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Clears the runtime's last error.
 [[noreturn]] void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error);
 
 class DeviceGuard {
@@ -43,13 +45,14 @@ class DeviceGuard {
   bool switched_ = false;
 };
 
+// Asked of the runtime once for each device.
 int max_shared_bytes(int device);
 int multiprocessors(int device);
 
-// Above this a kernel must be told before its launch. It is always told the most the device has, not what one
-// launch needs: two threads that launch it with different sizes would take each other's room away.
-constexpr size_t kSharedBytesByDefault = 48 * 1024;
-void allow_most_shared(const void* kernel, const char* file, int line);
+// Before the first launch of a kernel on the current device: loads it and allows it the most shared memory
+// there is, not what one launch needs, because two threads that launch it with different sizes would take
+// each other's room away. Later calls find it done.
+void prepare_kernel(const void* kernel, const char* file, int line);
 
 }  // namespace deepen
 
@@ -59,21 +62,21 @@ void allow_most_shared(const void* kernel, const char* file, int line);
     if (deepen_error != cudaSuccess) ::deepen::throw_cuda_error(__FILE__, __LINE__, #call, deepen_error); \
   } while (0)
 
+#define DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                               \
+  do {                                                                                                      \
+    auto* const deepen_kernel = kernel;                                                                     \
+    ::deepen::prepare_kernel(reinterpret_cast<const void*>(deepen_kernel), __FILE__, __LINE__);             \
+    DEEPEN_START(deepen_kernel, #kernel, (grid), (block), (dynamic_shared_bytes), (stream), ##__VA_ARGS__); \
+    const cudaError_t deepen_launched = cudaGetLastError();                                                 \
+    if (deepen_launched != cudaSuccess) {                                                                   \
+      ::deepen::throw_cuda_error(__FILE__, __LINE__, "launch of " #kernel, deepen_launched);                \
+    }                                                                                                       \
+  } while (0)
+
 #ifndef DEEPEN_EMULATE
 
-#define DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                                \
-  do {                                                                                                       \
-    auto* const deepen_kernel = kernel;                                                                      \
-    const size_t deepen_shared_bytes = (dynamic_shared_bytes);                                               \
-    if (deepen_shared_bytes > ::deepen::kSharedBytesByDefault) {                                             \
-      ::deepen::allow_most_shared(reinterpret_cast<const void*>(deepen_kernel), __FILE__, __LINE__);         \
-    }                                                                                                        \
-    deepen_kernel<<<(grid), (block), deepen_shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    const cudaError_t deepen_launched = cudaGetLastError();                                                  \
-    if (deepen_launched != cudaSuccess) {                                                                    \
-      ::deepen::throw_cuda_error(__FILE__, __LINE__, "launch of " #kernel, deepen_launched);                 \
-    }                                                                                                        \
-  } while (0)
+#define DEEPEN_START(kernel, name, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
 #define DEEPEN_SHARED(type, name)                                        \
   extern __shared__ __align__(16) unsigned char deepen_dynamic_shared[]; \

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "internal.h"
+
 #ifdef DEEPEN_SANITIZED
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -29,25 +31,13 @@ dim3 blockDim, gridDim;
 namespace deepen {
 namespace emulator {
 
-// --- Settings
-// --------------------------------------------------------------------------------------------------------
-
-constexpr int kDevices = 2;  // two, so that a test can see whether the device guard does its work
-constexpr size_t kDefaultMaxSharedBytes = 232448;  // sm_90
-constexpr size_t kStackBytes = 256 * 1024;         // address space; what is touched is far less
-constexpr uint32_t kPoison = 0x7fe1deadu;          // a quiet NaN as float, a wild index as integer
+constexpr size_t kStackBytes = 256 * 1024;  // address space; what is touched is far less
 constexpr unsigned kMaxThreads = 1024;
 
-struct Settings {
-  uint64_t seed = 0;
-  size_t max_shared_bytes = kDefaultMaxSharedBytes;
-  int multiprocessors = 4;
-};
-
-static Settings settings;
+Settings settings;
+thread_local int current_device = 0;
 static std::vector<std::string> launches;  // a line for each
 static std::mutex launch_mutex;
-static thread_local int current_device = 0;
 
 // --- Contexts
 // --------------------------------------------------------------------------------------------------------
@@ -221,13 +211,13 @@ static void arrange(std::vector<T>* items) {
   for (size_t i = items->size(); i > 1; --i) std::swap((*items)[i - 1], (*items)[random_bits() % i]);
 }
 
-static char* poisoned(size_t bytes) {
+char* poisoned(size_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, bytes) != 0) throw std::bad_alloc();
   return static_cast<char*>(memory);
 }
 
-static void poison(char* memory, size_t bytes) {
+void poison(char* memory, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) memory[i] = char(kPoison >> (8 * (i % 4)));
 }
 
@@ -543,11 +533,12 @@ static bool possible(const Launch& launch) {
          grid.z >= 1 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
 }
 
-cudaError_t run(Launch launch, const std::function<void()>& body) {
+void run(Launch launch, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   launch.device = current_device;
-  if (!possible(launch)) return cudaErrorInvalidConfiguration;
-  if (launch.shared_bytes > settings.max_shared_bytes) return cudaErrorInvalidValue;
+  if (!possible(launch)) return void(failed(cudaErrorInvalidConfiguration));
+  if (launch.shared_bytes > allowed_shared_bytes(launch.function, launch.device))
+    return void(failed(cudaErrorInvalidValue));
   std::ostringstream line;
   line << launch.kernel << " grid " << triple(launch.grid.x, launch.grid.y, launch.grid.z) << " block "
        << triple(launch.block.x, launch.block.y, launch.block.z) << " shared " << launch.shared_bytes
@@ -575,80 +566,31 @@ cudaError_t run(Launch launch, const std::function<void()>& body) {
     throw;
   }
   clean_up(false);
-  return cudaSuccess;
 }
 
 }  // namespace emulator
 }  // namespace deepen
 
-// --- Runtime
-// ---------------------------------------------------------------------------------------------------------
-
 using namespace deepen::emulator;
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "cudaSuccess";
-    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-  }
-  return "unknown";
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-  }
-  return "unknown";
-}
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
-  return cudaSuccess;
-}
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  current_device = device;
-  return cudaSuccess;
-}
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = kDevices;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = settings.multiprocessors; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(settings.max_shared_bytes); return cudaSuccess;
-  }
-  return cudaErrorInvalidValue;
-}
-cudaError_t cudaMallocManaged(void** pointer, size_t bytes) {
-  *pointer = poisoned(bytes);
-  poison(static_cast<char*>(*pointer), bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaFree(void* pointer) {
-  std::free(pointer);
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
-  std::memset(pointer, value, bytes);
-  return cudaSuccess;
-}
 
 // --- For tests in Python, by ctypes
 // ----------------------------------------------------------------------------------
 
-#define DEEPEN_EXPORT extern "C" __attribute__((visibility("default")))
 DEEPEN_EXPORT void deepen_emulator_set_seed(uint64_t seed) { settings.seed = seed; }
+
+static void become_another_device() {
+  forget_allowed();
+  forget_devices();
+}
 DEEPEN_EXPORT void deepen_emulator_set_max_shared_bytes(int64_t bytes) {
   settings.max_shared_bytes = size_t(bytes);
+  become_another_device();
 }
-DEEPEN_EXPORT void deepen_emulator_set_multiprocessors(int count) { settings.multiprocessors = count; }
+DEEPEN_EXPORT void deepen_emulator_set_multiprocessors(int count) {
+  settings.multiprocessors = count;
+  become_another_device();
+}
+DEEPEN_EXPORT void deepen_emulator_set_devices(int count) { settings.devices = count; }
 DEEPEN_EXPORT void deepen_emulator_forget_launches() { launches.clear(); }
 DEEPEN_EXPORT int64_t deepen_emulator_launch_count() { return int64_t(launches.size()); }
 DEEPEN_EXPORT const char* deepen_emulator_launch(int64_t i) { return launches.at(size_t(i)).c_str(); }

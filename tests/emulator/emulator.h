@@ -65,17 +65,30 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // here always 0: static arrays are known when a kernel comes to them
+  int maxDynamicSharedSizeBytes;
+};
 using cudaStream_t = struct CUstream_st*;
 
+// What fails sets the thread's last error, launches too. What succeeds leaves it as it is.
+cudaError_t cudaGetLastError();  // and clears it
+cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes);
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaDeviceSynchronize();
@@ -90,6 +103,7 @@ struct Error : std::runtime_error {
 
 // What one launch asks for.
 struct Launch {
+  const void* function;
   const char* kernel;
   const char* file;
   int line;
@@ -99,15 +113,17 @@ struct Launch {
   int device;
 };
 
-// Runs all blocks; returns an error for what CUDA would not launch, throws Error for what a kernel does
+void forget_devices();  // csrc/core/cuda_device.cu: the devices are others now
+
+// Runs all blocks; sets the last error for what CUDA would not launch, throws Error for what a kernel does
 // wrong.
-cudaError_t run(Launch launch, const std::function<void()>& body);
+void run(Launch launch, const std::function<void()>& body);
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(const Launch& what, void (*kernel)(Parameters...), const Arguments&... arguments) {
+void launch(const Launch& what, void (*kernel)(Parameters...), const Arguments&... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments),
                 "the kernel takes another number of arguments");
-  return run(what, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  run(what, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
 void* dynamic_shared();                              // of the block that runs
@@ -149,15 +165,10 @@ inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t 
 }  // namespace emulator
 }  // namespace deepen
 
-#define DEEPEN_LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, ...)                             \
-  do {                                                                                                    \
-    const ::deepen::emulator::Launch deepen_launch{                                                       \
-        #kernel, __FILE__, __LINE__, (grid), (block), size_t(dynamic_shared_bytes), (void*)(stream), -1}; \
-    const cudaError_t deepen_launched = ::deepen::emulator::launch(deepen_launch, kernel, ##__VA_ARGS__); \
-    if (deepen_launched != cudaSuccess) {                                                                 \
-      ::deepen::throw_cuda_error(__FILE__, __LINE__, "launch of " #kernel, deepen_launched);              \
-    }                                                                                                     \
-  } while (0)
+#define DEEPEN_START(kernel, name, grid, block, shared_bytes, stream, ...)                                  \
+  ::deepen::emulator::launch({reinterpret_cast<const void*>(kernel), name, __FILE__, __LINE__, grid, block, \
+                              size_t(shared_bytes), (void*)(stream), -1},                                   \
+                             kernel, ##__VA_ARGS__)
 
 #define DEEPEN_SHARED(type, name) type* const name = static_cast<type*>(::deepen::emulator::dynamic_shared())
 

@@ -6,8 +6,10 @@
 #include <string>
 
 #include "core/cuda.h"
+#include "core/cuda_device.h"
 
 extern "C" void deepen_emulator_set_seed(uint64_t seed);
+extern "C" void deepen_emulator_set_devices(int count);
 
 namespace {
 
@@ -177,6 +179,62 @@ void test_launch_errors() {
   expect(refused(1, 32, size_t(1) << 20), "more shared memory than there is");
 }
 
+void test_much_shared_memory() {
+  constexpr size_t kMuch = 64 * 1024;
+  Managed<float> in(32), out(32);
+  in[0] = 1.0f;
+  const auto kernel = reverse<5>;
+  DEEPEN_START(kernel, "reverse<5>", 1, 32, kMuch, nullptr, in.data, out.data);
+  expect(cudaGetLastError() == cudaErrorInvalidValue, "a kernel had more than it was allowed");
+  DEEPEN_LAUNCH((reverse<5>), 1, 32, kMuch, nullptr, in.data, out.data);
+  DEEPEN_CUDA_CHECK(cudaDeviceSynchronize());
+  expect(out[31] == 5.0f, "reversed in much shared memory");
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  DEEPEN_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  expect(mode == cudaStreamCaptureModeGlobal, "the thread's capture mode was left another");
+  DEEPEN_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+}
+
+template <class Call>
+bool throws(Call call) {
+  try {
+    call();
+  } catch (const deepen::CudaError&) {
+    return true;
+  }
+  return false;
+}
+
+// What failed is told once: the launch after it succeeds.
+void test_failed_calls() {
+  const auto nothing_left = [](const char* what) {
+    expect(cudaPeekAtLastError() == cudaSuccess, what);
+    test_intrinsics();
+  };
+  int value = 0;
+  expect(
+      throws([&] { DEEPEN_CUDA_CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 999)); }),
+      "an attribute of no device");
+  nothing_left("a failed call left its error");
+  expect(throws([] { DEEPEN_LAUNCH((reverse<1>), 0, 32, 0, nullptr, nullptr, nullptr); }), "an empty grid");
+  nothing_left("a failed launch left its error");
+  expect(throws([] { const deepen::DeviceGuard guard(999); }), "a guard of no device");
+  nothing_left("a failed guard left its error");
+#ifdef DEEPEN_EMULATE
+  deepen_emulator_set_devices(0);
+  expect(deepen::cuda_device_count() == 0, "devices were counted where there are none");
+  deepen_emulator_set_devices(2);
+  nothing_left("counting no devices left an error");
+  DEEPEN_CUDA_CHECK(cudaSetDevice(1));
+  {
+    const deepen::DeviceGuard guard(0);
+    deepen_emulator_set_devices(1);
+  }
+  deepen_emulator_set_devices(2);
+  nothing_left("a guard that cannot go back left an error");
+#endif
+}
+
 // --- What the emulator must report
 // -----------------------------------------------------------------------------------
 
@@ -228,6 +286,12 @@ __global__ void misaligned(const float* in, float* out) {
 
 void report(const std::string& name) {
   Managed<float> out(64);
+  if (name == "bad-stale-error") {
+    expect(cudaSetDevice(999) != cudaSuccess, "a device that is not there");  // and nobody clears it
+    expect(cudaPeekAtLastError() == cudaErrorInvalidDevice, "the last error is not the one");
+    DEEPEN_CUDA_CHECK(cudaSetDevice(0));  // what succeeds does not either
+    DEEPEN_LAUNCH(intrinsics, 1, 1, 0, nullptr, reinterpret_cast<unsigned*>(out.data));
+  }
   if (name == "bad-exit") DEEPEN_LAUNCH(some_skip_the_barrier, 1, 64, 0, nullptr, 0);
   if (name == "bad-warp") DEEPEN_LAUNCH(some_skip_the_barrier, 1, 64, 0, nullptr, 1);
   if (name == "bad-two-barriers") DEEPEN_LAUNCH(some_skip_the_barrier, 1, 64, 0, nullptr, 2);
@@ -282,6 +346,8 @@ int main(int count, char** arguments) {
     if (name == "all" || name == "shared") test_shared();
     if (name == "all" || name == "intrinsics") test_intrinsics();
     if (name == "all" || name == "launch-errors") test_launch_errors();
+    if (name == "all" || name == "much-shared-memory") test_much_shared_memory();
+    if (name == "all" || name == "failed-calls") test_failed_calls();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 2;

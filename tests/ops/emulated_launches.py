@@ -74,6 +74,24 @@ def test_launches_go_to_the_callers_device_and_stream(operation, backend):
     assert backend.emulator.current_device == 0, "the device guard did not restore the device"
 
 
+def test_attributes_are_asked_for_once(operation, backend):
+    operation()
+    before = backend.emulator.questions
+    operation()
+    assert backend.emulator.questions == before
+    backend.packed = (1, 1, 0)
+    operation()
+    assert backend.emulator.questions > before, "the other device was not asked"
+
+
+def test_a_failed_call_does_not_fail_the_next_one(operation, backend):
+    backend.packed = (1, 7, 0)
+    with pytest.raises(RuntimeError, match="cudaErrorInvalidDevice"):
+        operation()
+    backend.packed = (1, 0, 0)
+    operation()
+
+
 def test_no_order_of_threads_changes_a_bit(operation, backend):
     want = operation()
     for seed in range(3, 9):
