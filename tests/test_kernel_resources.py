@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))  # at the end: its conftest must not come before this folder's
 
+import gpu_model  # noqa: E402
 import kernel_resources  # noqa: E402
 import kernel_shared  # noqa: E402
 from kernel_resources import KernelUse  # noqa: E402
@@ -83,3 +85,48 @@ def test_no_block_asks_for_more_than_there_is(measured: dict[str, Any]) -> None:
             assert {"fuse_kernel"} < set(step)
             assert max(step.values()) <= kernel_shared.LIMITS[architecture]
         assert found["largest_k"] < kernel_shared.LARGEST_K, "look further"
+
+
+class TestModel:
+    def test_the_page_has_its_tables(self) -> None:
+        card = gpu_model.CARDS["H100"]
+        found = gpu_model.measured(ROOT / "bench" / "results", "H100")
+        assert table("model") == f"{gpu_model.table(card, found)}\n\n{gpu_model.chains(card)}", (
+            "run python bench/gpu_model.py"
+        )
+
+    def test_its_kernels_are_the_cores(self) -> None:
+        sources = "".join(file.read_text() for file in (ROOT / "csrc").rglob("*.cu*"))
+        names = {kernel.name for _, kernels in gpu_model.cases(gpu_model.CARDS["H100"]) for kernel in kernels}
+        assert names == {name for name in names if f" {name}(" in sources}, "count the kernels anew"
+
+    def test_figures_stand_beside_the_case_of_their_name(self, tmp_path: Path) -> None:
+        name = "topk_softmax, V 262,144, k 128, float32, B 1"
+        figures = [
+            {"name": f"{name}, {way} L2", "value": value, "unit": "µs"}
+            for way, value in (("warm", 12.34), ("cold", 56.78))
+        ]
+        for file, card, scale in (("a.json", "NVIDIA A100", 2), ("h.json", "NVIDIA H100 80GB HBM3", 1)):
+            group = [one | {"value": scale * one["value"]} for one in figures]
+            content = {"machine": {"gpu": {"name": card}}, "figures": {"gpu": group}}
+            (tmp_path / file).write_text(json.dumps(content))
+        found = gpu_model.measured(tmp_path, "H100")
+        (line,) = [
+            one
+            for one in gpu_model.table(gpu_model.CARDS["H100"], found).splitlines()
+            if f"| {name} |" in one
+        ]
+        cells = line.split("|")
+        assert cells[4].strip().startswith("12.3, ")
+        assert cells[6].strip().startswith("56.8, ")
+        assert gpu_model.measured(tmp_path, "4090") == {}
+
+    @pytest.mark.parametrize("cold", [False, True])
+    def test_no_estimate_is_below_the_bytes_or_the_chain(self, cold: bool) -> None:
+        card = gpu_model.CARDS["H100"]
+        for name, kernels in gpu_model.cases(card):
+            estimate = gpu_model.estimate_us(kernels, card, cold=cold)[0]
+            chain = sum(gpu_model.step_us(step, card, cold=cold) for one in kernels for step in one.chain)
+            rate = 1e6 * (card.memory_tb_s if cold else card.l2_tb_s)
+            least = max(chain, sum(one.bytes for one in kernels) / rate) + len(kernels) * gpu_model.BETWEEN_US
+            assert estimate > 0.9999 * least, name  # a sum rounds
