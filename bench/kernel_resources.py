@@ -149,12 +149,14 @@ def register_table(uses: list[KernelUse]) -> str:
 def shared_table(measured: dict[str, Any]) -> str:
     """A row for each architecture and number of anchors: what the default step asks for, and what fits."""
     kernels = list(next(iter(next(iter(measured.values()))["step"].values())))
+    asked_anywhere = [one for found in measured.values() for one in found["step"].values()]
+    uses = {kernel for kernel in kernels if any(one[kernel] for one in asked_anywhere)}
     titles = [f"`{kernel}`, B" for kernel in kernels]
     lines = _header("architecture", "a block may have, B", "anchors", *titles, "largest k that fits at m 32")
     for name, found in measured.items():
         groups: dict[str, list[str]] = {}
         for anchors, asked in found["step"].items():
-            cells = " | ".join(_asked(asked[kernel]) for kernel in kernels)
+            cells = " | ".join(_asked(asked[kernel], kernel in uses) for kernel in kernels)
             groups.setdefault(cells, []).append(f"{int(anchors):,}")
         for cells, anchors in groups.items():
             label = kernel_shared.SAME.get(name, name)
@@ -164,8 +166,9 @@ def shared_table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _asked(size: int) -> str:
-    return f"{size:,}" if size else "**none: too large, from the workspace**"
+def _asked(size: int, used: bool) -> str:
+    """`used`: the kernel asks for some where there is enough."""
+    return f"{size:,}" if size or not used else "**none: too large, from the workspace**"
 
 
 def main() -> None:
