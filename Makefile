@@ -37,10 +37,11 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint pytest tokenizers core build format bench results gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: help demo test lint pytest tokenizers core build format bench results gpu gpu-build gpu-test \
+  gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TOKENS=32
 	$(BIN)/deepen-ext generate --demo --prompt "$(PROMPT)" --max-new-tokens $(TOKENS)
@@ -78,30 +79,63 @@ bench: $(INSTALLED)  ## time everything, write bench/results/*.json and the tabl
 results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (bench/compare*.py take hours to make those)
 	$(PY) bench/results_page.py
 
-# For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. Each step is a
-# target of its own, for machines that lend their GPU for minutes. pytest's exit code 5 (no test ran) is an error.
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench  ## system Python and torch: build with CUDA, GPU tests, sanitizer, benchmarks
-
+# For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. After gpu-build the
+# steps run in any order, each for less than ten minutes, for machines that lend their GPU for minutes: docs/gpu.md.
 # DEEPEN_CUDA_ARCHITECTURES=90-real builds for one card alone, in about a minute; unset, for the declared list.
+GPU_RESULTS ?= bench/results/gpu
+# Processes that share the card in gpu-test, where pytest-xdist is installed.
+GPU_JOBS ?= 3
+# A step is ended after this, with exit code 124.
+GPU_SECONDS ?= 580
+GPU_STEPS := gpu-build gpu-test gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile
+# A step's output goes to a log as it comes. pipefail: a step that fails is not hidden by tee.
+$(GPU_STEPS): SHELL := bash
+$(GPU_STEPS): .SHELLFLAGS := -o pipefail -c
+$(GPU_STEPS): export PYTHONUNBUFFERED := 1
+GPU_RUN = mkdir -p "$(GPU_RESULTS)" && timeout --kill-after=10 $(GPU_SECONDS)
+GPU_LOG = 2>&1 | tee "$(GPU_RESULTS)/$@.log"
+# pytest's exit code 5 (no test ran) is an error.
+GPU_PYTEST = $(GPU_RUN) $(PYTHON) -m pytest -m gpu -v --maxfail 8 --junitxml "$(GPU_RESULTS)/$@.xml"
+
+gpu: $(GPU_STEPS)  ## system Python and torch: all gpu- steps (--keep-going: also after one that fails)
+
 gpu-build:  ## build with CUDA into this tree: DEEPEN_CUDA_ARCHITECTURES=90-real for one card alone
-	DEEPEN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(GPU_RUN) env DEEPEN_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable . $(GPU_LOG)
 	@$(PYTHON) -c "$(SAY_CUDA)"
 
 gpu-test:  ## the tests marked gpu: every operation, dtype and edge case against its CPU twin
-	$(PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTEST) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_JOBS) --dist loadfile) \
+	  tests/gpu --ignore tests/gpu/test_gpu_session.py $(GPU_LOG)
 
+gpu-test-sessions:  ## the tests of captured steps, over random weights
+	$(GPU_PYTEST) tests/gpu/test_gpu_session.py $(GPU_LOG)
+
+gpu-sanitize: GPU_SECONDS := 280
 gpu-sanitize:  ## memcheck and racecheck over a short list, where compute-sanitizer exists
-	@if command -v compute-sanitizer >/dev/null; then \
-	for tool in memcheck racecheck; do \
+	@if command -v compute-sanitizer >/dev/null; then failed=0; for tool in memcheck racecheck; do \
 	  echo "compute-sanitizer --tool $$tool"; \
-	  compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
-	    env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PYTHON) tests/gpu/sanitize.py || exit 1; \
-	done; \
+	  $(GPU_RUN) compute-sanitizer --tool $$tool --error-exitcode 9 --target-processes all \
+	    env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PYTHON) tests/gpu/sanitize.py \
+	    2>&1 | tee "$(GPU_RESULTS)/$@-$$tool.log" || failed=1; \
+	done; exit $$failed; \
 	else echo "make gpu-sanitize: NO compute-sanitizer ON PATH, so neither memcheck nor racecheck ran"; fi
 
-gpu-bench:  ## GPU benchmarks: bench/results/<gpu>.json and the table in README.md
-	$(PYTHON) bench/gpu.py
+gpu-bench:  ## GPU benchmarks: GPU_RESULTS/<gpu>.json, written case by case
+	$(GPU_RUN) $(PYTHON) bench/gpu.py --minutes 8 --results "$(GPU_RESULTS)" $(GPU_LOG)
+
+gpu-decode:  ## greedy decoding with random weights of two 7B models beside the models alone
+	$(GPU_RUN) $(PYTHON) bench/gpu_decode.py --results "$(GPU_RESULTS)" $(GPU_LOG)
+
+gpu-profile:  ## Nsight Compute's view of the fusion step's kernels, where ncu exists
+	@if command -v ncu >/dev/null; then \
+	  $(GPU_RUN) ncu --set detailed --kernel-name 'regex:topk_|fuse_kernel' \
+	    $(PYTHON) bench/gpu_profile.py $(GPU_LOG); \
+	else echo "make gpu-profile: NO ncu ON PATH, so nothing was profiled"; fi
+
+gpu-page:  ## from GPU_RESULTS: bench/results/<gpu>.json, the tables in README.md and docs/gpu.md
+	cp "$(GPU_RESULTS)"/*.json bench/results/
 	$(PYTHON) bench/table.py
+	$(PYTHON) bench/gpu_model.py
 
 clean:  ## remove the environment and everything built (the cache of converted models stays)
 	rm -rf $(VENV) build dist *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

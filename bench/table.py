@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from marked import write_marked
+
 BENCH = Path(__file__).resolve().parent
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def _number(value: float) -> str:
@@ -123,18 +124,9 @@ def main() -> None:
     files = sorted(options.results.glob("*.json"))
     if not files:
         sys.exit(f"{options.results} has no results; run bench/run.py first")
-    text = options.readme.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        sys.exit(f"{options.readme} needs one {BEGIN} line and one {END} line after it")
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     table = "\n\n".join(_section(one) for one in results if "figures" in one)
-    head, rest = text.split(BEGIN)
-    wanted = f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
-    if wanted == text:
-        return
-    if options.check:
-        sys.exit(f"{options.readme} is out of date; run python bench/table.py")
-    options.readme.write_text(wanted, encoding="utf-8")
+    write_marked(options.readme, "bench", table, check=options.check)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,19 @@ def random_logits(batch: int, vocab: int, seed: int) -> torch.Tensor:
 
 
 def similarity_rows(
-    embedding: torch.Tensor, anchor_ids: torch.Tensor, *, recipe: str, temperature: float
+    embedding: torch.Tensor,
+    anchor_ids: torch.Tensor,
+    *,
+    recipe: str,
+    temperature: float,
+    tokens: torch.Tensor | slice = slice(None),
 ) -> torch.Tensor:
-    """[V, A] in float64: the recipe's whole rows."""
+    """[V, A] in float64: the recipe's whole rows; with `tokens` [N, A], theirs alone."""
     rows = embedding.double()
     if recipe == "calibrated":
         rows = rows - rows[anchor_ids].mean(dim=0)
     rows = torch.nn.functional.normalize(rows, dim=1)
-    cosines = rows @ rows[anchor_ids].T
+    cosines = rows[tokens] @ rows[anchor_ids].T
     if recipe == "paper":
         cosines = torch.nn.functional.normalize(cosines, dim=1)
     return torch.softmax(temperature * cosines, dim=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guard import pytest_runtest_protocol  # noqa: F401  # a hook
 
 from deepen_ext import _core
 
@@ -26,12 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_device_is_there() -> None:
-    """`-m gpu` asks for a device: without one nothing is skipped in silence."""
+def _a_device_is_there(request: pytest.FixtureRequest) -> None:
+    """`-m gpu` asks for a device: without one nothing is skipped in silence, and the first test says why."""
+    missing = ""
     if not _core.cuda_compiled():
-        pytest.exit("this build of deepen-ext has no CUDA part: make gpu-build", returncode=3)
-    if not torch.cuda.is_available() or _core.cuda_device_count() == 0:
-        pytest.exit("no CUDA device: the tests marked gpu need one", returncode=3)
+        missing = "this build of deepen-ext has no CUDA part: make gpu-build"
+    elif not torch.cuda.is_available() or _core.cuda_device_count() == 0:
+        missing = "no CUDA device: the tests marked gpu need one"
+    if missing:
+        request.session.shouldfail = missing  # pytest.exit would lose the message under pytest-xdist
+        pytest.fail(missing, pytrace=False)
 
 
 @pytest.fixture

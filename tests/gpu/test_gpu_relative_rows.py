@@ -31,7 +31,7 @@ def test_against_float64(device, dtype, recipe, temperature, vocab, dim, anchors
     columns, values, rest = (one.cpu() for one in source.compute(tokens))
 
     assert bool((values[:, :-1] >= values[:, 1:]).all())
-    want = similarity_rows(embedding, anchor_ids, **settings)[tokens]
+    want = similarity_rows(embedding, anchor_ids, **settings, tokens=tokens)
     rtol = 2e-5 if dim < 100 else 1e-4  # the rounding of a cosine of `dim` terms, times the temperature
     torch.testing.assert_close(values.double(), want.topk(entries, dim=1).values, rtol=rtol, atol=1e-8)
     # Near ties may swap columns; the value at a named column is right all the same.
@@ -52,7 +52,8 @@ def test_many_ties_at_the_last_entry(device):
     directions = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
     embedding = directions[torch.randint(4, (9000,), generator=torch.Generator().manual_seed(5))]
     ids, tokens = torch.arange(9000), torch.arange(200)
-    whole = similarity_rows(embedding, ids, recipe="calibrated", temperature=40.0)[tokens]
+    settings = {"recipe": "calibrated", "temperature": 40.0}
+    whole = similarity_rows(embedding, ids, **settings, tokens=tokens)
     assert all(len(row.unique()) == 4 for row in whole), "these are no ties"
     want = whole.sort(dim=1, descending=True, stable=True).indices
     for entries in (1, 31, 250):
@@ -67,8 +68,9 @@ def test_scores_that_rise_or_fall(device, rising):
     angles = torch.cat([angles if rising else angles.flip(0), torch.linspace(-0.05, 0.05, 70).double()])
     embedding = torch.stack([angles.cos(), angles.sin()], dim=1).float()
     source = SimilarityRows(embedding.to(device), torch.arange(9000))
-    values = source.compute(torch.arange(9000, 9070)).values.cpu().double()
-    want = similarity_rows(embedding, torch.arange(9000), recipe="calibrated", temperature=40.0)[9000:]
+    tokens, settings = torch.arange(9000, 9070), {"recipe": "calibrated", "temperature": 40.0}
+    values = source.compute(tokens).values.cpu().double()
+    want = similarity_rows(embedding, torch.arange(9000), **settings, tokens=tokens)
     torch.testing.assert_close(values, want.topk(32, dim=1).values, rtol=2e-5, atol=1e-8)
 
 

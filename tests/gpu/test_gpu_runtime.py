@@ -12,7 +12,7 @@ import pytest
 import torch
 from library_cases import CASES, compiled_step
 from oracle import random_logits
-from test_gpu_step import random_map
+from test_gpu_step import random_map, shared_logits
 
 from deepen_ext import _core
 from deepen_ext.fusers import DeepenFuser
@@ -28,7 +28,7 @@ def fuser(device):
 
 
 def given(device, batch, seed):
-    return [random_logits(batch, vocab, seed=seed + i).to(device) for i, vocab in enumerate(VOCABS)]
+    return [shared_logits(batch, vocab, seed=seed + i).to(device) for i, vocab in enumerate(VOCABS)]
 
 
 @pytest.mark.parametrize("batch", [1, 5])

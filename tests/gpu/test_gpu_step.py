@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from golden_cases import golden_case, golden_names
@@ -18,6 +20,8 @@ from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
 PAIRS = [(32_000, 32_000), (49_152, 262_144), (128_256, 151_936)]
 
 
+# Made once in a process, and only read: the same vocabularies come with every dtype and batch.
+@cache
 def random_map(vocab: int, anchors: int, entries: int, seed: int) -> RelativeMap:
     """Rows of a real shape: random columns, falling values, some rows short, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +39,9 @@ def random_map(vocab: int, anchors: int, entries: int, seed: int) -> RelativeMap
     relative._known.fill_(True)
     relative.fill()
     return relative
+
+
+shared_logits = cache(random_logits)  # likewise
 
 
 @pytest.mark.parametrize("entries", [None, 7, 1, 60])
@@ -120,7 +127,7 @@ def test_fuse_like_the_twin(device, entries, count, candidates, min_probability)
 @pytest.mark.parametrize("batch", [1, 8, 33])
 @pytest.mark.parametrize("vocabs", PAIRS)
 def test_fuse_on_real_shapes(device, dtype, batch, vocabs):
-    logits = [random_logits(batch, vocab, seed=i).to(dtype) for i, vocab in enumerate(vocabs)]
+    logits = [shared_logits(batch, vocab, seed=i).to(dtype) for i, vocab in enumerate(vocabs)]
     maps = [random_map(vocab, 30_001, 32, seed=i) for i, vocab in enumerate(vocabs)]
     settings = {"learning_rate": 0.15, "candidates": 128, "min_probability": 1e-4}
     assert_step_like_the_twin(device, logits, maps, [0.5, 0.5], **settings)

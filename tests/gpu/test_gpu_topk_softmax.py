@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import random_logits
+from test_gpu_step import shared_logits
 from test_topk_softmax import DTYPES
 
 from deepen_ext import InputError, _core
@@ -30,7 +31,7 @@ def assert_like_the_twin(logits: torch.Tensor, k: int, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "vocab", "k"), SHAPES)
 def test_real_vocabularies(device, dtype, batch, vocab, k):
-    assert_like_the_twin(random_logits(batch, vocab, seed=vocab + k).to(dtype), k, device)
+    assert_like_the_twin(shared_logits(batch, vocab, seed=vocab + k).to(dtype), k, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +115,7 @@ def test_empty_batch(device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_every_time_and_in_any_batch(device, dtype):
-    logits = random_logits(64, 151_936, seed=1).to(dtype).to(device)
+    logits = shared_logits(64, 151_936, seed=1).to(dtype).to(device)
     first = topk_softmax(logits, 128)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, topk_softmax(logits, 128), strict=True))
