@@ -84,4 +84,11 @@ void prepare_kernel(const void* kernel, const char* file, int line);
 
 #define DEEPEN_STATIC_SHARED(type, name, count) __shared__ type name[count]
 
+namespace deepen {
+// Fetches the 128 bytes around an address into the L2 cache; nothing waits for it.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+}  // namespace deepen
+
 #endif

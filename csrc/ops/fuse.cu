@@ -1,20 +1,23 @@
 // fuse on CUDA: see fuse.h for what it computes. The whole step of all rows in one launch.
 //
 // Bytes: a row reads each member's k relative rows once (k * (8 m + 4)) and writes k logits: 2 * 33 KB at k =
-// 128, m = 32, two members. Operations: one hash look-up for each assistant's entry, then the search
-// (inverse_search.cu). Dense rows: (2 T + members) k |A| floats are read, by one block from L2.
+// 128, m = 32, two members. Operations: one look-up for each assistant's entry, then the search
+// (search_row.cuh). Dense rows: (2 T + members) k |A| floats are read, by one block from L2. A row takes one
+// multiprocessor a chain of dependent steps, far longer than its bytes or its arithmetic: loads are under way
+// before what they wait for is needed.
 //
-// Members' entries that hit one anchor are summed as 64-bit integers at scale 2^62 (masses are at most 1, so
-// the sum is exact to 2^-62 and no order matters), by two 32-bit atomics with the carry between them: shared
-// memory has no 64-bit integer add. All other sums run in an order of the data's own.
-// Launch: one block of 512 threads a row, shared memory as in inverse_search.cu.
+// Assistants' entries that hit one anchor are summed as integers, so that no order matters: multiples of
+// 2^-29, which cannot overflow because masses add up to 1, and apart from them what is left of each, at a
+// scale that as many terms as there are tokens fit: to 2^-50 with 2,048 tokens. All other sums run in an
+// order of the data's own. Launch: one block of 1,024 threads a row, shared memory as in search_row.cuh.
 #include "ops/fuse.h"
 
 #include "ops/search_row.cuh"
 
 namespace deepen {
 
-constexpr float kMassScale = 4611686018427387904.0f;  // 2^62
+constexpr float kMassScale = 536870912.0f;  // 2^29
+constexpr int kMassBits = 31;               // of a sum of remainders
 
 struct FuseScratch {
   SearchScratch search;
@@ -23,10 +26,25 @@ struct FuseScratch {
   float tails[kMaxMembers];
 };
 
-// How many of a member's tokens count, and the others' probability: a warp a member.
+// Asks for every member's rows of the row's tokens.
+__device__ __forceinline__ void prefetch_members(const FuseParams& params, int64_t b) {
+  int32_t t = int32_t(threadIdx.x);
+#pragma unroll 1
+  for (int32_t i = 0; i < params.member_count; ++i) {
+    const FuseMember& member = params.members[i];
+    const int32_t k = int32_t(member.k);
+#pragma unroll 1
+    for (; t < k; t += kSearchThreads) prefetch_row(member.rows, member.ids[b * k + t]);
+    t -= k;
+  }
+}
+
+// How many of a member's tokens count, and the others' probability: a warp a member, from the last on, while
+// the first ones wait for the logits.
 __device__ __forceinline__ void count_tokens(const FuseParams& params, int64_t b, FuseScratch* scratch) {
   const int lane = int(threadIdx.x) % 32;
-  for (int32_t i = int32_t(threadIdx.x) / 32; i < params.member_count; i += kSearchWarps) {
+#pragma unroll 1
+  for (int32_t i = kSearchWarps - 1 - int32_t(threadIdx.x) / 32; i < params.member_count; i += kSearchWarps) {
     const int32_t k = int32_t(params.members[i].k);
     const float* const probs = params.members[i].probs + b * k;
     int32_t counted = k;
@@ -34,6 +52,7 @@ __device__ __forceinline__ void count_tokens(const FuseParams& params, int64_t b
     if (params.min_probability > 0.0f) {
       // Sorted down: those below the bar are the last ones. The first counts in any case.
       int32_t below = 0;
+#pragma unroll 4
       for (int32_t t = lane; t < k; t += 32) {
         if (t == 0 || !(probs[t] < params.min_probability)) continue;
         rest += probs[t];
@@ -67,69 +86,93 @@ __device__ __forceinline__ float store_logit(const FuseParams& params, int64_t i
   return load_logit(params, index);
 }
 
-// Integer sums do not depend on the order of their terms.
-__device__ __forceinline__ void add_mass(const SearchState& row, int32_t width, int32_t anchor, float mass) {
-  const float within = fminf(fmaxf(mass, -1.0f), 1.0f);  // NaN only where a row's top-k failed
-  const uint64_t fixed = uint64_t(int64_t(within * kMassScale));
-  const uint32_t low = uint32_t(fixed), high = uint32_t(fixed >> 32);
-  const uint32_t before = atomicAdd(&row.mass[anchor], low);
-  const uint32_t carried = high + uint32_t(before + low < before);
-  if (carried != 0) atomicAdd(&row.mass[width + anchor], carried);
-}
+// An anchor's sum in two parts, which atomics of 32 bits add without looking at each other.
+struct Mass {
+  int32_t* whole;
+  int32_t* rest;
+  float rest_scale;
 
-// The average relative representation over the numbered anchors, and target_outside.
-__device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t b, int32_t width,
-                                              SearchState& row, FuseScratch* scratch) {
-  const AnchorIndex& index = row.index;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  for (int32_t a = int32_t(threadIdx.x); a < index.touched; a += kSearchThreads)
-    row.mass[a] = row.mass[width + a] = 0;
+  __device__ __forceinline__ void add(int32_t anchor, float mass) const {
+    const float scaled = mass * kMassScale;  // NaN only where a row's top-k failed
+    const int32_t rounded = __float2int_rn(scaled);
+    const int32_t left = __float2int_rn((scaled - float(rounded)) * rest_scale);
+    if (rounded != 0) atomicAdd(&whole[anchor], rounded);
+    if (left != 0) atomicAdd(&rest[anchor], left);
+  }
+  __device__ __forceinline__ float sum(int32_t anchor) const {
+    return (float(whole[anchor]) + float(rest[anchor]) / rest_scale) * (1.0f / kMassScale);
+  }
+};
+
+// The assistants' part of the average relative representation over the numbered anchors, and what all members
+// give to every anchor alike; target_outside.
+template <bool kShared>
+__device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t b, SearchState<kShared>& row,
+                                              FuseScratch* scratch) {
+  const auto& index = row.index;
+  const int lane = int(threadIdx.x) % 32;
+  int64_t tokens = 1;
+#pragma unroll 1
+  for (int32_t i = 1; i < params.member_count; ++i) tokens += params.members[i].k;
+  // A remainder is at most a half.
+  const float rest_scale = ldexpf(1.0f, kMassBits - (64 - __clzll(tokens)));
+  const Mass mass{row.mass, row.mass + index.touched, rest_scale};
+#pragma unroll 1
+  for (int32_t a = int32_t(threadIdx.x); a < 2 * index.touched; a += kSearchThreads) row.mass[a] = 0;
   __syncthreads();
-  float2 alike =
-      make_float2(0.0f, 0.0f);  // what every anchor gets, and what goes to anchors without a number
+  float2 alike = make_float2(0.0f, 0.0f);  // to every anchor, and to anchors without a number
+#pragma unroll 1
   for (int32_t i = 0; i < params.member_count; ++i) {
     const FuseMember& member = params.members[i];
     const float weight = params.weights[b * params.member_count + i];
-    if (weight == 0.0f) continue;
     const float* const probs = member.probs + b * member.k;
     if (threadIdx.x == 0) alike.x += weight * scratch->tails[i] / float(params.anchors);
     if (i == 0) {
-      for (int32_t t = warp; t < row.candidates; t += kSearchWarps) {
-        const float share = weight * probs[t];
-        if (lane == 0) alike.x += share * index.uniform[t];
-        for (int32_t j = lane; j < index.lengths[t]; j += 32) {
-          const int32_t e = t * index.pitch + j;
-          add_mass(row, width, index.numbers[e], share * index.excess[e]);
-        }
-      }
+#pragma unroll 1
+      for (int32_t t = int32_t(threadIdx.x); t < row.candidates; t += kSearchThreads)
+        alike.x += weight * probs[t] * index.uniform[t];
       continue;
     }
+    if (weight == 0.0f) continue;
     for_each_entry(
-        member.rows, member.ids + b * member.k, scratch->counted[i], params.anchors,
-        [&](int32_t t, int32_t, float uniform) {
-          if (lane == 0) alike.x += weight * probs[t] * uniform;
+        member.rows, member.ids + b * member.k, probs, scratch->counted[i], int32_t(params.anchors),
+        [&](int32_t, int32_t, float uniform, float prob) {
+          if (lane == 0) alike.x += weight * prob * uniform;
         },
-        [&](int32_t t, int32_t, int32_t column, float excess) {
-          const float mass = weight * probs[t] * excess;
+        [&](int32_t, int32_t, int32_t column, float excess, float prob) {
           const int32_t anchor = find(index, column);
           if (anchor >= 0) {
-            add_mass(row, width, anchor, mass);
+            mass.add(anchor, weight * prob * excess);
           } else {
-            alike.y += mass;
+            alike.y += weight * prob * excess;
           }
         });
   }
   alike = block_sum(alike, scratch->search.bases);  // its barrier ends the atomics too
-  for (int32_t a = int32_t(threadIdx.x); a < index.touched; a += kSearchThreads) {
-    const uint64_t fixed = uint64_t(row.mass[width + a]) << 32 | row.mass[a];
-    row.target[a] = float(int64_t(fixed)) * (1.0f / kMassScale) + alike.x;
-  }
+#pragma unroll 1
+  for (int32_t a = int32_t(threadIdx.x); a < index.touched; a += kSearchThreads)
+    row.target[a] = mass.sum(a) + alike.x;
   row.target_outside = alike.y + alike.x * float(params.anchors - index.touched);
+}
+
+// The main model's part, once its entries are grouped. Begins and ends in a barrier.
+template <bool kShared>
+__device__ __forceinline__ void add_main_target(const FuseParams& params, int64_t b,
+                                                const SearchState<kShared>& row) {
+  const float weight = params.weights[b * params.member_count];
+  const float* const probs = params.members[0].probs + b * params.members[0].k;
+#pragma unroll 1
+  for (int32_t t = int32_t(threadIdx.x); t < row.candidates; t += kSearchThreads)
+    row.probs[t] = weight * probs[t];
+  __syncthreads();
+  sum_by_anchor(row.index, row.probs, [&](int32_t a, float sum) { row.target[a] += sum; });
   __syncthreads();
 }
 
-__device__ __forceinline__ void target_dense(const FuseParams& params, int64_t b, const SearchState& row,
-                                             const FuseScratch* scratch) {
+template <bool kShared>
+__device__ __forceinline__ void target_dense(const FuseParams& params, int64_t b,
+                                             const SearchState<kShared>& row, const FuseScratch* scratch) {
+#pragma unroll 1
   for (int32_t a = int32_t(threadIdx.x); a < row.index.touched; a += kSearchThreads) {
     float target = 0.0f;
     for (int32_t i = 0; i < params.member_count; ++i) {
@@ -168,27 +211,30 @@ struct Better {
 };
 
 // `lowest` is the logit of the last of the top k before fusion: no token outside the top k is above it.
-__device__ __forceinline__ void write_back(const FuseParams& params, int64_t b, const SearchState& row,
-                                           SearchOrigin origin, float lowest, unsigned long long* scratch) {
+template <bool kShared>
+__device__ __forceinline__ void write_back(const FuseParams& params, int64_t b,
+                                           const SearchState<kShared>& row, SearchOrigin origin, float lowest,
+                                           unsigned long long* scratch) {
   const FuseMember& main = params.members[0];
   const int32_t k = int32_t(main.k);
   const int64_t vocab = main.rows.vocab, start = b * vocab;
   const unsigned long long worst = choice(-INFINITY, 0);
   unsigned long long best = worst;
+#pragma unroll 1
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
     const int32_t id = row.ids[t];
     if (id < 0) {
       params.fused[b * k + t] = NAN;
       continue;
     }
-    const float fused =
-        t < row.candidates ? from_search(row.logits[t], origin) : load_logit(params, start + id);
+    const float fused = t < row.candidates ? from_search(row.logits[t], origin) : row.logits[t];
     params.fused[b * k + t] = fused;
     best = Better{}(best, choice(store_logit(params, start + id, fused), id));
   }
   best = block_reduce(best, worst, Better{}, scratch);
   // Only if every candidate fell to the others' level can one of those win.
   if (k < vocab && best >> 32 <= choice(lowest, 0) >> 32) {
+#pragma unroll 1
     for (int32_t id = int32_t(threadIdx.x); id < vocab; id += kSearchThreads)
       best = Better{}(best, choice(load_logit(params, start + id), id));
     best = block_reduce(best, worst, Better{}, scratch);
@@ -206,40 +252,47 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   const int64_t b = blockIdx.x, start = b * main.rows.vocab;
   const int32_t k = int32_t(main.k);
   char* const base = kShared ? shared : static_cast<char*>(params.workspace) + b * row_bytes;
-  SearchState row = search_state(base, layout, k);
+  SearchState<kShared> row = search_state<kShared>(base, layout, k);
+  if constexpr (!kDense) {
+    prefetch_members(params, b);
+    clear_named(row.index);
+  }
   count_tokens(params, b, scratch);
-  const auto logit_of = [&](int32_t t) {
-    const int32_t id = main.ids[b * k + t];
-    return id >= 0 && id < main.rows.vocab ? load_logit(params, start + id) : 0.0f;
-  };
-  const SearchOrigin origin =
-      params.log_probs ? SearchOrigin{logit_of(0), logf(main.probs[b * k])} : SearchOrigin{0.0f, 0.0f};
+#pragma unroll 1
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
     const int32_t id = main.ids[b * k + t];
     const bool known = id >= 0 && id < main.rows.vocab;
     row.ids[t] = known ? id : -1;
-    row.logits[t] = to_search(logit_of(t), origin);
+    row.logits[t] = known ? load_logit(params, start + id) : 0.0f;
   }
+  const float first_prob = main.probs[b * k];
   __syncthreads();
-  row.candidates = row.index.candidates = scratch->counted[0];
   // log sum exp of the whole row follows from any token's logit and probability; take the largest.
-  row.tail_logit = row.logits[0] - logf(main.probs[b * k]) + logf(scratch->tails[0]);
-  const float lowest = logit_of(k - 1);
+  const float highest = row.logits[0], lowest = row.logits[k - 1];
+  const SearchOrigin origin =
+      params.log_probs ? SearchOrigin{highest, logf(first_prob)} : SearchOrigin{0.0f, 0.0f};
+  const float largest = to_search(highest, origin);
+  row.candidates = row.index.candidates = scratch->counted[0];
+  row.tail_logit = largest - logf(first_prob) + logf(scratch->tails[0]);
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads)
+    if (t < row.candidates) row.logits[t] = to_search(row.logits[t], origin);
 
-  if (kDense) {
+  if constexpr (kDense) {
     target_dense(params, b, row, scratch);
   } else {
-    number_anchors(row.index, main.rows, row.ids, params.anchors, scratch->search.firsts);
-    target_sparse(params, b, layout.width, row, scratch);
-    group_entries(row.index, scratch->search.groups);
+    number_anchors(row.index, main.rows, row.ids, int32_t(params.anchors), scratch->search.named);
+    target_sparse(params, b, row, scratch);
+    group_entries(row.index, group_scratch(row.index, scratch->search));
+    add_main_target(params, b, row);
   }
-  search<kDense>(row, main.rows, params.anchors, schedule, &scratch->search);
+  search<kDense>(row, main.rows, params.anchors, schedule, fmaxf(largest, row.tail_logit), &scratch->search);
   write_back(params, b, row, origin, lowest, scratch->best);
 }
 
 size_t fuse_cuda_workspace(const FuseMember& main, int64_t batch, int64_t anchors) {
-  // Which device it will run on, and so whether shared memory is enough, is not known here.
-  return size_t(batch) * search_row_bytes(search_layout(main.rows, main.k, anchors, 0));
+  return search_workspace(main.rows, batch, main.k, anchors);
 }
 
 template <bool kDense, bool kShared>
@@ -255,9 +308,8 @@ void fuse_cuda(const FuseParams& params, const AdamStep* steps, const Backend& b
   const FuseMember& main = params.members[0];
   DEEPEN_CHECK(params.batch <= INT32_MAX, "batch is ", params.batch, "; a CUDA grid takes up to 2^31 - 1");
   const size_t room = size_t(max_shared_bytes(backend.device)) - kStaticSharedBytes;
-  const SearchLayout layout = search_layout(main.rows, main.k, params.anchors, room);
+  const auto [layout, fits] = search_place(main.rows, main.k, params.anchors, room);
   const SearchSchedule schedule = search_schedule(steps, params.steps);
-  const bool fits = layout.bytes <= room;
   if (is_dense(main.rows)) {
     return fits ? launch<true, true>(params, layout, schedule, backend)
                 : launch<true, false>(params, layout, schedule, backend);

@@ -5,8 +5,8 @@
 // Both are far below what one multiprocessor does in a microsecond; what counts is the chain of dependent
 // steps, so all T of them run in one launch from shared memory.
 // Dense rows: 2 T K |A| floats are read, by one block from L2.
-// Launch: one block of 512 threads a row; arrays in shared memory (190 KB at K = 128, m = 32; 158 KB where
-// that is all there is) or, where they do not fit, in the workspace.
+// Launch: one block of 1,024 threads a row; arrays in shared memory (145 KB at K = 128, m = 32; 96 KB where
+// there is no more) or, where they do not fit, in the workspace.
 #include "ops/inverse_search.h"
 
 #include "ops/search_row.cuh"
@@ -22,41 +22,40 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   const int64_t b = blockIdx.x;
   const int32_t thread = int32_t(threadIdx.x), candidates = int32_t(params.candidates);
   char* const base = kShared ? shared : static_cast<char*>(params.workspace) + b * row_bytes;
-  SearchState row = search_state(base, layout, candidates);
+  SearchState<kShared> row = search_state<kShared>(base, layout, candidates);
+  if constexpr (!kDense) clear_named(row.index);
+  float largest = params.tail_logit[b];
   for (int32_t t = thread; t < candidates; t += kSearchThreads) {
     const int32_t id = params.ids[b * candidates + t];
     row.ids[t] = id >= 0 && id < params.rows.vocab ? id : -1;
     row.logits[t] = params.logits[b * candidates + t];
+    largest = fmaxf(largest, row.logits[t]);
   }
   row.tail_logit = params.tail_logit[b];
-  __syncthreads();
+  largest = block_reduce(largest, -INFINITY, Larger{}, scratch->largest);
 
   const float* const target = params.target + b * params.anchors;
   if (kDense) {
     for (int32_t a = thread; a < layout.width; a += kSearchThreads) row.target[a] = target[a];
   } else {
-    number_anchors(row.index, params.rows, row.ids, params.anchors, scratch->firsts);
-    for (int32_t slot = thread; slot < layout.capacity; slot += kSearchThreads) {
-      const int32_t column = row.index.slot_columns[slot];
-      if (column >= 0) row.target[row.index.slot_numbers[slot]] = target[column];
-    }
+    number_anchors(row.index, params.rows, row.ids, int32_t(params.anchors), scratch->named);
+    gather_named(row.index, target, row.target);
     __syncthreads();
     double inside = 0.0;
     for (int32_t a = thread; a < row.index.touched; a += kSearchThreads) inside += double(row.target[a]);
     inside = block_reduce(inside, 0.0, Plus{}, scratch->inside);
     row.target_outside = inside < 1.0 ? float(1.0 - inside) : 0.0f;
-    group_entries(row.index, scratch->groups);
+    group_entries(row.index, group_scratch(row.index, *scratch));
   }
 
-  search<kDense>(row, params.rows, params.anchors, schedule, scratch);
+  search<kDense>(row, params.rows, params.anchors, schedule, largest, scratch);
   for (int32_t t = thread; t < candidates; t += kSearchThreads)
     params.found[b * candidates + t] = row.ids[t] < 0 ? NAN : row.logits[t];
 }
 
 size_t inverse_search_cuda_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates,
                                      int64_t anchors) {
-  // Which device it will run on, and so whether shared memory is enough, is not known here.
-  return size_t(batch) * search_row_bytes(search_layout(rows, candidates, anchors, 0));
+  return search_workspace(rows, batch, candidates, anchors);
 }
 
 template <bool kDense, bool kShared>
@@ -71,9 +70,8 @@ void inverse_search_cuda(const InverseSearchParams& params, const AdamStep* step
   const DeviceGuard guard(backend.device);
   DEEPEN_CHECK(params.batch <= INT32_MAX, "batch is ", params.batch, "; a CUDA grid takes up to 2^31 - 1");
   const size_t room = size_t(max_shared_bytes(backend.device)) - kStaticSharedBytes;
-  const SearchLayout layout = search_layout(params.rows, params.candidates, params.anchors, room);
+  const auto [layout, fits] = search_place(params.rows, params.candidates, params.anchors, room);
   const SearchSchedule schedule = search_schedule(steps, params.steps);
-  const bool fits = layout.bytes <= room;
   if (is_dense(params.rows)) {
     return fits ? launch<true, true>(params, layout, schedule, backend)
                 : launch<true, false>(params, layout, schedule, backend);

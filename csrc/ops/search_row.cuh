@@ -4,14 +4,13 @@
 //
 // One step over sparse rows (K candidates of m entries) is two gathers: r by anchor over the grouped entries,
 // h by candidate over the row's own; K = 128, m = 32: 4,096 multiply-adds each, all from shared memory, and
-// four barriers. Over dense rows it reads K * |A| floats twice.
+// two barriers. Over dense rows it reads K * |A| floats twice.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "core/check.h"
-#include "core/column_index.h"
 #include "core/cuda.h"
 #include "ops/adamw.h"
 #include "ops/anchor_index.cuh"
@@ -29,94 +28,114 @@ struct SearchSchedule {
 
 static inline SearchSchedule search_schedule(const AdamStep* steps, int32_t count) {
   SearchSchedule schedule{};
+#pragma unroll 1
   for (int32_t i = 0; i < count; ++i) schedule.steps[i] = steps[i];
   schedule.count = count;
   return schedule;
 }
 
-// Offsets in bytes of a row's arrays.
+// Offsets in bytes of a row's arrays. Those of one brace share their memory, one after the other.
 struct SearchLayout {
   size_t ids, logits, probs, pull, first, second;  // [candidates]
   size_t lengths, uniform;                         // [candidates], sparse
   size_t numbers, excess;                          // [candidates * pitch], sparse
-  size_t target;                                   // [width]
-  size_t relative;                                 // [width], sparse: shares its memory with ranks
-  size_t slot_columns, slot_numbers;               // [capacity]; then, in the same memory:
-  size_t offsets, group_candidates, group_excess;
-  size_t mass;  // [2 * width] fixed-point target; then bits [words * width]
+  // { columns [candidates * pitch]; mass [2 * width]; target [width] and relative or bits [width] }
+  size_t target, relative;
+  size_t bits_room;                               // uint32s from `relative` on
+  size_t named, before;                           // { these, [named_words];
+  size_t starts, group_candidates, group_excess;  //   these, [width + 1] and [candidates * entries] }
+  size_t shared;                                  // [candidates * entries / 2]
   size_t bytes;
-  int32_t pitch, width, capacity, shift, words;
+  int32_t pitch, width, named_words;
 };
 
-static inline size_t reserve(size_t* used, int64_t count) {
-  const size_t start = *used;
-  *used += (size_t(count) * 4 + 15) / 16 * 16;
-  return start;
-}
-
-// `words` * 32 candidates are grouped in one pass.
+// `words` * 32 candidates are grouped in one pass, or more where few anchors are named.
+template <bool kShared>
 static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t candidates, int64_t anchors,
-                                              int32_t words) {
+                                              int64_t words) {
+  using Number = SearchNumber<kShared>;
   DEEPEN_CHECK(anchors < (1 << 30), "there are ", anchors, " anchors; a CUDA search takes up to 2^30");
   SearchLayout layout{};
   size_t used = 0;
+  const auto reserve = [&](int64_t count, size_t size) {
+    const size_t start = used;
+    used += (size_t(count) * size + 15) / 16 * 16;
+    return start;
+  };
   for (size_t* array : {&layout.ids, &layout.logits, &layout.probs, &layout.pull, &layout.first,
                         &layout.second, &layout.lengths, &layout.uniform}) {
-    *array = reserve(&used, candidates);
+    *array = reserve(candidates, 4);
   }
   if (is_dense(rows)) {
     layout.width = int32_t(anchors);
-    layout.target = reserve(&used, anchors);
-    layout.relative = reserve(&used, anchors);
+    layout.target = reserve(anchors, 4);
+    layout.relative = reserve(anchors, 4);
     layout.bytes = used;
     return layout;
   }
-  // Eight candidates side by side (pull_sparse) then meet all 32 banks.
-  const int64_t pitch = rows.entries % 32 == 0 ? rows.entries + 4 : rows.entries;
-  const int64_t entries = candidates * pitch;
-  DEEPEN_CHECK(entries < (1 << 29), "the search has ", candidates, " candidates with ", rows.entries,
-               " entries; a CUDA search takes up to 2^29 entries a row");
-  const int64_t named = candidates * rows.entries;
-  layout.pitch = int32_t(pitch);
-  layout.width = int32_t(named < anchors ? named : anchors);
-  layout.capacity = column_index_capacity(layout.width);
-  layout.shift = 32 - __builtin_ctz(uint32_t(layout.capacity));
-  layout.words = words;
-  layout.numbers = reserve(&used, entries);
-  layout.excess = reserve(&used, entries);
-  layout.target = reserve(&used, layout.width);
-  layout.mass = reserve(&used, int64_t(layout.width) * (words > 2 ? words : 2));
-  size_t early = used, late = used;
-  layout.slot_columns = reserve(&early, layout.capacity);
-  layout.slot_numbers = reserve(&early, layout.capacity);
-  layout.offsets = reserve(&late, layout.width + 1);
-  layout.group_candidates = reserve(&late, named);
-  layout.group_excess = reserve(&late, named);
-  layout.relative = reserve(&late, entries);
-  layout.bytes = early > late ? early : late;
+  const int64_t entries = candidates * rows.entries;
+  DEEPEN_CHECK(entries < (1 << 28), "the search has ", candidates, " candidates with ", rows.entries,
+               " entries; a CUDA search takes up to 2^28 entries a row");
+  layout.pitch = int32_t(rows.entries);
+  layout.width = int32_t(entries < anchors ? entries : anchors);
+  layout.named_words = int32_t((anchors + 31) / 32);
+  layout.numbers = reserve(entries, sizeof(Number));
+  layout.excess = reserve(entries, 4);
+  layout.shared = reserve(entries / 2, sizeof(Number));
+
+  const size_t early = used;
+  layout.starts = reserve(layout.width + 1, sizeof(Number));
+  layout.group_candidates = reserve(entries, sizeof(Number));
+  layout.group_excess = reserve(entries, 4);
+  const size_t late = used;
+  used = early;
+  layout.named = reserve(layout.named_words, 4);
+  layout.before = reserve(layout.named_words, sizeof(Number));
+  used = late > used ? late : used;
+
+  layout.target = reserve(layout.width, 4);
+  layout.relative = used;
+  const int64_t staged = entries - int64_t(layout.relative - layout.target) / 4;  // columns beyond the target
+  layout.bits_room = size_t(layout.width) * size_t(words);
+  if (int64_t(layout.bits_room) < staged) layout.bits_room = size_t(staged);
+  reserve(int64_t(layout.bits_room), 4);
+  layout.bytes = used;
   return layout;
 }
 
-// The layout of the arrays in `shared_bytes` if they fit, else in the workspace (then larger than that).
-static inline SearchLayout search_layout(const RelativeRows& rows, int64_t candidates, int64_t anchors,
-                                         size_t shared_bytes) {
-  const SearchLayout fast = search_layout_with(rows, candidates, anchors, 4);
-  if (fast.bytes <= shared_bytes) return fast;
-  const SearchLayout small = search_layout_with(rows, candidates, anchors, 2);
-  return small.bytes <= shared_bytes ? small : fast;
+// The arrays in `shared_bytes` with as few passes of group_entries as fit, else in the workspace (then larger
+// than that).
+struct SearchPlace {
+  SearchLayout layout;
+  bool shared;
+};
+static inline SearchPlace search_place(const RelativeRows& rows, int64_t candidates, int64_t anchors,
+                                       size_t shared_bytes) {
+  for (int64_t words : {4, 2, 1}) {
+    const SearchLayout layout = search_layout_with<true>(rows, candidates, anchors, words);
+    if (layout.bytes <= shared_bytes) return {layout, true};
+  }
+  return {search_layout_with<false>(rows, candidates, anchors, 4), false};
 }
 
 // Rows of the workspace start at multiples of this.
 static inline size_t search_row_bytes(const SearchLayout& layout) { return (layout.bytes + 127) / 128 * 128; }
 
+// Which device it will run on, and so whether shared memory is enough, is not known here.
+static inline size_t search_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates,
+                                      int64_t anchors) {
+  return size_t(batch) * search_row_bytes(search_layout_with<false>(rows, candidates, anchors, 4));
+}
+
+template <bool kShared>
 struct SearchState {
-  AnchorIndex index;  // of sparse rows
+  AnchorIndex<SearchNumber<kShared>> index;  // of sparse rows
   int32_t candidates;
   int32_t* ids;  // -1 for one outside the vocabulary, as of a row whose top-k failed
   float *logits, *probs, *pull, *first, *second;
   float* target;    // [touched] or, with dense rows, [anchors]
   float* relative;  // likewise: target / r - 1
-  uint32_t* mass;   // [2 * width] fuse's target as 64-bit integers, low words and high words
+  int32_t* mass;    // [2 * touched] fuse's target as integers
   float tail_logit;
   float target_outside;  // the target's mass on anchors no candidate names
 };
@@ -124,13 +143,23 @@ struct SearchState {
 struct SearchScratch {
   float largest[kMaxWarps];
   float2 sums[kMaxWarps], pulls[kMaxWarps], bases[kMaxWarps];
-  int32_t firsts[kMaxWarps], groups[kMaxWarps];
+  float errors, mean;
+  int32_t named[kMaxWarps];
+  uint64_t groups[kMaxWarps];
   double inside[kMaxWarps];
 };
 
-__device__ __forceinline__ SearchState search_state(char* base, const SearchLayout& layout,
-                                                    int32_t candidates) {
-  SearchState row;
+template <class Number>
+__device__ __forceinline__ GroupSum<Number>* group_scratch(const AnchorIndex<Number>&,
+                                                           SearchScratch& scratch) {
+  return reinterpret_cast<GroupSum<Number>*>(scratch.groups);
+}
+
+template <bool kShared>
+__device__ __forceinline__ SearchState<kShared> search_state(char* base, const SearchLayout& layout,
+                                                             int32_t candidates) {
+  using Number = SearchNumber<kShared>;
+  SearchState<kShared> row;
   row.candidates = row.index.candidates = candidates;
   row.ids = reinterpret_cast<int32_t*>(base + layout.ids);
   row.logits = reinterpret_cast<float*>(base + layout.logits);
@@ -140,25 +169,26 @@ __device__ __forceinline__ SearchState search_state(char* base, const SearchLayo
   row.second = reinterpret_cast<float*>(base + layout.second);
   row.target = reinterpret_cast<float*>(base + layout.target);
   row.relative = reinterpret_cast<float*>(base + layout.relative);
-  row.mass = reinterpret_cast<uint32_t*>(base + layout.mass);
+  row.mass = reinterpret_cast<int32_t*>(base + layout.target);
   row.tail_logit = row.target_outside = 0.0f;
-  AnchorIndex& index = row.index;
+  auto& index = row.index;
   index.pitch = layout.pitch;
-  index.capacity = layout.capacity;
-  index.shift = layout.shift;
-  index.words = layout.words;
+  index.named_words = layout.named_words;
+  index.bits_room = int32_t(layout.bits_room);
   index.touched = layout.width;  // of dense rows; number_anchors counts those of sparse rows
+  index.shared_count = 0;
   index.lengths = reinterpret_cast<int32_t*>(base + layout.lengths);
   index.uniform = reinterpret_cast<float*>(base + layout.uniform);
-  index.numbers = reinterpret_cast<int32_t*>(base + layout.numbers);
+  index.numbers = reinterpret_cast<Number*>(base + layout.numbers);
   index.excess = reinterpret_cast<float*>(base + layout.excess);
-  index.slot_columns = reinterpret_cast<int32_t*>(base + layout.slot_columns);
-  index.slot_numbers = reinterpret_cast<int32_t*>(base + layout.slot_numbers);
-  index.offsets = reinterpret_cast<int32_t*>(base + layout.offsets);
-  index.group_candidates = reinterpret_cast<int32_t*>(base + layout.group_candidates);
+  index.columns = reinterpret_cast<int32_t*>(base + layout.target);
+  index.named = reinterpret_cast<uint32_t*>(base + layout.named);
+  index.before = reinterpret_cast<Number*>(base + layout.before);
+  index.starts = reinterpret_cast<Number*>(base + layout.starts);
+  index.group_candidates = reinterpret_cast<Number*>(base + layout.group_candidates);
   index.group_excess = reinterpret_cast<float*>(base + layout.group_excess);
-  index.ranks = reinterpret_cast<int32_t*>(base + layout.relative);
-  index.bits = row.mass;
+  index.shared = reinterpret_cast<Number*>(base + layout.shared);
+  index.bits = reinterpret_cast<uint32_t*>(base + layout.relative);
   return row;
 }
 
@@ -169,124 +199,152 @@ constexpr float kSmallestRelative = 1e-30f;
 // saves the digits it would cost where r is near the target.
 __device__ __forceinline__ float relative_error(float target, float r) {
   r = fmaxf(r, kSmallestRelative);
-  return (target - r) / r;
+  return __fdividef(target - r, r);
 }
 
-// relative = target / r - 1; returns this thread's part of its sum. probs hold exp(z - largest), `scale`
-// turns them into probabilities, `base` is what every anchor gets alike.
-__device__ __forceinline__ float relative_sparse(const SearchState& row, float scale, float base) {
-  const AnchorIndex& index = row.index;
-  float errors = 0.0f;
-  for (int32_t a = int32_t(threadIdx.x); a < index.touched; a += kSearchThreads) {
-    float r = 0.0f;
-    const int32_t end = index.offsets[a + 1];
-#pragma unroll 4
-    for (int32_t i = index.offsets[a]; i < end; ++i)
-      r += row.probs[index.group_candidates[i]] * index.group_excess[i];
-    row.relative[a] = relative_error(row.target[a], base + scale * r);
-    errors += row.relative[a];
-  }
-  return errors;
-}
-
-__device__ __forceinline__ float relative_dense(const SearchState& row, const RelativeRows& rows, float scale,
-                                                float base) {
-  float errors = 0.0f;
+// visit(a, sum_t probs[t] * values[t, a]) for each anchor of dense rows.
+template <class State, class Visit>
+__device__ __forceinline__ void sum_by_column(const State& row, const RelativeRows& rows, Visit visit) {
+#pragma unroll 1
   for (int32_t a = int32_t(threadIdx.x); a < row.index.touched; a += kSearchThreads) {
-    float r = 0.0f;
+    float sum = 0.0f;
 #pragma unroll 8
     for (int32_t t = 0; t < row.candidates; ++t)
-      r += row.probs[t] * rows.values[int64_t(max(row.ids[t], 0)) * rows.entries + a];
-    row.relative[a] = relative_error(row.target[a], base + scale * r);
-    errors += row.relative[a];
+      sum += row.probs[t] * rows.values[int64_t(max(row.ids[t], 0)) * rows.entries + a];
+    visit(a, sum);
   }
-  return errors;
 }
 
-// h - 1 of all candidates into row.pull, without the uniform part; returns this thread's part of
-// sum_t probs_t h_t. Four lanes a candidate.
-__device__ __forceinline__ float pull_sparse(const SearchState& row) {
-  const AnchorIndex& index = row.index;
-  const int32_t part = int32_t(threadIdx.x) % 4;
-  float pulled = 0.0f;
-  for (int32_t first = 0; first < row.candidates; first += kSearchThreads / 4) {
-    const int32_t t = first + int32_t(threadIdx.x) / 4;
-    const int32_t length = t < row.candidates ? index.lengths[t] : 0;
-    float h = 0.0f;
-#pragma unroll 4
-    for (int32_t j = part; j < length; j += 4)
-      h += index.excess[t * index.pitch + j] * row.relative[index.numbers[t * index.pitch + j]];
-    h += __shfl_xor_sync(kWholeWarp, h, 1);
-    h += __shfl_xor_sync(kWholeWarp, h, 2);
-    if (part == 0 && t < row.candidates) {
-      row.pull[t] = h;
-      pulled += row.probs[t] * h;
-    }
-  }
-  return pulled;
-}
+// Lane `part`'s share of h_t - 1 without the uniform part, of kPullLanes lanes. Candidates side by side begin
+// with different entries: their rows begin in the same bank of shared memory.
+template <bool kDense>
+constexpr int kPullLanes = kDense ? 32 : 8;
 
-// A warp a candidate.
-__device__ __forceinline__ float pull_dense(const SearchState& row, const RelativeRows& rows) {
-  const int lane = int(threadIdx.x) % 32;
-  float pulled = 0.0f;
-  for (int32_t t = int32_t(threadIdx.x) / 32; t < row.candidates; t += kSearchWarps) {
+template <bool kDense, class State>
+__device__ __forceinline__ float pull_part(const State& row, const RelativeRows& rows, int32_t t,
+                                           int32_t part) {
+  constexpr int kLanes = kPullLanes<kDense>;
+  float h = 0.0f;
+  if (kDense) {
     const float* const values = rows.values + int64_t(max(row.ids[t], 0)) * rows.entries;
-    float h = 0.0f;
 #pragma unroll 8
-    for (int32_t a = lane; a < row.index.touched; a += 32) h += values[a] * row.relative[a];
-    h = warp_reduce(h, Plus{});
-    if (lane == 0) {
-      row.pull[t] = h;
-      pulled += row.probs[t] * h;
+    for (int32_t a = part; a < row.index.touched; a += kLanes) h += values[a] * row.relative[a];
+  } else {
+    const auto& index = row.index;
+    const int32_t length = index.lengths[t], runs = (length + kLanes - 1) / kLanes;
+    const int32_t start = t * index.pitch + part, skipped = runs > 0 ? t % runs : 0;
+#pragma unroll 2
+    for (int32_t i = 0; i < runs; ++i) {
+      const int32_t j = kLanes * (i + skipped < runs ? i + skipped : i + skipped - runs);
+      if (j + part < length) h += index.excess[start + j] * row.relative[index.numbers[start + j]];
     }
   }
-  return pulled;
+  return h;
 }
 
 // T steps on row.logits. logits, target (and, with sparse rows, the groups) were written before the last
-// barrier. A candidate's logit and moments belong to one thread, so they need none at the end of a step.
-template <bool kDense>
-__device__ __forceinline__ void search(const SearchState& row, const RelativeRows& rows, int64_t anchors,
-                                       const SearchSchedule& schedule, SearchScratch* scratch) {
-  const int32_t candidates = row.candidates, thread = int32_t(threadIdx.x);
+// barrier; `largest` is the largest of logits and tail_logit. Ends in a barrier.
+//
+// A step has three parts, a barrier after each: candidates' weights, by as many warps as they fill; r and
+// target / r - 1, by anchor; h, by candidate. exp(z - largest) takes the largest of the step before, as
+// weight decay moves it: beside that a step moves a logit by a few times the learning rate at most, and what
+// all share cancels. The mean of h needs no sum over candidates: sum_t p_t h_t = sum_a (target / r - 1)_a
+// r_a.
+template <bool kDense, bool kShared>
+__device__ __forceinline__ void search(const SearchState<kShared>& row, const RelativeRows& rows,
+                                       int64_t anchors, const SearchSchedule& schedule, float largest,
+                                       SearchScratch* scratch) {
+  constexpr int kLanes = kPullLanes<kDense>;
+  const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int32_t candidates = row.candidates, weighing = min((candidates + 31) / 32, kSearchWarps);
   const float all = float(anchors), outside = float(anchors - row.index.touched);
-  for (int32_t t = thread; t < candidates; t += kSearchThreads) row.first[t] = row.second[t] = 0.0f;
-  for (int32_t step = 0; step < schedule.count; ++step) {
-    float largest = row.tail_logit;
-    for (int32_t t = thread; t < candidates; t += kSearchThreads) largest = fmaxf(largest, row.logits[t]);
-    largest = warp_reduce(largest, Larger{});
-    if (thread % 32 == 0) scratch->largest[thread / 32] = largest;
-    __syncthreads();
-    largest = warp_reduce(scratch->largest[thread % kSearchWarps], Larger{});
-
-    float2 sums = make_float2(0.0f, 0.0f);  // of exp(z - largest), and of that times u
-    for (int32_t t = thread; t < candidates; t += kSearchThreads) {
-      const float e = expf(row.logits[t] - largest);
-      row.probs[t] = e;
-      sums.x += e;
-      if (!kDense) sums.y += e * row.index.uniform[t];
+  float scale = 0.0f;
+#pragma unroll 1
+  for (int32_t step = 0;; ++step) {
+    if (warp < weighing) {
+      if (step > 0) {
+        const float highest = warp_reduce(lane < weighing ? scratch->largest[lane] : -INFINITY, Larger{});
+        largest = fmaxf(highest * schedule.steps[step - 1].keep, row.tail_logit);
+        __syncwarp();  // read by all before one writes anew
+      }
+      float2 sums = make_float2(0.0f, 0.0f);  // of exp(z - largest), and of that times u
+      float highest = -INFINITY;
+#pragma unroll 1
+      for (int32_t t = thread; t < candidates; t += 32 * weighing) {
+        float logit = row.logits[t];
+        if (step == 0) {
+          row.first[t] = row.second[t] = 0.0f;
+        } else {
+          float pull = row.pull[t];
+          if (!kDense) pull += row.index.uniform[t] * scratch->errors;
+          const float gradient = -(row.probs[t] * scale / all) * (pull - scratch->mean);
+          adam_update(gradient, schedule.steps[step - 1], &row.first[t], &row.second[t], &logit);
+          row.logits[t] = logit;
+        }
+        const float e = expf(logit - largest);
+        row.probs[t] = e;
+        sums.x += e;
+        if (!kDense) sums.y += e * row.index.uniform[t];
+        highest = fmaxf(highest, logit);
+      }
+      if (thread == 0) {  // the tail is spread evenly
+        const float tail = expf(row.tail_logit - largest);
+        sums.x += tail;
+        sums.y += tail / all;
+      }
+      sums = warp_sum(sums);
+      highest = warp_reduce(highest, Larger{});
+      if (lane == 0) {
+        scratch->sums[warp] = sums;
+        scratch->largest[warp] = highest;
+      }
     }
-    sums = block_sum(sums, scratch->sums);
-    const float tail = expf(row.tail_logit - largest);
-    const float scale = 1.0f / (sums.x + tail);
-    const float base = (tail / all + sums.y) * scale;  // what an anchor nobody names has
-
-    float2 pulls;  // of target / r - 1, and of probs * h
-    pulls.x = kDense ? relative_dense(row, rows, scale, base) : relative_sparse(row, scale, base);
     __syncthreads();
-    pulls.y = kDense ? pull_dense(row, rows) : pull_sparse(row);
-    pulls = block_sum(pulls, scratch->pulls);
-    const float r = fmaxf(base, kSmallestRelative);
-    const float errors = pulls.x + (outside > 0.0f ? (row.target_outside - outside * r) / r : 0.0f);
-    const float mean = scale * pulls.y + errors * base;
+    if (step == schedule.count) break;
 
-    const AdamStep now = schedule.steps[step];
-    for (int32_t t = thread; t < candidates; t += kSearchThreads) {
-      const float pull = kDense ? row.pull[t] : row.pull[t] + row.index.uniform[t] * errors;
-      const float gradient = -(row.probs[t] * scale / all) * (pull - mean);
-      adam_update(gradient, now, &row.first[t], &row.second[t], &row.logits[t]);
+    float2 sums = scratch->sums[0];
+#pragma unroll 1
+    for (int32_t w = 1; w < weighing; ++w) {
+      sums.x += scratch->sums[w].x;
+      sums.y += scratch->sums[w].y;
     }
+    scale = 1.0f / sums.x;
+    const float base = sums.y * scale;       // what an anchor nobody names has
+    float2 pulls = make_float2(0.0f, 0.0f);  // of target / r - 1, and of that times r without its base
+    const auto compare = [&](int32_t a, float r) {
+      const float error = relative_error(row.target[a], base + scale * r);
+      row.relative[a] = error;
+      pulls.x += error;
+      pulls.y += error * r;
+    };
+    if constexpr (kDense) {
+      sum_by_column(row, rows, compare);
+    } else {
+      sum_by_anchor(row.index, row.probs, compare);
+    }
+    pulls = warp_sum(pulls);
+    if (lane == 0) scratch->pulls[warp] = pulls;
+    __syncthreads();
+
+#pragma unroll 1
+    for (int32_t first = 0; first < candidates; first += kSearchThreads / kLanes) {
+      const int32_t t = first + thread / kLanes;
+      float pull = t < candidates ? pull_part<kDense>(row, rows, t, thread % kLanes) : 0.0f;
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2)
+        pull += __shfl_xor_sync(kWholeWarp, pull, distance);
+      if (thread % kLanes == 0 && t < candidates) row.pull[t] = pull;
+    }
+    if (warp == kSearchWarps - 1) {  // the candidates of the last warp are the last to be there
+      pulls = warp_sum(lane < kSearchWarps ? scratch->pulls[lane] : make_float2(0.0f, 0.0f));
+      const float r = fmaxf(base, kSmallestRelative);
+      const float errors = pulls.x + (outside > 0.0f ? (row.target_outside - outside * r) / r : 0.0f);
+      if (lane == 0) {
+        scratch->errors = errors;
+        scratch->mean = scale * pulls.y + errors * base;
+      }
+    }
+    __syncthreads();
   }
 }
 

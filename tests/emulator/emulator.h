@@ -355,6 +355,10 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline int __float2int_rn(float x) {  // saturates; NaN becomes 0
+  if (x != x) return 0;
+  return x >= 2147483648.0f ? INT32_MAX : x < -2147483648.0f ? INT32_MIN : int(rintf(x));
+}
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
@@ -368,6 +372,10 @@ template <class T>
 inline T max(T a, T b) {
   return a < b ? b : a;
 }
+
+namespace deepen {
+inline void prefetch_l2(const void*) {}
+}  // namespace deepen
 
 template <class T>
 inline T __ldg(const T* address) {
