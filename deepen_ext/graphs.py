@@ -138,10 +138,13 @@ def take_room(member: Member, rows: int, capacity: int) -> Room:
     with _lock:
         room = _idle.pop(member.model, None)
     weights = hash(tuple(one.data_ptr() for one in member.model.parameters()))
-    same = room is not None and (room.cache.rows, room.weights) == (rows, weights)
-    if room is not None and same and room.cache.slots > capacity:
+    stays = room is not None and room.weights == weights
+    if room is not None and stays and room.cache.rows == rows and room.cache.slots > capacity:
         return room
-    stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    if room is not None and stays:  # cuBLAS keeps a workspace for each stream that was ever used
+        stream = room.stream
+    else:
+        stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream, weights)
 
 

@@ -185,6 +185,10 @@ def test_the_next_session_replays_the_same_graphs(device: str) -> None:
         for ids, got in zip(targets.values(), logits, strict=True):
             torch.testing.assert_close(got, fresh(member, ids), atol=2e-3, rtol=1e-3)
     assert set(captured) <= set(second._room.steps.captured)
+    second.close()
+    third = BatchSession(member, 3)  # another room, on the same stream: cuBLAS keeps a workspace for each
+    assert third._room is not room
+    assert third._room.stream is room.stream
 
 
 def test_room_that_grows_drops_its_graphs(device: str) -> None:
