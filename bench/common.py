@@ -217,7 +217,7 @@ def environment() -> dict[str, Any]:
             "compiler": _compiler(),
         },
         "torch_threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD") or "unknown",
+        "commit": git("rev-parse", "HEAD") or os.environ.get("DEEPEN_COMMIT", "unknown"),
         "dirty": bool(changed),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

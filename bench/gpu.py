@@ -12,19 +12,30 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, check_equal, environment, spread
+from common import Figure, check_equal, spread
 from demo_rows import FILE as DEMO_ROWS
-from gpu_clock import DEVICE, Baseline, Bench, bandwidth, events, graph_of, in_a_graph, pause, plain
-from gpu_decode import decode_figures
+from gpu_clock import (
+    DEVICE,
+    Baseline,
+    Bench,
+    bandwidth,
+    events,
+    file_stem,
+    gpu_environment,
+    graph_of,
+    in_a_graph,
+    pause,
+    plain,
+)
 from safetensors.torch import load_file
 
 from deepen_ext import RelativeMap, _core, ops, reference
@@ -170,8 +181,7 @@ def random_pair(bench: Bench, name: str) -> Pair:
         pause()
         taken = 1e3 * (time.perf_counter() - start)
         title = f"filling a map at load, V {vocab:,}, {anchors:,} anchors, d {DIM}, bfloat16"
-        bench.figures.append(Figure(title, taken, "ms", (taken, taken), 1, note="once, wall clock"))
-        print(f"{title}: {taken:.0f} ms", flush=True)
+        bench.keep(Figure(title, taken, "ms", (taken, taken), 1, note="once, wall clock"))
         maps.append(relative)
     return Pair(name, maps)
 
@@ -320,22 +330,6 @@ def time_paper(bench: Bench, made: Callable[[], Pair], anchors: int, name: str) 
         bench.beside(name, Baseline(f"{title}, gradient by formula, torch.compile", times))
 
 
-def gpu_environment(bytes_a_second: float) -> dict[str, Any]:
-    """`common.environment` with the card in the processor's place."""
-    found = environment()
-    card = torch.cuda.get_device_properties(0)
-    found["machine"]["gpu"] = {
-        "name": card.name,
-        "multiprocessors": card.multi_processor_count,
-        "memory_gb": round(card.total_memory / 1e9, 1),
-        "l2_mb": round(card.L2_cache_size / 1e6, 1),
-        "bandwidth_gb_s": round(bytes_a_second / 1e9),
-        "capability": f"{card.major}.{card.minor}",
-    }
-    found["versions"]["cuda"] = torch.version.cuda
-    return found
-
-
 Given = tuple[Pair, Callable[[int], list[torch.Tensor]]]  # what fuses, and logits of a batch
 
 
@@ -357,7 +351,7 @@ def run(bench: Bench) -> None:
     """Every case; what has a budget first, slow baselines last."""
     times = events(graph_of(lambda: torch.cuda._sleep(1)).replay, 200)
     title = "a graph of one kernel that does nothing"
-    bench.figures.append(Figure(title, statistics.median(times), "µs", spread(times), len(times)))
+    bench.keep(Figure(title, statistics.median(times), "µs", spread(times), len(times)))
     for vocab, batch, dtype, name in topk_cases():
         bench.case(name, partial(time_topk, bench, vocab, batch, dtype, name))
     pair_of = cache(partial(random_pair, bench))
@@ -380,12 +374,6 @@ def run(bench: Bench) -> None:
     for count, vocab, anchors in ((128, 262_144, 46_146), (4096, 262_144, 46_146)):
         name = f"relative_rows, {count} tokens, {anchors:,} anchors, d {DIM}, bfloat16"
         bench.case(name, partial(time_relative_rows, bench, count, vocab, anchors, name))
-
-    def decode() -> None:
-        torch.cuda.empty_cache()
-        bench.figures.extend(decode_figures(torch.device(DEVICE)))
-
-    bench.case("decoding", decode, seconds=60)
     for vocab, batch, dtype, name in topk_cases():
         if dtype == torch.float32 and batch in (1, 32):
             title = f"torch.compile beside {name}"
@@ -407,10 +395,11 @@ def main() -> None:
         parser.exit(3, "bench/gpu.py needs a CUDA device and a build with the CUDA part (make gpu-build)\n")
 
     start = time.perf_counter()
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice on the baselines, many lines each
     torch.backends.cuda.matmul.allow_tf32 = False
     rate = bandwidth()
     card = torch.cuda.get_device_properties(0)
-    file = options.results / f"{re.sub(r'[^a-z0-9]+', '-', card.name.lower()).strip('-')}.json"
+    file = options.results / f"{file_stem()}.json"
     flush = torch.zeros(card.L2_cache_size // 2, dtype=torch.float32, device=DEVICE)
     ends_at = start + 60 * options.minutes
     bench = Bench(file, gpu_environment(rate), rate, flush, ends_at, options.only)
@@ -420,7 +409,7 @@ def main() -> None:
     print(f"wrote {file}, {time.perf_counter() - start:.0f} s")
     for one in bench.skipped:
         print(f"not measured: {one}")
-    missed = [one.name for one in bench.figures if one.met is False]
+    missed = list(dict.fromkeys(one.name for one in bench.figures if one.met is False))
     print("over budget: " + "; ".join(missed) if missed else "every budget met")
     if bench.failed:
         parser.exit(1, "failed: " + "\n".join(bench.failed) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, percentile, spread, write_json
+from common import Figure, environment, percentile, spread, write_json
 
 DEVICE = "cuda:0"
 IN_GRAPH = 20  # calls in the graph of a warm figure
@@ -90,6 +90,27 @@ def plain(call: Callable[[], object], repetitions: int = 20, calls: int = 20) ->
     return times[2:]
 
 
+def gpu_environment(bytes_a_second: float) -> dict[str, Any]:
+    """`common.environment` with the card in the processor's place."""
+    found = environment()
+    card = torch.cuda.get_device_properties(0)
+    found["machine"]["gpu"] = {
+        "name": card.name,
+        "multiprocessors": card.multi_processor_count,
+        "memory_gb": round(card.total_memory / 1e9, 1),
+        "l2_mb": round(card.L2_cache_size / 1e6, 1),
+        "bandwidth_gb_s": round(bytes_a_second / 1e9),
+        "capability": f"{card.major}.{card.minor}",
+    }
+    found["versions"]["cuda"] = torch.version.cuda
+    return found
+
+
+def file_stem() -> str:
+    """What the files of the card's results begin with."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
+
+
 @dataclass(frozen=True)
 class Baseline:
     """What ours is compared with, timed once for all of ours' ways."""
@@ -109,6 +130,7 @@ class Bench:
     flush: torch.Tensor  # twice the L2 cache; read, so that no dirty line is written back while we time
     ends_at: float  # of time.perf_counter
     only: str = ""  # a regular expression: the cases to run
+    group: str = "gpu"  # what the file has the figures under
     figures: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -134,8 +156,14 @@ class Bench:
             pause()  # raises again if the device is lost
         self.write()
 
+    def keep(self, figure: Figure) -> None:
+        """Say it, and write it down at once."""
+        print(line(figure), flush=True)
+        self.figures.append(figure)
+        self.write()
+
     def write(self) -> None:
-        figures = {"gpu": [one.as_dict() for one in self.figures]}
+        figures = {self.group: [one.as_dict() for one in self.figures]}
         found = {**self.environment, "figures": figures, "skipped": self.skipped, "failed": self.failed}
         write_json(self.file, found)
 
@@ -199,9 +227,16 @@ class Bench:
         print(f"    {baseline.name}: {theirs:.1f} µs, {theirs / ours[0].value:.1f} times ours", flush=True)
 
 
+def line(figure: Figure) -> str:
+    """What is printed of a figure."""
+    return f"{figure.name}: {figure.value:.3f} {figure.unit}" + (f"; {figure.note}" if figure.note else "")
+
+
 def _beside(figure: Figure, baseline: Baseline) -> Figure:
     theirs = statistics.median(baseline.times)
     ratio = theirs / figure.value
+    if figure.baseline:  # the figure with its first baseline has the budget of its own
+        figure = replace(figure, budget="", met=None)
     beside = replace(
         figure,
         baseline=baseline.name,

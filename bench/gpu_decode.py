@@ -2,21 +2,26 @@
 
 Beside the members' own steps, as CUDA graphs, one after the other. A step of the ensemble is both forward
 passes, side by side, the fusion, and the tokens' copy to the host; random weights have no text, so the
-assistant reads the same token, and there is no hand-off. `--device cpu --tiny` runs all of it on a machine
-without a card, as a check: its figures mean nothing.
+assistant reads the same token, and there is no hand-off. `--results FOLDER` writes FOLDER/<gpu>-decode.json
+after each figure. `--device cpu --tiny` runs all of it on a machine without a card, as a check: its figures
+mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from common import Figure, percentile, spread
+from gpu_clock import Bench, bandwidth, file_stem, gpu_environment, line
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from deepen_ext import RelativeMap
@@ -63,8 +68,8 @@ def _times(step: Callable[[list[int]], int], length: int) -> list[float]:
     return taken[WARM_UP:]
 
 
-def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
-    """The ensemble's step beside its members' own."""
+def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny: bool = False) -> None:
+    """The members' own steps, and the ensemble's beside them; `keep` is given each figure as it is made."""
     members = [_member(name, config, device) for name, config in shapes(tiny).items()]
     smallest = min(member.vocab_size for member in members)
     anchors = torch.arange(smallest // 2, device=device)
@@ -76,7 +81,12 @@ def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
         with BatchSession(member, 1, capacity=capacity) as session:
             return _times(lambda ids: int(session.sync({0: ids}).argmax()) % smallest, CONTEXT)
 
-    own = [alone(member) for member in members]
+    own = []
+    for member in members:
+        times = alone(member)
+        own.append(times)
+        name = f"a step of {member.name} alone"
+        keep(Figure(name, statistics.median(times), "ms", spread(times), len(times)))
     sessions = [BatchSession(member, 1, capacity=capacity) for member in members]
     fusion: list[float] = []
 
@@ -97,7 +107,7 @@ def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
     ratio = statistics.median(ours) / statistics.median(both)
     names = " and ".join(member.name for member in members)
     waited = statistics.median(fusion[WARM_UP + 1 :: 2])
-    made = [
+    keep(
         Figure(
             f"greedy decoding, {names}, random weights, batch 1, context {CONTEXT}",
             statistics.median(ours),
@@ -113,23 +123,28 @@ def decode_figures(device: torch.device, *, tiny: bool = False) -> list[Figure]:
             p99=percentile(ours, 0.99),
             note=f"fusion and the token's copy {waited:.3f} ms, {waited / statistics.median(ours):.1%} of it",
         )
-    ]
-    for member, times in zip(members, own, strict=True):
-        made.append(
-            Figure(
-                f"a step of {member.name} alone", statistics.median(times), "ms", spread(times), len(times)
-            )
-        )
-    return made
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--results", type=Path, help="folder of the figures' file; without, they are printed")
     options = parser.parse_args()
-    for figure in decode_figures(torch.device(options.device), tiny=options.tiny):
-        print(f"{figure.name:90} {figure.value:9.3f} {figure.unit}  {figure.note}")
+    device = torch.device(options.device)
+    if options.results is None:
+        time_decoding(device, lambda figure: print(line(figure), flush=True), tiny=options.tiny)
+        return
+    if device.type != "cuda" or options.tiny:
+        parser.error("figures of the CPU or of --tiny mean nothing: give no --results")
+    rate = bandwidth()
+    torch.cuda.empty_cache()  # what that took
+    file = options.results / f"{file_stem()}-decode.json"
+    bench = Bench(file, gpu_environment(rate), rate, torch.empty(0), math.inf, group="decode")
+    bench.case("decoding", partial(time_decoding, device, bench.keep))
+    if bench.failed:
+        parser.exit(1, "failed: " + "\n".join(bench.failed) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,39 +53,68 @@ def _decode_row(figure: dict[str, Any]) -> str:
     return f"{_row(figure)} {figure.get('note', '')} |"
 
 
-def _gpu_row(figure: dict[str, Any]) -> str:
+def _gpu_row(figures: Sequence[dict[str, Any]]) -> str:
+    """Of one name: the same figure beside each of its baselines."""
+    figure = figures[0]
     ours = f"{_number(figure['value'])} {figure['unit']}"
     if "p99" in figure:
         ours += f" (p99 {_number(figure['p99'])} {figure['unit']})"
     floor = ""
     if "floor" in figure:
         floor = f"{figure['bytes'] / 1e6:,.2f} MB, {figure['floor']:.2f} µs, {figure['floor_ratio']:.1f} ×"
-    baseline = ""
-    if "baseline_value" in figure:
-        value = f"{_number(figure['baseline_value'])} {figure['unit']}"
-        baseline = f"{figure['baseline']}: {value}, {figure['ratio']:,.1f} ×"
-    return f"| {figure['name']} | {ours} | {floor} | {baseline} | {_budget(figure)} |"
+    baselines = [
+        f"{one['baseline']}: {_number(one['baseline_value'])} {one['unit']}, {one['ratio']:,.1f} ×"
+        for one in figures
+        if "baseline_value" in one
+    ]
+    budgets = dict.fromkeys(_budget(one) for one in figures if "budget" in one)
+    return f"| {figure['name']} | {ours} | {floor} | {'; '.join(baselines)} | {'; '.join(budgets)} |"
+
+
+def _gpu_head(result: dict[str, Any]) -> str:
+    gpu, versions = result["machine"]["gpu"], result["versions"]
+    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
+    return (
+        f"**{gpu['name']}** ({gpu['multiprocessors']} multiprocessors, {gpu['l2_mb']:.0f} MB of L2, a large "
+        f"copy moves {gpu['bandwidth_gb_s']:,} GB/s); Python {versions['python']}, torch "
+        f"{versions['torch']}, CUDA {versions['cuda']}; commit {commit}, {result['date'][:10]}."
+    )
 
 
 def _gpu_section(result: dict[str, Any]) -> str:
     """Only what has a budget, and the filling of maps: the file has all of it."""
-    gpu, versions = result["machine"]["gpu"], result["versions"]
-    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
-    lines = [
-        f"**{gpu['name']}** ({gpu['multiprocessors']} multiprocessors, {gpu['l2_mb']:.0f} MB of L2, a large "
-        f"copy moves {gpu['bandwidth_gb_s']:,} GB/s); Python {versions['python']}, torch "
-        f"{versions['torch']}, CUDA {versions['cuda']}; commit {commit}, {result['date'][:10]}. Medians of a "
-        "CUDA graph's replays, between events; the floor is the bytes that must be moved, at that bandwidth, "
-        "and ours against it.",
-        "",
-        "| what | ours | floor | baseline, in the same run, and its ratio to ours | budget |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    figures = result["figures"]["gpu"]
-    lines += [_gpu_row(one) for one in figures if "budget" in one or one["unit"] == "ms"]
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for one in result["figures"].get("gpu", []):
+        by_name.setdefault(one["name"], []).append(one)
+    lines = [_gpu_head(result)]
+    if by_name:
+        lines[0] += (
+            " Medians of a CUDA graph's replays, between events; the floor is the bytes that must be moved, "
+            "at that bandwidth, and ours against it."
+        )
+        lines += [
+            "",
+            "| what | ours | floor | baseline, in the same run, and its ratio to ours | budget |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            _gpu_row(figures)
+            for figures in by_name.values()
+            if any("budget" in one for one in figures) or figures[0]["unit"] == "ms"
+        ]
+    if decoding := result["figures"].get("decode"):
+        lines += ["", *_decode_table("models of 7B size", decoding)]
     if result["skipped"]:
         lines += ["", "Not measured: " + "; ".join(result["skipped"]) + "."]
     return "\n".join(lines)
+
+
+def _decode_table(of: str, figures: Sequence[dict[str, Any]]) -> list[str]:
+    return [
+        f"| greedy decoding, {of} | ours | baseline, in the same run | ratio | budget | more |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *map(_decode_row, figures),
+    ]
 
 
 def _section(result: dict[str, Any]) -> str:
@@ -103,12 +133,7 @@ def _section(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [_row(one) for name, group in result["figures"].items() if name != "decode" for one in group]
-    lines += [
-        "",
-        "| greedy decoding, the demo pair | ours | baseline, in the same run | ratio | budget | more |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *map(_decode_row, result["figures"].get("decode", [])),
-    ]
+    lines += ["", *_decode_table("the demo pair", result["figures"].get("decode", []))]
     return "\n".join(lines)
 
 

@@ -18,7 +18,10 @@ from deepen_ext.member import Member
 WIDTHS = (1, 2, 4, 8)  # tokens a row of the chunks that graphs are made for
 
 _lock = threading.Lock()  # of the idle rooms
-_capturing = threading.Lock()  # one capture at a time in a process: each begins by waiting for the device
+_capturing = threading.Lock()  # torch allows one capture at a time in a process
+# Graphs whose capture did not end well. torch's allocator of pinned memory goes on asking them whether a
+# stream is theirs, and no call from Python ends that: they must stay.
+_failed: list[torch.cuda.CUDAGraph] = []
 
 # What to run: int64 inputs [3, lanes, width] (ids, positions, slots) and the end of the slots to look at.
 Forward = Callable[[torch.Tensor, int], torch.Tensor]
@@ -78,19 +81,25 @@ class FixedSteps:
 
     def _capture(self, step: _Step, end: int, forward: Forward) -> None:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self._device)
+        assert self._pool is not None
         try:
-            # Other threads may use the device meanwhile: only what this one does is watched.
-            with _capturing, torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
-                step.logits = forward(step.inputs, end)
+            with _capturing:
+                _free_for_a_capture(self._device)
+                # Not `torch.cuda.graph`: that waits for the device and empties torch's cache each time. Other
+                # threads may use the device meanwhile: only what this one does is watched.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    step.logits = forward(step.inputs, end)
+                finally:
+                    graph.capture_end()
         except RuntimeError as error:
             self._captures = False
             step.logits = None
-            # torch ends its allocator's part of a capture only where the capture itself ended well. Left
+            # torch ends its allocators' part of a capture only where the capture itself ended well. Left
             # open, no block that several streams have used would ever be free again.
-            assert self._pool is not None
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                _failed.append(graph)
                 torch._C._cuda_releasePool(self._device.index or 0, self._pool)
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
@@ -99,6 +108,16 @@ class FixedSteps:
             )
         else:
             step.graph = graph
+
+
+def _free_for_a_capture(device: torch.device) -> None:
+    """Empty torch's cache if a capture might find no memory: it takes new blocks, and cannot empty it.
+
+    What a step takes it has taken before, when it ran as it is: no more than the cache holds by now.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.mem_get_info(device)[0] < unused:
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -119,10 +138,13 @@ def take_room(member: Member, rows: int, capacity: int) -> Room:
     with _lock:
         room = _idle.pop(member.model, None)
     weights = hash(tuple(one.data_ptr() for one in member.model.parameters()))
-    same = room is not None and (room.cache.rows, room.weights) == (rows, weights)
-    if room is not None and same and room.cache.slots > capacity:
+    stays = room is not None and room.weights == weights
+    if room is not None and stays and room.cache.rows == rows and room.cache.slots > capacity:
         return room
-    stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    if room is not None and stays:  # cuBLAS keeps a workspace for each stream that was ever used
+        stream = room.stream
+    else:
+        stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
     return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ def find_shortage(
 def estimate_bytes(member: Member, rows: int, tokens: int) -> int:
     """Bytes that a session of ``rows`` rows with ``tokens`` tokens each takes, beside the model's weights.
 
-    The cache, the logits of two steps, and the largest activations of one layer.
+    The cache, the logits of two steps, and the largest activations of one layer; on CUDA also cuBLAS's
+    workspace on the session's stream.
     """
     config = member.model.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -82,7 +84,21 @@ def estimate_bytes(member: Member, rows: int, tokens: int) -> int:
     attention = 2 * fed * tokens + 2 * rows * tokens * heads * head_dim if rows > 1 else fed * tokens
     logits = 2 * rows * member.vocab_size
     others = (activations + attention + logits) * member.dtype.itemsize
+    if member.device.type == "cuda":
+        others += _cublas_workspace(member.device)
     return int(cache_bytes(member, rows, tokens) + others)
+
+
+def _cublas_workspace(device: torch.device) -> int:
+    """Bytes that torch takes for cuBLAS on each stream; captured steps use their stream's.
+
+    As `parseChosenWorkspaceSize` in torch's CublasHandlePool.cpp, where Blackwell's is as large as Hopper's
+    from some version on. torch before 2.13 does not tell.
+    """
+    if pairs := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return 1024 * sum(int(size) * int(count) for size, count in pairs)
+    hopper = torch.cuda.get_device_capability(device)[0] >= 9
+    return 1024 * (8 * 4096 if hopper else 2 * 4096 + 8 * 16)
 
 
 def available_bytes(device: torch.device) -> int:

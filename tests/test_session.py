@@ -540,6 +540,27 @@ class TestMemory:
         assert allocated + logits < memory.estimate_bytes(member, 3, 290) < 2 * allocated + 4 * logits
         assert memory.estimate_bytes(member, 6, 290) > 1.9 * allocated
 
+    @pytest.mark.parametrize(
+        ("capability", "config", "workspace"),
+        [
+            ((8, 9), None, 8_519_680),  # :4096:2:16:8
+            ((9, 0), None, 33_554_432),
+            ((9, 0), ":16:8", 131_072),
+            ((8, 0), ":4096:2:16:8", 8_519_680),
+            ((9, 0), "none", 33_554_432),
+        ],
+    )
+    def test_the_estimate_on_cuda_has_cublas_s_workspace(
+        self, member: Member, monkeypatch: pytest.MonkeyPatch, capability, config, workspace: int
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+        if config is not None:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+        on_cuda = replace(member, device=torch.device("cuda:0"))
+        more = memory.estimate_bytes(on_cuda, 3, 290) - memory.estimate_bytes(member, 3, 290)
+        assert more == workspace
+
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_estimate_of_other_families(self, tiny, family: str) -> None:
         member = tiny(family)

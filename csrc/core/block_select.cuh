@@ -3,6 +3,8 @@
 // lists may be filled through an atomic counter. Key 0 is below every real key and pads lists.
 #pragma once
 
+#include <cstdint>
+
 #include "core/block_reduce.cuh"
 #include "core/select.h"
 

@@ -4,6 +4,8 @@
 // real key and stands for none.
 #pragma once
 
+#include <cstdint>
+
 #include "core/block_reduce.cuh"
 #include "core/select.h"
 

@@ -19,6 +19,7 @@
 // computed with it or on the device. Entries above kListEntries, or lists that do not fit shared memory, take
 // another path: score_strips stores the scores after all, kChunkBytes at a time, and topk_softmax selects.
 #include <algorithm>
+#include <cstdint>
 
 #include "core/arena.h"
 #include "core/warp_list.cuh"

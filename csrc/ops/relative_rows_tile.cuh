@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "core/tensor_product.cuh"
 #include "ops/relative_rows.h"

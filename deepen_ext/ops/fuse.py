@@ -36,7 +36,9 @@ def fuse(
     Args:
         logits: float32, float16 or bfloat16 [B, V_main], contiguous. The candidates' logits are replaced.
         members: top-k tokens and relative rows of each member, the main model first.
-        weights: float32 [B, n], each row sums to 1. A weight of 0 leaves a member out of that row.
+        weights: float32 [B, n], each row sums to 1. A weight of 0 leaves a member out of that row. A row that
+            only the main model speaks for has no gradient: its candidates move by rounding noise, which AdamW
+            makes as large as the learning rate.
         learning_rate: AdamW's, above 0.
         steps: 0 to 64.
         min_probability: tokens less probable than this count as part of their member's tail.

@@ -1,5 +1,6 @@
 // Small kernels with results worked out by hand: `self_test CASE` exits with 0 if they come out, on the
 // emulator or on a GPU. Cases that begin with "bad" are for the emulator alone: it must report them.
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -147,7 +147,7 @@ def test_torch_compile(device, backend, dense):
 
 
 def test_memory_of_a_filled_map(device):
-    """DESIGN: at most 200 MB beyond the models for a pair of 128k and 152k."""
+    """At most 200 MB beyond the models for a pair of 128k and 152k."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     maps = [random_map(vocab, 100_000, 32, seed=0).to(device) for vocab in (128_256, 151_936)]

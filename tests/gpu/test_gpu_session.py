@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from types import SimpleNamespace
 
@@ -146,6 +147,27 @@ def test_a_step_never_waits(device: str, no_waiting) -> None:
         session.sync(ids)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_capture_empties_the_cache_only_where_memory_is_short(device: str, monkeypatch, full: bool) -> None:
+    member = random_member("llama", device)
+    session = BatchSession(member, 2, capacity=100)
+    ids = {0: [5, 6, 7], 1: [8, 9]}
+    called = []
+    for module, name in ((gc, "collect"), (torch.cuda, "synchronize"), (torch.cuda, "empty_cache")):
+        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
+    if full:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 1))
+    session.sync(ids)
+    for i in range(2):
+        ids = {row: [*one, 30 + i] for row, one in ids.items()}
+        logits = session.sync(ids)
+    assert session._room.steps.captured
+    assert called == (["empty_cache"] if full else [])
+    monkeypatch.undo()
+    for row in ids:
+        torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
+
+
 def test_the_next_session_replays_the_same_graphs(device: str) -> None:
     member = random_member("llama", device)
     with BatchSession(member, 2, capacity=300) as first:
@@ -163,6 +185,10 @@ def test_the_next_session_replays_the_same_graphs(device: str) -> None:
         for ids, got in zip(targets.values(), logits, strict=True):
             torch.testing.assert_close(got, fresh(member, ids), atol=2e-3, rtol=1e-3)
     assert set(captured) <= set(second._room.steps.captured)
+    second.close()
+    third = BatchSession(member, 3)  # another room, on the same stream: cuBLAS keeps a workspace for each
+    assert third._room is not room
+    assert third._room.stream is room.stream
 
 
 def test_room_that_grows_drops_its_graphs(device: str) -> None:
@@ -226,6 +252,10 @@ def test_a_model_that_cannot_be_captured_says_so(device: str) -> None:
             torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
     finally:
         hook.remove()
+    other = BatchSession(random_member("qwen2", device), 2, capacity=100)
+    for i in range(3):  # the failure left nothing open that another member's capture would meet
+        other.sync({0: [*range(5, 9 + i)], 1: [*range(6, 12 + i)]})
+    assert other._room.steps.captured
 
 
 def test_prefixes_that_rows_share_are_copied_and_graphs_go_on(device: str) -> None:
