@@ -25,6 +25,7 @@ struct FuseScratch {
   int32_t counted[kMaxMembers];
   float tails[kMaxMembers];
 };
+static_assert(sizeof(FuseScratch) <= kStaticSharedBytes, "the room for dynamic shared memory is wrong");
 
 // Asks for every member's rows of the row's tokens.
 __device__ __forceinline__ void prefetch_members(const FuseParams& params, int64_t b) {
@@ -42,28 +43,27 @@ __device__ __forceinline__ void prefetch_members(const FuseParams& params, int64
 // How many of a member's tokens count, and the others' probability: a warp a member, from the last on, while
 // the first ones wait for the logits.
 __device__ __forceinline__ void count_tokens(const FuseParams& params, int64_t b, FuseScratch* scratch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int32_t lane = int32_t(threadIdx.x) % 32;
 #pragma unroll 1
   for (int32_t i = kSearchWarps - 1 - int32_t(threadIdx.x) / 32; i < params.member_count; i += kSearchWarps) {
     const int32_t k = int32_t(params.members[i].k);
     const float* const probs = params.members[i].probs + b * k;
-    int32_t counted = k;
+    const float tail = params.members[i].tail[b];
+    // Sorted down: those below the bar are the last ones. The first counts in any case.
+    int32_t below = 0;
     float rest = 0.0f;
-    if (params.min_probability > 0.0f) {
-      // Sorted down: those below the bar are the last ones. The first counts in any case.
-      int32_t below = 0;
 #pragma unroll 4
-      for (int32_t t = lane; t < k; t += 32) {
-        if (t == 0 || !(probs[t] < params.min_probability)) continue;
-        rest += probs[t];
-        ++below;
-      }
-      counted = k - warp_reduce(below, Plus{});
-      rest = warp_reduce(rest, Plus{});
+    for (int32_t t = lane; t < k; t += 32) {
+      const float prob = probs[t];
+      const bool is_below = t > 0 && prob < params.min_probability;
+      below += is_below;
+      rest += is_below ? prob : 0.0f;
     }
+    below = warp_reduce(below, Plus{});
+    rest = warp_reduce(rest, Plus{});
     if (lane == 0) {
-      scratch->counted[i] = counted;
-      scratch->tails[i] = params.members[i].tail[b] + rest;
+      scratch->counted[i] = k - below;
+      scratch->tails[i] = tail + rest;
     }
   }
 }
@@ -110,7 +110,6 @@ template <bool kShared>
 __device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t b, SearchState<kShared>& row,
                                               FuseScratch* scratch) {
   const auto& index = row.index;
-  const int lane = int(threadIdx.x) % 32;
   int64_t tokens = 1;
 #pragma unroll 1
   for (int32_t i = 1; i < params.member_count; ++i) tokens += params.members[i].k;
@@ -136,8 +135,8 @@ __device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t 
     if (weight == 0.0f) continue;
     for_each_entry(
         member.rows, member.ids + b * member.k, probs, scratch->counted[i], int32_t(params.anchors),
-        [&](int32_t, int32_t, float uniform, float prob) {
-          if (lane == 0) alike.x += weight * prob * uniform;
+        [&](int32_t, int32_t part, int32_t, float uniform, float prob) {
+          if (part == 0) alike.x += weight * prob * uniform;
         },
         [&](int32_t, int32_t, int32_t column, float excess, float prob) {
           const int32_t anchor = find(index, column);
@@ -253,6 +252,13 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   const int32_t k = int32_t(main.k);
   char* const base = kShared ? shared : static_cast<char*>(params.workspace) + b * row_bytes;
   SearchState<kShared> row = search_state<kShared>(base, layout, k);
+  // All that is read first is under way before anything waits for it.
+  const auto token = [&](int32_t t) {
+    const int32_t id = t < k ? main.ids[b * k + t] : -1;
+    return id < main.rows.vocab ? id : -1;
+  };
+  int32_t id = token(int32_t(threadIdx.x));
+  float logit = id >= 0 ? load_logit(params, start + id) : 0.0f;
   if constexpr (!kDense) {
     prefetch_members(params, b);
     clear_named(row.index);
@@ -260,10 +266,12 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   count_tokens(params, b, scratch);
 #pragma unroll 1
   for (int32_t t = int32_t(threadIdx.x); t < k; t += kSearchThreads) {
-    const int32_t id = main.ids[b * k + t];
-    const bool known = id >= 0 && id < main.rows.vocab;
-    row.ids[t] = known ? id : -1;
-    row.logits[t] = known ? load_logit(params, start + id) : 0.0f;
+    if (t != int32_t(threadIdx.x)) {
+      id = token(t);
+      logit = id >= 0 ? load_logit(params, start + id) : 0.0f;
+    }
+    row.ids[t] = id;
+    row.logits[t] = logit;
   }
   const float first_prob = main.probs[b * k];
   __syncthreads();
@@ -282,9 +290,10 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   if constexpr (kDense) {
     target_dense(params, b, row, scratch);
   } else {
-    number_anchors(row.index, main.rows, row.ids, int32_t(params.anchors), scratch->search.named);
+    number_anchors(row.index, main.rows, row.ids, int32_t(params.anchors),
+                   two_counts(row.index, scratch->search.counts));
     target_sparse(params, b, row, scratch);
-    group_entries(row.index, group_scratch(row.index, scratch->search));
+    group_entries(row.index, two_counts(row.index, scratch->search.counts), scratch->search.entries);
     add_main_target(params, b, row);
   }
   search<kDense>(row, main.rows, params.anchors, schedule, fmaxf(largest, row.tail_logit), &scratch->search);

@@ -38,14 +38,15 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   if (kDense) {
     for (int32_t a = thread; a < layout.width; a += kSearchThreads) row.target[a] = target[a];
   } else {
-    number_anchors(row.index, params.rows, row.ids, int32_t(params.anchors), scratch->named);
+    number_anchors(row.index, params.rows, row.ids, int32_t(params.anchors),
+                   two_counts(row.index, scratch->counts));
     gather_named(row.index, target, row.target);
     __syncthreads();
     double inside = 0.0;
     for (int32_t a = thread; a < row.index.touched; a += kSearchThreads) inside += double(row.target[a]);
     inside = block_reduce(inside, 0.0, Plus{}, scratch->inside);
     row.target_outside = inside < 1.0 ? float(1.0 - inside) : 0.0f;
-    group_entries(row.index, group_scratch(row.index, *scratch));
+    group_entries(row.index, two_counts(row.index, scratch->counts), scratch->entries);
   }
 
   search<kDense>(row, params.rows, params.anchors, schedule, largest, scratch);

@@ -18,7 +18,7 @@
 
 namespace deepen {
 
-constexpr size_t kStaticSharedBytes = 2048;  // more than the kernels' own
+constexpr size_t kStaticSharedBytes = 2048;  // at least the kernels' own
 
 // By value: a kernel argument.
 struct SearchSchedule {
@@ -34,19 +34,23 @@ static inline SearchSchedule search_schedule(const AdamStep* steps, int32_t coun
   return schedule;
 }
 
-// Offsets in bytes of a row's arrays. Those of one brace share their memory, one after the other.
+// Where a row's arrays begin, in units of 16 bytes. Those of one brace share their memory, one after the
+// other.
 struct SearchLayout {
-  size_t ids, logits, probs, pull, first, second;  // [candidates]
-  size_t lengths, uniform;                         // [candidates], sparse
-  size_t numbers, excess;                          // [candidates * pitch], sparse
+  uint32_t ids, logits, probs, pull, first, second;  // [candidates]
+  uint32_t lengths, uniform;                         // [candidates], sparse
+  uint32_t numbers, excess;                          // [candidates * pitch], sparse
   // { columns [candidates * pitch]; mass [2 * width]; target [width] and relative or bits [width] }
-  size_t target, relative;
-  size_t bits_room;                               // uint32s from `relative` on
-  size_t named, before;                           // { these, [named_words];
-  size_t starts, group_candidates, group_excess;  //   these, [width + 1] and [candidates * entries] }
-  size_t shared;                                  // [candidates * entries / 2]
+  uint32_t target, relative;
+  int32_t bits_room;  // uint32s from `relative` on
+  // { named, several [words] and before [2 * words]; starts [candidates * pitch / 2 + 1] and the groups
+  // [candidates * pitch] }
+  uint32_t named, several, before;
+  uint32_t starts, group_candidates, group_excess;
+  uint32_t short_anchors,
+      long_anchors;  // [candidates * pitch / 2], [candidates * pitch / (kShortEntries + 1)]
   size_t bytes;
-  int32_t pitch, width, named_words;
+  int32_t pitch, width, words;
 };
 
 // `words` * 32 candidates are grouped in one pass, or more where few anchors are named.
@@ -59,47 +63,49 @@ static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t 
   size_t used = 0;
   const auto reserve = [&](int64_t count, size_t size) {
     const size_t start = used;
-    used += (size_t(count) * size + 15) / 16 * 16;
-    return start;
+    used += (size_t(count) * size + 15) / 16;
+    return uint32_t(start);
   };
-  for (size_t* array : {&layout.ids, &layout.logits, &layout.probs, &layout.pull, &layout.first,
-                        &layout.second, &layout.lengths, &layout.uniform}) {
+  for (uint32_t* array : {&layout.ids, &layout.logits, &layout.probs, &layout.pull, &layout.first,
+                          &layout.second, &layout.lengths, &layout.uniform}) {
     *array = reserve(candidates, 4);
   }
   if (is_dense(rows)) {
     layout.width = int32_t(anchors);
     layout.target = reserve(anchors, 4);
     layout.relative = reserve(anchors, 4);
-    layout.bytes = used;
+    layout.bytes = 16 * used;
     return layout;
   }
-  const int64_t entries = candidates * rows.entries;
+  const int64_t pitch = (rows.entries + 3) / 4 * 4, entries = candidates * pitch;
   DEEPEN_CHECK(entries < (1 << 28), "the search has ", candidates, " candidates with ", rows.entries,
                " entries; a CUDA search takes up to 2^28 entries a row");
-  layout.pitch = int32_t(rows.entries);
+  layout.pitch = int32_t(pitch);
   layout.width = int32_t(entries < anchors ? entries : anchors);
-  layout.named_words = int32_t((anchors + 31) / 32);
+  layout.words = int32_t((anchors + 63) / 64);
   layout.numbers = reserve(entries, sizeof(Number));
   layout.excess = reserve(entries, 4);
-  layout.shared = reserve(entries / 2, sizeof(Number));
+  layout.short_anchors = reserve(entries / 2, sizeof(Number));
+  layout.long_anchors = reserve(entries / (kShortEntries + 1), sizeof(Number));
 
   const size_t early = used;
-  layout.starts = reserve(layout.width + 1, sizeof(Number));
+  layout.starts = reserve(entries / 2 + 1, sizeof(Number));
   layout.group_candidates = reserve(entries, sizeof(Number));
   layout.group_excess = reserve(entries, 4);
   const size_t late = used;
   used = early;
-  layout.named = reserve(layout.named_words, 4);
-  layout.before = reserve(layout.named_words, sizeof(Number));
+  layout.named = reserve(layout.words, 8);
+  layout.several = reserve(layout.words, 8);
+  layout.before = reserve(2 * layout.words, sizeof(Number));
   used = late > used ? late : used;
 
   layout.target = reserve(layout.width, 4);
-  layout.relative = used;
-  const int64_t staged = entries - int64_t(layout.relative - layout.target) / 4;  // columns beyond the target
-  layout.bits_room = size_t(layout.width) * size_t(words);
-  if (int64_t(layout.bits_room) < staged) layout.bits_room = size_t(staged);
-  reserve(int64_t(layout.bits_room), 4);
-  layout.bytes = used;
+  layout.relative = uint32_t(used);
+  const int64_t staged = entries - 4 * int64_t(layout.relative - layout.target);  // columns beyond the target
+  layout.bits_room = int32_t(layout.width * words);
+  if (int64_t(layout.bits_room) < staged) layout.bits_room = int32_t(staged);
+  reserve(layout.bits_room, 4);
+  layout.bytes = 16 * used;
   return layout;
 }
 
@@ -144,15 +150,15 @@ struct SearchScratch {
   float largest[kMaxWarps];
   float2 sums[kMaxWarps], pulls[kMaxWarps], bases[kMaxWarps];
   float errors, mean;
-  int32_t named[kMaxWarps];
-  uint64_t groups[kMaxWarps];
+  int32_t entries[kMaxWarps];
+  uint64_t counts[kMaxWarps];
   double inside[kMaxWarps];
 };
 
+// Scratch for counts of this index.
 template <class Number>
-__device__ __forceinline__ GroupSum<Number>* group_scratch(const AnchorIndex<Number>&,
-                                                           SearchScratch& scratch) {
-  return reinterpret_cast<GroupSum<Number>*>(scratch.groups);
+__device__ __forceinline__ TwoCounts<Number>* two_counts(const AnchorIndex<Number>&, uint64_t* scratch) {
+  return reinterpret_cast<TwoCounts<Number>*>(scratch);
 }
 
 template <bool kShared>
@@ -161,34 +167,36 @@ __device__ __forceinline__ SearchState<kShared> search_state(char* base, const S
   using Number = SearchNumber<kShared>;
   SearchState<kShared> row;
   row.candidates = row.index.candidates = candidates;
-  row.ids = reinterpret_cast<int32_t*>(base + layout.ids);
-  row.logits = reinterpret_cast<float*>(base + layout.logits);
-  row.probs = reinterpret_cast<float*>(base + layout.probs);
-  row.pull = reinterpret_cast<float*>(base + layout.pull);
-  row.first = reinterpret_cast<float*>(base + layout.first);
-  row.second = reinterpret_cast<float*>(base + layout.second);
-  row.target = reinterpret_cast<float*>(base + layout.target);
-  row.relative = reinterpret_cast<float*>(base + layout.relative);
-  row.mass = reinterpret_cast<int32_t*>(base + layout.target);
+  row.ids = reinterpret_cast<int32_t*>(base + size_t(16) * layout.ids);
+  row.logits = reinterpret_cast<float*>(base + size_t(16) * layout.logits);
+  row.probs = reinterpret_cast<float*>(base + size_t(16) * layout.probs);
+  row.pull = reinterpret_cast<float*>(base + size_t(16) * layout.pull);
+  row.first = reinterpret_cast<float*>(base + size_t(16) * layout.first);
+  row.second = reinterpret_cast<float*>(base + size_t(16) * layout.second);
+  row.target = reinterpret_cast<float*>(base + size_t(16) * layout.target);
+  row.relative = reinterpret_cast<float*>(base + size_t(16) * layout.relative);
+  row.mass = reinterpret_cast<int32_t*>(base + size_t(16) * layout.target);
   row.tail_logit = row.target_outside = 0.0f;
   auto& index = row.index;
   index.pitch = layout.pitch;
-  index.named_words = layout.named_words;
-  index.bits_room = int32_t(layout.bits_room);
+  index.words = layout.words;
+  index.bits_room = layout.bits_room;
   index.touched = layout.width;  // of dense rows; number_anchors counts those of sparse rows
-  index.shared_count = 0;
-  index.lengths = reinterpret_cast<int32_t*>(base + layout.lengths);
-  index.uniform = reinterpret_cast<float*>(base + layout.uniform);
-  index.numbers = reinterpret_cast<Number*>(base + layout.numbers);
-  index.excess = reinterpret_cast<float*>(base + layout.excess);
-  index.columns = reinterpret_cast<int32_t*>(base + layout.target);
-  index.named = reinterpret_cast<uint32_t*>(base + layout.named);
-  index.before = reinterpret_cast<Number*>(base + layout.before);
-  index.starts = reinterpret_cast<Number*>(base + layout.starts);
-  index.group_candidates = reinterpret_cast<Number*>(base + layout.group_candidates);
-  index.group_excess = reinterpret_cast<float*>(base + layout.group_excess);
-  index.shared = reinterpret_cast<Number*>(base + layout.shared);
-  index.bits = reinterpret_cast<uint32_t*>(base + layout.relative);
+  index.short_count = index.long_count = index.single = 0;
+  index.lengths = reinterpret_cast<int32_t*>(base + size_t(16) * layout.lengths);
+  index.uniform = reinterpret_cast<float*>(base + size_t(16) * layout.uniform);
+  index.numbers = reinterpret_cast<Number*>(base + size_t(16) * layout.numbers);
+  index.excess = reinterpret_cast<float*>(base + size_t(16) * layout.excess);
+  index.columns = reinterpret_cast<int32_t*>(base + size_t(16) * layout.target);
+  index.named = reinterpret_cast<uint64_t*>(base + size_t(16) * layout.named);
+  index.several = reinterpret_cast<uint64_t*>(base + size_t(16) * layout.several);
+  index.before = reinterpret_cast<Number*>(base + size_t(16) * layout.before);
+  index.starts = reinterpret_cast<Number*>(base + size_t(16) * layout.starts);
+  index.group_candidates = reinterpret_cast<Number*>(base + size_t(16) * layout.group_candidates);
+  index.group_excess = reinterpret_cast<float*>(base + size_t(16) * layout.group_excess);
+  index.short_anchors = reinterpret_cast<Number*>(base + size_t(16) * layout.short_anchors);
+  index.long_anchors = reinterpret_cast<Number*>(base + size_t(16) * layout.long_anchors);
+  index.bits = reinterpret_cast<uint32_t*>(base + size_t(16) * layout.relative);
   return row;
 }
 
@@ -215,8 +223,16 @@ __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRo
   }
 }
 
-// Lane `part`'s share of h_t - 1 without the uniform part, of kPullLanes lanes. Candidates side by side begin
-// with different entries: their rows begin in the same bank of shared memory.
+__device__ __forceinline__ int4 four_numbers(const uint16_t* from) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(from);
+  return {int(raw.x & 0xffff), int(raw.x >> 16), int(raw.y & 0xffff), int(raw.y >> 16)};
+}
+__device__ __forceinline__ int4 four_numbers(const int32_t* from) {
+  return *reinterpret_cast<const int4*>(from);
+}
+
+// Lane `part`'s share of h_t - 1 without the uniform part, of kPullLanes lanes; of sparse rows four entries
+// at a time.
 template <bool kDense>
 constexpr int kPullLanes = kDense ? 32 : 8;
 
@@ -225,18 +241,19 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
                                            int32_t part) {
   constexpr int kLanes = kPullLanes<kDense>;
   float h = 0.0f;
-  if (kDense) {
+  if constexpr (kDense) {
     const float* const values = rows.values + int64_t(max(row.ids[t], 0)) * rows.entries;
 #pragma unroll 8
     for (int32_t a = part; a < row.index.touched; a += kLanes) h += values[a] * row.relative[a];
   } else {
     const auto& index = row.index;
-    const int32_t length = index.lengths[t], runs = (length + kLanes - 1) / kLanes;
-    const int32_t start = t * index.pitch + part, skipped = runs > 0 ? t % runs : 0;
-#pragma unroll 2
-    for (int32_t i = 0; i < runs; ++i) {
-      const int32_t j = kLanes * (i + skipped < runs ? i + skipped : i + skipped - runs);
-      if (j + part < length) h += index.excess[start + j] * row.relative[index.numbers[start + j]];
+    const int32_t start = t * index.pitch, length = index.lengths[t];
+#pragma unroll 1
+    for (int32_t j = 4 * part; j < length; j += 4 * kLanes) {
+      const float4 excess = *reinterpret_cast<const float4*>(index.excess + start + j);
+      const int4 anchor = four_numbers(index.numbers + start + j);
+      h += excess.x * row.relative[anchor.x] + excess.y * row.relative[anchor.y] +
+           excess.z * row.relative[anchor.z] + excess.w * row.relative[anchor.w];
     }
   }
   return h;
@@ -263,7 +280,9 @@ __device__ __forceinline__ void search(const SearchState<kShared>& row, const Re
   for (int32_t step = 0;; ++step) {
     if (warp < weighing) {
       if (step > 0) {
-        const float highest = warp_reduce(lane < weighing ? scratch->largest[lane] : -INFINITY, Larger{});
+        float highest = scratch->largest[0];
+#pragma unroll 4
+        for (int32_t w = 1; w < weighing; ++w) highest = fmaxf(highest, scratch->largest[w]);
         largest = fmaxf(highest * schedule.steps[step - 1].keep, row.tail_logit);
         __syncwarp();  // read by all before one writes anew
       }
@@ -303,7 +322,7 @@ __device__ __forceinline__ void search(const SearchState<kShared>& row, const Re
     if (step == schedule.count) break;
 
     float2 sums = scratch->sums[0];
-#pragma unroll 1
+#pragma unroll 4
     for (int32_t w = 1; w < weighing; ++w) {
       sums.x += scratch->sums[w].x;
       sums.y += scratch->sums[w].y;
