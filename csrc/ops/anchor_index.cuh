@@ -104,15 +104,27 @@ __device__ __forceinline__ int32_t odd_share(int32_t size) {
   return ((size + kSearchThreads - 1) / kSearchThreads) | 1;
 }
 
+// Four neighbours in shared memory at once, each a thread's own: one after the other would meet the same
+// banks. `at` is aligned to four.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T of[4];
+};
+template <class T>
+__device__ __forceinline__ Four<T> get_four(const T* at) {
+  return *reinterpret_cast<const Four<T>*>(at);
+}
+template <class T>
+__device__ __forceinline__ void put_four(T* at, const Four<T>& four) {
+  *reinterpret_cast<Four<T>*>(at) = four;
+}
+
 // Four neighbours of a row, from entry j on; what is past the row's end is `none`.
 template <class T>
 __device__ __forceinline__ void load_four(const T* row, int32_t j, int32_t entries, T none, T (&four)[4]) {
   if (entries % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    struct alignas(16) Whole {
-      T of[4];
-    };
-    Whole whole{{none, none, none, none}};
-    if (j < entries) whole = *reinterpret_cast<const Whole*>(row + j);
+    Four<T> whole{{none, none, none, none}};
+    if (j < entries) whole = get_four(row + j);
 #pragma unroll
     for (int q = 0; q < 4; ++q) four[q] = whole.of[q];
     return;
@@ -165,9 +177,10 @@ __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const i
         load_four(rows.columns + start, j, own, -1, columns);
         load_four(rows.values + start, j, own, 0.0f, values);
       }
+      const int32_t count = min(4, length - j);
 #pragma unroll
-      for (int q = 0; q < 4; ++q)
-        if (j + q < length) visit(t, j + q, columns[q], values[q] - share, prob);
+      for (int q = 0; q < 4; ++q) values[q] = q < count ? values[q] - share : 0.0f;
+      visit(t, j, count, columns, values, prob);
     }
   }
 }
@@ -184,7 +197,8 @@ __device__ __forceinline__ void prefetch_row(const RelativeRows& rows, int32_t t
   prefetch_l2(rows.rest + token);
 }
 
-// visit(t, e) by one lane for each entry e of candidates first <= t < end.
+// visit(t, e, count) by one lane for each four entries from e on of candidates first <= t < end, of which
+// `count` are there.
 template <class Number, class Visit>
 __device__ __forceinline__ void for_each_kept(const AnchorIndex<Number>& index, int32_t first, int32_t end,
                                               Visit visit) {
@@ -193,12 +207,7 @@ __device__ __forceinline__ void for_each_kept(const AnchorIndex<Number>& index, 
   for (int32_t t = first + int32_t(threadIdx.x) / kRowLanes; t < end; t += kSearchThreads / kRowLanes) {
     const int32_t length = index.lengths[t];
 #pragma unroll 1
-    for (int32_t j = 4 * part; j < length; j += kRowChunk) {
-      const int32_t e = t * index.pitch + j;
-#pragma unroll
-      for (int q = 0; q < 4; ++q)
-        if (j + q < length) visit(t, e + q);
-    }
+    for (int32_t j = 4 * part; j < length; j += kRowChunk) visit(t, t * index.pitch + j, min(4, length - j));
   }
 }
 
@@ -258,16 +267,14 @@ __device__ __forceinline__ void number_anchors(AnchorIndex<Number>& index, const
           index.lengths[t] = length;
           index.uniform[t] = share;
         }
-        if (part < (4 - length % 4) % 4) {
-          index.numbers[t * index.pitch + length + part] = 0;
-          index.excess[t * index.pitch + length + part] = 0.0f;
-        }
       },
-      [&](int32_t t, int32_t j, int32_t column, float excess, float) {
+      [&](int32_t t, int32_t j, int32_t count, const int32_t (&columns)[4], const float (&excess)[4], float) {
         const int32_t e = t * index.pitch + j;
-        index.columns[e] = column;
-        index.excess[e] = excess;
-        name(index, column);
+        put_four(index.columns + e, Four<int32_t>{{columns[0], columns[1], columns[2], columns[3]}});
+        put_four(index.excess + e, Four<float>{{excess[0], excess[1], excess[2], excess[3]}});
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          if (q < count) name(index, columns[q]);
       });
   __syncthreads();
 
@@ -291,8 +298,14 @@ __device__ __forceinline__ void number_anchors(AnchorIndex<Number>& index, const
     before += counts(w);
   }
   __syncthreads();
-  for_each_kept(index, 0, index.candidates,
-                [&](int32_t, int32_t e) { index.numbers[e] = Number(find(index, index.columns[e])); });
+  for_each_kept(index, 0, index.candidates, [&](int32_t, int32_t e, int32_t count) {
+    const Four<int32_t> columns = get_four(index.columns + e);
+    Four<Number> numbers{};
+#pragma unroll
+    for (int q = 0; q < 4; ++q)
+      if (q < count) numbers.of[q] = Number(find(index, columns.of[q]));
+    put_four(index.numbers + e, numbers);
+  });
   __syncthreads();
 }
 
@@ -313,9 +326,14 @@ __device__ __forceinline__ void group_entries(AnchorIndex<Number>& index, TwoCou
 #pragma unroll 1
     for (int32_t i = thread; i < shared * words; i += kSearchThreads) index.bits[i] = 0;
     __syncthreads();
-    for_each_kept(index, first, end, [&](int32_t t, int32_t e) {
-      const int32_t a = int32_t(index.numbers[e]) - single;
-      if (a >= 0) atomicOr(&index.bits[(t - first) / 32 * shared + a], 1u << ((t - first) % 32));
+    for_each_kept(index, first, end, [&](int32_t t, int32_t e, int32_t count) {
+      const Four<Number> numbers = get_four(index.numbers + e);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int32_t a = int32_t(numbers.of[q]) - single;
+        if (q < count && a >= 0)
+          atomicOr(&index.bits[(t - first) / 32 * shared + a], 1u << ((t - first) % 32));
+      }
     });
     __syncthreads();
   };
@@ -381,16 +399,21 @@ __device__ __forceinline__ void group_entries(AnchorIndex<Number>& index, TwoCou
   for (int32_t first = 0; first < candidates; first += in_pass) {
     const int32_t last = min(first + in_pass, candidates);
     if (!once) mark(first, last);
-    for_each_kept(index, first, last, [&](int32_t t, int32_t e) {
-      const int32_t number = index.numbers[e], a = number - single;
-      int32_t to = number;
-      if (a >= 0) {
-        const int32_t word = (t - first) / 32;
-        const uint32_t below = (1u << ((t - first) % 32)) - 1;
-        to = next[a] + marked(a, word) + __popc(index.bits[word * shared + a] & below);
+    const uint32_t* const bits = index.bits;
+    for_each_kept(index, first, last, [&](int32_t t, int32_t e, int32_t count) {
+      const Four<Number> numbers = get_four(index.numbers + e);
+      const Four<float> excess = get_four(index.excess + e);
+      const int32_t word = (t - first) / 32;
+      const uint32_t below = (1u << ((t - first) % 32)) - 1;
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        if (q >= count) break;
+        const int32_t number = numbers.of[q], a = number - single;
+        const int32_t to =
+            a < 0 ? number : next[a] + marked(a, word) + __popc(bits[word * shared + a] & below);
+        index.group_candidates[to] = Number(t);
+        index.group_excess[to] = excess.of[q];
       }
-      index.group_candidates[to] = Number(t);
-      index.group_excess[to] = index.excess[e];
     });
     __syncthreads();
     if (once) break;

@@ -138,12 +138,17 @@ __device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t 
         [&](int32_t, int32_t part, int32_t, float uniform, float prob) {
           if (part == 0) alike.x += weight * prob * uniform;
         },
-        [&](int32_t, int32_t, int32_t column, float excess, float prob) {
-          const int32_t anchor = find(index, column);
-          if (anchor >= 0) {
-            mass.add(anchor, weight * prob * excess);
-          } else {
-            alike.y += weight * prob * excess;
+        [&](int32_t, int32_t, int32_t count, const int32_t (&columns)[4], const float (&excess)[4],
+            float prob) {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            if (q >= count) break;
+            const int32_t anchor = find(index, columns[q]);
+            if (anchor >= 0) {
+              mass.add(anchor, weight * prob * excess[q]);
+            } else {
+              alike.y += weight * prob * excess[q];
+            }
           }
         });
   }

@@ -223,14 +223,6 @@ __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRo
   }
 }
 
-__device__ __forceinline__ int4 four_numbers(const uint16_t* from) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(from);
-  return {int(raw.x & 0xffff), int(raw.x >> 16), int(raw.y & 0xffff), int(raw.y >> 16)};
-}
-__device__ __forceinline__ int4 four_numbers(const int32_t* from) {
-  return *reinterpret_cast<const int4*>(from);
-}
-
 // Lane `part`'s share of h_t - 1 without the uniform part, of kPullLanes lanes; of sparse rows four entries
 // at a time.
 template <bool kDense>
@@ -250,10 +242,10 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
     const int32_t start = t * index.pitch, length = index.lengths[t];
 #pragma unroll 1
     for (int32_t j = 4 * part; j < length; j += 4 * kLanes) {
-      const float4 excess = *reinterpret_cast<const float4*>(index.excess + start + j);
-      const int4 anchor = four_numbers(index.numbers + start + j);
-      h += excess.x * row.relative[anchor.x] + excess.y * row.relative[anchor.y] +
-           excess.z * row.relative[anchor.z] + excess.w * row.relative[anchor.w];
+      const Four<float> excess = get_four(index.excess + start + j);
+      const auto anchors = get_four(index.numbers + start + j);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) h += excess.of[q] * row.relative[anchors.of[q]];
     }
   }
   return h;
