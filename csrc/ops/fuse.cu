@@ -5,26 +5,14 @@
 // (search_row.cuh). Dense rows: (2 T + members) k |A| floats are read, by one block from L2. A row takes one
 // multiprocessor a chain of dependent steps, far longer than its bytes or its arithmetic: loads are under way
 // before what they wait for is needed.
-//
-// Assistants' entries that hit one anchor are summed as integers, so that no order matters: multiples of
-// 2^-29, which cannot overflow because masses add up to 1, and apart from them what is left of each, at a
-// scale that as many terms as there are tokens fit: to 2^-50 with 2,048 tokens. All other sums run in an
-// order of the data's own. Launch: one block of 1,024 threads a row, shared memory as in search_row.cuh.
+// Launch: one block of 1,024 threads a row, shared memory as in search_row.cuh.
 #include "ops/fuse.h"
 
+#include "ops/fuse_target.cuh"
 #include "ops/search_row.cuh"
 
 namespace deepen {
 
-constexpr float kMassScale = 536870912.0f;  // 2^29
-constexpr int kMassBits = 31;               // of a sum of remainders
-
-struct FuseScratch {
-  SearchScratch search;
-  unsigned long long best[kMaxWarps];
-  int32_t counted[kMaxMembers];
-  float tails[kMaxMembers];
-};
 static_assert(sizeof(FuseScratch) <= kStaticSharedBytes, "the room for dynamic shared memory is wrong");
 
 // Asks for every member's rows of the row's tokens.
@@ -84,118 +72,6 @@ __device__ __forceinline__ float store_logit(const FuseParams& params, int64_t i
     default: static_cast<float*>(params.logits)[index] = value;
   }
   return load_logit(params, index);
-}
-
-// An anchor's sum in two parts, which atomics of 32 bits add without looking at each other.
-struct Mass {
-  int32_t* whole;
-  int32_t* rest;
-  float rest_scale;
-
-  __device__ __forceinline__ void add(int32_t anchor, float mass) const {
-    const float scaled = mass * kMassScale;  // NaN only where a row's top-k failed
-    const int32_t rounded = __float2int_rn(scaled);
-    const int32_t left = __float2int_rn((scaled - float(rounded)) * rest_scale);
-    if (rounded != 0) atomicAdd(&whole[anchor], rounded);
-    if (left != 0) atomicAdd(&rest[anchor], left);
-  }
-  __device__ __forceinline__ float sum(int32_t anchor) const {
-    return (float(whole[anchor]) + float(rest[anchor]) / rest_scale) * (1.0f / kMassScale);
-  }
-};
-
-// The assistants' part of the average relative representation over the numbered anchors, and what all members
-// give to every anchor alike; target_outside.
-template <bool kShared>
-__device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t b, SearchState<kShared>& row,
-                                              FuseScratch* scratch) {
-  const auto& index = row.index;
-  int64_t tokens = 1;
-#pragma unroll 1
-  for (int32_t i = 1; i < params.member_count; ++i) tokens += params.members[i].k;
-  // A remainder is at most a half.
-  const float rest_scale = ldexpf(1.0f, kMassBits - (64 - __clzll(tokens)));
-  const Mass mass{row.mass, row.mass + index.touched, rest_scale};
-#pragma unroll 1
-  for (int32_t a = int32_t(threadIdx.x); a < 2 * index.touched; a += kSearchThreads) row.mass[a] = 0;
-  __syncthreads();
-  float2 alike = make_float2(0.0f, 0.0f);  // to every anchor, and to anchors without a number
-#pragma unroll 1
-  for (int32_t i = 0; i < params.member_count; ++i) {
-    const FuseMember& member = params.members[i];
-    const float weight = params.weights[b * params.member_count + i];
-    const float* const probs = member.probs + b * member.k;
-    if (threadIdx.x == 0) alike.x += weight * scratch->tails[i] / float(params.anchors);
-    if (i == 0) {
-#pragma unroll 1
-      for (int32_t t = int32_t(threadIdx.x); t < row.candidates; t += kSearchThreads)
-        alike.x += weight * probs[t] * index.uniform[t];
-      continue;
-    }
-    if (weight == 0.0f) continue;
-    for_each_entry(
-        member.rows, member.ids + b * member.k, probs, scratch->counted[i], int32_t(params.anchors),
-        [&](int32_t, int32_t part, int32_t, float uniform, float prob) {
-          if (part == 0) alike.x += weight * prob * uniform;
-        },
-        [&](int32_t, int32_t, int32_t count, const int32_t (&columns)[4], const float (&excess)[4],
-            float prob) {
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            if (q >= count) break;
-            const int32_t anchor = find(index, columns[q]);
-            if (anchor >= 0) {
-              mass.add(anchor, weight * prob * excess[q]);
-            } else {
-              alike.y += weight * prob * excess[q];
-            }
-          }
-        });
-  }
-  alike = block_sum(alike, scratch->search.bases);  // its barrier ends the atomics too
-#pragma unroll 1
-  for (int32_t a = int32_t(threadIdx.x); a < index.touched; a += kSearchThreads)
-    row.target[a] = mass.sum(a) + alike.x;
-  row.target_outside = alike.y + alike.x * float(params.anchors - index.touched);
-}
-
-// The main model's part, once its entries are grouped. Begins and ends in a barrier.
-template <bool kShared>
-__device__ __forceinline__ void add_main_target(const FuseParams& params, int64_t b,
-                                                const SearchState<kShared>& row) {
-  const float weight = params.weights[b * params.member_count];
-  const float* const probs = params.members[0].probs + b * params.members[0].k;
-#pragma unroll 1
-  for (int32_t t = int32_t(threadIdx.x); t < row.candidates; t += kSearchThreads)
-    row.probs[t] = weight * probs[t];
-  __syncthreads();
-  sum_by_anchor(row.index, row.probs, [&](int32_t a, float sum) { row.target[a] += sum; });
-  __syncthreads();
-}
-
-template <bool kShared>
-__device__ __forceinline__ void target_dense(const FuseParams& params, int64_t b,
-                                             const SearchState<kShared>& row, const FuseScratch* scratch) {
-#pragma unroll 1
-  for (int32_t a = int32_t(threadIdx.x); a < row.index.touched; a += kSearchThreads) {
-    float target = 0.0f;
-    for (int32_t i = 0; i < params.member_count; ++i) {
-      const FuseMember& member = params.members[i];
-      const float weight = params.weights[b * params.member_count + i];
-      if (weight == 0.0f) continue;
-      const int32_t* const ids = member.ids + b * member.k;
-      const float* const probs = member.probs + b * member.k;
-      float r = scratch->tails[i] / float(params.anchors);
-#pragma unroll 4
-      for (int32_t t = 0; t < scratch->counted[i]; ++t) {
-        const int64_t token = ids[t] >= 0 && ids[t] < member.rows.vocab ? ids[t] : 0;
-        r += probs[t] * member.rows.values[token * params.anchors + a];
-      }
-      target += weight * r;
-    }
-    row.target[a] = target;
-  }
-  __syncthreads();
 }
 
 // Larger for the larger logit, then for the lower id.

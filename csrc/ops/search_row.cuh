@@ -1,24 +1,20 @@
-// The search over one row by one block, shared by inverse_search.cu and fuse.cu: where its arrays lie, and T
-// AdamW steps over them. The arrays are in shared memory if they fit, else in the caller's workspace: the
-// same code, the same bits.
+// The search over one row by one block, shared by inverse_search.cu and fuse.cu: T AdamW steps. Its
+// arrays are in shared memory or in the workspace (search_layout.cuh): the same code, the same bits.
 //
 // One step over sparse rows (K candidates of m entries) is two gathers: r by anchor over the grouped entries,
 // h by candidate over the row's own; K = 128, m = 32: 4,096 multiply-adds each, all from shared memory, and
-// two barriers. Over dense rows it reads K * |A| floats twice.
+// three barriers. Over dense rows it reads K * |A| floats twice.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-#include "core/check.h"
 #include "core/cuda.h"
 #include "ops/adamw.h"
-#include "ops/anchor_index.cuh"
+#include "ops/anchor_groups.cuh"
 #include "ops/relative_map.h"
+#include "ops/search_layout.cuh"
 
 namespace deepen {
-
-constexpr size_t kStaticSharedBytes = 2048;  // at least the kernels' own
 
 // By value: a kernel argument.
 struct SearchSchedule {
@@ -28,123 +24,10 @@ struct SearchSchedule {
 
 static inline SearchSchedule search_schedule(const AdamStep* steps, int32_t count) {
   SearchSchedule schedule{};
-#pragma unroll 1
   for (int32_t i = 0; i < count; ++i) schedule.steps[i] = steps[i];
   schedule.count = count;
   return schedule;
 }
-
-// Where a row's arrays begin, in units of 16 bytes. Those of one brace share their memory, one after the
-// other.
-struct SearchLayout {
-  uint32_t ids, logits, probs, pull, first, second;  // [candidates]
-  uint32_t lengths, uniform;                         // [candidates], sparse
-  uint32_t numbers, excess;                          // [candidates * pitch], sparse
-  // { columns [candidates * pitch]; mass [2 * width]; target [width] and relative or bits [width] }
-  uint32_t target, relative;
-  int32_t bits_room;  // uint32s from `relative` on
-  // { named, several [words] and before [2 * words]; starts [candidates * pitch / 2 + 1] and the groups
-  // [candidates * pitch] }
-  uint32_t named, several, before;
-  uint32_t starts, group_candidates, group_excess;
-  uint32_t short_anchors,
-      long_anchors;  // [candidates * pitch / 2], [candidates * pitch / (kShortEntries + 1)]
-  size_t bytes;
-  int32_t pitch, width, words;
-};
-
-// `words` * 32 candidates are grouped in one pass, or more where few anchors are named.
-template <bool kShared>
-static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t candidates, int64_t anchors,
-                                              int64_t words) {
-  using Number = SearchNumber<kShared>;
-  DEEPEN_CHECK(anchors < (1 << 30), "there are ", anchors, " anchors; a CUDA search takes up to 2^30");
-  SearchLayout layout{};
-  size_t used = 0;
-  const auto reserve = [&](int64_t count, size_t size) {
-    const size_t start = used;
-    used += (size_t(count) * size + 15) / 16;
-    return uint32_t(start);
-  };
-  for (uint32_t* array : {&layout.ids, &layout.logits, &layout.probs, &layout.pull, &layout.first,
-                          &layout.second, &layout.lengths, &layout.uniform}) {
-    *array = reserve(candidates, 4);
-  }
-  if (is_dense(rows)) {
-    layout.width = int32_t(anchors);
-    layout.target = reserve(anchors, 4);
-    layout.relative = reserve(anchors, 4);
-    layout.bytes = 16 * used;
-    return layout;
-  }
-  const int64_t pitch = (rows.entries + 3) / 4 * 4, entries = candidates * pitch;
-  DEEPEN_CHECK(entries < (1 << 28), "the search has ", candidates, " candidates with ", rows.entries,
-               " entries; a CUDA search takes up to 2^28 entries a row");
-  layout.pitch = int32_t(pitch);
-  layout.width = int32_t(entries < anchors ? entries : anchors);
-  layout.words = int32_t((anchors + 63) / 64);
-  layout.numbers = reserve(entries, sizeof(Number));
-  layout.excess = reserve(entries, 4);
-  layout.short_anchors = reserve(entries / 2, sizeof(Number));
-  layout.long_anchors = reserve(entries / (kShortEntries + 1), sizeof(Number));
-
-  const size_t early = used;
-  layout.starts = reserve(entries / 2 + 1, sizeof(Number));
-  layout.group_candidates = reserve(entries, sizeof(Number));
-  layout.group_excess = reserve(entries, 4);
-  const size_t late = used;
-  used = early;
-  layout.named = reserve(layout.words, 8);
-  layout.several = reserve(layout.words, 8);
-  layout.before = reserve(2 * layout.words, sizeof(Number));
-  used = late > used ? late : used;
-
-  layout.target = reserve(layout.width, 4);
-  layout.relative = uint32_t(used);
-  const int64_t staged = entries - 4 * int64_t(layout.relative - layout.target);  // columns beyond the target
-  layout.bits_room = int32_t(layout.width * words);
-  if (int64_t(layout.bits_room) < staged) layout.bits_room = int32_t(staged);
-  reserve(layout.bits_room, 4);
-  layout.bytes = 16 * used;
-  return layout;
-}
-
-// The arrays in `shared_bytes` with as few passes of group_entries as fit, else in the workspace (then larger
-// than that).
-struct SearchPlace {
-  SearchLayout layout;
-  bool shared;
-};
-static inline SearchPlace search_place(const RelativeRows& rows, int64_t candidates, int64_t anchors,
-                                       size_t shared_bytes) {
-  for (int64_t words : {4, 2, 1}) {
-    const SearchLayout layout = search_layout_with<true>(rows, candidates, anchors, words);
-    if (layout.bytes <= shared_bytes) return {layout, true};
-  }
-  return {search_layout_with<false>(rows, candidates, anchors, 4), false};
-}
-
-// Rows of the workspace start at multiples of this.
-static inline size_t search_row_bytes(const SearchLayout& layout) { return (layout.bytes + 127) / 128 * 128; }
-
-// Which device it will run on, and so whether shared memory is enough, is not known here.
-static inline size_t search_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates,
-                                      int64_t anchors) {
-  return size_t(batch) * search_row_bytes(search_layout_with<false>(rows, candidates, anchors, 4));
-}
-
-template <bool kShared>
-struct SearchState {
-  AnchorIndex<SearchNumber<kShared>> index;  // of sparse rows
-  int32_t candidates;
-  int32_t* ids;  // -1 for one outside the vocabulary, as of a row whose top-k failed
-  float *logits, *probs, *pull, *first, *second;
-  float* target;    // [touched] or, with dense rows, [anchors]
-  float* relative;  // likewise: target / r - 1
-  int32_t* mass;    // [2 * touched] fuse's target as integers
-  float tail_logit;
-  float target_outside;  // the target's mass on anchors no candidate names
-};
 
 struct SearchScratch {
   float largest[kMaxWarps];
@@ -159,45 +42,6 @@ struct SearchScratch {
 template <class Number>
 __device__ __forceinline__ TwoCounts<Number>* two_counts(const AnchorIndex<Number>&, uint64_t* scratch) {
   return reinterpret_cast<TwoCounts<Number>*>(scratch);
-}
-
-template <bool kShared>
-__device__ __forceinline__ SearchState<kShared> search_state(char* base, const SearchLayout& layout,
-                                                             int32_t candidates) {
-  using Number = SearchNumber<kShared>;
-  SearchState<kShared> row;
-  row.candidates = row.index.candidates = candidates;
-  row.ids = reinterpret_cast<int32_t*>(base + size_t(16) * layout.ids);
-  row.logits = reinterpret_cast<float*>(base + size_t(16) * layout.logits);
-  row.probs = reinterpret_cast<float*>(base + size_t(16) * layout.probs);
-  row.pull = reinterpret_cast<float*>(base + size_t(16) * layout.pull);
-  row.first = reinterpret_cast<float*>(base + size_t(16) * layout.first);
-  row.second = reinterpret_cast<float*>(base + size_t(16) * layout.second);
-  row.target = reinterpret_cast<float*>(base + size_t(16) * layout.target);
-  row.relative = reinterpret_cast<float*>(base + size_t(16) * layout.relative);
-  row.mass = reinterpret_cast<int32_t*>(base + size_t(16) * layout.target);
-  row.tail_logit = row.target_outside = 0.0f;
-  auto& index = row.index;
-  index.pitch = layout.pitch;
-  index.words = layout.words;
-  index.bits_room = layout.bits_room;
-  index.touched = layout.width;  // of dense rows; number_anchors counts those of sparse rows
-  index.short_count = index.long_count = index.single = 0;
-  index.lengths = reinterpret_cast<int32_t*>(base + size_t(16) * layout.lengths);
-  index.uniform = reinterpret_cast<float*>(base + size_t(16) * layout.uniform);
-  index.numbers = reinterpret_cast<Number*>(base + size_t(16) * layout.numbers);
-  index.excess = reinterpret_cast<float*>(base + size_t(16) * layout.excess);
-  index.columns = reinterpret_cast<int32_t*>(base + size_t(16) * layout.target);
-  index.named = reinterpret_cast<uint64_t*>(base + size_t(16) * layout.named);
-  index.several = reinterpret_cast<uint64_t*>(base + size_t(16) * layout.several);
-  index.before = reinterpret_cast<Number*>(base + size_t(16) * layout.before);
-  index.starts = reinterpret_cast<Number*>(base + size_t(16) * layout.starts);
-  index.group_candidates = reinterpret_cast<Number*>(base + size_t(16) * layout.group_candidates);
-  index.group_excess = reinterpret_cast<float*>(base + size_t(16) * layout.group_excess);
-  index.short_anchors = reinterpret_cast<Number*>(base + size_t(16) * layout.short_anchors);
-  index.long_anchors = reinterpret_cast<Number*>(base + size_t(16) * layout.long_anchors);
-  index.bits = reinterpret_cast<uint32_t*>(base + size_t(16) * layout.relative);
-  return row;
 }
 
 // Keeps target / r finite where r underflows; there the true gradient is nil anyway.
