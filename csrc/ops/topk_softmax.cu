@@ -14,12 +14,9 @@
 //
 // With one split the first kernel writes the result itself. For k above kListEntries:
 // topk_softmax_sort.cuh.
-#include <algorithm>
-
-#include "core/arena.h"
 #include "core/check.h"
 #include "ops/topk_softmax.h"
-#include "ops/topk_softmax_rows.cuh"
+#include "ops/topk_softmax_plan.cuh"
 #include "ops/topk_softmax_sort.cuh"
 
 namespace deepen {
@@ -32,21 +29,14 @@ constexpr int kLoose = 16;  // room for logits outside the 16-byte vectors of an
 constexpr int kMergeKeys = kMaxSplits / (kSelectThreads / 32);  // of a thread at a time, in topk_merge
 static_assert(kMergeKeys * kSelectThreads <= kChunk, "a round of topk_merge fits where a chunk does");
 
-struct Layout {
-  RowStats* stats;       // [batch, kMaxSplits]
-  uint64_t* candidates;  // [batch, splits up to split_limit(vocab), k], each split's sorted, padded with 0
-  uint64_t* rows;        // [batch, padded(vocab)], for k above kListEntries
-};
-
 int64_t split_limit(int64_t vocab) { return std::min<int64_t>((vocab + kChunk - 1) / kChunk, kMaxSplits); }
 
-Layout lay_out(Arena& arena, int64_t batch, int64_t vocab, int64_t k) {
+void lay_out(Arena& arena, MemberPlan& member) {
+  const int64_t batch = member.params.batch, vocab = member.params.vocab, k = member.params.k;
   const bool lists = k <= kListEntries;
-  Layout layout{};
-  layout.stats = take<RowStats>(arena, batch * kMaxSplits);
-  layout.candidates = take<uint64_t>(arena, lists ? batch * split_limit(vocab) * k : 0);
-  layout.rows = take<uint64_t>(arena, lists ? 0 : batch * padded(vocab));
-  return layout;
+  member.stats = take<RowStats>(arena, batch * kMaxSplits);
+  member.candidates = take<uint64_t>(arena, lists ? batch * split_limit(vocab) * k : 0);
+  member.rows = take<uint64_t>(arena, lists ? 0 : batch * padded(vocab));
 }
 
 int list_capacity(int64_t k) { return int(4 * k) + kChunk + kLoose; }
@@ -71,22 +61,24 @@ __device__ __forceinline__ void unpack(const uint4& raw, float* values, T) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSelectThreads, 2)
-    topk_slices(TopkSoftmaxParams params, Layout layout, int splits, int capacity) {
+__device__ __forceinline__ void slice(const MemberPlan& member, SelectScratch* scratch) {
   constexpr int kLanes = 16 / sizeof(T), kVectors = kPerThread / kLanes;
-  DEEPEN_SHARED(SelectScratch, scratch);
+  const TopkSoftmaxParams params = member.params;
+  const int splits = member.splits, capacity = member.capacity;
   uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
   uint64_t* const spare = list + capacity;
   const int thread = int(threadIdx.x), k = int(params.k);
-  const int64_t row = blockIdx.x / unsigned(splits);
-  const int split = int(blockIdx.x % unsigned(splits));
+  const unsigned block = blockIdx.x - unsigned(member.first_slice);
+  const int64_t row = block / unsigned(splits);
+  const int split = int(block % unsigned(splits));
 
   const T* const logits = static_cast<const T*>(params.logits) + row * params.vocab;
-  const int64_t misaligned = int64_t(reinterpret_cast<uintptr_t>(logits) % 16) / int64_t(sizeof(T));
-  int64_t head = misaligned == 0 ? 0 : kLanes - misaligned;
-  if (head > params.vocab) head = params.vocab;
-  const int64_t vectors = (params.vocab - head) / kLanes;
-  const int64_t begin = vectors * split / splits, end = vectors * (split + 1) / splits;
+  const int vocab = int(params.vocab);
+  const int misaligned = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
+  const int head = min(misaligned == 0 ? 0 : kLanes - misaligned, vocab);
+  const int vectors = (vocab - head) / kLanes;
+  const int begin = int(int64_t(vectors) * split / splits),
+            end = int(int64_t(vectors) * (split + 1) / splits);
   const uint4* const whole = reinterpret_cast<const uint4*>(logits + head);
 
   RunningStats stats;
@@ -94,9 +86,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   if (thread == 0) scratch->count = 0;
   __syncthreads();
   if (split == 0) {  // what lies before and after the vectors
-    const int64_t loose = params.vocab - vectors * kLanes;
+    const int loose = vocab - vectors * kLanes;
     if (thread < loose) {
-      const int64_t at = thread < head ? thread : vectors * kLanes + thread;
+      const int at = thread < head ? thread : vectors * kLanes + thread;
       const float value = to_float(logits[at]);
       stats.add(value);
       list[atomicAdd(&scratch->count, 1u)] = pack_key(value, uint32_t(at));
@@ -106,20 +98,20 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   uint4 next[kVectors] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const int64_t at = begin + v * kSelectThreads + thread;
+    const int at = begin + v * kSelectThreads + thread;
     if (at < end) next[v] = whole[at];
   }
-  for (int64_t base = begin; base < end; base += kSelectThreads * kVectors) {
+  for (int base = begin; base < end; base += kSelectThreads * kVectors) {
     float values[kPerThread];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t at = base + v * kSelectThreads + thread;
+      const int at = base + v * kSelectThreads + thread;
       unpack(next[v], values + v * kLanes, T());
       if (at >= end) {
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) values[v * kLanes + i] = -INFINITY;
       }
-      const int64_t later = at + kSelectThreads * kVectors;
+      const int later = at + kSelectThreads * kVectors;
       if (later < end) next[v] = whole[later];
     }
 
@@ -176,21 +168,33 @@ __global__ void __launch_bounds__(kSelectThreads, 2)
   sort_by_rank(list, count, spare);
   const RowStats whole_slice = combine(stats.largest, stats.sum, scratch);
   if (splits == 1) return write_row(params, row, spare, whole_slice, scratch);
-  uint64_t* const out = layout.candidates + (row * splits + split) * params.k;
+  uint64_t* const out = member.candidates + (row * splits + split) * params.k;
   for (int i = thread; i < k; i += kSelectThreads) out[i] = i < count ? spare[i] : 0;
-  if (thread == 0) layout.stats[row * kMaxSplits + split] = whole_slice;
+  if (thread == 0) member.stats[row * kMaxSplits + split] = whole_slice;
 }
 
-__global__ void __launch_bounds__(kSelectThreads)
-    topk_merge(TopkSoftmaxParams params, Layout layout, int splits, int capacity) {
+__global__ void __launch_bounds__(kSelectThreads, 2) topk_slices(const Plan plan) {
   DEEPEN_SHARED(SelectScratch, scratch);
+  const MemberPlan& member = plan.members[member_of(plan, &MemberPlan::first_slice)];
+  switch (member.params.dtype) {
+    case Dtype::f32: return slice<float>(member, scratch);
+    case Dtype::f16: return slice<Half>(member, scratch);
+    case Dtype::bf16: return slice<BFloat16>(member, scratch);
+  }
+}
+
+__global__ void __launch_bounds__(kSelectThreads) topk_merge(const Plan plan) {
+  DEEPEN_SHARED(SelectScratch, scratch);
+  const MemberPlan& member = plan.members[member_of(plan, &MemberPlan::first_merge)];
+  const TopkSoftmaxParams params = member.params;
+  const int splits = member.splits, capacity = member.capacity;
   uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
   uint64_t* const spare = list + capacity;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, k = int(params.k);
-  const int64_t row = blockIdx.x;
-  const uint64_t* const candidates = layout.candidates + row * splits * params.k;
+  const int64_t row = int(blockIdx.x) - member.first_merge;
+  const uint64_t* const candidates = member.candidates + row * splits * params.k;
 
-  const RowStats stats = merge_stats(layout.stats + row * kMaxSplits, splits, scratch);
+  const RowStats stats = merge_stats(member.stats + row * kMaxSplits, splits, scratch);
   // The smallest of the splits' keys at this place. ~key turns it into a maximum; padding is no key.
   uint64_t bar = ~uint64_t(0);
   if (thread < splits) bar = candidates[thread * params.k + (k + splits - 1) / splits - 1];
@@ -232,60 +236,110 @@ __global__ void __launch_bounds__(kSelectThreads)
 }
 
 template <class T>
-void launch_sorted(const TopkSoftmaxParams& params, RowStats* stats, uint64_t* keys, int splits, int blocks,
-                   void* stream) {
+void launch_sorted(const MemberPlan& member, const Backend& backend) {
+  const TopkSoftmaxParams& params = member.params;
   const int64_t size = padded(params.vocab), pairs = params.batch * size / 2;
-  const unsigned rows = unsigned(params.batch);
-  const unsigned grid = unsigned(std::min<int64_t>((pairs + kSelectThreads - 1) / kSelectThreads, blocks));
+  const int64_t most = 4 * multiprocessors(backend.device);
+  const unsigned rows = unsigned(params.batch), splits = unsigned(member.splits);
+  const unsigned grid = unsigned(std::min<int64_t>((pairs + kSelectThreads - 1) / kSelectThreads, most));
   const size_t bytes = sizeof(SelectScratch);
-  DEEPEN_LAUNCH((topk_keys<T>), rows * splits, kSelectThreads, bytes, stream, params, stats, keys, splits,
-                size);
+  DEEPEN_LAUNCH((topk_keys<T>), rows * splits, kSelectThreads, bytes, backend.stream, params, member.stats,
+                member.rows, member.splits, size);
   for (int64_t run = 2; run <= size; run *= 2) {
     for (int64_t distance = run / 2; distance > 0; distance /= 2) {
-      DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, stream, keys, pairs, size, run, distance);
+      DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, backend.stream, member.rows, pairs, size, run,
+                    distance);
     }
   }
-  DEEPEN_LAUNCH(write_sorted, rows, kSelectThreads, bytes, stream, params, stats, keys, splits, size);
+  DEEPEN_LAUNCH(write_sorted, rows, kSelectThreads, bytes, backend.stream, params, member.stats, member.rows,
+                member.splits, size);
 }
 
-template <class T>
-void launch(const TopkSoftmaxParams& params, const Backend& backend) {
-  const int64_t batch = params.batch, vocab = params.vocab, k = params.k;
-  const int blocks = 2 * multiprocessors(backend.device);  // resident at once
-  const int splits = int(std::min(std::max<int64_t>(blocks / batch, 1), split_limit(vocab)));
-  Arena arena{static_cast<char*>(params.workspace)};
-  const Layout layout = lay_out(arena, batch, vocab, k);
-  if (k > kListEntries) {
-    return launch_sorted<T>(params, layout.stats, layout.rows, splits, 2 * blocks, backend.stream);
+void launch_sorted(const MemberPlan& member, const Backend& backend) {
+  switch (member.params.dtype) {
+    case Dtype::f32: return launch_sorted<float>(member, backend);
+    case Dtype::f16: return launch_sorted<Half>(member, backend);
+    case Dtype::bf16: return launch_sorted<BFloat16>(member, backend);
   }
-  const int capacity = list_capacity(k), most = max_shared_bytes(backend.device);
+}
+
+double bytes_of(const TopkSoftmaxParams& params) {
+  return double(params.vocab) * (params.dtype == Dtype::f32 ? 4 : 2);
+}
+
+// Members share the blocks that are resident at once by the bytes they read.
+void split_rows(MemberPlan* members, int count, int blocks) {
+  double bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += double(members[i].params.batch) * bytes_of(members[i].params);
+  for (int i = 0; i < count; ++i) {
+    const TopkSoftmaxParams& params = members[i].params;
+    const int64_t share = int64_t(blocks * bytes_of(params) / bytes);
+    members[i].splits = int(std::min(std::max<int64_t>(share, 1), split_limit(params.vocab)));
+  }
+}
+
+void append(Plan& plan, const MemberPlan& given, const Backend& backend) {
+  MemberPlan& member = plan.members[plan.count++] = given;
+  const int64_t k = member.params.k, most = max_shared_bytes(backend.device);
   const size_t bytes = list_bytes(k);
   DEEPEN_CHECK(bytes <= size_t(most), "k is ", k, ": its lists take ", bytes,
                " bytes of shared memory, device ", backend.device, " has ", most);
-  DEEPEN_LAUNCH((topk_slices<T>), unsigned(batch * splits), kSelectThreads, bytes, backend.stream, params,
-                layout, splits, capacity);
-  if (splits == 1) return;
-  DEEPEN_LAUNCH(topk_merge, unsigned(batch), kSelectThreads, bytes, backend.stream, params, layout, splits,
-                capacity);
+  plan.shared_bytes = std::max(plan.shared_bytes, bytes);
+  member.capacity = list_capacity(k);
+  member.first_slice = plan.slices;
+  member.first_merge = plan.merges;
+  plan.slices += int(member.params.batch) * member.splits;
+  plan.merges += member.splits > 1 ? int(member.params.batch) : 0;
+}
+
+// At most kMembersAtOnce.
+void launch(MemberPlan* members, int count, const Backend& backend) {
+  split_rows(members, count, 2 * multiprocessors(backend.device));
+  Plan plan;
+  for (int i = 0; i < count; ++i) {
+    if (members[i].params.k > kListEntries) {
+      launch_sorted(members[i], backend);
+    } else {
+      append(plan, members[i], backend);
+    }
+  }
+  if (plan.slices == 0) return;
+  DEEPEN_LAUNCH(topk_slices, unsigned(plan.slices), kSelectThreads, plan.shared_bytes, backend.stream, plan);
+  if (plan.merges == 0) return;
+  DEEPEN_LAUNCH(topk_merge, unsigned(plan.merges), kSelectThreads, plan.shared_bytes, backend.stream, plan);
 }
 
 }  // namespace
 
-size_t topk_softmax_cuda_workspace(int64_t batch, int64_t vocab, int64_t k) {
+size_t topk_softmax_cuda_workspace(const TopkSoftmaxParams* members, int64_t count) {
   Arena arena{nullptr};
-  lay_out(arena, batch, vocab, k);
+  for (int64_t i = 0; i < count; ++i) {
+    MemberPlan member{};
+    member.params = members[i];
+    lay_out(arena, member);
+  }
   return arena.used;
 }
 
-void topk_softmax_cuda(const TopkSoftmaxParams& params, const Backend& backend) {
-  DEEPEN_CHECK(params.batch <= INT32_MAX / kMaxSplits, "the batch has ", params.batch,
-               " rows; a CUDA launch takes up to ", INT32_MAX / kMaxSplits);
+void topk_softmax_cuda(const TopkSoftmaxParams* members, int64_t count, void* workspace,
+                       const Backend& backend) {
   const DeviceGuard guard(backend.device);
-  switch (params.dtype) {
-    case Dtype::f32: return launch<float>(params, backend);
-    case Dtype::f16: return launch<Half>(params, backend);
-    case Dtype::bf16: return launch<BFloat16>(params, backend);
+  Arena arena{static_cast<char*>(workspace)};
+  MemberPlan some[kMembersAtOnce] = {};
+  int held = 0;
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (members[i].batch == 0) continue;
+    rows += members[i].batch;
+    DEEPEN_CHECK(rows <= INT32_MAX / kMaxSplits, "the batch has ", rows,
+                 " rows or more; a CUDA launch takes up to ", INT32_MAX / kMaxSplits);
+    some[held].params = members[i];
+    lay_out(arena, some[held++]);
+    if (held < kMembersAtOnce && i + 1 < count) continue;
+    launch(some, held, backend);
+    held = 0;
   }
+  if (held > 0) launch(some, held, backend);
 }
 
 }  // namespace deepen

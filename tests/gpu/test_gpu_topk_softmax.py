@@ -135,10 +135,11 @@ def test_writes_stay_inside_the_outputs(device, batch, vocab, k):
     probs = torch.full((batch * k + 2 * fence,), -77.0, device=device)
     tail = torch.full((batch + 2 * fence,), -77.0, device=device)
     status = torch.full((batch + 2 * fence,), -77, dtype=torch.int32, device=device)
-    size = _core.topk_softmax_workspace(batch, vocab, k, backend)
-    workspace = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
     addresses = [one[fence:].data_ptr() for one in (ids, probs, tail, status)]
-    _core.topk_softmax(there.data_ptr(), 0, batch, vocab, k, *addresses, workspace[256:].data_ptr(), backend)
+    members = [(there.data_ptr(), 0, batch, vocab, k, *addresses)]
+    size = _core.topk_softmax_workspace(members, backend)
+    workspace = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
+    _core.topk_softmax(members, workspace[256:].data_ptr(), backend)
     for buffer in (ids, probs, tail, status):
         assert bool((buffer[:fence] == -77).all())
         assert bool((buffer[-fence:] == -77).all())
