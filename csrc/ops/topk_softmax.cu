@@ -1,21 +1,23 @@
 // topk_softmax on CUDA. Bytes: the logits once (1 MB a row of 262,144 in f32, 0.3 us of an H100's memory),
-// plus splits * k candidate keys of 8 bytes written and partly read back. Operations: one exponential and two
-// comparisons a logit.
+// plus some 2 k candidate keys of 8 bytes a slice written and partly read back. Operations: one exponential
+// and two comparisons a logit. All members' rows go into the same two launches.
 //
-//   topk_slices  batch * splits blocks of 512 threads, two to a multiprocessor. A block streams its slice of
-//                a row with 16-byte loads, 8 logits a thread at a time, the next ones already under way. Each
-//                thread keeps a running maximum and sum of exponentials; keys that reach the bar go into a
-//                list in shared memory. The first bar is the k-th largest of the threads' own largest;
-//                whenever the list might overflow it is cut to its k largest, which raises the bar. The list
-//                ends as the slice's k largest, sorted.
-//   topk_merge   one block a row. Every split has ceil(k / splits) keys that are at least the smallest of the
-//                splits' ceil(k / splits)-th keys, so that one is a bar which at least k keys reach, and on
-//                real logits a few times k: most of the candidates are never read.
+//   topk_slices  blocks of 512 threads, two to a multiprocessor. A block streams its slice of a row with
+//                16-byte loads, two a thread at a time, the next ones already under way. Each thread keeps a
+//                running maximum and sum of exponentials; keys that reach the bar go into a list in shared
+//                memory. The bar comes from the threads' maxima: k of them reach it, and some 2 k keys do. It
+//                is found anew after 1, 2, 4, 8, ... rounds. The list that is handed on has the keys that
+//                reach the last bar, in no order. Only a list that has no room left, as where logits are
+//                alike or rise, is cut to its k largest.
+//   topk_merge   one block a row. The slices hand on the largest of their threads' maxima too: some 1,000
+//                samples, of which the k-th largest is a bar that at least k keys reach, and seldom many
+//                more. Those are read from the lists' heads, and sorted by counting the larger ones.
 //
-// With one split the first kernel writes the result itself. For k above kListEntries:
-// topk_softmax_sort.cuh.
+// With one split the first kernel writes the result itself. For k above kListEntries: topk_softmax_sort.cuh.
 #include "core/check.h"
 #include "ops/topk_softmax.h"
+#include "ops/topk_softmax_lists.cuh"
+#include "ops/topk_softmax_merge.cuh"
 #include "ops/topk_softmax_plan.cuh"
 #include "ops/topk_softmax_sort.cuh"
 
@@ -23,25 +25,31 @@ namespace deepen {
 namespace {
 
 constexpr int kListEntries = 1024;  // the largest k whose lists stay in shared memory
-constexpr int kPerThread = 8;       // logits a thread handles between two looks at the list
-constexpr int kChunk = kSelectThreads * kPerThread;
-constexpr int kLoose = 16;  // room for logits outside the 16-byte vectors of an unaligned row
-constexpr int kMergeKeys = kMaxSplits / (kSelectThreads / 32);  // of a thread at a time, in topk_merge
-static_assert(kMergeKeys * kSelectThreads <= kChunk, "a round of topk_merge fits where a chunk does");
+constexpr int kVectors = 2;         // of 16 bytes, that a thread handles between two looks at the list
+constexpr int kVectorsOfBlock = kVectors * kSelectThreads;
 
-int64_t split_limit(int64_t vocab) { return std::min<int64_t>((vocab + kChunk - 1) / kChunk, kMaxSplits); }
+int64_t chunk_of(Dtype dtype) { return kVectorsOfBlock * (dtype == Dtype::f32 ? 4 : 8); }
+
+int64_t split_limit(const TopkSoftmaxParams& params) {
+  const int64_t chunk = chunk_of(params.dtype);
+  return std::min<int64_t>((params.vocab + chunk - 1) / chunk, kMaxSplits);
+}
 
 void lay_out(Arena& arena, MemberPlan& member) {
   const int64_t batch = member.params.batch, vocab = member.params.vocab, k = member.params.k;
   const bool lists = k <= kListEntries;
-  member.stats = take<RowStats>(arena, batch * kMaxSplits);
-  member.candidates = take<uint64_t>(arena, lists ? batch * split_limit(vocab) * k : 0);
+  // Of a batch on any device: there are at most kMaxBlocks slices, or one a row.
+  const int64_t slices = std::min(batch * split_limit(member.params), std::max<int64_t>(batch, kMaxBlocks));
+  member.facts = take<SliceFacts>(arena, lists ? slices : 0);
+  member.samples = take<uint32_t>(arena, lists ? std::min(slices * kSelectThreads, batch * kMaxSamples) : 0);
+  member.candidates = take<uint64_t>(arena, lists ? slices * list_room(k) : 0);
+  member.stats = take<RowStats>(arena, lists ? 0 : batch * kMaxSplits);
   member.rows = take<uint64_t>(arena, lists ? 0 : batch * padded(vocab));
 }
 
-int list_capacity(int64_t k) { return int(4 * k) + kChunk + kLoose; }
+int list_capacity(int64_t k) { return int(4 * k) + 1024; }
 size_t list_bytes(int64_t k) {
-  return sizeof(SelectScratch) + size_t(list_capacity(k) + k) * sizeof(uint64_t);
+  return sizeof(ListScratch) + size_t(list_capacity(k) + 2 + list_room(k) + 2) * sizeof(uint64_t);
 }
 
 // One 16-byte vector of logits as floats.
@@ -61,19 +69,18 @@ __device__ __forceinline__ void unpack(const uint4& raw, float* values, T) {
 }
 
 template <class T>
-__device__ __forceinline__ void slice(const MemberPlan& member, SelectScratch* scratch) {
-  constexpr int kLanes = 16 / sizeof(T), kVectors = kPerThread / kLanes;
+__device__ __forceinline__ void slice(const MemberPlan& member, ListScratch* scratch) {
+  constexpr int kLanes = 16 / sizeof(T), kKeys = kVectors * kLanes;
   const TopkSoftmaxParams params = member.params;
-  const int splits = member.splits, capacity = member.capacity;
+  const int splits = member.splits, capacity = member.capacity, k = int(params.k), vocab = int(params.vocab);
   uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
-  uint64_t* const spare = list + capacity;
-  const int thread = int(threadIdx.x), k = int(params.k);
-  const unsigned block = blockIdx.x - unsigned(member.first_slice);
-  const int64_t row = block / unsigned(splits);
-  const int split = int(block % unsigned(splits));
+  uint64_t* const spare = list + capacity + 2;
+  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t block = int(blockIdx.x) - member.first_slice;
+  const int64_t row = block / splits;
+  const int split = int(block % splits);
 
   const T* const logits = static_cast<const T*>(params.logits) + row * params.vocab;
-  const int vocab = int(params.vocab);
   const int misaligned = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
   const int head = min(misaligned == 0 ? 0 : kLanes - misaligned, vocab);
   const int vectors = (vocab - head) / kLanes;
@@ -81,158 +88,106 @@ __device__ __forceinline__ void slice(const MemberPlan& member, SelectScratch* s
             end = int(int64_t(vectors) * (split + 1) / splits);
   const uint4* const whole = reinterpret_cast<const uint4*>(logits + head);
 
-  RunningStats stats;
-  uint64_t bar = 0;
-  if (thread == 0) scratch->count = 0;
-  __syncthreads();
-  if (split == 0) {  // what lies before and after the vectors
-    const int loose = vocab - vectors * kLanes;
-    if (thread < loose) {
-      const int at = thread < head ? thread : vectors * kLanes + thread;
-      const float value = to_float(logits[at]);
-      stats.add(value);
-      list[atomicAdd(&scratch->count, 1u)] = pack_key(value, uint32_t(at));
-    }
-  }
-
   uint4 next[kVectors] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int at = begin + v * kSelectThreads + thread;
     if (at < end) next[v] = whole[at];
   }
-  for (int base = begin; base < end; base += kSelectThreads * kVectors) {
-    float values[kPerThread];
+  RunningStats stats;
+  bool seen = begin + thread < end;
+  if (thread < 2) scratch->overflown[thread] = 0;
+  if (thread == 0) scratch->heads = scratch->tails = 0;
+  if (thread == 0) scratch->count = 0;
+  __syncthreads();
+  const int loose = split == 0 ? vocab - vectors * kLanes : 0;  // what lies before and after the vectors
+  if (thread < loose) {
+    const int at = thread < head ? thread : vectors * kLanes + thread;
+    const float value = to_float(logits[at]);
+    stats.add(value);
+    seen = true;
+    list[atomicAdd(&scratch->count, 1u)] = pack_key(value, uint32_t(at));
+  }
+
+  // This thread's largest; none if there is a NaN, whose key may be below all others.
+  const auto best = [&] { return seen && stats.sum == stats.sum ? value_bits(stats.largest) : 0u; };
+  const int samples = samples_of_warp(splits);
+  uint64_t bar = 0;
+  Ranked ranked{};
+  int chunk = 0, ranked_chunks = -1, round = 0;
+  for (int base = begin; base < end; base += kVectorsOfBlock) {
+    float values[kKeys];
+    uint32_t chosen = 0;  // those that there are, then those that reach the bar
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int at = base + v * kSelectThreads + thread;
       unpack(next[v], values + v * kLanes, T());
+      if (at < end) chosen |= ((1u << kLanes) - 1u) << v * kLanes;
       if (at >= end) {
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) values[v * kLanes + i] = -INFINITY;
       }
-      const int later = at + kSelectThreads * kVectors;
+      const int later = at + kVectorsOfBlock;
       if (later < end) next[v] = whole[later];
     }
 
     float largest = values[0];
 #pragma unroll
-    for (int i = 1; i < kPerThread; ++i) largest = fmaxf(largest, values[i]);
+    for (int i = 1; i < kKeys; ++i) largest = fmaxf(largest, values[i]);
     stats.raise(largest);
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) stats.sum += __expf(values[i] - stats.base());
+    for (int i = 0; i < kKeys; ++i) stats.sum += __expf(values[i] - stats.base());
 
-    const auto index = [&](int i) {
-      return uint32_t(head + (base + i / kLanes * kSelectThreads + thread) * kLanes + i % kLanes);
+    if ((chunk & (chunk + 1)) == 0) {
+      ranked = find_bar(best(), k, samples, bar, scratch);
+      ranked_chunks = chunk + 1;
+    }
+    ++chunk;
+
+    const auto key = [&](int i) {
+      const int at = (base + i / kLanes * kSelectThreads + thread) * kLanes + i % kLanes;
+      return pack_key(values[i], uint32_t(head + at));
     };
-    const auto exists = [&](int i) { return base + i / kLanes * kSelectThreads + thread < end; };
-    if (base == begin) {
-      uint64_t best = 0;
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        const uint64_t key = exists(i) ? pack_key(values[i], index(i)) : 0;
-        best = key > best ? key : best;
-      }
-      if (k <= kSelectThreads) {
-        uint64_t* const bests = list + capacity - kSelectThreads;
-        bests[thread] = best;
-        __syncthreads();
-        bar = select_threshold(bests, kSelectThreads, k, scratch);
-      }
-    } else {
-      __syncthreads();
-      const int count = int(scratch->count);
-      __syncthreads();
-      if (count + kChunk > capacity) {
-        bar = cut_to_largest(list, count, k, spare, scratch);
-        if (thread == 0) scratch->count = uint32_t(k);
-        __syncthreads();
-      }
-    }
-
     const float bar_value = key_value(bar);  // NaN, which nothing is below, while there is no bar
-    if (!(largest < bar_value)) {
+    if (largest < bar_value) {
+      chosen = 0;
+    } else {
 #pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-        if (values[i] < bar_value || !exists(i)) continue;
-        const uint64_t key = pack_key(values[i], index(i));
-        if (key >= bar) list[atomicAdd(&scratch->count, 1u)] = key;
+      for (int i = 0; i < kKeys; ++i) {
+        if (values[i] < bar_value || key(i) < bar) chosen &= ~(1u << i);
       }
     }
+    const uint32_t left_out = append<kKeys>(chosen, key, list, capacity, &scratch->count);
+    bar = make_room<kKeys>(left_out, key, bar, round, list, capacity, spare, k, scratch);
   }
+  if (ranked_chunks != chunk) ranked = find_bar(best(), k, samples, bar, scratch);
 
-  __syncthreads();
-  int count = int(scratch->count);
-  if (count > k) cut_to_largest(list, count, k, spare, scratch);
-  count = count < k ? count : k;
-  sort_by_rank(list, count, spare);
-  const RowStats whole_slice = combine(stats.largest, stats.sum, scratch);
-  if (splits == 1) return write_row(params, row, spare, whole_slice, scratch);
-  uint64_t* const out = member.candidates + (row * splits + split) * params.k;
-  for (int i = thread; i < k; i += kSelectThreads) out[i] = i < count ? spare[i] : 0;
-  if (thread == 0) member.stats[row * kMaxSplits + split] = whole_slice;
+  const RowStats own = combine_warp({stats.largest, stats.sum});
+  if (lane == 0) scratch->warp_stats[warp] = own;
+  const bool alone = splits == 1;
+  const int room = list_room(k);
+  const uint32_t head_bar = alone ? 0 : smallest(scratch->warp_lowest);
+  uint64_t* const out = alone ? spare : member.candidates + block * room;
+  hand_on(list, int(scratch->count), bar, lowest_key(head_bar), out, room, spare, k, scratch);
+  if (warp == 0) {
+    const RowStats part = lane < kSliceWarps ? scratch->warp_stats[lane] : RowStats{-INFINITY, 0.0f};
+    scratch->stats = combine_warp(part);
+  }
+  if (alone) return finish_row(params, row, spare, int(scratch->heads), list, scratch);
+  if (ranked.rank < samples) {
+    member.samples[(block * kSliceWarps + warp) * samples + ranked.rank] = ranked.sample;
+  }
+  if (thread == 0) member.facts[block] = {scratch->stats, head_bar, scratch->heads, scratch->tails};
 }
 
 __global__ void __launch_bounds__(kSelectThreads, 2) topk_slices(const Plan plan) {
-  DEEPEN_SHARED(SelectScratch, scratch);
-  const MemberPlan& member = plan.members[member_of(plan, &MemberPlan::first_slice)];
+  DEEPEN_SHARED(ListScratch, scratch);
+  const MemberPlan& member = member_of(plan, &MemberPlan::first_slice);
   switch (member.params.dtype) {
     case Dtype::f32: return slice<float>(member, scratch);
     case Dtype::f16: return slice<Half>(member, scratch);
     case Dtype::bf16: return slice<BFloat16>(member, scratch);
   }
-}
-
-__global__ void __launch_bounds__(kSelectThreads) topk_merge(const Plan plan) {
-  DEEPEN_SHARED(SelectScratch, scratch);
-  const MemberPlan& member = plan.members[member_of(plan, &MemberPlan::first_merge)];
-  const TopkSoftmaxParams params = member.params;
-  const int splits = member.splits, capacity = member.capacity;
-  uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
-  uint64_t* const spare = list + capacity;
-  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, k = int(params.k);
-  const int64_t row = int(blockIdx.x) - member.first_merge;
-  const uint64_t* const candidates = member.candidates + row * splits * params.k;
-
-  const RowStats stats = merge_stats(member.stats + row * kMaxSplits, splits, scratch);
-  // The smallest of the splits' keys at this place. ~key turns it into a maximum; padding is no key.
-  uint64_t bar = ~uint64_t(0);
-  if (thread < splits) bar = candidates[thread * params.k + (k + splits - 1) / splits - 1];
-  bar = block_reduce(bar, ~uint64_t(0), Smaller(), scratch->words);
-  bar = bar == 0 ? 1 : bar;
-
-  if (thread == 0) scratch->count = 0;
-  __syncthreads();
-  // Warp w looks at splits w, w + 16, ...: 32 candidates of each, until none has one that reaches the bar.
-  for (int from = 0; from < k; from += 32) {
-    uint64_t keys[kMergeKeys];
-#pragma unroll
-    for (int i = 0; i < kMergeKeys; ++i) {
-      const int split = warp + i * (kSelectThreads / 32);
-      keys[i] = split < splits && from + lane < k ? candidates[split * params.k + from + lane] : 0;
-    }
-    bool more = false;
-#pragma unroll
-    for (int i = 0; i < kMergeKeys; ++i) {
-      if (keys[i] < bar) continue;
-      list[atomicAdd(&scratch->count, 1u)] = keys[i];
-      more = more || lane == 31;
-    }
-    // Two barriers inside: the count is whole for all, and stays until all have seen it.
-    const uint32_t again = block_reduce(uint32_t(more), 0u, Either(), scratch->totals);
-    const int count = int(scratch->count);
-    if (again == 0) break;
-    if (count + kMergeKeys * kSelectThreads > capacity) {
-      bar = cut_to_largest(list, count, k, spare, scratch);
-      if (thread == 0) scratch->count = uint32_t(k);
-    }
-    __syncthreads();
-  }
-
-  const int count = int(scratch->count);
-  if (count > k) cut_to_largest(list, count, k, spare, scratch);
-  sort_by_rank(list, k, spare);
-  write_row(params, row, spare, stats, scratch);
 }
 
 template <class T>
@@ -274,7 +229,7 @@ void split_rows(MemberPlan* members, int count, int blocks) {
   for (int i = 0; i < count; ++i) {
     const TopkSoftmaxParams& params = members[i].params;
     const int64_t share = int64_t(blocks * bytes_of(params) / bytes);
-    members[i].splits = int(std::min(std::max<int64_t>(share, 1), split_limit(params.vocab)));
+    members[i].splits = int(std::min(std::max<int64_t>(share, 1), split_limit(params)));
   }
 }
 
@@ -294,8 +249,8 @@ void append(Plan& plan, const MemberPlan& given, const Backend& backend) {
 
 // At most kMembersAtOnce.
 void launch(MemberPlan* members, int count, const Backend& backend) {
-  split_rows(members, count, 2 * multiprocessors(backend.device));
-  Plan plan;
+  split_rows(members, count, std::min(2 * multiprocessors(backend.device), kMaxBlocks));
+  Plan plan{};
   for (int i = 0; i < count; ++i) {
     if (members[i].params.k > kListEntries) {
       launch_sorted(members[i], backend);

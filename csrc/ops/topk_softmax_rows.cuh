@@ -41,6 +41,13 @@ __device__ __forceinline__ RowStats combine(float largest, float sum, SelectScra
   return {most, block_reduce(sum * scale, 0.0f, Plus(), scratch->numbers)};
 }
 
+// The whole warp's, from each lane's own. All lanes call.
+__device__ __forceinline__ RowStats combine_warp(RowStats own) {
+  const float most = warp_reduce(own.largest, Larger());
+  const float scale = own.largest == -INFINITY ? (most == -INFINITY ? 1.0f : 0.0f) : expf(own.largest - most);
+  return {most, warp_reduce(own.sum * scale, Plus())};
+}
+
 // A row's, from its parts'.
 __device__ __forceinline__ RowStats merge_stats(const RowStats* parts, int splits, SelectScratch* scratch) {
   RowStats part{-INFINITY, 0.0f};
