@@ -1,6 +1,7 @@
 // topk_softmax on CUDA. Bytes: the logits once (1 MB a row of 262,144 in f32, 0.3 us of an H100's memory),
 // plus some 2 k candidate keys of 8 bytes a slice written and partly read back. Operations: one exponential
-// and two comparisons a logit. All members' rows go into the same two launches.
+// and two comparisons a logit. All members' rows go into the same two launches, unless their dtypes differ:
+// then each dtype has its own topk_slices.
 //
 //   topk_slices  blocks of 512 threads, two to a multiprocessor. A block streams its slice of a row with
 //                16-byte loads, two a thread at a time, the next ones already under way. Each thread keeps a
@@ -52,33 +53,34 @@ size_t list_bytes(int64_t k) {
   return sizeof(ListScratch) + size_t(list_capacity(k) + 2 + list_room(k) + 2) * sizeof(uint64_t);
 }
 
-// One 16-byte vector of logits as floats.
-__device__ __forceinline__ void unpack(const uint4& raw, float* values, float) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) values[i] = bits_to_float(words[i]);
+constexpr int kWords = 4 * kVectors;  // of 4 bytes
+
+// Logit i of those in the words; words of -inf.
+__device__ __forceinline__ float logit(const uint32_t* words, int i, float) {
+  return bits_to_float(words[i]);
 }
 template <class T>
-__device__ __forceinline__ void unpack(const uint4& raw, float* values, T) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    values[2 * i] = to_float(T{uint16_t(words[i])});
-    values[2 * i + 1] = to_float(T{uint16_t(words[i] >> 16)});
-  }
+__device__ __forceinline__ float logit(const uint32_t* words, int i, T) {
+  return to_float(T{uint16_t(words[i / 2] >> (i % 2 * 16))});
 }
+__device__ __forceinline__ uint32_t nothing(float) { return 0xff800000u; }
+__device__ __forceinline__ uint32_t nothing(Half) { return 0xfc00fc00u; }
+__device__ __forceinline__ uint32_t nothing(BFloat16) { return 0xff80ff80u; }
+
+// What a thread knows after its slice; the list is in shared memory.
+struct Streamed {
+  RunningStats stats;
+  uint64_t bar = 0;
+  Ranked ranked{};
+};
 
 template <class T>
-__device__ __forceinline__ void slice(const MemberPlan& member, ListScratch* scratch) {
+__device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row, int split, uint64_t* list,
+                                           uint64_t* spare, ListScratch* scratch) {
   constexpr int kLanes = 16 / sizeof(T), kKeys = kVectors * kLanes;
   const TopkSoftmaxParams params = member.params;
   const int splits = member.splits, capacity = member.capacity, k = int(params.k), vocab = int(params.vocab);
-  uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
-  uint64_t* const spare = list + capacity + 2;
-  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t block = int(blockIdx.x) - member.first_slice;
-  const int64_t row = block / splits;
-  const int split = int(block % splits);
+  const int thread = int(threadIdx.x);
 
   const T* const logits = static_cast<const T*>(params.logits) + row * params.vocab;
   const int misaligned = int(reinterpret_cast<uintptr_t>(logits) % 16 / sizeof(T));
@@ -94,7 +96,9 @@ __device__ __forceinline__ void slice(const MemberPlan& member, ListScratch* scr
     const int at = begin + v * kSelectThreads + thread;
     if (at < end) next[v] = whole[at];
   }
-  RunningStats stats;
+  Streamed found;
+  RunningStats& stats = found.stats;
+  uint64_t& bar = found.bar;
   bool seen = begin + thread < end;
   if (thread < 2) scratch->overflown[thread] = 0;
   if (thread == 0) scratch->heads = scratch->tails = 0;
@@ -112,82 +116,88 @@ __device__ __forceinline__ void slice(const MemberPlan& member, ListScratch* scr
   // This thread's largest; none if there is a NaN, whose key may be below all others.
   const auto best = [&] { return seen && stats.sum == stats.sum ? value_bits(stats.largest) : 0u; };
   const int samples = samples_of_warp(splits);
-  uint64_t bar = 0;
-  Ranked ranked{};
   int chunk = 0, ranked_chunks = -1, round = 0;
   for (int base = begin; base < end; base += kVectorsOfBlock) {
-    float values[kKeys];
-    uint32_t chosen = 0;  // those that there are, then those that reach the bar
+    uint32_t words[kWords], chosen = 0;  // those that there are, then those that reach the bar
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const int at = base + v * kSelectThreads + thread;
-      unpack(next[v], values + v * kLanes, T());
-      if (at < end) chosen |= ((1u << kLanes) - 1u) << v * kLanes;
-      if (at >= end) {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) values[v * kLanes + i] = -INFINITY;
-      }
-      const int later = at + kVectorsOfBlock;
+      const int at = base + v * kSelectThreads + thread, later = at + kVectorsOfBlock;
+      const bool exists = at < end;
+      words[4 * v] = exists ? next[v].x : nothing(T());
+      words[4 * v + 1] = exists ? next[v].y : nothing(T());
+      words[4 * v + 2] = exists ? next[v].z : nothing(T());
+      words[4 * v + 3] = exists ? next[v].w : nothing(T());
+      if (exists) chosen |= ((1u << kLanes) - 1u) << v * kLanes;
       if (later < end) next[v] = whole[later];
     }
 
-    float largest = values[0];
+    float largest = -INFINITY;
 #pragma unroll
-    for (int i = 1; i < kKeys; ++i) largest = fmaxf(largest, values[i]);
+    for (int i = 0; i < kKeys; ++i) largest = fmaxf(largest, logit(words, i, T()));
     stats.raise(largest);
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) stats.sum += __expf(values[i] - stats.base());
+    for (int i = 0; i < kKeys; ++i) stats.sum += __expf(logit(words, i, T()) - stats.base());
 
     if ((chunk & (chunk + 1)) == 0) {
-      ranked = find_bar(best(), k, samples, bar, scratch);
+      found.ranked = find_bar(best(), k, samples, bar, scratch);
       ranked_chunks = chunk + 1;
     }
     ++chunk;
 
-    const auto key = [&](int i) {
-      const int at = (base + i / kLanes * kSelectThreads + thread) * kLanes + i % kLanes;
-      return pack_key(values[i], uint32_t(head + at));
+    const auto index = [&](int i) {
+      return uint32_t(head + (base + i / kLanes * kSelectThreads + thread) * kLanes + i % kLanes);
     };
+    const auto key = [&](int i) { return pack_key(logit(words, i, T()), index(i)); };
     const float bar_value = key_value(bar);  // NaN, which nothing is below, while there is no bar
+    const uint32_t bar_index = key_index(bar);
     if (largest < bar_value) {
       chosen = 0;
     } else {
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
-        if (values[i] < bar_value || key(i) < bar) chosen &= ~(1u << i);
+        const float value = logit(words, i, T());
+        const bool below = value < bar_value || (value == bar_value && index(i) > bar_index);
+        if (below) chosen &= ~(1u << i);
       }
     }
     const uint32_t left_out = append<kKeys>(chosen, key, list, capacity, &scratch->count);
-    bar = make_room<kKeys>(left_out, key, bar, round, list, capacity, spare, k, scratch);
+    const auto again = [&](int i) { return pack_key(to_float(logits[index(i)]), index(i)); };
+    bar = make_room(left_out, again, bar, round, list, capacity, spare, k, scratch);
   }
-  if (ranked_chunks != chunk) ranked = find_bar(best(), k, samples, bar, scratch);
+  if (ranked_chunks != chunk) found.ranked = find_bar(best(), k, samples, bar, scratch);
 
-  const RowStats own = combine_warp({stats.largest, stats.sum});
-  if (lane == 0) scratch->warp_stats[warp] = own;
-  const bool alone = splits == 1;
-  const int room = list_room(k);
-  const uint32_t head_bar = alone ? 0 : smallest(scratch->warp_lowest);
-  uint64_t* const out = alone ? spare : member.candidates + block * room;
-  hand_on(list, int(scratch->count), bar, lowest_key(head_bar), out, room, spare, k, scratch);
-  if (warp == 0) {
-    const RowStats part = lane < kSliceWarps ? scratch->warp_stats[lane] : RowStats{-INFINITY, 0.0f};
-    scratch->stats = combine_warp(part);
-  }
-  if (alone) return finish_row(params, row, spare, int(scratch->heads), list, scratch);
-  if (ranked.rank < samples) {
-    member.samples[(block * kSliceWarps + warp) * samples + ranked.rank] = ranked.sample;
-  }
-  if (thread == 0) member.facts[block] = {scratch->stats, head_bar, scratch->heads, scratch->tails};
+  return found;
 }
 
+template <class T>
 __global__ void __launch_bounds__(kSelectThreads, 2) topk_slices(const Plan plan) {
   DEEPEN_SHARED(ListScratch, scratch);
   const MemberPlan& member = member_of(plan, &MemberPlan::first_slice);
-  switch (member.params.dtype) {
-    case Dtype::f32: return slice<float>(member, scratch);
-    case Dtype::f16: return slice<Half>(member, scratch);
-    case Dtype::bf16: return slice<BFloat16>(member, scratch);
+  uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
+  uint64_t* const spare = list + member.capacity + 2;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, splits = member.splits;
+  const int64_t block = int(blockIdx.x) - member.first_slice, row = block / splits;
+
+  const int split = int(block % splits);
+  const Streamed found = stream<T>(member, row, split, list, spare, scratch);
+
+  const RowStats own = combine_warp({found.stats.largest, found.stats.sum});
+  if (lane == 0) scratch->warp_stats[warp] = own;
+  const bool alone = splits == 1;
+  const int k = int(member.params.k), room = list_room(k), samples = samples_of_warp(splits);
+  const uint32_t head_bar = alone ? 0 : smallest(scratch->warp_lowest);
+  uint64_t* const out = alone ? spare : member.candidates + block * room;
+  hand_on(list, int(scratch->count), found.bar, lowest_key(head_bar), out, room, spare, k, scratch);
+  if (warp == 0) {
+    const RowStats part = lane < kSliceWarps ? scratch->warp_stats[lane] : RowStats{-INFINITY, 0.0f};
+    const RowStats whole = combine_warp(part);
+    if (lane == 0) scratch->stats = whole;
   }
+  if (alone) return finish_row(member.params, row, spare, int(scratch->heads), list, scratch);
+  if (found.ranked.rank < samples) {
+    member.samples[(block * kSliceWarps + warp) * samples + found.ranked.rank] = found.ranked.sample;
+  }
+  if (threadIdx.x == 0) member.facts[block] = {scratch->stats, head_bar, scratch->heads, scratch->tails};
 }
 
 template <class T>
@@ -233,18 +243,26 @@ void split_rows(MemberPlan* members, int count, int blocks) {
   }
 }
 
-void append(Plan& plan, const MemberPlan& given, const Backend& backend) {
-  MemberPlan& member = plan.members[plan.count++] = given;
-  const int64_t k = member.params.k, most = max_shared_bytes(backend.device);
-  const size_t bytes = list_bytes(k);
-  DEEPEN_CHECK(bytes <= size_t(most), "k is ", k, ": its lists take ", bytes,
-               " bytes of shared memory, device ", backend.device, " has ", most);
-  plan.shared_bytes = std::max(plan.shared_bytes, bytes);
-  member.capacity = list_capacity(k);
+void add(Plan& plan, MemberPlan member) {
+  const int rows = int(member.params.batch);
+  member.capacity = list_capacity(member.params.k);
   member.first_slice = plan.slices;
   member.first_merge = plan.merges;
-  plan.slices += int(member.params.batch) * member.splits;
-  plan.merges += member.splits > 1 ? int(member.params.batch) : 0;
+  plan.slices += rows * member.splits;
+  plan.merges += member.splits > 1 ? rows : 0;
+  plan.shared_bytes = std::max(plan.shared_bytes, list_bytes(member.params.k));
+  plan.members[plan.count++] = member;
+}
+
+template <class T>
+void launch_slices(const Plan& plan, Dtype dtype, const Backend& backend) {
+  Plan part{};
+  for (int i = 0; i < plan.count; ++i) {
+    if (plan.members[i].params.dtype == dtype) add(part, plan.members[i]);
+  }
+  if (part.count == 0) return;
+  DEEPEN_LAUNCH((topk_slices<T>), unsigned(part.slices), kSelectThreads, part.shared_bytes, backend.stream,
+                part);
 }
 
 // At most kMembersAtOnce.
@@ -252,14 +270,18 @@ void launch(MemberPlan* members, int count, const Backend& backend) {
   split_rows(members, count, std::min(2 * multiprocessors(backend.device), kMaxBlocks));
   Plan plan{};
   for (int i = 0; i < count; ++i) {
-    if (members[i].params.k > kListEntries) {
+    const int64_t k = members[i].params.k, most = max_shared_bytes(backend.device);
+    if (k > kListEntries) {
       launch_sorted(members[i], backend);
-    } else {
-      append(plan, members[i], backend);
+      continue;
     }
+    DEEPEN_CHECK(list_bytes(k) <= size_t(most), "k is ", k, ": its lists take ", list_bytes(k),
+                 " bytes of shared memory, device ", backend.device, " has ", most);
+    add(plan, members[i]);
   }
-  if (plan.slices == 0) return;
-  DEEPEN_LAUNCH(topk_slices, unsigned(plan.slices), kSelectThreads, plan.shared_bytes, backend.stream, plan);
+  launch_slices<float>(plan, Dtype::f32, backend);
+  launch_slices<Half>(plan, Dtype::f16, backend);
+  launch_slices<BFloat16>(plan, Dtype::bf16, backend);
   if (plan.merges == 0) return;
   DEEPEN_LAUNCH(topk_merge, unsigned(plan.merges), kSelectThreads, plan.shared_bytes, backend.stream, plan);
 }

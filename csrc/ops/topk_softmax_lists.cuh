@@ -76,18 +76,27 @@ __device__ __forceinline__ Ranked find_bar(uint32_t best, int k, int samples, ui
 }
 
 // Cuts a list that `append` had no room in, and appends what was left out, until all have been seen. Returns
-// the new bar. All threads call, with one more round each time; one barrier if nothing was left out.
-template <int kKeys, class Key>
+// the new bar. All threads call, with one more round each time; one barrier if nothing was left out. This is
+// rare: `key` reads a key again, so that it need not be held until here.
+template <class Key>
 __device__ __forceinline__ uint64_t make_room(uint32_t left_out, Key key, uint64_t bar, int& round,
                                               uint64_t* list, int capacity, uint64_t* spare, int k,
                                               ListScratch* scratch) {
   while (any_thread(left_out != 0, ++round, scratch->overflown)) {
     bar = cut_to_largest(list, capacity, k, spare, scratch);
-#pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      if ((left_out >> i & 1u) != 0 && key(i) < bar) left_out &= ~(1u << i);
+    uint32_t again = 0;
+    for (; left_out != 0; left_out &= left_out - 1) {
+      const int i = __ffs(int(left_out)) - 1;
+      const uint64_t one = key(i);
+      if (one < bar) continue;
+      const uint32_t at = atomicAdd(&scratch->count, 1u);
+      if (at < uint32_t(capacity)) {
+        list[at] = one;
+      } else {
+        again |= 1u << i;
+      }
     }
-    left_out = append<kKeys>(left_out, key, list, capacity, &scratch->count);
+    left_out = again;
   }
   return bar;
 }

@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kSelectThreads) topk_merge(const Plan plan) {
     for (int i = 0; i < kMergeKeys; ++i) chosen |= uint32_t(keys[i] >= bar) << i;
     const auto key = [&](int i) { return keys[i]; };
     const uint32_t left_out = append<kMergeKeys>(chosen, key, list, capacity, &scratch->count);
-    bar = make_room<kMergeKeys>(left_out, key, bar, cuts, list, capacity, spare, k, scratch);
+    const auto again = [&](int i) { return lists.load(i, round, scratch); };
+    bar = make_room(left_out, again, bar, cuts, list, capacity, spare, k, scratch);
     const bool longer = thread < splits && scratch->length[thread] > (round + 1) << lists.places_log2;
     if (!any_thread(longer, round + 1, scratch->more)) break;
 #pragma unroll

@@ -75,6 +75,24 @@ def test_sorted_logits(order):
     assert_topk(logits if order == "rising" else logits.flip(-1).contiguous(), 128)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 8192, 36_000])
+@pytest.mark.parametrize("k", [3, 200, 700])
+def test_the_largest_are_side_by_side(dtype, first, k):
+    logits = random_logits(2, 45_000, seed=k)
+    logits[:, first : first + 8192] += 12
+    assert int(logits[0].topk(k).indices.min()) >= first
+    assert_topk(logits.to(dtype), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_are_allowed(dtype):
+    logits = torch.full((2, 45_000), float("-inf"))
+    logits[:, 7::300] = random_logits(2, 150, seed=1)
+    assert_topk(logits.to(dtype), 100)
+    assert_topk(logits.to(dtype), 200)
+
+
 def test_minus_infinity_is_probability_zero():
     logits = torch.full((2, 6000), float("-inf"))
     logits[0, 4321] = 3.0
