@@ -172,12 +172,12 @@ __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row
 template <class T>
 __global__ void __launch_bounds__(kSelectThreads, 2) topk_slices(const Plan plan) {
   DEEPEN_SHARED(ListScratch, scratch);
-  const MemberPlan& member = member_of(plan, &MemberPlan::first_slice);
+  const MemberPlan& member = plan.members[blockIdx.y];
+  if (blockIdx.x >= member.params.batch * member.splits) return;
   uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
   uint64_t* const spare = list + member.capacity + 2;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, splits = member.splits;
-  const int64_t block = int(blockIdx.x) - member.first_slice, row = block / splits;
-
+  const int64_t block = blockIdx.x, row = block / splits;
   const int split = int(block % splits);
   const Streamed found = stream<T>(member, row, split, list, spare, scratch);
 
@@ -243,32 +243,37 @@ void split_rows(MemberPlan* members, int count, int blocks) {
   }
 }
 
-void add(Plan& plan, MemberPlan member) {
-  const int rows = int(member.params.batch);
-  member.capacity = list_capacity(member.params.k);
-  member.first_slice = plan.slices;
-  member.first_merge = plan.merges;
-  plan.slices += rows * member.splits;
-  plan.merges += member.splits > 1 ? rows : 0;
-  plan.shared_bytes = std::max(plan.shared_bytes, list_bytes(member.params.k));
-  plan.members[plan.count++] = member;
-}
+// Some members of one call, and how many blocks the one with the most has.
+struct Launch {
+  Plan plan{};
+  unsigned count = 0;
+  int64_t slices = 0, merges = 0;
+  size_t shared_bytes = 0;
+
+  void add(const MemberPlan& member) {
+    const int64_t batch = member.params.batch;
+    slices = std::max(slices, batch * member.splits);
+    merges = std::max(merges, member.splits > 1 ? batch : 0);
+    shared_bytes = std::max(shared_bytes, list_bytes(member.params.k));
+    plan.members[count++] = member;
+  }
+};
 
 template <class T>
-void launch_slices(const Plan& plan, Dtype dtype, const Backend& backend) {
-  Plan part{};
-  for (int i = 0; i < plan.count; ++i) {
-    if (plan.members[i].params.dtype == dtype) add(part, plan.members[i]);
+void launch_slices(const Launch& all, Dtype dtype, const Backend& backend) {
+  Launch some;
+  for (unsigned i = 0; i < all.count; ++i) {
+    if (all.plan.members[i].params.dtype == dtype) some.add(all.plan.members[i]);
   }
-  if (part.count == 0) return;
-  DEEPEN_LAUNCH((topk_slices<T>), unsigned(part.slices), kSelectThreads, part.shared_bytes, backend.stream,
-                part);
+  if (some.count == 0) return;
+  DEEPEN_LAUNCH((topk_slices<T>), dim3(unsigned(some.slices), some.count), kSelectThreads, some.shared_bytes,
+                backend.stream, some.plan);
 }
 
 // At most kMembersAtOnce.
 void launch(MemberPlan* members, int count, const Backend& backend) {
   split_rows(members, count, std::min(2 * multiprocessors(backend.device), kMaxBlocks));
-  Plan plan{};
+  Launch all;
   for (int i = 0; i < count; ++i) {
     const int64_t k = members[i].params.k, most = max_shared_bytes(backend.device);
     if (k > kListEntries) {
@@ -277,13 +282,15 @@ void launch(MemberPlan* members, int count, const Backend& backend) {
     }
     DEEPEN_CHECK(list_bytes(k) <= size_t(most), "k is ", k, ": its lists take ", list_bytes(k),
                  " bytes of shared memory, device ", backend.device, " has ", most);
-    add(plan, members[i]);
+    members[i].capacity = list_capacity(k);
+    all.add(members[i]);
   }
-  launch_slices<float>(plan, Dtype::f32, backend);
-  launch_slices<Half>(plan, Dtype::f16, backend);
-  launch_slices<BFloat16>(plan, Dtype::bf16, backend);
-  if (plan.merges == 0) return;
-  DEEPEN_LAUNCH(topk_merge, unsigned(plan.merges), kSelectThreads, plan.shared_bytes, backend.stream, plan);
+  launch_slices<float>(all, Dtype::f32, backend);
+  launch_slices<Half>(all, Dtype::f16, backend);
+  launch_slices<BFloat16>(all, Dtype::bf16, backend);
+  if (all.merges == 0) return;
+  DEEPEN_LAUNCH(topk_merge, dim3(unsigned(all.merges), all.count), kSelectThreads, all.shared_bytes,
+                backend.stream, all.plan);
 }
 
 }  // namespace
@@ -304,17 +311,17 @@ void topk_softmax_cuda(const TopkSoftmaxParams* members, int64_t count, void* wo
   Arena arena{static_cast<char*>(workspace)};
   MemberPlan some[kMembersAtOnce] = {};
   int held = 0;
-  int64_t rows = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (members[i].batch == 0) continue;
-    rows += members[i].batch;
-    DEEPEN_CHECK(rows <= INT32_MAX / kMaxSplits, "the batch has ", rows,
-                 " rows or more; a CUDA launch takes up to ", INT32_MAX / kMaxSplits);
+    const int64_t batch = members[i].batch;
+    if (batch == 0) continue;
+    DEEPEN_CHECK(batch <= INT32_MAX / kMaxSplits, "the batch has ", batch,
+                 " rows; a CUDA launch takes up to ", INT32_MAX / kMaxSplits);
     some[held].params = members[i];
     lay_out(arena, some[held++]);
-    if (held < kMembersAtOnce && i + 1 < count) continue;
-    launch(some, held, backend);
-    held = 0;
+    if (held == kMembersAtOnce) {
+      launch(some, held, backend);
+      held = 0;
+    }
   }
   if (held > 0) launch(some, held, backend);
 }

@@ -109,13 +109,14 @@ struct MergeRound {
 
 __global__ void __launch_bounds__(kSelectThreads) topk_merge(const Plan plan) {
   DEEPEN_SHARED(ListScratch, scratch);
-  const MemberPlan& member = member_of(plan, &MemberPlan::first_merge);
+  const MemberPlan& member = plan.members[blockIdx.y];
   const TopkSoftmaxParams params = member.params;
+  if (member.splits == 1 || blockIdx.x >= params.batch) return;
   const int splits = member.splits, capacity = member.capacity, k = int(params.k), room = list_room(k);
   uint64_t* const list = reinterpret_cast<uint64_t*>(scratch + 1);
   uint64_t* const spare = list + capacity + 2;
   const int thread = int(threadIdx.x), warp = thread / 32;
-  const int64_t row = int(blockIdx.x) - member.first_merge;
+  const int64_t row = blockIdx.x;
 
   const int count = splits * kSliceWarps * samples_of_warp(splits);
   uint32_t samples[kOwnSamples];

@@ -34,23 +34,13 @@ struct MemberPlan {
   uint64_t* rows;        // [batch, padded(vocab)]
   int splits;            // blocks of topk_slices to a row
   int capacity;          // keys that a block's own list holds
-  int first_slice;       // blocks of topk_slices before this member's
-  int first_merge;       // and of topk_merge
 };
 
+// The members of a launch: blockIdx.y is one of them. blockIdx.x counts its blocks; those past its last one
+// have nothing to do.
 struct Plan {
   MemberPlan members[kMembersAtOnce];
-  int count;
-  int slices, merges;  // blocks
-  size_t shared_bytes;
 };
-
-// The member that a block works for: the last one that begins at or before it.
-__device__ __forceinline__ const MemberPlan& member_of(const Plan& plan, int MemberPlan::* first) {
-  int member = plan.count - 1;
-  while (member > 0 && plan.members[member].*first > int(blockIdx.x)) --member;
-  return plan.members[member];
-}
 
 DEEPEN_HOST_DEVICE inline int samples_of_warp(int splits) {
   const int share = kMaxSamples / kSliceWarps / splits;
