@@ -55,13 +55,25 @@ size_t list_bytes(int64_t k) {
 
 constexpr int kWords = 4 * kVectors;  // of 4 bytes
 
+// to_float in one instruction.
+#ifdef DEEPEN_EMULATE
+__device__ __forceinline__ float widen(Half value) { return to_float(value); }
+#else
+__device__ __forceinline__ float widen(Half value) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+}
+#endif
+__device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
+
 // Logit i of those in the words; words of -inf.
 __device__ __forceinline__ float logit(const uint32_t* words, int i, float) {
   return bits_to_float(words[i]);
 }
 template <class T>
 __device__ __forceinline__ float logit(const uint32_t* words, int i, T) {
-  return to_float(T{uint16_t(words[i / 2] >> (i % 2 * 16))});
+  return widen(T{uint16_t(words[i / 2] >> (i % 2 * 16))});
 }
 __device__ __forceinline__ uint32_t nothing(float) { return 0xff800000u; }
 __device__ __forceinline__ uint32_t nothing(Half) { return 0xfc00fc00u; }
@@ -71,7 +83,7 @@ __device__ __forceinline__ uint32_t nothing(BFloat16) { return 0xff80ff80u; }
 struct Streamed {
   RunningStats stats;
   uint64_t bar = 0;
-  Ranked ranked{};
+  uint32_t ranked = 0;  // see find_bar
 };
 
 template <class T>
@@ -116,7 +128,7 @@ __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row
   // This thread's largest; none if there is a NaN, whose key may be below all others.
   const auto best = [&] { return seen && stats.sum == stats.sum ? value_bits(stats.largest) : 0u; };
   const int samples = samples_of_warp(splits);
-  int chunk = 0, ranked_chunks = -1, round = 0;
+  int chunks = 0, round = 0;
   for (int base = begin; base < end; base += kVectorsOfBlock) {
     uint32_t words[kWords], chosen = 0;  // those that there are, then those that reach the bar
 #pragma unroll
@@ -138,11 +150,8 @@ __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) stats.sum += __expf(logit(words, i, T()) - stats.base());
 
-    if ((chunk & (chunk + 1)) == 0) {
-      found.ranked = find_bar(best(), k, samples, bar, scratch);
-      ranked_chunks = chunk + 1;
-    }
-    ++chunk;
+    ++chunks;
+    if ((chunks & (chunks - 1)) == 0) found.ranked = find_bar(best(), k, samples, bar, scratch);
 
     const auto index = [&](int i) {
       return uint32_t(head + (base + i / kLanes * kSelectThreads + thread) * kLanes + i % kLanes);
@@ -164,7 +173,7 @@ __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row
     const auto again = [&](int i) { return pack_key(to_float(logits[index(i)]), index(i)); };
     bar = make_room(left_out, again, bar, round, list, capacity, spare, k, scratch);
   }
-  if (ranked_chunks != chunk) found.ranked = find_bar(best(), k, samples, bar, scratch);
+  if (chunks == 0 || (chunks & (chunks - 1)) != 0) found.ranked = find_bar(best(), k, samples, bar, scratch);
 
   return found;
 }
@@ -194,8 +203,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2) topk_slices(const Plan plan
     if (lane == 0) scratch->stats = whole;
   }
   if (alone) return finish_row(member.params, row, spare, int(scratch->heads), list, scratch);
-  if (found.ranked.rank < samples) {
-    member.samples[(block * kSliceWarps + warp) * samples + found.ranked.rank] = found.ranked.sample;
+  const int rank = int(found.ranked % 32);
+  if (rank < samples) {
+    member.samples[(block * kSliceWarps + warp) * samples + rank] = found.ranked - uint32_t(rank);
   }
   if (threadIdx.x == 0) member.facts[block] = {scratch->stats, head_bar, scratch->heads, scratch->tails};
 }

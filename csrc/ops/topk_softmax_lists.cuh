@@ -20,10 +20,6 @@ struct alignas(16) ListScratch : SelectScratch {
 };
 static_assert(sizeof(ListScratch) % 16 == 0, "lists come after it");
 
-// A float's bits in an order of unsigned integers, as in pack_key; the lowest key with them.
-__device__ __forceinline__ uint32_t value_bits(float value) { return uint32_t(pack_key(value, 0) >> 32); }
-__device__ __forceinline__ uint64_t lowest_key(uint32_t bits) { return uint64_t(bits) << 32; }
-
 __device__ __forceinline__ uint32_t smallest(const uint32_t* of_warps) {
   uint32_t found = ~0u;
 #pragma unroll
@@ -42,18 +38,13 @@ __device__ __forceinline__ bool any_thread(bool concerned, int round, int* last)
   return last[round % 2] == round;
 }
 
-// One sample, and its place among the warp's, 0 the largest.
-struct Ranked {
-  uint32_t sample;
-  int rank;
-};
-
 // From each thread's largest logit so far (`best`, value bits; 0 if it has none) and k: a bar that at least k
 // keys of the block reach, 0 if it has fewer or k is too large. Every warp has ceil(k / warps) threads whose
 // largest is not below its bar, and the block's bar is the lowest of the warps'. Has one barrier. Afterwards
-// scratch->warp_lowest has the lowest of each warp's `samples` largest.
-__device__ __forceinline__ Ranked find_bar(uint32_t best, int k, int samples, uint64_t& bar,
-                                           ListScratch* scratch) {
+// scratch->warp_lowest has the lowest of each warp's `samples` largest. Returns the thread's sample, whose
+// lowest five bits are 0, plus its place among the warp's, 0 the largest.
+__device__ __forceinline__ uint32_t find_bar(uint32_t best, int k, int samples, uint64_t& bar,
+                                             ListScratch* scratch) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int wanted = (k + kSliceWarps - 1) / kSliceWarps;
   const uint32_t mine = (best & ~31u) | uint32_t(lane);  // a little lower, and different for each lane
@@ -65,9 +56,9 @@ __device__ __forceinline__ Ranked find_bar(uint32_t best, int k, int samples, ui
     const uint4 others = *reinterpret_cast<const uint4*>(scratch->bests + warp * 32 + i);
     rank += int(others.x > mine) + int(others.y > mine) + int(others.z > mine) + int(others.w > mine);
   }
-  const Ranked found{mine & ~31u, rank};
-  if (rank == wanted - 1) scratch->warp_bars[warp] = found.sample;
-  if (rank == samples - 1) scratch->warp_lowest[warp] = found.sample;
+  const uint32_t sample = mine & ~31u, found = sample + uint32_t(rank);
+  if (rank == wanted - 1) scratch->warp_bars[warp] = sample;
+  if (rank == samples - 1) scratch->warp_lowest[warp] = sample;
   __syncthreads();
   if (wanted > 32) return found;
   const uint64_t lowest = lowest_key(smallest(scratch->warp_bars));

@@ -33,8 +33,8 @@ __device__ __forceinline__ uint32_t bar_of_samples(const uint32_t* samples, int 
     low = samples[i] != 0 ? min(low, samples[i]) : low;
     high = max(high, samples[i]);
   }
-  low = warp_reduce(low, Smaller());
-  high = ~warp_reduce(~high, Smaller());
+  low = __reduce_min_sync(kWholeWarp, low);
+  high = __reduce_max_sync(kWholeWarp, high);
   if (lane == 0) {
     scratch->warp_lowest[warp] = low;
     scratch->warp_highest[warp] = ~high;
