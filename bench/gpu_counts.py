@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 
 K, ENTRIES, STEPS, DIM = 128, 32, 5, 640
-THREADS, CHUNK, MOST_SPLITS = 512, 4096, 64  # kSelectThreads, kChunk, kMaxSplits
+THREADS, CHUNK, MOST_SPLITS = 512, 4096, 64  # kSelectThreads, chunk_of(float32), kMaxSplits
 Counts = Mapping[str, float]
 
 
@@ -50,53 +50,49 @@ def block_reduce(words: int = 1) -> Counts:
     return {"shuffle": 10 * words, "barrier": 2, "shared": 2}
 
 
-def select(keys: int, passes: int = 2) -> Counts:
-    """select_threshold: where the keys differ, then `passes` digits (core/block_select.cuh)."""
-    looks = ceil(keys / THREADS)
-    digit = {"barrier": 4, "shared": looks + 6, "atomic": looks, "shuffle": 5, "cycle": 40}
-    return total(block_reduce(words=2), {"shared": looks}, total(digit, times=passes))
-
-
-def cut(keys: int) -> Counts:
-    return total(select(keys), {"barrier": 5, "shared": ceil(keys / THREADS) + 2, "atomic": 1})
-
-
-# Each of 512 threads compares a quarter of a key's 128 others: 16 warps, four instructions a comparison.
-RANK_SORT: Counts = {"cycle": 16 * (K // 4) * 4 / 4, "shuffle": 2, "barrier": 2, "shared": 2}
+# Some 1.1 k keys come to the end; each of 512 threads compares its share: four instructions a comparison.
+RANK_SORT: Counts = {"cycle": (1.1 * K) ** 2 / 32 * 4 / 4, "shuffle": 1, "barrier": 2, "shared": 4}
 COMBINE = total(block_reduce(), block_reduce(), {"special": 1})
+
+
+# combine_warp: five shuffles for the largest, five for the sum.
+COMBINE_WARP: Counts = {"shuffle": 10, "special": 1, "shared": 1}
+# append, if any lane has a key: a scan of five shuffles, one atomic for the warp, its place to all lanes.
+APPEND: Counts = {"shuffle": 6, "atomic": 1, "shared": 1, "cycle": 40}
+# find_bar: 32 comparisons a lane of 16 warps, then the lowest of the warps' bars.
+FIND_BAR: Counts = {"shared": 4, "barrier": 1, "cycle": 16 * 32 * 2 / 4}
 
 
 def topk_softmax(vocab: int, batch: int, multiprocessors: int, size: int = 4) -> list[Kernel]:
     """topk_slices and topk_merge; `size` bytes a logit."""
-    blocks = 2 * multiprocessors
-    splits = min(max(blocks // batch, 1), ceil(vocab / CHUNK), MOST_SPLITS)
-    rounds = ceil(vocab / splits / CHUNK)
+    blocks, chunk = 2 * multiprocessors, CHUNK * 4 // size
+    splits = min(max(blocks // batch, 1), ceil(vocab / chunk), MOST_SPLITS)
+    rounds = ceil(vocab / splits / chunk)
     on_one = min(2, ceil(batch * splits / multiprocessors))
     instructions = 14  # of a logit: load, unpack, maximum, exponential, sum, comparison with the bar
-    stream = {"cycle": on_one * CHUNK / 32 * instructions / 4, "barrier": 2, "shared": 1}
-    listed = min(4 * K + CHUNK, K + 60 * rounds)  # keys that pass the bar: some above k on random logits
+    stream = {"cycle": on_one * chunk / 32 * instructions / 4, "barrier": 1, "shared": 1}
+    handed_on, heads = 2 * K, 54  # keys, on random logits
     slices = [
         Step("first logits", {"load": 1, "cycle": 100}),
         Step("streaming", total(stream, times=rounds)),
-        Step("first bar", select(THREADS)),
-        Step("the slice's k largest", cut(listed)),
-        Step("sorting them", RANK_SORT),
-        Step("statistics, store", total(COMBINE, {"store": 1})),
+        Step("bars", total(FIND_BAR, times=rounds.bit_length())),  # after 1, 2, 4, 8 rounds
+        Step("keys into the list", total(APPEND, times=rounds.bit_length())),
+        Step("keys handed on", {"shared": 2, "atomic": 2, "shuffle": 2, "barrier": 1}),
+        Step("statistics, store", total(COMBINE_WARP, COMBINE_WARP, {"store": 1})),
     ]
     moved = batch * vocab * size
-    first = Kernel("topk_slices", batch * splits, 2, moved + batch * splits * K * 8, slices)
+    first = Kernel("topk_slices", batch * splits, 2, moved + batch * splits * handed_on * 8, slices)
     if splits == 1:
         return [first]
-    looks = 2 if splits < 16 else 1  # 32 candidates of each split until none reaches the bar
     merge = [
-        Step("statistics", total({"l2": 1}, COMBINE)),
-        Step("bar", total({"l2": 1}, block_reduce(words=2))),
-        Step("candidates", total({"l2": 1, "atomic": 4}, block_reduce(), times=looks)),
-        Step("the k largest", cut(3 * K)),
+        Step("samples, what slices say of themselves", {"l2": 1, "barrier": 1}),
+        # The lists' heads come meanwhile, a second dependent load.
+        Step("bar, heads", {"l2": 1, "shuffle": 15, "barrier": 3, "shared": 4, "atomic": 1}),
+        Step("candidates", total(APPEND, {"barrier": 2, "shared": 2})),
         Step("sorting them", RANK_SORT),
         Step("probabilities, store", total(block_reduce(), {"special": 2, "store": 1})),
     ]
-    return [first, Kernel("topk_merge", batch, 4, batch * K * 8, merge, l2_bytes=batch * splits * 32 * 8)]
+    return [first, Kernel("topk_merge", batch, 1, batch * K * 8, merge, l2_bytes=batch * splits * heads * 8)]
 
 
 def _search_chain(touched: int) -> list[Step]:

@@ -23,8 +23,8 @@ K, ENTRIES, ANCHORS, VOCAB = 128, 32, 40_000, 32_000
 
 # Places that follow from the data, from hashing or from who came first: here some conflicts are bound to be.
 _SCATTERED = re.compile(
-    r"slot_columns\[|slot_numbers\[|bits\[|mass\[|bins\[uint32_t|rank = index\.offsets\["
-    r"|\[index\.numbers\[|\[index\.group_|group_\w+\[to\]|\[rank\] =|\[atomicAdd"
+    r"slot_columns\[|slot_numbers\[|bits\[|mass\[|bins\[uint32_t|bins\[\(|rank = index\.offsets\["
+    r"|\[index\.numbers\[|\[index\.group_|group_\w+\[to\]|\[rank\] =|\[atomicAdd|list\[at\] ="
 )
 
 

@@ -60,6 +60,10 @@ def _topk_case(dtype: torch.dtype) -> Callable[[str], tuple[Any, tuple[Any, ...]
     )
 
 
+def _topk_many_case(device: str) -> tuple[Any, tuple[Any, ...]]:
+    return torch.ops.deepen_ext.topk_softmax_many.default, (_logits(device), VOCABS[0] + 20)
+
+
 def _relative_rows_case(recipe: str) -> Callable[[str], tuple[Any, tuple[Any, ...]]]:
     def case(device: str) -> tuple[Any, tuple[Any, ...]]:
         embedding = random_embedding(90, 24, seed=1).to(device)
@@ -99,6 +103,7 @@ def _fuse_case(dense: bool) -> Callable[[str], tuple[Any, tuple[Any, ...]]]:
 CASES = {
     "topk_softmax float32": _topk_case(torch.float32),
     "topk_softmax bfloat16": _topk_case(torch.bfloat16),
+    "topk_softmax_many": _topk_many_case,
     "relative_rows calibrated": _relative_rows_case("calibrated"),
     "relative_rows paper": _relative_rows_case("paper"),
     "inverse_search sparse": _search_case(False),
@@ -127,9 +132,8 @@ def compiled_step(device: str, *, dense: bool) -> tuple[Callable[..., Any], list
     weights = torch.full((3, 2), 0.5, device=device)
 
     def step(main: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tops = [torch.ops.deepen_ext.topk_softmax(one, K) for one in (main, other)]
+        ids, probs, tails, _ = torch.ops.deepen_ext.topk_softmax_many([main, other], K)
         fused = main.clone()
-        ids, probs, tails, _ = (list(part) for part in zip(*tops, strict=True))
         _, chosen = torch.ops.deepen_ext.fuse(
             fused, ids, probs, tails, columns, values, rest, ANCHORS, weights, 0.2, 5, 1e-3
         )

@@ -201,8 +201,6 @@ def test_bank_conflicts_are_counted() -> None:
 REGULAR_CONFLICTS = {
     "fuse_kernel": (8, 2532),
     "inverse_search_kernel": (8, 2532),
-    "topk_slices": (4, 10368),
-    "topk_merge": (4, 384),
     "score_strips": (2, 10080),
 }
 # The mean degree of the others; of 32 random banks the fullest has 3.5. Neighbours' anchors are 32 apart.

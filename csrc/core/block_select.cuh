@@ -28,9 +28,11 @@ static __device__ __forceinline__ void find_bin(uint32_t wanted, SelectScratch* 
   constexpr int kPerThread = kBins / kSelectThreads;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int first = kBins - 1 - int(threadIdx.x) * kPerThread;
-  uint32_t own = 0;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) own += scratch->bins[first - i];
+  // One load of 16 bytes: four of 4 would be strided.
+  static_assert(kPerThread == 4, "a thread's bins are one uint4, the highest last");
+  const uint4 bins = *reinterpret_cast<const uint4*>(scratch->bins + first - (kPerThread - 1));
+  const uint32_t inside_of[kPerThread] = {bins.w, bins.z, bins.y, bins.x};
+  const uint32_t own = bins.x + bins.y + bins.z + bins.w;
   uint32_t upto = own;  // in this warp's bins down to this thread's, inclusive
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -42,8 +44,9 @@ static __device__ __forceinline__ void find_bin(uint32_t wanted, SelectScratch* 
   for (int i = 0; i < warp; ++i) upto += scratch->totals[i];
   uint32_t above = upto - own;
   if (above < wanted && wanted <= upto) {  // one thread
+#pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
-      const uint32_t inside = scratch->bins[first - i];
+      const uint32_t inside = inside_of[i];
       if (wanted <= above + inside) {
         scratch->bin = uint32_t(first - i);
         scratch->above = above;
@@ -95,7 +98,7 @@ static __device__ uint64_t select_threshold(const uint64_t* keys, int count, int
 }
 
 // Keeps the `wanted` largest of the keys; `spare` holds `wanted` keys. Begins and ends in a barrier. Returns
-// the threshold that they reach.
+// the threshold that they reach; scratch->count is `wanted` then.
 static __device__ uint64_t cut_to_largest(uint64_t* keys, int count, int wanted, uint64_t* spare,
                                           SelectScratch* scratch) {
   __syncthreads();
@@ -111,24 +114,72 @@ static __device__ uint64_t cut_to_largest(uint64_t* keys, int count, int wanted,
   return threshold;
 }
 
-// sorted = keys, largest first: each key goes to the place that the number of larger ones gives. Several
-// lanes share a key's comparisons when keys are few. Begins and ends in a barrier.
-static __device__ void sort_by_rank(const uint64_t* keys, int count, uint64_t* sorted) {
+// sorted = the `wanted` largest of the keys, largest first: each key goes to the place that the number of
+// larger ones gives. Several lanes share a key's comparisons when keys are few. The keys are 16-byte aligned
+// and have room for one more. Begins and ends in a barrier.
+static __device__ void sort_by_rank(uint64_t* keys, int count, int wanted, uint64_t* sorted) {
+  if (threadIdx.x == 0 && count % 2 != 0) keys[count] = 0;  // they are read in pairs
   __syncthreads();
   int lanes = 32;
   while (lanes > 1 && count * lanes > kSelectThreads) lanes /= 2;
   const int part = int(threadIdx.x) % lanes;
   for (int base = 0; base < count; base += kSelectThreads / lanes) {
     const int at = base + int(threadIdx.x) / lanes;
-    const uint64_t key = at < count ? keys[at] : 0;
+    const uint64_t key = at < count ? keys[at] : ~uint64_t(0);
     int rank = 0;
-    for (int i = part; i < count; i += lanes) rank += keys[i] > key;
+#pragma unroll 4
+    for (int i = 2 * part; i < count; i += 2 * lanes) {
+      const ulonglong2 pair = *reinterpret_cast<const ulonglong2*>(keys + i);
+      rank += pair.x > key;
+      rank += pair.y > key;
+    }
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
       rank += __shfl_xor_sync(kWholeWarp, rank, distance);
     }
-    if (at < count && part == 0) sorted[rank] = key;
+    if (at < count && part == 0 && rank < wanted) sorted[rank] = key;
   }
   __syncthreads();
+}
+
+// A place of its own for each lane that wants one, counted in shared memory. All lanes of the warp call.
+static __device__ __forceinline__ uint32_t claim(bool wanted, uint32_t* count) {
+  const unsigned lanes = __ballot_sync(kWholeWarp, wanted);
+  if (lanes == 0) return 0;
+  const int lane = int(threadIdx.x) % 32, first = __ffs(int(lanes)) - 1;
+  uint32_t at = 0;
+  if (lane == first) at = atomicAdd(count, uint32_t(__popc(lanes)));
+  return __shfl_sync(kWholeWarp, at, first) + uint32_t(__popc(lanes & ((1u << lane) - 1u)));
+}
+
+// Appends to a list those of each lane's kKeys keys whose bit in `chosen` is set; key(i) gives one. All lanes
+// of the warp call. What the list has no room for is left out, though counted: its bits are returned.
+template <int kKeys, class Key>
+static __device__ __forceinline__ uint32_t append(uint32_t chosen, Key key, uint64_t* list, int capacity,
+                                                  uint32_t* count) {
+  if (!__any_sync(kWholeWarp, chosen != 0)) return 0;
+  const int lane = int(threadIdx.x) % 32;
+  const uint32_t own = uint32_t(__popc(chosen));
+  uint32_t upto = own;  // in this lane and those before it
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(kWholeWarp, upto, distance);
+    if (lane >= distance) upto += before;
+  }
+  uint32_t at = 0;
+  if (lane == 31) at = atomicAdd(count, upto);
+  at = __shfl_sync(kWholeWarp, at, 31) + upto - own;
+  uint32_t left_out = 0;
+#pragma unroll
+  for (int i = 0; i < kKeys; ++i) {
+    if ((chosen >> i & 1u) == 0) continue;
+    if (at < uint32_t(capacity)) {
+      list[at] = key(i);
+    } else {
+      left_out |= 1u << i;
+    }
+    ++at;
+  }
+  return left_out;
 }
 
 }  // namespace deepen

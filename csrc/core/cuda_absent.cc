@@ -18,8 +18,8 @@ namespace deepen {
 bool cuda_compiled() { return false; }
 int cuda_device_count() { return 0; }
 
-size_t topk_softmax_cuda_workspace(int64_t, int64_t, int64_t) { absent(); }
-void topk_softmax_cuda(const TopkSoftmaxParams&, const Backend&) { absent(); }
+size_t topk_softmax_cuda_workspace(const TopkSoftmaxParams*, int64_t) { absent(); }
+void topk_softmax_cuda(const TopkSoftmaxParams*, int64_t, void*, const Backend&) { absent(); }
 size_t relative_rows_cuda_workspace(int64_t, int64_t, int64_t, int64_t, const Backend&) { absent(); }
 void relative_rows_cuda(const RelativeRowsParams&, const Backend&) { absent(); }
 size_t inverse_search_cuda_workspace(const RelativeRows&, int64_t, int64_t, int64_t) { absent(); }

@@ -224,11 +224,16 @@ void launch(const RelativeRowsParams& params, const Backend& backend) {
       DEEPEN_LAUNCH(merge_strips, rows, kThreads, bytes, stream, params, chunk, strips);
     } else {
       score(Pass::store);
-      topk_softmax_cuda({chunk.scores, params.columns + chunk.first * params.entries,
-                         params.values + chunk.first * params.entries, params.rest + chunk.first,
-                         params.status + chunk.first, chunk.workspace, chunk.count, params.anchors,
-                         params.entries, Dtype::f32},
-                        backend);
+      const TopkSoftmaxParams scores{chunk.scores,
+                                     params.columns + chunk.first * params.entries,
+                                     params.values + chunk.first * params.entries,
+                                     params.rest + chunk.first,
+                                     params.status + chunk.first,
+                                     chunk.count,
+                                     params.anchors,
+                                     params.entries,
+                                     Dtype::f32};
+      topk_softmax_cuda(&scores, 1, chunk.workspace, backend);
     }
   }
 }

@@ -97,7 +97,11 @@ Chunk lay_out(Arena& arena, const Shape& shape, int64_t anchors, int64_t entries
   chunk.candidates = take<uint64_t>(arena, shape.candidate_rows() * entries);
   if (shape.kept > 0) return chunk;
   chunk.scores = take<float>(arena, shape.chunk * anchors);
-  chunk.workspace = take<char>(arena, int64_t(topk_softmax_cuda_workspace(shape.chunk, anchors, entries)));
+  TopkSoftmaxParams scores{};
+  scores.batch = shape.chunk;
+  scores.vocab = anchors;
+  scores.k = entries;
+  chunk.workspace = take<char>(arena, int64_t(topk_softmax_cuda_workspace(&scores, 1)));
   return chunk;
 }
 

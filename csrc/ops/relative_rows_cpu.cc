@@ -118,7 +118,6 @@ void finish_row(const RelativeRowsParams& params, const RelativeRowsBlock& block
                               params.values + to * params.entries,
                               params.rest + to,
                               params.status + to,
-                              nullptr,
                               1,
                               anchors,
                               params.entries,

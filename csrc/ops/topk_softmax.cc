@@ -10,27 +10,53 @@ namespace deepen {
 
 constexpr int64_t kLogitsPerThread = 1 << 17;  // some 100 microseconds
 
-size_t topk_softmax_workspace(int64_t batch, int64_t vocab, int64_t k, const Backend& backend) {
-  if (!on_cpu(backend)) return topk_softmax_cuda_workspace(batch, vocab, k);
-  return size_t(topk_softmax_keys(vocab, k)) * sizeof(uint64_t) *
-         size_t(std::max<int64_t>(std::min<int64_t>(backend.threads, batch), 1));
+// Of all members together.
+struct Sizes {
+  int64_t rows = 0, logits = 0;
+  int64_t most_rows = 0;  // of one member
+  int64_t keys = 0;       // that a thread of the CPU twin holds
+};
+
+static Sizes add_up(const TopkSoftmaxParams* members, int64_t count) {
+  Sizes sizes;
+  for (const TopkSoftmaxParams* one = members; one != members + count; ++one) {
+    sizes.rows += one->batch;
+    sizes.logits += one->batch * one->vocab;
+    sizes.most_rows = std::max(sizes.most_rows, one->batch);
+    sizes.keys = std::max(sizes.keys, topk_softmax_keys(one->vocab, one->k));
+  }
+  return sizes;
 }
 
-void topk_softmax(const TopkSoftmaxParams& params, const Backend& backend) {
-  const int64_t batch = params.batch, vocab = params.vocab, k = params.k;
-  DEEPEN_CHECK(batch >= 0, "batch is ", batch, "; it cannot be negative");
-  DEEPEN_CHECK(vocab >= 1 && vocab <= INT32_MAX, "the vocabulary has ", vocab,
-               " tokens; 1 to 2^31-1 are possible");
-  DEEPEN_CHECK(k >= 1 && k <= vocab, "k is ", k, "; choose 1 to the vocabulary's ", vocab);
-  if (batch == 0) return;
-  if (!on_cpu(backend)) return topk_softmax_cuda(params, backend);
+size_t topk_softmax_workspace(const TopkSoftmaxParams* members, int64_t count, const Backend& backend) {
+  if (!on_cpu(backend)) return topk_softmax_cuda_workspace(members, count);
+  const Sizes sizes = add_up(members, count);
+  const int64_t threads = std::min<int64_t>(backend.threads, sizes.most_rows);
+  return size_t(sizes.keys) * sizeof(uint64_t) * size_t(std::max<int64_t>(threads, 1));
+}
+
+void topk_softmax(const TopkSoftmaxParams* members, int64_t count, void* workspace, const Backend& backend) {
+  for (const TopkSoftmaxParams* one = members; one != members + count; ++one) {
+    const int64_t batch = one->batch, vocab = one->vocab, k = one->k;
+    DEEPEN_CHECK(batch >= 0, "batch is ", batch, "; it cannot be negative");
+    DEEPEN_CHECK(vocab >= 1 && vocab <= INT32_MAX, "the vocabulary has ", vocab,
+                 " tokens; 1 to 2^31-1 are possible");
+    DEEPEN_CHECK(k >= 1 && k <= vocab, "k is ", k, "; choose 1 to the vocabulary's ", vocab);
+  }
+  const Sizes sizes = add_up(members, count);
+  if (sizes.rows == 0) return;
+  if (!on_cpu(backend)) return topk_softmax_cuda(members, count, workspace, backend);
 
   const auto row_kernel = DEEPEN_CPU(topk_softmax_row);
-  auto* keys = static_cast<uint64_t*>(params.workspace);
-  const int64_t keys_per_thread = topk_softmax_keys(vocab, k);
-  const int threads = worthwhile_threads(backend.threads, batch * vocab, kLogitsPerThread);
-  parallel_rows(batch, threads,
-                [&](int thread, int64_t row) { row_kernel(params, row, keys + thread * keys_per_thread); });
+  auto* keys = static_cast<uint64_t*>(workspace);
+  // One row of each member is not worth a second thread: one of them is most of the work.
+  const int allowed = int(std::min<int64_t>(backend.threads, sizes.most_rows));
+  const int threads = worthwhile_threads(allowed, sizes.logits, kLogitsPerThread);
+  parallel_rows(sizes.rows, threads, [&](int thread, int64_t row) {
+    const TopkSoftmaxParams* member = members;
+    for (; row >= member->batch; ++member) row -= member->batch;
+    row_kernel(*member, row, keys + thread * sizes.keys);
+  });
 }
 
 }  // namespace deepen

@@ -1,4 +1,5 @@
 // topk_softmax: the k most probable tokens of each row of logits, and what probability is left to the rest.
+// One call takes the logits of several members, each with its own vocabulary, batch and dtype.
 //
 //   p = softmax(logits[b, :])
 //   ids[b, :], probs[b, :] = the k largest p, sorted down, ties to the lower id
@@ -25,20 +26,22 @@ struct TopkSoftmaxParams {
   float* probs;        // [batch, k]
   float* tail;         // [batch]
   int32_t* status;     // [batch] RowStatus
-  void* workspace;     // topk_softmax_workspace(...) bytes
   int64_t batch;
   int64_t vocab;
   int64_t k;
   Dtype dtype;
 };
 
-size_t topk_softmax_workspace(int64_t batch, int64_t vocab, int64_t k, const Backend& backend);
+// Of the members only sizes and dtype are read.
+size_t topk_softmax_workspace(const TopkSoftmaxParams* members, int64_t count, const Backend& backend);
 
-void topk_softmax(const TopkSoftmaxParams& params, const Backend& backend);
+// `workspace` has topk_softmax_workspace(...) bytes.
+void topk_softmax(const TopkSoftmaxParams* members, int64_t count, void* workspace, const Backend& backend);
 
 // topk_softmax.cu; params were checked.
-size_t topk_softmax_cuda_workspace(int64_t batch, int64_t vocab, int64_t k);
-void topk_softmax_cuda(const TopkSoftmaxParams& params, const Backend& backend);
+size_t topk_softmax_cuda_workspace(const TopkSoftmaxParams* members, int64_t count);
+void topk_softmax_cuda(const TopkSoftmaxParams* members, int64_t count, void* workspace,
+                       const Backend& backend);
 
 DEEPEN_DECLARE_CPU(void topk_softmax_row(const TopkSoftmaxParams& params, int64_t row, uint64_t* keys))
 

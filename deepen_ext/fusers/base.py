@@ -18,7 +18,7 @@ from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
 from deepen_ext.numbers import real_number, whole_number
 from deepen_ext.ops.checks import logits_tensor
 from deepen_ext.ops.copy import plain_copy
-from deepen_ext.ops.topk_softmax import TopK, check_status, launch
+from deepen_ext.ops.topk_softmax import TopK, check_status, launch_many
 from deepen_ext.weighting import confident_weights
 
 _SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
@@ -84,21 +84,32 @@ class Fuser(ABC):
         Raises:
             InputError: a shape that does not fit, or (on the CPU) a row that has no softmax.
         """
-        vocab_size = self.vocab_sizes[member]
-        name = f"logits of {self.names[member]}"
-        logits = logits_tensor(name, logits)
-        rows = range(len(logits)) if rows is None else rows
-        if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] != vocab_size:
-            raise InputError(
-                f"{name} have shape {list(logits.shape)}; expected [{len(rows)}, {vocab_size}], "
-                "one row for each and as many tokens as the member has"
-            )
-        topk = launch(logits, min(self.candidates, vocab_size), name=name)
-        if topk.status.device != self.device:
-            topk = TopK(*(one.to(self.device) for one in topk))
-        if self.device.type == "cpu":
-            check_status(name, topk.status.tolist(), rows)
-        return Part(member, name, topk, rows, logits)
+        return self._tops([(member, logits, rows)])[0]
+
+    def _tops(self, asked: Sequence[tuple[int, torch.Tensor, Sequence[int] | None]]) -> list[Part]:
+        """`top` of several members at once: (member, logits, rows) of each."""
+        given, names, spoken = [], [], []
+        for member, logits, rows in asked:
+            vocab_size = self.vocab_sizes[member]
+            name = f"logits of {self.names[member]}"
+            logits = logits_tensor(name, logits)
+            rows = range(len(logits)) if rows is None else rows
+            if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] != vocab_size:
+                raise InputError(
+                    f"{name} have shape {list(logits.shape)}; expected [{len(rows)}, {vocab_size}], "
+                    "one row for each and as many tokens as the member has"
+                )
+            given.append(logits)
+            names.append(name)
+            spoken.append(rows)
+        parts = []
+        for i, topk in enumerate(launch_many(given, self.candidates, names)):
+            if topk.status.device != self.device:
+                topk = TopK(*(one.to(self.device) for one in topk))
+            if self.device.type == "cpu":
+                check_status(names[i], topk.status.tolist(), spoken[i])
+            parts.append(Part(asked[i][0], names[i], topk, spoken[i], given[i]))
+        return parts
 
     def step(
         self,
@@ -135,13 +146,16 @@ class Fuser(ABC):
             raise InputError("the main model cannot sit out of a fusion step")
         main_logits = logits_tensor(f"logits of {self.names[0]}", main_logits)
         with self._lock:
-            parts = [main if main is not None else self.top(0, main_logits)]
             every = range(len(main_logits))
+            asked: list[tuple[int, torch.Tensor, Sequence[int] | None]] = []
+            if main is None:
+                asked.append((0, main_logits, None))
             for i, one in enumerate(logits[1:], start=1):
                 if one is not None:
-                    given = every if rows is None else rows[i]
-                    parts.append(self.top(i, one, every if given is None else given))
-            return self.step_parts(main_logits, parts, weights)
+                    given = None if rows is None else rows[i]
+                    asked.append((i, one, every if given is None else given))
+            parts = self._tops(asked)
+            return self.step_parts(main_logits, parts if main is None else [main, *parts], weights)
 
     def step_parts(
         self,

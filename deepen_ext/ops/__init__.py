@@ -9,6 +9,15 @@ from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search
 from deepen_ext.ops.relative_rows import relative_rows
 from deepen_ext.ops.rows import Rows
-from deepen_ext.ops.topk_softmax import TopK, topk_softmax
+from deepen_ext.ops.topk_softmax import TopK, topk_softmax, topk_softmax_many
 
-__all__ = ["FuseInput", "Rows", "TopK", "fuse", "inverse_search", "relative_rows", "topk_softmax"]
+__all__ = [
+    "FuseInput",
+    "Rows",
+    "TopK",
+    "fuse",
+    "inverse_search",
+    "relative_rows",
+    "topk_softmax",
+    "topk_softmax_many",
+]

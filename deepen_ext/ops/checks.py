@@ -25,13 +25,11 @@ def check_tensor(
     """Raise InputError unless `tensor` is contiguous and has this shape (None: any), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if tensor.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
+    if not _fits(tensor.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{wanted}]")
-    allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    if tensor.dtype not in allowed:
+    if tensor.dtype != dtype and (isinstance(dtype, torch.dtype) or tensor.dtype not in dtype):
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
         names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
         raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; expected {names}")
     if device is not None and tensor.device != device:
@@ -40,6 +38,15 @@ def check_tensor(
         )
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def _fits(have: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if len(have) != len(shape):
+        return False
+    for size, want in zip(have, shape, strict=True):  # noqa: SIM110  # a step checks a dozen tensors
+        if want is not None and size != want:
+            return False
+    return True
 
 
 def backend_of(operation: str, tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ torch.compile traces them by their fake kernels, CUDA graphs capture their launc
 which `deepen_ext.ops` does, registers them:
 
     topk_softmax(logits, k) -> (ids, probs, tail, status)
+    topk_softmax_many(logits[], k) -> (ids[], probs[], tails[], status[])
     relative_rows(tokens, embedding, anchor_ids, anchor_inverse_norm, mean, temperature, normalise, entries)
         -> (columns, values, rest, status)
     inverse_search(logits, ids, tail_logit, target, columns, values, rest, anchors, learning_rate, steps)
@@ -28,11 +29,12 @@ from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search
 from deepen_ext.ops.relative_rows import launch as launch_relative_rows
 from deepen_ext.ops.rows import Rows
-from deepen_ext.ops.topk_softmax import TopK
+from deepen_ext.ops.topk_softmax import TopK, launch_many
 from deepen_ext.ops.topk_softmax import launch as launch_topk_softmax
 
 _Tensors = Sequence[torch.Tensor]
 _Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_FourLists = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
 
 def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -55,6 +57,20 @@ def _topk_softmax_fake(logits: torch.Tensor, k: int) -> _Four:
         logits.new_empty(batch, dtype=torch.float32),
         logits.new_empty(batch, dtype=torch.int32),
     )
+
+
+def _topk_softmax_many(logits: _Tensors, k: int) -> _FourLists:
+    return _turned(launch_many(logits, k, [f"logits {i}" for i in range(len(logits))]))
+
+
+def _topk_softmax_many_fake(logits: _Tensors, k: int) -> _FourLists:
+    return _turned([_topk_softmax_fake(one, min(k, one.shape[1])) for one in logits])
+
+
+def _turned(found: Sequence[_Four]) -> _FourLists:
+    """Each member's four results as four lists."""
+    ids, probs, tails, status = ([one[i] for one in found] for i in range(4))
+    return ids, probs, tails, status
 
 
 def _relative_rows(
@@ -159,6 +175,12 @@ _register(
     "topk_softmax(Tensor logits, SymInt k) -> (Tensor ids, Tensor probs, Tensor tail, Tensor status)",
     _topk_softmax,
     _topk_softmax_fake,
+)
+_register(
+    "topk_softmax_many(Tensor[] logits, SymInt k) -> "
+    "(Tensor[] ids, Tensor[] probs, Tensor[] tails, Tensor[] status)",
+    _topk_softmax_many,
+    _topk_softmax_many_fake,
 )
 _register(
     "relative_rows(Tensor tokens, Tensor embedding, Tensor anchor_ids, Tensor anchor_inverse_norm, "

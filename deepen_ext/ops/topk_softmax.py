@@ -11,6 +11,10 @@ from deepen_ext import _core
 from deepen_ext.errors import InputError
 from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
 
+_DTYPES = tuple(FLOAT_CODES)
+# logits, dtype, batch, vocab, k, ids, probs, tail, status, as the core takes them
+_Packed = tuple[int, int, int, int, int, int, int, int, int]
+
 _ROW_STATUS = {1: "NaN or +inf among its logits", 2: "nothing but -inf among its logits"}
 
 
@@ -55,32 +59,57 @@ def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
     return found
 
 
+def topk_softmax_many(
+    logits: Sequence[torch.Tensor], k: int, *, names: Sequence[str] | None = None
+) -> list[TopK]:
+    """`topk_softmax` of several tensors at once: on a CUDA device in the launches of one.
+
+    Args:
+        logits: [B_i, V_i] of any vocabularies, batches, dtypes and devices, each as in `topk_softmax`.
+        k: at least 1; a vocabulary of fewer tokens gives all it has.
+        names: what to call each of the logits in an error.
+
+    Raises:
+        InputError: see `topk_softmax`.
+    """
+    names = [f"logits {i}" for i in range(len(logits))] if names is None else names
+    found = launch_many(logits, k, names)
+    for name, one, given in zip(names, found, logits, strict=True):
+        if given.device.type == "cpu":
+            one.check(name)
+    return found
+
+
 def launch(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
     """`topk_softmax` without looking at the status, on any device."""
-    check_tensor(name, logits, shape=[None, None], dtype=tuple(FLOAT_CODES))
-    backend = backend_of("topk_softmax", logits)
-    batch, vocab = logits.shape
-    if not 1 <= k <= vocab:
-        raise InputError(f"k is {k}; choose 1 to the vocabulary's {vocab}")
-    device = logits.device
-    found = TopK(
-        ids=torch.empty(batch, k, dtype=torch.int32, device=device),
-        probs=torch.empty(batch, k, dtype=torch.float32, device=device),
-        tail=torch.empty(batch, dtype=torch.float32, device=device),
-        status=torch.empty(batch, dtype=torch.int32, device=device),
-    )
-    scratch = workspace(_core.topk_softmax_workspace(batch, vocab, k, backend), device)
-    _core.topk_softmax(
-        logits.data_ptr(),
-        FLOAT_CODES[logits.dtype],
-        batch,
-        vocab,
-        k,
-        found.ids.data_ptr(),
-        found.probs.data_ptr(),
-        found.tail.data_ptr(),
-        found.status.data_ptr(),
-        scratch.data_ptr(),
-        backend,
-    )
+    return _launch([logits], k, [name], cut=False)[0]
+
+
+def launch_many(logits: Sequence[torch.Tensor], k: int, names: Sequence[str]) -> list[TopK]:
+    """`topk_softmax_many` without looking at the status."""
+    return _launch(logits, k, names, cut=True)
+
+
+def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool) -> list[TopK]:
+    """`cut`: k may be above V, and stands for V then."""
+    found = []
+    by_device: dict[torch.device, list[_Packed]] = {}
+    for name, one in zip(names, logits, strict=True):
+        check_tensor(name, one, shape=[None, None], dtype=_DTYPES)
+        (batch, vocab), device = one.shape, one.device
+        top = vocab if cut and k > vocab else k
+        if not 1 <= top <= vocab:
+            raise InputError(f"k is {k}; choose 1 to the vocabulary's {vocab}")
+        ids = torch.empty(batch, top, dtype=torch.int32, device=device)
+        probs = torch.empty(batch, top, dtype=torch.float32, device=device)
+        tail = torch.empty(batch, dtype=torch.float32, device=device)
+        status = torch.empty(batch, dtype=torch.int32, device=device)
+        found.append(TopK(ids, probs, tail, status))
+        outputs = (ids.data_ptr(), probs.data_ptr(), tail.data_ptr(), status.data_ptr())
+        packed = (one.data_ptr(), FLOAT_CODES[one.dtype], batch, vocab, top, *outputs)
+        by_device.setdefault(device, []).append(packed)
+    for device, members in by_device.items():
+        backend = backend_of("topk_softmax", next(one for one in logits if one.device == device))
+        scratch = workspace(_core.topk_softmax_workspace(members, backend), device)
+        _core.topk_softmax(members, scratch.data_ptr(), backend)
     return found

@@ -257,6 +257,19 @@ unsigned __match_any_sync(unsigned mask, T value, DEEPEN_PLACE) {
   using namespace deepen::emulator;
   return unsigned(collective(Kind::match_any, mask, bits, 0, file, line));
 }
+#define DEEPEN_EMULATE_REDUCE(name, better)                                            \
+  inline unsigned name(unsigned mask, unsigned value, DEEPEN_PLACE) {                  \
+    unsigned found = value;                                                            \
+    for (int lane = 0; lane < 32; ++lane) {                                            \
+      if ((mask >> lane & 1u) == 0) continue;                                          \
+      const unsigned other = deepen::emulator::shuffle(mask, value, lane, file, line); \
+      if (other better found) found = other;                                           \
+    }                                                                                  \
+    return found;                                                                      \
+  }
+DEEPEN_EMULATE_REDUCE(__reduce_max_sync, >)
+DEEPEN_EMULATE_REDUCE(__reduce_min_sync, <)
+#undef DEEPEN_EMULATE_REDUCE
 #undef DEEPEN_PLACE
 
 inline void __threadfence() {}

@@ -38,7 +38,7 @@ void expect(bool right, const char* what) {
 
 struct Lanes {
   int from_3, up, down, exchanged, half;
-  unsigned odd, any, all, same_third, same_wide, low;
+  unsigned odd, any, all, same_third, same_wide, low, largest, smallest;
   double wide;
 };
 
@@ -56,6 +56,8 @@ __global__ void collectives(Lanes* out) {
   mine.all = unsigned(__all_sync(kAll, lane < 31));
   mine.same_third = __match_any_sync(kAll, lane % 3);
   mine.same_wide = __match_any_sync(kAll, (unsigned long long)(lane / 16) << 40);
+  mine.largest = __reduce_max_sync(kAll, threadIdx.x == 37 ? 0x80000007u : unsigned(lane));
+  mine.smallest = __reduce_min_sync(kAll, unsigned(lane ^ 21) + 3u);
   mine.low = 0;
   if (lane < 5) mine.low = __ballot_sync(0x1fu, lane != 2);
   __syncwarp();
@@ -80,6 +82,8 @@ void test_collectives() {
     for (int other = lane % 3; other < 32; other += 3) thirds |= 1u << other;
     expect(mine.same_third == thirds, "match_any");
     expect(mine.same_wide == (lane < 16 ? 0x0000ffffu : 0xffff0000u), "match_any of 8 bytes");
+    expect(mine.largest == (thread < 32 ? 31u : 0x80000007u), "reduce_max");
+    expect(mine.smallest == 3u, "reduce_min");
     expect(mine.low == (lane < 5 ? 0x1bu : 0u), "ballot of some lanes");
   }
 }

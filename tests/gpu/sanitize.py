@@ -21,7 +21,7 @@ sys.path[:0] = [
 from oracle import random_embedding, random_logits  # noqa: E402
 from test_gpu_step import random_map, step_on  # noqa: E402
 
-from deepen_ext.ops import inverse_search, topk_softmax  # noqa: E402
+from deepen_ext.ops import inverse_search, topk_softmax, topk_softmax_many  # noqa: E402
 from deepen_ext.row_sources import SimilarityRows  # noqa: E402
 
 DEVICE = "cuda:0"
@@ -33,6 +33,11 @@ def topk() -> None:
             logits = random_logits(batch, vocab, seed=k) if vocab > 6 else torch.randn(batch, vocab)
             logits = logits.to(dtype)
             assert torch.equal(topk_softmax(logits.to(DEVICE), k).ids.cpu(), topk_softmax(logits, k).ids)
+
+    pair = [random_logits(2, 33_003, seed=0), random_logits(3, 9000, seed=1).bfloat16()]
+    pair[0][:, 5000:9000] += 12  # more than k of the largest in one slice
+    for one, given in zip(topk_softmax_many([one.to(DEVICE) for one in pair], 128), pair, strict=True):
+        assert torch.equal(one.ids.cpu(), topk_softmax(given, 128).ids)
 
 
 def rows() -> None:

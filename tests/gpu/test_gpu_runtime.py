@@ -114,12 +114,7 @@ def test_an_error_has_the_place_and_cudas_own_text(device):
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
     with pytest.raises(RuntimeError, match=re.compile(r"invalid device ordinal.*csrc/.*:\d+", re.DOTALL)):
         _core.topk_softmax(
-            logits.data_ptr(),
-            0,
-            1,
-            5000,
-            8,
-            *(one.data_ptr() for one in buffers),
+            [(logits.data_ptr(), 0, 1, 5000, 8, *(one.data_ptr() for one in buffers))],
             workspace.data_ptr(),
             (1, missing, 0),
         )

@@ -6,10 +6,10 @@ import pytest
 import torch
 from oracle import random_logits
 from test_gpu_step import shared_logits
-from test_topk_softmax import DTYPES
+from test_topk_softmax import DTYPES, MEMBERS
 
 from deepen_ext import InputError, _core
-from deepen_ext.ops import topk_softmax
+from deepen_ext.ops import topk_softmax, topk_softmax_many
 
 SHAPES = [
     *[(1, 49_152, 128), (3, 5003, 64), (2, 262_144, 128), (1, 20_000, 4096), (32, 151_936, 128)],
@@ -67,6 +67,45 @@ def test_ties_and_order(device, dtype, kind):
         "falling": torch.linspace(8, -8, vocab).repeat(2, 1),
     }[kind]
     assert_like_the_twin(logits.to(dtype), 300, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 32_768, 140_000])
+@pytest.mark.parametrize("k", [3, 128, 700])
+def test_the_largest_are_side_by_side(device, dtype, first, k):
+    logits = random_logits(2, 151_936, seed=k)
+    logits[:, first : first + 8192] += 12
+    assert_like_the_twin(logits.to(dtype), k, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_are_allowed(device, dtype):
+    logits = torch.full((2, 151_936), float("-inf"))
+    logits[:, 7::1000] = random_logits(2, 152, seed=1)
+    assert_like_the_twin(logits.to(dtype), 100, device)
+    assert_like_the_twin(logits.to(dtype), 300, device)
+
+
+@pytest.mark.parametrize("k", [5, 128, 1500])
+@pytest.mark.parametrize("members", [*MEMBERS, "large vocabularies"])
+def test_many_give_what_each_gives_alone(device, members, k):
+    pair = [(3, 49_152, torch.float32), (3, 262_144, torch.bfloat16)]
+    shapes = MEMBERS.get(members, pair)
+    given = [random_logits(*one[:2], seed=i).to(one[2]).to(device) for i, one in enumerate(shapes)]
+    found = topk_softmax_many(given, k)
+    assert len(found) == len(given)
+    for one, logits in zip(found, given, strict=True):
+        alone = topk_softmax(logits, min(k, logits.shape[1]))
+        assert torch.equal(one.ids, alone.ids)
+        torch.testing.assert_close(one.probs, alone.probs, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.tail, alone.tail, rtol=2e-5, atol=1e-6)
+    for _ in range(5):
+        again = topk_softmax_many(given, k)
+        assert all(
+            torch.equal(a, b)
+            for one, other in zip(found, again, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
 
 
 def test_minus_infinity_and_large_logits(device):
@@ -135,10 +174,11 @@ def test_writes_stay_inside_the_outputs(device, batch, vocab, k):
     probs = torch.full((batch * k + 2 * fence,), -77.0, device=device)
     tail = torch.full((batch + 2 * fence,), -77.0, device=device)
     status = torch.full((batch + 2 * fence,), -77, dtype=torch.int32, device=device)
-    size = _core.topk_softmax_workspace(batch, vocab, k, backend)
-    workspace = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
     addresses = [one[fence:].data_ptr() for one in (ids, probs, tail, status)]
-    _core.topk_softmax(there.data_ptr(), 0, batch, vocab, k, *addresses, workspace[256:].data_ptr(), backend)
+    members = [(there.data_ptr(), 0, batch, vocab, k, *addresses)]
+    size = _core.topk_softmax_workspace(members, backend)
+    workspace = torch.full((size + 512,), 0xA5, dtype=torch.uint8, device=device)
+    _core.topk_softmax(members, workspace[256:].data_ptr(), backend)
     for buffer in (ids, probs, tail, status):
         assert bool((buffer[:fence] == -77).all())
         assert bool((buffer[-fence:] == -77).all())

@@ -12,12 +12,21 @@ from library_cases import maps
 from oracle import random_embedding, random_logits
 
 from deepen_ext import InputError
-from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
+from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax, topk_softmax_many
 from deepen_ext.row_sources import SimilarityRows
 
 
 def run_topk():
-    return [*topk_softmax(random_logits(3, 9001, seed=1), 70), *topk_softmax(random_logits(2, 3001, 2), 1500)]
+    one_part_is_high = random_logits(2, 45_000, seed=3)
+    one_part_is_high[:, 8192:16_384] += 12  # more than k of the largest, in two slices
+    found = [topk_softmax(random_logits(3, 9001, seed=1), 70), topk_softmax(random_logits(2, 3001, 2), 1500)]
+    found += [topk_softmax(one_part_is_high, 128), topk_softmax(one_part_is_high.bfloat16(), 600)]
+    return [part for one in found for part in one]
+
+
+def run_topk_many():
+    given = [random_logits(3, 9001, seed=1), random_logits(1, 30_000, seed=2).half(), random_logits(2, 50, 3)]
+    return [part for one in topk_softmax_many(given, 70) for part in one]
 
 
 def run_relative_rows():
@@ -51,12 +60,22 @@ def run_fuse(dense: bool):
 
 OPERATIONS = {
     "topk_softmax": run_topk,
+    "topk_softmax_many": run_topk_many,
     "relative_rows": run_relative_rows,
     "inverse_search": lambda: run_search(False),
     "inverse_search_dense": lambda: run_search(True),
     "fuse": lambda: run_fuse(False),
     "fuse_dense": lambda: run_fuse(True),
 }
+
+
+def test_members_share_the_launches_of_one(backend):
+    given = [random_logits(batch, vocab, seed=batch) for batch, vocab in ((1, 60_000), (3, 9001), (2, 50))]
+    backend.emulator.set_multiprocessors(132)
+    backend.emulator.take_launches()
+    topk_softmax_many(given, 40)
+    kernels = [line.split(" grid ")[0] for line in backend.emulator.take_launches()]
+    assert kernels == ["(topk_slices<T>)", "topk_merge"]
 
 
 @pytest.fixture(params=OPERATIONS)

@@ -7,7 +7,7 @@ import torch
 from oracle import random_logits
 
 from deepen_ext import InputError, _core
-from deepen_ext.ops import topk_softmax
+from deepen_ext.ops import topk_softmax, topk_softmax_many
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -75,6 +75,24 @@ def test_sorted_logits(order):
     assert_topk(logits if order == "rising" else logits.flip(-1).contiguous(), 128)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 8192, 36_000])
+@pytest.mark.parametrize("k", [3, 200, 700])
+def test_the_largest_are_side_by_side(dtype, first, k):
+    logits = random_logits(2, 45_000, seed=k)
+    logits[:, first : first + 8192] += 12
+    assert int(logits[0].topk(k).indices.min()) >= first
+    assert_topk(logits.to(dtype), k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_are_allowed(dtype):
+    logits = torch.full((2, 45_000), float("-inf"))
+    logits[:, 7::300] = random_logits(2, 150, seed=1)
+    assert_topk(logits.to(dtype), 100)
+    assert_topk(logits.to(dtype), 200)
+
+
 def test_minus_infinity_is_probability_zero():
     logits = torch.full((2, 6000), float("-inf"))
     logits[0, 4321] = 3.0
@@ -122,6 +140,47 @@ def test_empty_batch():
     assert tail.shape == (0,)
 
 
+# (batch, vocab, dtype) of each member.
+MEMBERS = {
+    "a pair": [(2, 9001, torch.float32), (2, 30_000, torch.float32)],
+    "rows, dtypes and no rows": [
+        *[
+            (1, 20_000, torch.bfloat16),
+            (0, 50, torch.float32),
+            (5, 7001, torch.float16),
+            (2, 17, torch.float32),
+        ]
+    ],
+    "one": [(3, 5003, torch.float32)],
+    "more than a launch takes": [(1 + i % 2, 100 + i, DTYPES[i % 3]) for i in range(19)],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("k", [5, 60, 1500])
+@pytest.mark.parametrize("members", MEMBERS)
+def test_many_give_what_each_gives_alone(members, k):
+    given = [random_logits(*one[:2], seed=i).to(one[2]) for i, one in enumerate(MEMBERS[members])]
+    found = topk_softmax_many(given, k)
+    assert len(found) == len(given)
+    for one, logits in zip(found, given, strict=True):
+        alone = topk_softmax(logits, min(k, logits.shape[1]))
+        assert torch.equal(one.ids, alone.ids)
+        assert torch.equal(one.status, alone.status)
+        torch.testing.assert_close(one.probs, alone.probs, rtol=1e-6, atol=0)
+        torch.testing.assert_close(one.tail, alone.tail, rtol=1e-5, atol=5e-7)
+
+
+def test_many_name_the_one_that_is_wrong():
+    good, bad = torch.zeros(2, 9), torch.full((2, 9), float("nan"))
+    with pytest.raises(InputError, match="gemma: row 0 has no softmax"):
+        topk_softmax_many([good, bad], 3, names=["llama", "gemma"])
+    with pytest.raises(InputError, match="logits 1 is float64"):
+        topk_softmax_many([good, good.double()], 3)
+    with pytest.raises(InputError, match="k is 0"):
+        topk_softmax_many([good], 0)
+
+
 def test_threads_do_not_change_a_bit():
     logits = random_logits(5, 30_000, seed=1)
     before = torch.get_num_threads()
@@ -160,12 +219,11 @@ def test_writes_stay_inside_the_outputs(backend):
     probs = torch.full((batch * k + 2 * fence,), -77.0)
     tail = torch.full((batch + 2 * fence,), -77.0)
     status = torch.full((batch + 2 * fence,), -77, dtype=torch.int32)
-    size = _core.topk_softmax_workspace(batch, vocab, k, backend.packed)
-    workspace = torch.full((size + 2 * 64,), 0xA5, dtype=torch.uint8)
     addresses = [one[fence:].data_ptr() for one in (ids, probs, tail, status)]
-    _core.topk_softmax(
-        logits.data_ptr(), 0, batch, vocab, k, *addresses, workspace[64:].data_ptr(), backend.packed
-    )
+    members = [(logits.data_ptr(), 0, batch, vocab, k, *addresses)]
+    size = _core.topk_softmax_workspace(members, backend.packed)
+    workspace = torch.full((size + 2 * 64,), 0xA5, dtype=torch.uint8)
+    _core.topk_softmax(members, workspace[64:].data_ptr(), backend.packed)
     for buffer in (ids, probs, tail, status):
         assert (buffer[:fence] == -77).all()
         assert (buffer[-fence:] == -77).all()
