@@ -23,8 +23,9 @@ K, ENTRIES, ANCHORS, VOCAB = 128, 32, 40_000, 32_000
 
 # Places that follow from the data, from hashing or from who came first: here some conflicts are bound to be.
 _SCATTERED = re.compile(
-    r"slot_columns\[|slot_numbers\[|bits\[|mass\[|bins\[uint32_t|bins\[\(|rank = index\.offsets\["
-    r"|\[index\.numbers\[|\[index\.group_|group_\w+\[to\]|\[rank\] =|\[atomicAdd|list\[at\] ="
+    r"relative\[anchors\.of|index\.named\[w\], several|index\.before\[2 \* w|\*seen|\[index\.group_|group_\w+\[to\]"
+    r"|next\[a\] \+|bits\[|whole\[anchor\]|rest\[anchor\]|to\[number\]"
+    r"|bins\[uint32_t|bins\[\(|\[rank\] =|\[atomicAdd|list\[at\] ="
 )
 
 

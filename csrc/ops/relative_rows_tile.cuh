@@ -95,7 +95,9 @@ __device__ __forceinline__ void cosine_tile(const RelativeRowsParams& params, co
   constexpr int kTokenLoads = (kTokens + kLines - 1) / kLines, kAnchorLoads = kTileAnchors / kLines;
   constexpr int kBuffer = (kTokens + kTileAnchors) * kStride;
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-  const int line = thread / kQuads, quad = thread % kQuads * 4;
+  // Threads side by side store rows that are four apart: those of neighbours begin where the others end.
+  const int order = thread / kQuads, line = order / 8 * 8 + order % 2 * 4 + order / 2 % 4;
+  const int quad = thread % kQuads * 4;
 
   // Beyond the last token or anchor the last one again: their cosines are not read.
   const float* token_rows[kTokenLoads];
