@@ -21,14 +21,12 @@
 #include "ops/topk_softmax_merge.cuh"
 #include "ops/topk_softmax_plan.cuh"
 #include "ops/topk_softmax_sort.cuh"
+#include "ops/topk_softmax_words.cuh"
 
 namespace deepen {
 namespace {
 
 constexpr int kListEntries = 1024;  // the largest k whose lists stay in shared memory
-constexpr int kVectors = 2;         // of 16 bytes, that a thread handles between two looks at the list
-constexpr int kVectorsOfBlock = kVectors * kSelectThreads;
-
 int64_t chunk_of(Dtype dtype) { return kVectorsOfBlock * (dtype == Dtype::f32 ? 4 : 8); }
 
 int64_t split_limit(const TopkSoftmaxParams& params) {
@@ -52,32 +50,6 @@ int list_capacity(int64_t k) { return int(4 * k) + 1024; }
 size_t list_bytes(int64_t k) {
   return sizeof(ListScratch) + size_t(list_capacity(k) + 2 + list_room(k) + 2) * sizeof(uint64_t);
 }
-
-constexpr int kWords = 4 * kVectors;  // of 4 bytes
-
-// to_float in one instruction.
-#ifdef DEEPEN_EMULATE
-__device__ __forceinline__ float widen(Half value) { return to_float(value); }
-#else
-__device__ __forceinline__ float widen(Half value) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-  return wide;
-}
-#endif
-__device__ __forceinline__ float widen(BFloat16 value) { return to_float(value); }
-
-// Logit i of those in the words; words of -inf.
-__device__ __forceinline__ float logit(const uint32_t* words, int i, float) {
-  return bits_to_float(words[i]);
-}
-template <class T>
-__device__ __forceinline__ float logit(const uint32_t* words, int i, T) {
-  return widen(T{uint16_t(words[i / 2] >> (i % 2 * 16))});
-}
-__device__ __forceinline__ uint32_t nothing(float) { return 0xff800000u; }
-__device__ __forceinline__ uint32_t nothing(Half) { return 0xfc00fc00u; }
-__device__ __forceinline__ uint32_t nothing(BFloat16) { return 0xff80ff80u; }
 
 // What a thread knows after its slice; the list is in shared memory.
 struct Streamed {

@@ -12,6 +12,7 @@ from library_cases import maps
 from oracle import random_embedding, random_logits
 
 from deepen_ext import InputError
+from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax, topk_softmax_many
 from deepen_ext.row_sources import SimilarityRows
 
@@ -76,6 +77,17 @@ def test_members_share_the_launches_of_one(backend):
     topk_softmax_many(given, 40)
     kernels = [line.split(" grid ")[0] for line in backend.emulator.take_launches()]
     assert kernels == ["(topk_slices<T>)", "topk_merge"]
+
+
+def test_a_step_asks_all_members_at_once(backend):
+    made = maps("cpu")
+    fuser = DeepenFuser(made, learning_rate=0.2)
+    logits = [random_logits(2, one.vocab_size, seed=i) for i, one in enumerate(made)]
+    backend.emulator.take_launches()
+    fuser.step(logits, [0.5, 0.5])
+    kernels = [line.split(" grid ")[0] for line in backend.emulator.take_launches()]
+    assert sum("topk_slices" in one for one in kernels) == 1
+    assert any("fuse_kernel" in one for one in kernels)
 
 
 @pytest.fixture(params=OPERATIONS)
