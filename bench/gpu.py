@@ -216,6 +216,23 @@ def _on_cpu(tops: list[ops.TopK]) -> list[ops.TopK]:
     return [ops.TopK(*(one.cpu() for one in top)) for top in tops]
 
 
+def time_both(bench: Bench, pair: Pair, logits: list[torch.Tensor], name: str) -> None:
+    """All members' top-k in one call, beside a call for each."""
+    ours = ops.topk_softmax_many(logits, K)
+    for one, top in zip(logits, ours, strict=True):
+        assert torch.equal(top.ids.cpu(), ops.topk_softmax(one.cpu(), K).ids), (
+            "ids differ from the CPU twin's"
+        )
+    apart = in_a_graph(lambda: [ops.topk_softmax(one, K) for one in logits])
+    bench.time(
+        name,
+        lambda: ops.topk_softmax_many(logits, K),
+        moved=sum(_moved_topk(len(one), one.shape[1], one.element_size()) for one in logits),
+        equality="the same ids as the CPU twin's",
+        baselines=[Baseline("a call for each member, in a graph", apart)],
+    )
+
+
 def time_fuse(bench: Bench, pair: Pair, logits: list[torch.Tensor], name: str) -> None:
     batch = len(logits[0])
     settings = {"learning_rate": LEARNING_RATE, "steps": STEPS, "min_probability": MIN_PROBABILITY}
@@ -342,7 +359,11 @@ def run_pair(bench: Bench, title: str, given: Callable[[], Given], batches: Sequ
         what(bench, pair, logits(batch), name)
 
     for batch in batches:
-        for kind, what in (("whole fusion step", time_step), ("fuse after top-k", time_fuse)):
+        for kind, what in (
+            ("whole fusion step", time_step),
+            ("fuse after top-k", time_fuse),
+            ("top-k of both members", time_both),
+        ):
             name = f"{kind}, {title}, {shape}, B {batch}"
             bench.case(name, partial(run, what, batch, name))
 
