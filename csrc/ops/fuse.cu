@@ -113,10 +113,22 @@ __device__ __forceinline__ void write_back(const FuseParams& params, int64_t b,
   }
   best = block_reduce(best, worst, Better{}, scratch);
   // Only if every candidate fell to the others' level can one of those win.
+  constexpr int kAtOnce = 8;  // loads under way
   if (k < vocab && best >> 32 <= choice(lowest, 0) >> 32) {
 #pragma unroll 1
-    for (int32_t id = int32_t(threadIdx.x); id < vocab; id += kSearchThreads)
-      best = Better{}(best, choice(load_logit(params, start + id), id));
+    for (int64_t first = int64_t(threadIdx.x); first < vocab; first += kAtOnce * kSearchThreads) {
+      float logits[kAtOnce];
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
+        const int64_t id = first + q * kSearchThreads;
+        logits[q] = id < vocab ? load_logit(params, start + id) : -INFINITY;
+      }
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) {
+        const int64_t id = first + q * kSearchThreads;
+        if (id < vocab) best = Better{}(best, choice(logits[q], int32_t(id)));
+      }
+    }
     best = block_reduce(best, worst, Better{}, scratch);
   }
   if (threadIdx.x == 0) params.chosen[b] = chosen_id(best);

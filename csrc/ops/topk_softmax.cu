@@ -192,11 +192,14 @@ void launch_sorted(const MemberPlan& member, const Backend& backend) {
   const size_t bytes = sizeof(SelectScratch);
   DEEPEN_LAUNCH((topk_keys<T>), rows * splits, kSelectThreads, bytes, backend.stream, params, member.stats,
                 member.rows, member.splits, size);
-  for (int64_t run = 2; run <= size; run *= 2) {
-    for (int64_t distance = run / 2; distance > 0; distance /= 2) {
+  const unsigned blocks = unsigned(params.batch * (size / kNear));
+  DEEPEN_LAUNCH(sort_near, blocks, kSelectThreads, 0, backend.stream, member.rows, size, 2, kNear);
+  for (int64_t run = 2 * kNear; run <= size; run *= 2) {
+    for (int64_t distance = run / 2; distance >= kNear; distance /= 2) {
       DEEPEN_LAUNCH(sort_step, grid, kSelectThreads, 0, backend.stream, member.rows, pairs, size, run,
                     distance);
     }
+    DEEPEN_LAUNCH(sort_near, blocks, kSelectThreads, 0, backend.stream, member.rows, size, run, run);
   }
   DEEPEN_LAUNCH(write_sorted, rows, kSelectThreads, bytes, backend.stream, params, member.stats, member.rows,
                 member.splits, size);
