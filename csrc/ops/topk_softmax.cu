@@ -62,7 +62,7 @@ template <class T>
 __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row, int split, uint64_t* list,
                                            uint64_t* spare, ListScratch* scratch) {
   constexpr int kLanes = 16 / sizeof(T), kKeys = kVectors * kLanes;
-  const TopkSoftmaxParams params = member.params;
+  const TopkSoftmaxParams& params = member.params;
   const int splits = member.splits, capacity = member.capacity, k = int(params.k), vocab = int(params.vocab);
   const int thread = int(threadIdx.x);
 
@@ -85,7 +85,7 @@ __device__ __forceinline__ Streamed stream(const MemberPlan& member, int64_t row
   uint64_t& bar = found.bar;
   bool seen = begin + thread < end;
   if (thread < 2) scratch->overflown[thread] = 0;
-  if (thread == 0) scratch->heads = scratch->tails = 0;
+  if (thread == 0) scratch->heads = scratch->tails = scratch->kept = 0;
   if (thread == 0) scratch->count = 0;
   __syncthreads();
   const int loose = split == 0 ? vocab - vectors * kLanes : 0;  // what lies before and after the vectors

@@ -15,6 +15,7 @@ struct alignas(16) ListScratch : SelectScratch {
   RowStats warp_stats[kSliceWarps];
   RowStats stats;             // the row's, or the slice's
   uint32_t heads, tails;      // lengths of the list that is handed on
+  uint32_t kept;              // of the keys at the end
   int overflown[2], more[2];  // the last round that was, by its parity
   int length[kMaxSplits], heads_of[kMaxSplits];
 };
@@ -92,6 +93,82 @@ __device__ __forceinline__ uint64_t make_room(uint32_t left_out, Key key, uint64
   return bar;
 }
 
+__device__ __forceinline__ uint32_t sum_before(const uint32_t* of_warps, int warp) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kSliceWarps; i += 4) {
+    const uint4 four = *reinterpret_cast<const uint4*>(of_warps + i);
+    sum += (i < warp ? four.x : 0) + (i + 1 < warp ? four.y : 0) + (i + 2 < warp ? four.z : 0) +
+           (i + 3 < warp ? four.w : 0);
+  }
+  return sum;
+}
+
+constexpr int kValueBins = kSelectThreads;
+
+// Value bits that at least `wanted` of the values reach and not many more, except ties; 0 if there are fewer
+// values. value(i) gives each thread's kOwn, as value bits, 0 for none. Counts them by size between the
+// lowest and the highest, then within the bin that has the `wanted`-th.
+template <int kOwn, class Value>
+__device__ __forceinline__ uint32_t bar_of(Value value, int wanted, ListScratch* scratch) {
+  constexpr int kUnrolled = kOwn <= 2 ? kOwn : 1;  // more are not held in registers
+  const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  uint32_t low = ~0u, high = 0;
+#pragma unroll(kUnrolled)
+  for (int i = 0; i < kOwn; ++i) {
+    const uint32_t one = value(i);
+    low = one != 0 ? min(low, one) : low;
+    high = max(high, one);
+  }
+  low = __reduce_min_sync(kWholeWarp, low);
+  high = __reduce_max_sync(kWholeWarp, high);
+  if (lane == 0) {
+    scratch->warp_lowest[warp] = low;
+    scratch->warp_highest[warp] = ~high;
+  }
+  scratch->bins[thread] = 0;
+  if (thread == 0) scratch->above = ~0u;
+  __syncthreads();
+  low = smallest(scratch->warp_lowest);
+  high = ~smallest(scratch->warp_highest);
+  if (low > high) return 0;
+
+  uint32_t left = uint32_t(wanted);
+  for (;;) {
+    const uint32_t width = high - low;
+    const int shift = width < kValueBins ? 0 : 32 - __clz(int(width)) - 9;
+#pragma unroll(kUnrolled)
+    for (int i = 0; i < kOwn; ++i) {
+      const uint32_t one = value(i);
+      if (one != 0 && one >= low && one <= high) atomicAdd(&scratch->bins[(one - low) >> shift], 1u);
+    }
+    __syncthreads();
+    const uint32_t bin = uint32_t(kValueBins - 1 - thread), own = scratch->bins[bin];
+    uint32_t upto = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const uint32_t above = __shfl_up_sync(kWholeWarp, upto, distance);
+      if (lane >= distance) upto += above;
+    }
+    if (lane == 31) scratch->totals[warp] = upto;
+    __syncthreads();
+    scratch->bins[bin] = 0;
+    upto += sum_before(scratch->totals, warp);
+    if (upto - own < left && left <= upto) {  // one thread, or none
+      scratch->bin = bin;
+      scratch->above = upto - own;
+      scratch->inside = own;
+    }
+    __syncthreads();
+    const uint32_t above = scratch->above, inside = scratch->inside;
+    if (above == ~0u) return 0;
+    low += scratch->bin << shift;
+    if (shift == 0 || above + inside <= left + left / 4 + 8) return low;
+    high = low + ((1u << shift) - 1u);
+    left -= above;
+  }
+}
+
 // Writes the keys of a list that reach the bar to `out`: those that reach `head_bar` from its front, counted
 // in scratch->heads, the others from its end, in scratch->tails; both counts are 0 before. If they are more
 // than its `room`, the list is cut to its k largest. Ends in a barrier.
@@ -116,17 +193,47 @@ __device__ __forceinline__ void hand_on(uint64_t* list, int count, uint64_t bar,
   }
 }
 
-// A row's results from a list with its k largest keys, which becomes scratch; scratch->stats are the row's.
-// `sorted` holds k keys. Begins in a barrier.
+constexpr int kNarrowed = 4;  // keys of a thread
+
+// Leaves out most of the keys that are not among the k largest, if the others fit in `spare`, which has
+// `room`. Returns how many there are; the caller's barrier makes them visible. scratch->kept is 0 before.
+__device__ __forceinline__ int narrow(uint64_t* list, int count, int k, uint64_t* spare, int room,
+                                      ListScratch* scratch) {
+  const int thread = int(threadIdx.x);
+  const auto key = [&](int i) {
+    return i * kSelectThreads + thread < count ? list[i * kSelectThreads + thread] : uint64_t(0);
+  };
+  const auto value = [&](int i) { return uint32_t(key(i) >> 32); };
+  const uint64_t bar = lowest_key(bar_of<kNarrowed>(value, k, scratch));
+#pragma unroll 1
+  for (int i = 0; i < kNarrowed; ++i) {
+    const uint64_t one = key(i);
+    const bool stays = one != 0 && one >= bar;
+    const int at = int(claim(stays, &scratch->kept));
+    if (stays && at < room) spare[at] = one;
+  }
+  __syncthreads();
+  const int kept = int(scratch->kept);
+  if (kept > room) return count;
+  for (int i = thread; i < kept; i += kSelectThreads) list[i] = spare[i];
+  return kept;
+}
+
+// A row's results from a list with its k largest keys, which all threads see; scratch->stats are the row's.
+// Both the list and `spare` become scratch, and have list_room(k) places and two more.
 __device__ __forceinline__ void finish_row(const TopkSoftmaxParams& params, int64_t row, uint64_t* list,
-                                           int count, uint64_t* sorted, ListScratch* scratch) {
+                                           int count, uint64_t* spare, ListScratch* scratch) {
   const int k = int(params.k);
-  if (count > k + 256) {  // a cut costs as much as the comparisons of these
-    cut_to_largest(list, count, k, sorted, scratch);
+  // A bar costs as much as the comparisons of these keys.
+  if (count > k + 100 && count <= kNarrowed * kSelectThreads) {
+    count = narrow(list, count, k, spare, list_room(k), scratch);
+  }
+  if (count > k + 256) {
+    cut_to_largest(list, count, k, spare, scratch);
     count = k;
   }
-  sort_by_rank(list, count, k, sorted);
-  write_row(params, row, sorted, scratch->stats, scratch);
+  sort_by_rank(list, count, k, spare);
+  write_row(params, row, spare, scratch->stats, scratch);
 }
 
 }  // namespace

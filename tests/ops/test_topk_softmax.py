@@ -85,6 +85,20 @@ def test_the_largest_are_side_by_side(dtype, first, k):
     assert_topk(logits.to(dtype), k)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("others", ["alike", "of any size"])
+@pytest.mark.parametrize("high", [1, 90, 2000])
+def test_logits_far_apart(dtype, others, high):
+    """`high` of 1e20 to 1e30 among others near 10, or of 1e-30 to 1."""
+    generator = torch.Generator().manual_seed(high)
+    logits = 10 + 0.01 * torch.randn(2, 45_000, generator=generator)
+    if others == "of any size":
+        logits = 10 ** -(30 * torch.rand(2, 45_000, generator=generator))
+        logits[:, ::2] *= -1
+    logits[:, 5 : 5 + 11 * high : 11] = 10 ** (20 + 10 * torch.rand(2, high, generator=generator))
+    assert_topk(logits.to(dtype), 128)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_tokens_are_allowed(dtype):
     logits = torch.full((2, 45_000), float("-inf"))
