@@ -55,8 +55,8 @@ RANK_SORT: Counts = {"cycle": (1.1 * K) ** 2 / 32 * 4 / 4, "shuffle": 1, "barrie
 COMBINE = total(block_reduce(), block_reduce(), {"special": 1})
 
 
-# combine_warp: five shuffles for the largest, five for the sum.
-COMBINE_WARP: Counts = {"shuffle": 10, "special": 1, "shared": 1}
+# combine_warp: a reduction of integers, taken for a shuffle, then five shuffles.
+COMBINE_WARP: Counts = {"shuffle": 6, "special": 1, "shared": 1}
 # append, if any lane has a key: a scan of five shuffles, one atomic for the warp, its place to all lanes.
 APPEND: Counts = {"shuffle": 6, "atomic": 1, "shared": 1, "cycle": 40}
 # find_bar: 32 comparisons a lane of 16 warps, then the lowest of the warps' bars.
@@ -87,7 +87,7 @@ def topk_softmax(vocab: int, batch: int, multiprocessors: int, size: int = 4) ->
     merge = [
         Step("samples, what slices say of themselves", {"l2": 1, "barrier": 1}),
         # The lists' heads come meanwhile, a second dependent load.
-        Step("bar, heads", {"l2": 1, "shuffle": 15, "barrier": 3, "shared": 4, "atomic": 1}),
+        Step("bar, heads", {"l2": 1, "shuffle": 7, "barrier": 3, "shared": 4, "atomic": 1}),
         Step("candidates", total(APPEND, {"barrier": 2, "shared": 2})),
         Step("sorting them", RANK_SORT),
         Step("probabilities, store", total(block_reduce(), {"special": 2, "store": 1})),
