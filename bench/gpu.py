@@ -189,7 +189,7 @@ def random_pair(bench: Bench, name: str) -> Pair:
 def real_rows(pair: Pair) -> tuple[Pair, list[torch.Tensor]]:
     """The demo pair's real tokens and their relative rows (demo_rows.py), and logits that put these on top.
 
-    All other rows are the random pair's.
+    All other rows are the random pair's, and all other logits random.
     """
     stored = load_file(DEMO_ROWS)
     assert int(stored["anchors"]) == pair.anchors, f"{DEMO_ROWS} has other anchors: make it again"
@@ -203,8 +203,11 @@ def real_rows(pair: Pair) -> tuple[Pair, list[torch.Tensor]]:
             rows[ids] = stored[f"{part}{i}"].to(rows.dtype)
         relative._known[:] = True
         maps.append(relative.to(DEVICE))
-        rest = torch.full((len(ids), random.vocab_size), -30.0)
-        logits.append(rest.scatter_(1, ids, stored[f"probs{i}"].log()).to(DEVICE))
+        known = stored[f"probs{i}"].log()
+        generator = torch.Generator().manual_seed(i)
+        below = 2 * torch.randn(len(ids), random.vocab_size, generator=generator).abs() + 0.1
+        rest = known.amin(dim=1, keepdim=True) - below
+        logits.append(rest.scatter_(1, ids, known).to(DEVICE))
     return Pair(REAL, maps), logits
 
 

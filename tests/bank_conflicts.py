@@ -23,8 +23,8 @@ K, ENTRIES, ANCHORS, VOCAB = 128, 32, 40_000, 32_000
 
 # Places that follow from the data, from hashing or from who came first: here some conflicts are bound to be.
 _SCATTERED = re.compile(
-    r"relative\[anchors\.of|index\.named\[w\], several|index\.before\[2 \* w|\*seen|\[index\.group_|group_\w+\[to\]"
-    r"|next\[a\] \+|bits\[|whole\[anchor\]|rest\[anchor\]|to\[number\]"
+    r"relative\[anchors\.of|index\.named\[w\], several|index\.before\[2 \* w|\*seen|\[index\.group_"
+    r"|group_\w+\[to\]|next\[a\] \+|bits\[|whole\[anchor\]|rest\[anchor\]|to\[next_|index\.named\[w\] &"
     r"|bins\[uint32_t|bins\[\(|\[rank\] =|\[atomicAdd|list\[at\] ="
 )
 

@@ -144,14 +144,23 @@ __device__ __forceinline__ int32_t find(const AnchorIndex<Number>& index, int32_
   return (shared ? index.single : 0) + index.before[2 * w + shared] + __popcll(like & (bit - 1));
 }
 
-// to[number] = from[column] for each named anchor.
+// to[number] = from[column] for each named anchor: a thread a word of bits at a time, two loads under way.
 template <class Number>
 __device__ __forceinline__ void gather_named(const AnchorIndex<Number>& index, const float* from, float* to) {
-  // Several loads under way: one after the other they would take longer than the search.
-#pragma unroll 4
-  for (int32_t column = int32_t(threadIdx.x); column < 64 * index.words; column += kSearchThreads) {
-    const int32_t number = find(index, column);
-    if (number >= 0) to[number] = from[column];
+#pragma unroll 1
+  for (int32_t w = int32_t(threadIdx.x); w < index.words; w += kSearchThreads) {
+    const uint64_t several = index.several[w];
+    uint64_t single = index.named[w] & ~several, shared = several;
+    int32_t next_single = index.before[2 * w], next_shared = index.single + index.before[2 * w + 1];
+#pragma unroll 1
+    while ((single | shared) != 0) {
+      const float one = single != 0 ? from[64 * w + __ffsll(int64_t(single)) - 1] : 0.0f;
+      const float other = shared != 0 ? from[64 * w + __ffsll(int64_t(shared)) - 1] : 0.0f;
+      if (single != 0) to[next_single++] = one;
+      if (shared != 0) to[next_shared++] = other;
+      single &= single - 1;
+      shared &= shared - 1;
+    }
   }
 }
 

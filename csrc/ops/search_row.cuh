@@ -111,19 +111,13 @@ __device__ __forceinline__ void search(const SearchState<kShared>& row, const Re
   const int32_t thread = int32_t(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int32_t candidates = row.candidates, weighing = min((candidates + 31) / 32, kSearchWarps);
   const float all = float(anchors), outside = float(anchors - row.index.touched);
-  float scale = 0.0f;
+  float scale = 0.0f, highest = -INFINITY;  // the largest of the candidates' logits
 #pragma unroll 1
   for (int32_t step = 0;; ++step) {
     if (warp < weighing) {
-      if (step > 0) {
-        float highest = scratch->largest[0];
-#pragma unroll 4
-        for (int32_t w = 1; w < weighing; ++w) highest = fmaxf(highest, scratch->largest[w]);
-        largest = fmaxf(highest * schedule.steps[step - 1].keep, row.tail_logit);
-        __syncwarp();  // read by all before one writes anew
-      }
+      if (step > 0) largest = fmaxf(highest * schedule.steps[step - 1].keep, row.tail_logit);
       float2 sums = make_float2(0.0f, 0.0f);  // of exp(z - largest), and of that times u
-      float highest = -INFINITY;
+      highest = -INFINITY;
 #pragma unroll 1
       for (int32_t t = thread; t < candidates; t += 32 * weighing) {
         float logit = row.logits[t];
@@ -158,10 +152,12 @@ __device__ __forceinline__ void search(const SearchState<kShared>& row, const Re
     if (step == schedule.count) break;
 
     float2 sums = scratch->sums[0];
+    highest = scratch->largest[0];
 #pragma unroll 4
     for (int32_t w = 1; w < weighing; ++w) {
       sums.x += scratch->sums[w].x;
       sums.y += scratch->sums[w].y;
+      highest = fmaxf(highest, scratch->largest[w]);  // read here: the next step writes it anew
     }
     scale = 1.0f / sums.x;
     const float base = sums.y * scale;       // what an anchor nobody names has
