@@ -130,3 +130,10 @@ class TestModel:
             rate = 1e6 * (card.memory_tb_s if cold else card.l2_tb_s)
             least = max(chain, sum(one.bytes for one in kernels) / rate) + len(kernels) * gpu_model.BETWEEN_US
             assert estimate > 0.9999 * least, name  # a sum rounds
+
+
+@pytest.mark.parametrize("architecture", kernel_shared.LIMITS)
+def test_the_default_step_fits_shared_memory(measured: dict[str, Any], architecture: str) -> None:
+    found = measured[architecture]
+    assert all(step["fuse_kernel"] > 0 for step in found["step"].values()), "the search is in the workspace"
+    assert found["largest_k"] >= kernel_shared.K
