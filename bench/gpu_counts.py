@@ -1,7 +1,8 @@
 """What the CUDA kernels do one after the other, counted from their code: the input of gpu_model.py.
 
 A step is what a block cannot overlap with what comes before: dependent loads, barriers, shuffles. Counts are
-of its slowest warp at k 128, m 32, T 5, 512 threads a block. They follow the code and change with it.
+of its slowest warp at k 128, m 32, T 5, 512 threads a block. They follow the code; those of
+fuse and inverse_search are of the kernels before 2026-11-26, whose blocks had 512 threads.
 """
 
 from __future__ import annotations

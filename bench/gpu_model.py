@@ -2,7 +2,7 @@
 
 Writes the table of docs/gpu.md, beside what bench/gpu.py measured where bench/results/ has that card. A
 kernel takes the largest of: its bytes at the memory's rate, those from L2 at the L2's, its tensor products,
-and its blocks' chain of dependent events times the waves of blocks. Nothing here is measured or fitted.
+and its blocks' chain of dependent events times the waves of blocks. Nothing here is fitted.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Card:
 
 
 CARDS = {
+    "H200": Card("H200", 132, 1.98, 4.2, 60, 5.5, 495),  # clock and memory as measured
     "H100": Card("H100 SXM", 132, 1.755, 3.0, 50, 5.5, 495),
     "A100": Card("A100 SXM 80 GB", 108, 1.41, 1.8, 40, 4.0, 156),
     "4090": Card("RTX 4090", 128, 2.52, 0.92, 72, 4.0, 83),
@@ -107,8 +108,8 @@ def cases(card: Card) -> list[tuple[str, list[Kernel]]]:
     ]
     return found + [
         (
-            f"relative_rows, {tokens} tokens, 45,589 anchors, d 640, bfloat16",
-            gpu_counts.relative_rows(tokens, 45_589, many),
+            f"relative_rows, {tokens} tokens, 46,146 anchors, d 640, bfloat16",
+            gpu_counts.relative_rows(tokens, 46_146, many),
         )
         for tokens in (*BATCHES, 4096)
     ]
@@ -161,13 +162,13 @@ def chains(card: Card) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--card", choices=CARDS, help="print its table; without, write the H100's into the page"
+        "--card", choices=CARDS, help="print its table; without, write the H200's into the page"
     )
     parser.add_argument("--results", type=Path, default=BENCH / "results")
     parser.add_argument("--page", type=Path, default=BENCH.parent / "docs" / "gpu.md")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where it is out of date")
     options = parser.parse_args()
-    name = options.card or "H100"
+    name = options.card or "H200"
     text = f"{table(CARDS[name], measured(options.results, name))}\n\n{chains(CARDS[name])}"
     if options.card:
         print(text)
