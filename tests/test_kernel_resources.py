@@ -89,8 +89,8 @@ def test_no_block_asks_for_more_than_there_is(measured: dict[str, Any]) -> None:
 
 class TestModel:
     def test_the_page_has_its_tables(self) -> None:
-        card = gpu_model.CARDS["H100"]
-        found = gpu_model.measured(ROOT / "bench" / "results", "H100")
+        card = gpu_model.CARDS["H200"]
+        found = gpu_model.measured(ROOT / "bench" / "results", "H200")
         assert table("model") == f"{gpu_model.table(card, found)}\n\n{gpu_model.chains(card)}", (
             "run python bench/gpu_model.py"
         )
