@@ -96,11 +96,28 @@ def _version() -> str:
     return f"nvcc {match[0]}"
 
 
+def _own_options(source: Path) -> list[str]:
+    """What CMakeLists.txt adds for this source: registers depend on it."""
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    found = re.findall(
+        r'properties\((csrc/[^)]*?) PROPERTIES\s+COMPILE_OPTIONS "([^"]*)"\)', text, re.IGNORECASE
+    )
+    if not found:
+        sys.exit("CMakeLists.txt has no options of single sources any more: change _own_options")
+    return [
+        one
+        for files, options in found
+        if str(source.relative_to(ROOT)) in files
+        for one in options.split(";")
+    ]
+
+
 def _compile(source: Path, folder: Path) -> str:
     codes = [f"-gencode=arch=compute_{one[3:]},code={one}" for one in LIMITS]
     done = subprocess.run(
         [
             *(_nvcc(), "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", *codes),
+            *_own_options(source),
             *("-c", str(source), "-o", str(folder / f"{source.stem}.o")),
         ],
         capture_output=True,

@@ -43,6 +43,18 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   return value;
 }
 
+// Of this lane's value and those of the lanes below it. All 32 lanes must call.
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T value) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T below = __shfl_up_sync(kWholeWarp, value, distance);
+    if (lane >= distance) value += below;
+  }
+  return value;
+}
+
 // All threads of the block must call, and there must be whole warps of them. `scratch` is kMaxWarps elements
 // of shared memory, free again on return.
 template <class T, class Op>

@@ -33,12 +33,7 @@ static __device__ __forceinline__ void find_bin(uint32_t wanted, SelectScratch* 
   const uint4 bins = *reinterpret_cast<const uint4*>(scratch->bins + first - (kPerThread - 1));
   const uint32_t inside_of[kPerThread] = {bins.w, bins.z, bins.y, bins.x};
   const uint32_t own = bins.x + bins.y + bins.z + bins.w;
-  uint32_t upto = own;  // in this warp's bins down to this thread's, inclusive
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t above = __shfl_up_sync(kWholeWarp, upto, distance);
-    if (lane >= distance) upto += above;
-  }
+  uint32_t upto = warp_inclusive_sum(own);  // in this warp's bins down to this thread's, inclusive
   if (lane == 31) scratch->totals[warp] = upto;
   __syncthreads();
   for (int i = 0; i < warp; ++i) upto += scratch->totals[i];

@@ -1,5 +1,4 @@
-// The anchors that a row's candidates name, numbered on the device; anchor_groups.cuh groups
-// their entries.
+// The anchors that a row's candidates name, numbered on the device. anchor_groups.cuh groups their entries.
 //
 // Run to run the bits must be the same, so nothing may depend on which thread came first. Two bits for each
 // anchor, set by any thread, say whether a candidate names it, and whether several do. An anchor that one
@@ -80,12 +79,7 @@ __device__ __forceinline__ float2 block_sum(float2 value, float2* scratch) {
 template <class T>
 __device__ __forceinline__ T block_exclusive_sum(T value, T* total, T* scratch) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  T inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const T below = __shfl_up_sync(kWholeWarp, inclusive, distance);
-    if (lane >= distance) inclusive += below;
-  }
+  const T inclusive = warp_inclusive_sum(value);
   if (lane == 31) scratch[warp] = inclusive;
   __syncthreads();
   const T other = lane < kSearchWarps ? scratch[lane] : 0;
@@ -93,8 +87,8 @@ __device__ __forceinline__ T block_exclusive_sum(T value, T* total, T* scratch) 
   return inclusive - value + warp_reduce(lane < warp ? other : T(0), Plus{});
 }
 
-// What one thread of `count` takes of `size` things when each takes neighbours: an odd number, so that
-// the threads of a warp meet different banks of shared memory.
+// How many of `size` neighbours a thread takes: an odd number, so that the threads of a warp meet different
+// banks of shared memory.
 __device__ __forceinline__ int32_t odd_share(int32_t size) {
   return ((size + kSearchThreads - 1) / kSearchThreads) | 1;
 }
@@ -179,13 +173,14 @@ __device__ __forceinline__ void number_anchors(AnchorIndex<Number>& index, const
           index.uniform[t] = share;
         }
       },
-      [&](int32_t t, int32_t j, int32_t count, const int32_t (&columns)[4], const float (&excess)[4], float) {
+      [&](int32_t t, int32_t j, int32_t count, const Four<int32_t>& columns, const Four<float>& excess,
+          float) {
         const int32_t e = t * index.pitch + j;
-        put_four(index.columns + e, Four<int32_t>{{columns[0], columns[1], columns[2], columns[3]}});
-        put_four(index.excess + e, Four<float>{{excess[0], excess[1], excess[2], excess[3]}});
+        put_four(index.columns + e, columns);
+        put_four(index.excess + e, excess);
 #pragma unroll
         for (int q = 0; q < 4; ++q)
-          if (q < count) name(index, columns[q]);
+          if (q < count) name(index, columns.of[q]);
       });
   __syncthreads();
 

@@ -2,10 +2,10 @@
 //
 // Bytes: a row reads each member's k relative rows once (k * (8 m + 4)) and writes k logits: 2 * 33 KB at k =
 // 128, m = 32, two members. Operations: one look-up for each assistant's entry, then the search
-// (search_row.cuh). Dense rows: (2 T + members) k |A| floats are read, by one block from L2. A row takes one
-// multiprocessor a chain of dependent steps, far longer than its bytes or its arithmetic: loads are under way
-// before what they wait for is needed.
-// Launch: one block of 1,024 threads a row, shared memory as in search_row.cuh.
+// (search_row.cuh). Dense rows: (2 T + members) k |A| floats are read, by one block from L2. One
+// multiprocessor runs a row; its time is the instructions that are issued and the steps that wait for each
+// other, not bytes. So what is read first is under way early, and no warp repeats another's work.
+// Launch: one block of 1,024 threads a row, shared memory as in search_layout.cuh.
 #include "ops/fuse.h"
 
 #include "ops/fuse_target.cuh"

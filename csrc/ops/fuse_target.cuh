@@ -1,10 +1,10 @@
 // What a fusion step looks for: the members' average relative representation, at the anchors that the main
 // model's candidates name.
 //
-// Assistants' entries that hit one anchor are summed as integers, so that no order matters: multiples of
-// 2^-29, which cannot overflow because masses add up to 1, and apart from them what is left of each, at a
-// scale that as many terms as there are tokens fit: to 2^-50 with 2,048 tokens. All other sums run in an
-// order of the data's own.
+// Assistants' entries that hit one anchor are summed as integers, so that no order matters. Each is split in
+// two: a multiple of 2^-29, whose sum cannot overflow because masses add up to 1, and the remainder, at a
+// scale that leaves room for as many terms as there are tokens (2^-50 with 1,000 tokens). All other sums run
+// in an order of the data's own.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,14 @@ namespace deepen {
 constexpr float kMassScale = 536870912.0f;  // 2^29
 constexpr int kMassBits = 31;               // of a sum of remainders
 
+// A block's, in static shared memory.
 struct FuseScratch {
   SearchScratch search;
   unsigned long long best[kMaxWarps];
   int32_t counted[kMaxMembers];
   float tails[kMaxMembers];
 };
+
 // An anchor's sum in two parts, which atomics of 32 bits add without looking at each other.
 struct Mass {
   int32_t* whole;
@@ -76,16 +78,16 @@ __device__ __forceinline__ void target_sparse(const FuseParams& params, int64_t 
         [&](int32_t, int32_t part, int32_t, float uniform, float prob) {
           if (part == 0) alike.x += weight * prob * uniform;
         },
-        [&](int32_t, int32_t, int32_t count, const int32_t (&columns)[4], const float (&excess)[4],
+        [&](int32_t, int32_t, int32_t count, const Four<int32_t>& columns, const Four<float>& excess,
             float prob) {
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
             if (q >= count) break;
-            const int32_t anchor = find(index, columns[q]);
+            const int32_t anchor = find(index, columns.of[q]);
             if (anchor >= 0) {
-              mass.add(anchor, weight * prob * excess[q]);
+              mass.add(anchor, weight * prob * excess.of[q]);
             } else {
-              alike.y += weight * prob * excess[q];
+              alike.y += weight * prob * excess.of[q];
             }
           }
         });

@@ -5,8 +5,8 @@
 // Both are far below what one multiprocessor does in a microsecond; what counts is the chain of dependent
 // steps, so all T of them run in one launch from shared memory.
 // Dense rows: 2 T K |A| floats are read, by one block from L2.
-// Launch: one block of 1,024 threads a row; arrays in shared memory (145 KB at K = 128, m = 32; 96 KB where
-// there is no more) or, where they do not fit, in the workspace.
+// Launch: one block of 1,024 threads a row; arrays in shared memory (144 KiB at K = 128, m = 32 and 100,000
+// anchors; 96 KiB where there is no more) or, where they do not fit, in the workspace.
 #include "ops/inverse_search.h"
 
 #include "ops/search_row.cuh"

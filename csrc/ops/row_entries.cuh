@@ -32,22 +32,22 @@ __device__ __forceinline__ void put_four(T* at, const Four<T>& four) {
 
 // Four neighbours of a row, from entry j on; what is past the row's end is `none`.
 template <class T>
-__device__ __forceinline__ void load_four(const T* row, int32_t j, int32_t entries, T none, T (&four)[4]) {
+__device__ __forceinline__ Four<T> load_four(const T* row, int32_t j, int32_t entries, T none) {
+  Four<T> four{{none, none, none, none}};
   if (entries % 4 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
-    Four<T> whole{{none, none, none, none}};
-    if (j < entries) whole = get_four(row + j);
-#pragma unroll
-    for (int q = 0; q < 4; ++q) four[q] = whole.of[q];
-    return;
+    if (j < entries) four = get_four(row + j);
+    return four;
   }
 #pragma unroll
-  for (int q = 0; q < 4; ++q) four[q] = j + q < entries ? row[j + q] : none;
+  for (int q = 0; q < 4; ++q)
+    if (j + q < entries) four.of[q] = row[j + q];
+  return four;
 }
 
-// begin(t, part, length, share, prob) by each of a row's kRowLanes lanes, then visit(t, j, column, excess,
-// prob) by one of them for each of its entries; prob is probs[t], or 0 where probs is null. A token outside
-// the vocabulary (of a row whose top-k failed) has no entries; a column that is no anchor ends a row, as -1
-// does.
+// begin(t, part, length, share, prob) by each of a row's kRowLanes lanes. Then visit(t, j, count, columns,
+// excess, prob) by one of them for each four entries from j on, of which `count` are there. prob is probs[t],
+// or 0 where probs is null. A token outside the vocabulary (of a row whose top-k failed) has no entries. A
+// column that is no anchor ends a row, as -1 does.
 template <class Begin, class Visit>
 __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const int32_t* ids,
                                                const float* probs, int32_t count, int32_t anchors,
@@ -62,17 +62,17 @@ __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const i
     const int32_t own = known ? entries : 0;  // as many as there are to be read
     const float rest = known ? rows.rest[token] : 0.0f;
     const float prob = probs != nullptr && t < count ? probs[t] : 0.0f;
-    int32_t columns[4], length = 0;
-    float values[4];
     // Most rows are one chunk, which stays in registers.
-    load_four(rows.values + start, 4 * part, own, 0.0f, values);
+    Four<float> values = load_four(rows.values + start, 4 * part, own, 0.0f);
+    Four<int32_t> columns{};
+    int32_t length = 0;
 #pragma unroll 1
     for (int32_t chunk = 0;; chunk += kRowChunk) {
-      load_four(rows.columns + start, chunk + 4 * part, own, -1, columns);
+      columns = load_four(rows.columns + start, chunk + 4 * part, own, -1);
       int32_t valid = 0;
 #pragma unroll
       for (int q = 0; q < 4; ++q)
-        if (valid == q && uint32_t(columns[q]) < uint32_t(anchors)) ++valid;
+        if (valid == q && uint32_t(columns.of[q]) < uint32_t(anchors)) ++valid;
       const uint32_t ended = __ballot_sync(kWholeWarp, valid < 4) >> before & ((1u << kRowLanes) - 1);
       const int32_t last = ended != 0 ? __ffs(int(ended)) - 1 : kRowLanes - 1;
       const int32_t there = __shfl_sync(kWholeWarp, valid, before + last);
@@ -85,13 +85,13 @@ __device__ __forceinline__ void for_each_entry(const RelativeRows& rows, const i
     for (int32_t chunk = 0; chunk + 4 * part < length; chunk += kRowChunk) {
       const int32_t j = chunk + 4 * part;
       if (entries > kRowChunk) {
-        load_four(rows.columns + start, j, own, -1, columns);
-        load_four(rows.values + start, j, own, 0.0f, values);
+        columns = load_four(rows.columns + start, j, own, -1);
+        values = load_four(rows.values + start, j, own, 0.0f);
       }
-      const int32_t count = min(4, length - j);
+      const int32_t here = min(4, length - j);
 #pragma unroll
-      for (int q = 0; q < 4; ++q) values[q] = q < count ? values[q] - share : 0.0f;
-      visit(t, j, count, columns, values, prob);
+      for (int q = 0; q < 4; ++q) values.of[q] = q < here ? values.of[q] - share : 0.0f;
+      visit(t, j, here, columns, values, prob);
     }
   }
 }

@@ -29,13 +29,13 @@ struct SearchLayout {
   // [candidates * pitch] }
   uint32_t named, several, before;
   uint32_t starts, group_candidates, group_excess;
-  uint32_t short_anchors,
-      long_anchors;  // [candidates * pitch / 2], [candidates * pitch / (kShortEntries + 1)]
+  uint32_t short_anchors;  // [candidates * pitch / 2]
+  uint32_t long_anchors;   // [candidates * pitch / (kShortEntries + 1)]
   size_t bytes;
   int32_t pitch, width, words;
 };
 
-// `words` * 32 candidates are grouped in one pass, or more where few anchors are named.
+// With room for `words` words of bits an anchor: 32 * words candidates are grouped in one pass.
 template <bool kShared>
 static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t candidates, int64_t anchors,
                                               int64_t words) {
@@ -91,8 +91,7 @@ static inline SearchLayout search_layout_with(const RelativeRows& rows, int64_t 
   return layout;
 }
 
-// The arrays in `shared_bytes` with as few passes of group_entries as fit, else in the workspace (then larger
-// than that).
+// In shared memory with as few passes of group_entries as fit into `shared_bytes`, else in the workspace.
 struct SearchPlace {
   SearchLayout layout;
   bool shared;

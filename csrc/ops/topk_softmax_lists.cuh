@@ -144,12 +144,7 @@ __device__ __forceinline__ uint32_t bar_of(Value value, int wanted, ListScratch*
     }
     __syncthreads();
     const uint32_t bin = uint32_t(kValueBins - 1 - thread), own = scratch->bins[bin];
-    uint32_t upto = own;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const uint32_t above = __shfl_up_sync(kWholeWarp, upto, distance);
-      if (lane >= distance) upto += above;
-    }
+    uint32_t upto = warp_inclusive_sum(own);
     if (lane == 31) scratch->totals[warp] = upto;
     __syncthreads();
     scratch->bins[bin] = 0;
