@@ -93,7 +93,7 @@ def launch_many(logits: Sequence[torch.Tensor], k: int, names: Sequence[str]) ->
 def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool) -> list[TopK]:
     """`cut`: k may be above V, and stands for V then."""
     found = []
-    by_device: dict[torch.device, list[_Packed]] = {}
+    by_device: dict[torch.device, tuple[torch.Tensor, list[_Packed]]] = {}  # with one of the device's tensors
     for name, one in zip(names, logits, strict=True):
         check_tensor(name, one, shape=[None, None], dtype=_DTYPES)
         (batch, vocab), device = one.shape, one.device
@@ -107,9 +107,12 @@ def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut
         found.append(TopK(ids, probs, tail, status))
         outputs = (ids.data_ptr(), probs.data_ptr(), tail.data_ptr(), status.data_ptr())
         packed = (one.data_ptr(), FLOAT_CODES[one.dtype], batch, vocab, top, *outputs)
-        by_device.setdefault(device, []).append(packed)
-    for device, members in by_device.items():
-        backend = backend_of("topk_softmax", next(one for one in logits if one.device == device))
+        if device in by_device:
+            by_device[device][1].append(packed)
+        else:
+            by_device[device] = one, [packed]
+    for device, (one, members) in by_device.items():
+        backend = backend_of("topk_softmax", one)
         scratch = workspace(_core.topk_softmax_workspace(members, backend), device)
         _core.topk_softmax(members, scratch.data_ptr(), backend)
     return found
