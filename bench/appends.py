@@ -19,7 +19,7 @@ from common import LONG_TEXT, PROMPTS, ROOT, Figure, environment, speed_file, sp
 from tokenizers import Tokenizer
 
 from deepen_ext.errors import ModelError
-from deepen_ext.text import GrowingText, Vocabulary
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary
 
 LENGTHS = (1_000, 10_000, 100_000)
 APPENDS = 400

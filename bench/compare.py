@@ -23,11 +23,11 @@ from common import ROOT, environment, machine_name, write_json
 from compare_setup import Deadline, add_options, check_default, configurations, load, say, settings_used
 
 from deepen_ext.errors import InputError
-from deepen_ext.evaluation.jobs import Progress
-from deepen_ext.evaluation.records import Header, ItemRecord, RecordFile
-from deepen_ext.evaluation.runner import evaluate
-from deepen_ext.evaluation.statistics import mcnemar, wilson_interval
-from deepen_ext.evaluation.tasks import TASKS
+from deepen_ext.measure.evaluation.jobs import Progress
+from deepen_ext.measure.evaluation.records import Header, ItemRecord, RecordFile
+from deepen_ext.measure.evaluation.runner import evaluate
+from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
+from deepen_ext.measure.evaluation.tasks import TASKS
 
 RESULTS = ROOT / "bench" / "results" / "evaluation"
 

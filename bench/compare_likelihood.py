@@ -36,12 +36,12 @@ from compare_setup import (
 )
 
 from deepen_ext import Ensemble
-from deepen_ext.configurations import paired_difference
-from deepen_ext.evaluation.records import configuration_header
-from deepen_ext.likelihood import TextReading, TokenLikelihoods
-from deepen_ext.member import Member
-from deepen_ext.session import BatchSession
-from deepen_ext.weighting import SHARPNESS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.fusers.weights import SHARPNESS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.measure.evaluation.records import configuration_header
+from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods
+from deepen_ext.measure.tuning.configurations import paired_difference
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
 
 RESULTS = ROOT / "bench" / "results" / "likelihood"
 CONTEXT, SCORED, BLOCK = 500, 1500, 128

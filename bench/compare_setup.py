@@ -21,8 +21,8 @@ from typing import Any
 from deepen_ext import Ensemble, demo
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import method_name, on_relative_maps, parse_fuser
-from deepen_ext.member import Member
-from deepen_ext.models import load_member
+from deepen_ext.members.loading import load_member
+from deepen_ext.members.member import Member
 
 MODELS = {"S": "smollm2-135m-instruct", "G": "gemma-3-270m", "Q": "qwen2.5-coder-0.5b-instruct"}
 ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "Q+G+S")

@@ -7,9 +7,9 @@ import torch
 from common import PROMPTS, TIMED
 
 from deepen_ext import Ensemble, demo
-from deepen_ext.member import Member
-from deepen_ext.models import load_member
-from deepen_ext.session import BatchSession
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.loading import load_member
+from deepen_ext.members.member import Member
 
 
 @pytest.fixture(scope="session")

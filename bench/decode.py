@@ -27,7 +27,7 @@ from common import (
     write_json,
 )
 
-from deepen_ext.evaluation.tasks import TASKS
+from deepen_ext.measure.evaluation.tasks import TASKS
 
 CONTEXT = 256
 QUESTIONS = 4  # of GSM8K
@@ -42,7 +42,7 @@ AUTHORS_EVERY = 4  # tokens: the authors' way is timed at every fourth
 def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Path) -> dict[str, Any]:
     """All raw figures; HF_ASSETS_CACHE must name an empty folder."""
     from deepen_ext import Ensemble
-    from deepen_ext.models import load_member
+    from deepen_ext.members.loading import load_member
 
     members = [load_member(folder) for folder in folders[:2]]
     pair = Ensemble(members, **TIMED)
@@ -101,7 +101,7 @@ def _questions(main: Any, data: Path) -> list[str]:
 
 def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[float]]:
     """Steps of a batch on whole prompts of GSM8K; what all rows share is read once, and by every row."""
-    from deepen_ext import attention
+    from deepen_ext.members.hf import attention
 
     _say(f"few-shot prompts, batch {FEW_SHOT_BATCH}")
     prompts = [item.prompt for item in TASKS["gsm8k"].items(data, "dev")[:FEW_SHOT_BATCH]]

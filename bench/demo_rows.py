@@ -16,7 +16,7 @@ from common import PROMPTS, TIMED
 from safetensors.torch import save_file
 
 from deepen_ext import Ensemble, demo
-from deepen_ext.models import load_members
+from deepen_ext.members.loading import load_members
 from deepen_ext.ops import topk_softmax
 
 FILE = Path(__file__).resolve().parent / "data" / "demo_rows.safetensors"

@@ -38,9 +38,9 @@ from gpu_clock import (
 )
 from safetensors.torch import load_file
 
-from deepen_ext import RelativeMap, _core, ops, reference
-from deepen_ext.fusers import DeepenFuser
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext import RelativeMap, _core, ops
+from deepen_ext.fusers import DeepenFuser, reference
+from deepen_ext.space.row_sources import SimilarityRows
 
 BATCHES = (1, 8, 32, 128)
 PAIRS = {  # vocabularies, shared anchors

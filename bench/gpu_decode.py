@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from deepen_ext import RelativeMap
 from deepen_ext.fusers import DeepenFuser
-from deepen_ext.member import Member
-from deepen_ext.session import BatchSession
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
 
 CONTEXT, STEPS, WARM_UP = 256, 64, 8
 TOLERATED = 1.10

@@ -53,7 +53,7 @@ class Decoder:
     """A member's session that goes on by one token at a time."""
 
     def __init__(self, member: Any) -> None:
-        from deepen_ext.session import BatchSession
+        from deepen_ext.members.hf.session import BatchSession
 
         self.name = member.name
         vocabulary = member.vocabulary
@@ -76,8 +76,9 @@ class Decoder:
 
 def measure(tokens: int, rounds: int) -> tuple[list[Figure], float]:
     """The figures of both demo members, and the memory's bandwidth in GB/s."""
-    from deepen_ext import demo, session
-    from deepen_ext.models import load_member
+    from deepen_ext import demo
+    from deepen_ext.members.hf import session
+    from deepen_ext.members.loading import load_member
 
     members = [load_member(folder) for folder in demo.members()]
     decoders = [Decoder(member) for member in members]

@@ -32,9 +32,9 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import deepen_ext  # the package's own imports belong to the base as torch's and transformers' do
-    from deepen_ext.member import Member
-    from deepen_ext.models import _context_length, _eos_ids
-    from deepen_ext.text import Vocabulary
+    from deepen_ext.members.loading import _context_length, _eos_ids
+    from deepen_ext.members.member import Member
+    from deepen_ext.text.vocabulary import Vocabulary
 
     stages: dict[str, float] = {}
     models = []

@@ -20,7 +20,7 @@ import torch
 from common import PROMPTS, ROOT, Figure, environment, percentile, speed_file, spread, write_json
 
 from deepen_ext import Ensemble, _core, demo
-from deepen_ext.models import load_members
+from deepen_ext.members.loading import load_members
 
 FLUSHED_MB = 64
 

@@ -10,9 +10,9 @@ import torch
 from common import beside, check_equal
 from torch.nn import functional
 
-from deepen_ext import Ensemble, RelativeMap, fuse_logits, reference
-from deepen_ext.fusers import DeepenFuser
-from deepen_ext.member import Member
+from deepen_ext import Ensemble, RelativeMap, fuse_logits
+from deepen_ext.fusers import DeepenFuser, reference
+from deepen_ext.members.member import Member
 
 PAPER_ANCHORS = 4000
 LEARNING_RATE = 0.15

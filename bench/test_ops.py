@@ -8,9 +8,10 @@ import pytest
 import torch
 from common import beside, check_equal
 
-from deepen_ext import Ensemble, ops, reference
-from deepen_ext.member import Member
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext import Ensemble, ops
+from deepen_ext.fusers import reference
+from deepen_ext.members.member import Member
+from deepen_ext.space.row_sources import SimilarityRows
 
 K = 128
 LEARNING_RATE = 0.15

@@ -12,12 +12,30 @@ from typing import TYPE_CHECKING, Any
 from deepen_ext.errors import DeepenError, InputError, ModelError
 
 if TYPE_CHECKING:
+    from deepen_ext.decoding.generation import BatchGeneration, Generation, Timings
     from deepen_ext.ensemble import Ensemble
-    from deepen_ext.fusion import fuse_logits
-    from deepen_ext.generation import BatchGeneration, Generation, Timings
-    from deepen_ext.relative_map import RelativeMap
+    from deepen_ext.fusers.fuse_logits import fuse_logits
+    from deepen_ext.measure.doctor.diagnose import diagnose
+    from deepen_ext.measure.evaluation.runner import evaluate
+    from deepen_ext.members import embedded as demo
+    from deepen_ext.members.loading import load_member, load_members
+    from deepen_ext.space.relative_map import RelativeMap
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: torch and transformers take seconds, and `deepen-ext --help` needs neither.
+_HOME = {
+    "BatchGeneration": "deepen_ext.decoding.generation",
+    "Ensemble": "deepen_ext.ensemble",
+    "Generation": "deepen_ext.decoding.generation",
+    "RelativeMap": "deepen_ext.space.relative_map",
+    "Timings": "deepen_ext.decoding.generation",
+    "diagnose": "deepen_ext.measure.doctor.diagnose",
+    "evaluate": "deepen_ext.measure.evaluation.runner",
+    "fuse_logits": "deepen_ext.fusers.fuse_logits",
+    "load_member": "deepen_ext.members.loading",
+    "load_members": "deepen_ext.members.loading",
+}
 
 __all__ = [
     "BatchGeneration",
@@ -29,25 +47,22 @@ __all__ = [
     "RelativeMap",
     "Timings",
     "__version__",
+    "demo",
+    "diagnose",
+    "evaluate",
     "fuse_logits",
+    "load_member",
+    "load_members",
 ]
-
-# Imported when first asked for: torch and transformers take seconds, and `deepen-ext --help` needs neither.
-_HOME = {
-    "BatchGeneration": "deepen_ext.generation",
-    "Ensemble": "deepen_ext.ensemble",
-    "Generation": "deepen_ext.generation",
-    "RelativeMap": "deepen_ext.relative_map",
-    "Timings": "deepen_ext.generation",
-    "fuse_logits": "deepen_ext.fusion",
-}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "demo":
+        return import_module("deepen_ext.members.embedded")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})

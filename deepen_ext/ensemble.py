@@ -9,24 +9,24 @@ from typing import Any, Literal, overload
 import torch
 from transformers import GenerationConfig
 
-from deepen_ext.anchors import Anchors
-from deepen_ext.boundary import BoundaryRule
-from deepen_ext.decoding import Run
-from deepen_ext.defaults import LEARNING_RATE, RECIPE
+from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.decoding.generation import BatchGeneration, Generation
+from deepen_ext.decoding.loop import Run
+from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompts
+from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.decoding.stream import TextStream
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
-from deepen_ext.generation import BatchGeneration, Generation
-from deepen_ext.member import Member, unique_names
-from deepen_ext.member_maps import MapSettings, MemberMaps
-from deepen_ext.models import Progress, load_members
+from deepen_ext.fusers.weights import check_weights
+from deepen_ext.members.loading import Progress, load_members
+from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
-from deepen_ext.prompts import Messages, Prompts, is_batch, read_prompts
-from deepen_ext.relative_map import RelativeMap
-from deepen_ext.row_sources import DEFAULT_ENTRIES, Recipe
-from deepen_ext.settings import Settings
-from deepen_ext.sharing import SharedForwards
-from deepen_ext.streaming import TextStream
-from deepen_ext.weighting import check_weights
+from deepen_ext.space.anchors import Anchors
+from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
+from deepen_ext.space.member_maps import MapSettings, MemberMaps
+from deepen_ext.space.relative_map import RelativeMap
+from deepen_ext.space.row_sources import DEFAULT_ENTRIES, Recipe
 
 RECIPES = ("bytes", "calibrated", "paper")
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # its types are a package of their own
 
-from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, shown
-from deepen_ext.weighting import check_weights
+from deepen_ext.fusers.weights import check_weights
+from deepen_ext.ground.cache_folder import atomic_write
 
 SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
 _KEYS = ("members", *SETTINGS, "measured")

@@ -138,7 +138,7 @@ def _run() -> None:
     from oracle import random_embedding, random_logits
 
     from deepen_ext import ops
-    from deepen_ext.row_sources import SimilarityRows
+    from deepen_ext.space.row_sources import SimilarityRows
 
     for name in ("topk_softmax", "relative_rows", "inverse_search", "fuse"):
         vars(sys.modules[f"deepen_ext.ops.{name}"])["backend_of"] = lambda operation, tensor: (1, 0, 0)

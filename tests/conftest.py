@@ -14,8 +14,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from deepen_ext import demo
-from deepen_ext.member import Member
-from deepen_ext.models import load_member
+from deepen_ext.members.loading import load_member
+from deepen_ext.members.member import Member
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ from oracle import random_embedding, random_logits, similarity_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext import RelativeMap
+from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.settings import Settings
 from deepen_ext.ops import topk_softmax
-from deepen_ext.row_sources import SimilarityRows
-from deepen_ext.sampler import Chooser
-from deepen_ext.settings import Settings
+from deepen_ext.space.row_sources import SimilarityRows
 
 VOCABS, ANCHORS, K = (400, 520), 120, 40
 

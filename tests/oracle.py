@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deepen_ext import reference
+from deepen_ext.fusers import reference
 
 
 def random_embedding(vocab: int, dim: int, seed: int, *, shared: float = 0.6) -> torch.Tensor:

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from deepen_ext import demo
-from deepen_ext.cache import atomic_write, cache_dir, locked
+from deepen_ext.ground.cache_folder import atomic_write, cache_dir, locked
 
 _REVISION = "1"  # raise it when the conversion to tokenizer.json changes
 

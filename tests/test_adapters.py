@@ -19,7 +19,7 @@ from transformers import (
 from deepen_ext import Ensemble, InputError
 from deepen_ext.adapters import DeepenLogitsProcessor, custom_generate, pipeline
 from deepen_ext.adapters.prompt_texts import text_of
-from deepen_ext.assistants import Assistants
+from deepen_ext.decoding.assistants import Assistants
 
 SHORT = "The capital of France is"
 LONG = (
@@ -34,7 +34,7 @@ TOKENS = 6
 def pair(smollm2, gemma, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
+        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
         yield Ensemble([smollm2, gemma], recipe="bytes")
 
 

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer
 
-from deepen_ext.anchors import Anchors, PrefixColumns, shared_anchors
 from deepen_ext.errors import InputError
-from deepen_ext.text import Vocabulary
+from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.text.vocabulary import Vocabulary
 
 SMOL_EOS, GEMMA_EOS, QWEN_EOS = (2, 0), (1, 106), (151645, 151643)
 

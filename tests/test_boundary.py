@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from deepen_ext.boundary import CANDIDATES, THRESHOLD, BoundaryRule
-from deepen_ext.text import GrowingText, Utf8Stream, Vocabulary
+from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
+from deepen_ext.text.vocabulary import GrowingText, Utf8Stream, Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError
 from test_models import leftovers, tiny_gguf  # noqa: F401  (a fixture)
 
-from deepen_ext.cache import cache_dir, write_failure
+from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import ModelError
-from deepen_ext.evaluation.summary import Summary, write_summary
-from deepen_ext.member_maps import MapSettings, MemberMaps
-from deepen_ext.models import convert_gguf
-from deepen_ext.trace import Trace
+from deepen_ext.ground.cache_folder import cache_dir, write_failure
+from deepen_ext.measure.evaluation.summary import Summary, write_summary
+from deepen_ext.members.loading import convert_gguf
+from deepen_ext.space.member_maps import MapSettings, MemberMaps
 
 WAY_OUT = r"HF_ASSETS_CACHE to another folder"
 

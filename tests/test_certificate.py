@@ -7,9 +7,9 @@ import torch
 from tiny_models import tiny_main_model
 
 from deepen_ext import ops
-from deepen_ext.certificate import Certificate, movement
-from deepen_ext.sampler import Chooser
-from deepen_ext.settings import Settings
+from deepen_ext.decoding.certificate import Certificate, movement
+from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.settings import Settings
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB = 300  # where no model is needed

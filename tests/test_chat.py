@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from deepen_ext import InputError
-from deepen_ext.chat import chat_texts
-from deepen_ext.member import Member
-from deepen_ext.text import GrowingText, Vocabulary
+from deepen_ext.members.chat import chat_texts
+from deepen_ext.members.member import Member
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary
 
 # Gemma 2's own: writes BOS, calls the assistant "model", strips contents, refuses a system message.
 GEMMA_2 = (

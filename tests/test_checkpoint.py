@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralCo
 from typer.testing import CliRunner
 
 from deepen_ext.adapters.lm_eval_args import ensemble_from
-from deepen_ext.chat import chat_texts
-from deepen_ext.cli import app
+from deepen_ext.commands.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.models import load_member, load_members
-from deepen_ext.tokenizer_file import load_tokenizer
+from deepen_ext.members.chat import chat_texts
+from deepen_ext.members.hf.tokenizer_file import load_tokenizer
+from deepen_ext.members.loading import load_member, load_members
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -90,7 +90,7 @@ def generate(model, **_):
 LOAD = """
 import sys
 from deepen_ext.errors import ModelError
-from deepen_ext.models import load_member
+from deepen_ext.members.loading import load_member
 for folder in sys.argv[2:]:
     try:
         load_member(folder, trust_remote_code=sys.argv[1] == "trust")

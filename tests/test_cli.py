@@ -15,7 +15,7 @@ import pytest
 
 from deepen_ext import __version__
 
-COMMAND = [sys.executable, "-m", "deepen_ext.cli"]
+COMMAND = [sys.executable, "-m", "deepen_ext.commands.cli"]
 ROOT = Path(__file__).parent.parent
 FRANCE = ["generate", "--demo", "--prompt", "The capital of France is"]
 
@@ -41,7 +41,9 @@ def test_help_and_version() -> None:
 
 
 def test_help_does_not_load_torch() -> None:
-    code = "import sys, deepen_ext.cli; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, deepen_ext.commands.cli; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "False\n"
 

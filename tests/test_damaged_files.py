@@ -27,12 +27,12 @@ from test_models import tiny_gguf  # noqa: F401  (a fixture)
 
 from deepen_ext import RelativeMap
 from deepen_ext.errors import DeepenError, ModelError
-from deepen_ext.evaluation.records import RecordFile, check_folder
-from deepen_ext.evaluation.summary import summarise, summary_table
-from deepen_ext.map_file import _checksum
-from deepen_ext.member_maps import MemberMaps
-from deepen_ext.models import convert_gguf
+from deepen_ext.measure.evaluation.records import RecordFile, check_folder
+from deepen_ext.measure.evaluation.summary import summarise, summary_table
+from deepen_ext.members.loading import convert_gguf
 from deepen_ext.presets import load_preset
+from deepen_ext.space.map_file import _checksum
+from deepen_ext.space.member_maps import MemberMaps
 
 MUTATIONS = 500
 SECONDS = 10  # for each
@@ -313,7 +313,7 @@ def test_the_ensembles_own_damaged_map_is_made_anew(
 
 
 def _settings(values: Any) -> Any:
-    from deepen_ext.member_maps import MapSettings
+    from deepen_ext.space.member_maps import MapSettings
 
     return MapSettings(*values)
 
@@ -348,11 +348,11 @@ def test_results(tmp_path: Path) -> None:
 HUGE = """
 import resource, sys
 from pathlib import Path
-import torch, yaml, safetensors.torch, deepen_ext.evaluation.summary
+import torch, yaml, safetensors.torch, deepen_ext.measure.evaluation.summary
 from deepen_ext import RelativeMap
 from deepen_ext.errors import DeepenError
-from deepen_ext.evaluation.records import RecordFile
-from deepen_ext.gguf_checks import Damaged, check_gguf
+from deepen_ext.measure.evaluation.records import RecordFile
+from deepen_ext.members.gguf.checks import Damaged, check_gguf
 from deepen_ext.presets import load_preset
 
 def gguf(path):

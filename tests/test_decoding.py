@@ -36,7 +36,7 @@ SUMS = [
 def pair(smollm2, gemma, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
+        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
         yield Ensemble([smollm2, gemma])
 
 
@@ -402,7 +402,7 @@ class TestBadInput:
             pair.generate([PROMPTS[0], "word " * 8100])
 
     def test_a_batch_that_does_not_fit(self, pair, monkeypatch):
-        monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1_000_000)
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: 1_000_000)
         with pytest.raises(InputError, match=r"5 prompts.*need about .* GB on cpu.*a smaller batch_size"):
             pair.generate(PROMPTS)
         with pytest.raises(InputError, match="batch size is 0"):

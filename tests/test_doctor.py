@@ -17,18 +17,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deepen_ext.anchors import PrefixColumns, shared_anchors
-from deepen_ext.coverage import coverage, mean_distribution, row_shapes
-from deepen_ext.diagnosis import Diagnosis, Fused, MemberFacts, give_verdict
-from deepen_ext.doctor import MOST_CHARACTERS, diagnose
 from deepen_ext.errors import InputError
-from deepen_ext.member import Member
-from deepen_ext.member_facts import is_same_model
-from deepen_ext.models import load_member
-from deepen_ext.row_sources import PrefixRows, SimilarityRows
-from deepen_ext.sample_text import SAMPLE_TEXT
-from deepen_ext.text import _PROBES
-from deepen_ext.tokenizer_traps import tokenizer_traps
+from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
+from deepen_ext.measure.doctor.diagnose import MOST_CHARACTERS, diagnose
+from deepen_ext.measure.doctor.diagnosis import Diagnosis, Fused, MemberFacts, give_verdict
+from deepen_ext.measure.doctor.member_facts import is_same_model
+from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT
+from deepen_ext.measure.doctor.tokenizer_traps import tokenizer_traps
+from deepen_ext.members.loading import load_member
+from deepen_ext.members.member import Member
+from deepen_ext.space.anchors import PrefixColumns, shared_anchors
+from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
+from deepen_ext.text.vocabulary import _PROBES
 
 SHORT = SAMPLE_TEXT[:500]
 
@@ -413,7 +413,7 @@ def test_wrong_input(smollm2: Member) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepen_ext.cli", "doctor", *arguments]
+    command = [sys.executable, "-m", "deepen_ext.commands.cli", "doctor", *arguments]
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 

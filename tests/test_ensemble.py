@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deepen_ext import Ensemble, InputError, RelativeMap
-from deepen_ext.anchors import shared_anchors
-from deepen_ext.text import GrowingText, Utf8Stream
+from deepen_ext.space.anchors import shared_anchors
+from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
 
 PROMPT = "The capital of France is"
 LONG = (
@@ -23,7 +23,7 @@ def cache(tmp_path_factory):
     """An assets cache of this module's own: nothing computed elsewhere is found there."""
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
+        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
         yield folder
 
 

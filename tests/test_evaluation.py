@@ -19,10 +19,10 @@ import pytest
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError
-from deepen_ext.cli import app
 from deepen_ext.commands import evaluate as command
-from deepen_ext.evaluation.jobs import Progress, prepare
-from deepen_ext.evaluation.records import (
+from deepen_ext.commands.cli import app
+from deepen_ext.measure.evaluation.jobs import Progress, prepare
+from deepen_ext.measure.evaluation.records import (
     Header,
     ItemRecord,
     ItemTiming,
@@ -32,11 +32,11 @@ from deepen_ext.evaluation.records import (
     output_folder,
     record_path,
 )
-from deepen_ext.evaluation.runner import evaluate
-from deepen_ext.evaluation.statistics import mcnemar, wilson_interval
-from deepen_ext.evaluation.summary import summarise, summary_table
-from deepen_ext.member import Member
-from deepen_ext.memory import estimate_bytes
+from deepen_ext.measure.evaluation.runner import evaluate
+from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
+from deepen_ext.measure.evaluation.summary import summarise, summary_table
+from deepen_ext.members.member import Member
+from deepen_ext.members.memory import estimate_bytes
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [
@@ -116,7 +116,7 @@ def start(data: Path, out: Path) -> subprocess.Popen[str]:
     options = ["--data", str(data), "--json", str(out), "--demo", "--batch-size", "2", "--limit", "5"]
     tasks = [option for task in TASKS for option in ("--task", task)]
     return subprocess.Popen(
-        [sys.executable, "-m", "deepen_ext.cli", "eval", *options, *tasks, "--recipe", "bytes"],
+        [sys.executable, "-m", "deepen_ext.commands.cli", "eval", *options, *tasks, "--recipe", "bytes"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -299,7 +299,7 @@ def test_where_a_long_answer_ends_the_next_item_begins(
         return generate(self, prompts, **settings)
 
     monkeypatch.setattr(Ensemble, "generate", watched)
-    monkeypatch.setattr("deepen_ext.evaluation.runner._LONG", 1)
+    monkeypatch.setattr("deepen_ext.measure.evaluation.runner._LONG", 1)
     summary = evaluate(some, "triviaqa", data, out=tmp_path / "long", limit=4, batch_size=2)
     assert runs == [(4, 2)] * 2
     lines = item_lines(tmp_path / "batches")
@@ -342,7 +342,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
 ) -> None:
     members = ensembles["average"].members
     free = sum(estimate_bytes(one, 3, 48) for one in members)  # 48: the longest prompt with its new tokens
-    monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: free)
+    monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: free)
     with pytest.raises(
         InputError,
         match=r"triviaqa: 6 prompts at a time, .* long, need about 0\.\d GB on cpu .* are free; "
@@ -356,7 +356,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
         alone, "arc_challenge", data, out=tmp_path, batch_size=4, share_forwards=False, limit=4
     )
     assert {one.n for one in summary.tasks["arc_challenge"].configurations.values()} == {4}
-    monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: 1000)
     with pytest.raises(InputError, match="leave out the task"):
         evaluate(alone, "triviaqa", data, out=tmp_path)
     # What is done needs no memory: the same command again gives its summary.

@@ -19,7 +19,7 @@ from deepen_ext.fusers import (
     UnionTopkFuser,
     parse_fuser,
 )
-from deepen_ext.member import Member
+from deepen_ext.members.member import Member
 
 PROMPT = "The capital of France is"
 EVERY = ("deepen", "average", "union-topk", "union-vocab")

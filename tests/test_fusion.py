@@ -11,8 +11,8 @@ import torch
 from golden_cases import golden_case, golden_names
 from oracle import random_embedding, random_logits
 
-from deepen_ext import InputError, RelativeMap, fuse_logits, reference
-from deepen_ext.fusers import DeepenFuser
+from deepen_ext import InputError, RelativeMap, fuse_logits
+from deepen_ext.fusers import DeepenFuser, reference
 from deepen_ext.ops.copy import plain_copy
 
 

@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from deepen_ext.errors import ModelError
-from deepen_ext.gguf import convert_tokenizer, file_sha256
-from deepen_ext.gguf_pre_tokenizers import SPLIT_RULES
-from deepen_ext.text import Vocabulary
+from deepen_ext.members.gguf.convert import convert_tokenizer, file_sha256
+from deepen_ext.members.gguf.pre_tokenizers import SPLIT_RULES
+from deepen_ext.text.vocabulary import Vocabulary
 
 TEXTS = [
     "The QUICK brownFox, isn't it? IT'S 3.14159 (roughly), or 1234567 and 12ab.",

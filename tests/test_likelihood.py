@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from deepen_ext import likelihood
-from deepen_ext import session as session_module
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
-from deepen_ext.member import Member, forbid
-from deepen_ext.session import BatchSession
-from deepen_ext.text import GrowingText, Vocabulary
-from deepen_ext.weighting import prompt_weights, read_prompts
+from deepen_ext.fusers.weights import prompt_weights, read_prompts
+from deepen_ext.measure.likelihood import text_reading as likelihood
+from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
+from deepen_ext.members.hf import session as session_module
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member, forbid
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary
 
 PROSE = "The naïve café in Zürich sells straw\u00adberries 🍓🍓 and Antarctica's ice; it costs 1,250 €.\n"
 CODE = "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"

@@ -28,10 +28,10 @@ from lm_eval.utils import simple_parse_args_string
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.adapters.lm_eval import DeepenLM
-from deepen_ext.likelihood import TextReading
-from deepen_ext.member import Member
-from deepen_ext.scoring import score_texts
-from deepen_ext.text_pieces import pieces
+from deepen_ext.measure.likelihood.scoring import score_texts
+from deepen_ext.measure.likelihood.text_pieces import pieces
+from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.members.member import Member
 
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "tests" / "lm_eval_task"
@@ -394,7 +394,7 @@ def test_the_harness_finds_the_model() -> None:
 
 def command(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deepen_ext.cli", "lm-eval", *arguments],
+        [sys.executable, "-m", "deepen_ext.commands.cli", "lm-eval", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from deepen_ext import demo
-from deepen_ext.cache import atomic_write
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.gguf_reader import read_once
-from deepen_ext.member import Member
-from deepen_ext.models import convert_gguf, load_member, resolve
+from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.members.gguf.reader import read_once
+from deepen_ext.members.loading import convert_gguf, load_member, resolve
+from deepen_ext.members.member import Member
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -162,7 +162,7 @@ def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
 CONVERT = """
 import sys, time
 from pathlib import Path
-from deepen_ext.models import convert_gguf
+from deepen_ext.members.loading import convert_gguf
 
 def progress(message):
     print(message, flush=True)

@@ -16,10 +16,10 @@ import pytest
 from deepen_ext.commands.nll import show
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
-from deepen_ext.likelihood import TextReading, TokenLikelihoods, pieces
-from deepen_ext.member import Member
-from deepen_ext.scoring import score_texts
-from deepen_ext.token_likelihoods import BLOCK, Difference, Estimate, Score, ratio
+from deepen_ext.measure.likelihood.scoring import score_texts
+from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
+from deepen_ext.measure.likelihood.token_likelihoods import BLOCK, Difference, Estimate, Score, ratio
+from deepen_ext.members.member import Member
 
 TEXT = (
     "The naïve café in Zürich sells strawberries 🍓 and ice from Antarctica; a kilo costs 1,250 €.\n"
@@ -104,7 +104,7 @@ def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixtu
 
 
 def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "deepen_ext.cli", "nll", *arguments]
+    command = [sys.executable, "-m", "deepen_ext.commands.cli", "nll", *arguments]
     return subprocess.run(
         command, input=stdin, capture_output=True, cwd=Path(__file__).parent.parent, check=False
     )

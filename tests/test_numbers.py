@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from deepen_ext import Ensemble, InputError, fuse_logits
-from deepen_ext.chat import chat_texts
-from deepen_ext.member import Member
-from deepen_ext.numbers import real_number, whole_number
-from deepen_ext.relative_map import RelativeMap
-from deepen_ext.row_sources import SimilarityRows
-from deepen_ext.session import BatchSession
-from deepen_ext.setting_rules import check_seed
-from deepen_ext.text_pieces import pieces
-from deepen_ext.weighting import check_weights
+from deepen_ext.decoding.setting_rules import check_seed
+from deepen_ext.fusers.weights import check_weights
+from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.measure.likelihood.text_pieces import pieces
+from deepen_ext.members.chat import chat_texts
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
+from deepen_ext.space.relative_map import RelativeMap
+from deepen_ext.space.row_sources import SimilarityRows
 
 VOCAB, ANCHORS = 30, 12
 
@@ -194,7 +194,7 @@ def test_a_template_that_collapses_spaces_leaves_nothing_out(smollm2: Member, sh
 @pytest.mark.parametrize("arguments", ["generate --demo --prompt One --max-new-tokens 1", "doctor --demo"])
 def test_standard_output_closed(arguments: str) -> None:
     """By the caller, as a service may do; said before any model is loaded."""
-    command = f"{sys.executable} -m deepen_ext.cli {arguments} >&-"
+    command = f"{sys.executable} -m deepen_ext.commands.cli {arguments} >&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
     assert done.stderr == "error: standard output is closed; send it to a file, or to /dev/null\n"
     assert done.returncode == 2

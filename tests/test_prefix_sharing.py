@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepen_ext import attention
-from deepen_ext import session as module
-from deepen_ext.feed_plan import SHARED, common_prefix, cost, fed_first
-from deepen_ext.kv_cache import LaneCache
-from deepen_ext.member import Member
-from deepen_ext.session import BatchSession
+from deepen_ext.members.hf import attention
+from deepen_ext.members.hf import session as module
+from deepen_ext.members.hf.feed_plan import SHARED, common_prefix, cost, fed_first
+from deepen_ext.members.hf.kv_cache import LaneCache
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
 
 TEXT = Path(__file__).read_text()
 

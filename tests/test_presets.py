@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepen_ext.errors import InputError
-from deepen_ext.models import resolve
+from deepen_ext.members.loading import resolve
 from deepen_ext.presets import Preset, load_preset, write_preset
 
 DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]

@@ -10,7 +10,7 @@ from real_tokenizers import Source, tokenizer_file, wanted
 from tokenizers import Tokenizer
 
 from deepen_ext.errors import ModelError
-from deepen_ext.text import GrowingText, Vocabulary
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary
 
 SOURCES = wanted()
 ACCEPTED = [source for source in SOURCES if not source.refused]

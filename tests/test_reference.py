@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_cases import golden_case, golden_names
 
-from deepen_ext import reference
+from deepen_ext.fusers import reference
 
 
 def test_small_cases_are_in_the_repository():

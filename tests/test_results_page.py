@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 import pytest
 
 from deepen_ext.errors import InputError
-from deepen_ext.evaluation.jobs import Progress
-from deepen_ext.evaluation.records import ItemRecord, ItemTiming, RecordFile, record_path
-from deepen_ext.evaluation.tasks import TASKS
+from deepen_ext.measure.evaluation.jobs import Progress
+from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile, record_path
+from deepen_ext.measure.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"

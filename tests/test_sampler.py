@@ -8,8 +8,8 @@ from tiny_models import tiny_main_model
 from transformers import LogitsProcessor
 
 from deepen_ext import InputError
-from deepen_ext.sampler import Chooser, _draw_noise, _draw_one_number
-from deepen_ext.settings import Settings
+from deepen_ext.decoding.sampler import Chooser, _draw_noise, _draw_one_number
+from deepen_ext.decoding.settings import Settings
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [10], [5, 6, 5, 6, 5]]
 ROWS = range(len(PROMPTS))

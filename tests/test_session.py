@@ -15,12 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from deepen_ext import attention, feed_plan, graphs, memory
-from deepen_ext import session as module
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.kv_cache import LaneCache, cache_bytes
-from deepen_ext.member import Member
-from deepen_ext.session import BatchSession
+from deepen_ext.members import memory
+from deepen_ext.members.hf import attention, feed_plan, graphs
+from deepen_ext.members.hf import session as module
+from deepen_ext.members.hf.kv_cache import LaneCache, cache_bytes
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
 
 TEXT = Path(__file__).read_text()
 POSITIONS = (490, 511, 600)  # below, at and past Gemma's window of 512

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from deepen_ext import InputError
-from deepen_ext.setting_rules import HONOURED, NO_EFFECT, REFUSED
-from deepen_ext.settings import Settings
+from deepen_ext.decoding.setting_rules import HONOURED, NO_EFFECT, REFUSED
+from deepen_ext.decoding.settings import Settings
 
 PROMPT = [5, 6, 7, 5]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from deepen_ext import Ensemble, InputError
-from deepen_ext.member import Member
-from deepen_ext.sharing import SharedForwards
+from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.members.member import Member
 
 PROMPTS = ["The capital of France is", "Question: What is 12 + 30?\nAnswer:", "def fib(n):\n"]
 
@@ -73,7 +73,7 @@ def test_what_is_there_already_is_not_asked_of_the_memory_again(ensembles, monke
         held = [shared.cache_bytes(one.members[0], len(PROMPTS)) for one in ensembles[:2]]
         assert min(held) > 10_000_000
         assert shared.cache_bytes(ensembles[0].members[0], 1) == 0
-        monkeypatch.setattr("deepen_ext.memory.available_bytes", lambda device: sum(held) // 2)
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: sum(held) // 2)
         assert len(ensembles[2].generate(PROMPTS, max_new_tokens=4, shared=shared)) == len(PROMPTS)
         with pytest.raises(InputError, match="a smaller batch_size"):
             ensembles[2].generate(PROMPTS, max_new_tokens=4)

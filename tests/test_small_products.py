@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from deepen_ext.small_products import small_products
+from deepen_ext.members.hf.small_products import small_products
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import random
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from deepen_ext.cuts import _RegexSplitter
-from deepen_ext.split_regex import NotUnderstood, SplitRegex
+from deepen_ext.text.cuts import _RegexSplitter
+from deepen_ext.text.split_regex import NotUnderstood, SplitRegex
 
 CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"

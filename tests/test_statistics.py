@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepen_ext.errors import InputError
-from deepen_ext.evaluation.statistics import Paired, mcnemar, paired_bootstrap, wilson_interval
+from deepen_ext.measure.evaluation.statistics import Paired, mcnemar, paired_bootstrap, wilson_interval
 
 
 def paired(both: int, only_a: int, only_b: int, neither: int) -> Paired:

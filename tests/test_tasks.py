@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepen_ext.errors import InputError
-from deepen_ext.evaluation.answers import first_letter, last_number, normalised, up_to_stop
-from deepen_ext.evaluation.tasks import TASKS, Item
+from deepen_ext.measure.evaluation.answers import first_letter, last_number, normalised, up_to_stop
+from deepen_ext.measure.evaluation.tasks import TASKS, Item
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 with_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark data is not at ../shared/data")

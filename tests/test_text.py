@@ -24,7 +24,7 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import AutoTokenizer
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.text import GrowingText, Utf8Stream, Vocabulary
+from deepen_ext.text.vocabulary import GrowingText, Utf8Stream, Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

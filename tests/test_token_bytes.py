@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processo
 from tokenizers.models import BPE
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.text import GrowingText, Vocabulary
-from deepen_ext.token_bytes import BYTE_TO_CHAR
-from deepen_ext.tokenizer_traps import _sizes
+from deepen_ext.measure.doctor.tokenizer_traps import _sizes
+from deepen_ext.text.token_bytes import BYTE_TO_CHAR
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary
 
 ALPHABET = {char: i for i, char in enumerate(BYTE_TO_CHAR.values())}
 

@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from deepen_ext import readings
-from deepen_ext.cli import app
-from deepen_ext.configurations import (
+from deepen_ext.commands.cli import app
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.measure.likelihood import readings
+from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.measure.tuning.configurations import (
     RECIPES,
     Configuration,
     OutOfTime,
@@ -28,13 +31,10 @@ from deepen_ext.configurations import (
     rounded,
     search,
 )
-from deepen_ext.dev_items import DevSet
-from deepen_ext.ensemble import Ensemble
-from deepen_ext.errors import InputError
-from deepen_ext.likelihood import TextReading
-from deepen_ext.member import Member
+from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.tune import tune
+from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
-from deepen_ext.tuning import tune
 
 QUESTIONS = {
     "what is the capital of france": "Paris",

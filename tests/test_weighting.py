@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from deepen_ext import Ensemble, InputError
-from deepen_ext.member import Member
-from deepen_ext.session import BatchSession
-from deepen_ext.sharing import SharedForwards
-from deepen_ext.weighting import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.fusers.weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
 
 CODE = (
     "def mean(values):\n    return sum(values) / len(values)\n\n\ndef median(values):\n    ordered = sorted("

@@ -12,12 +12,12 @@ from tiny_models import one_byte_tokens, save_model
 from torch.nn.functional import linear
 
 from deepen_ext.ensemble import Ensemble
-from deepen_ext.evaluation.records import weights_fingerprint
-from deepen_ext.member import Member, dense, inner_model
-from deepen_ext.member_facts import is_same_model
-from deepen_ext.models import load_member
-from deepen_ext.session import BatchSession
-from deepen_ext.token_likelihoods import TokenLikelihoods
+from deepen_ext.measure.doctor.member_facts import is_same_model
+from deepen_ext.measure.evaluation.records import weights_fingerprint
+from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.loading import load_member
+from deepen_ext.members.member import Member, dense, inner_model
 
 TEXTS = {0: [1, 2, 3, 4, 5, 6], 1: [7, 8]}
 

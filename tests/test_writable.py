@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from deepen_ext import Ensemble
 from deepen_ext.adapters import DeepenLogitsProcessor
 from deepen_ext.fusers import FUSERS
-from deepen_ext.likelihood import TextReading
-from deepen_ext.member import Member, forbid
-from deepen_ext.text import Vocabulary
-from deepen_ext.weighting import read_prompts
+from deepen_ext.fusers.weights import read_prompts
+from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.members.member import Member, forbid
+from deepen_ext.text.vocabulary import Vocabulary
 
 PROMPT = "The capital of France is"
 PADDING = 8  # logits beyond the tokenizer
@@ -195,7 +195,7 @@ def test_special_tokens_that_a_text_names_have_a_likelihood(members):
 
 
 def test_prompts_are_scored_without_what_cannot_be_written(members):
-    from deepen_ext.session import BatchSession
+    from deepen_ext.members.hf.session import BatchSession
 
     scores = []
     for member in members[:2]:

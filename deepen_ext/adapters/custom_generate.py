@@ -16,13 +16,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from deepen_ext.adapters.generate_call import GENERATE
 from deepen_ext.adapters.logits_processor import DeepenLogitsProcessor
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts
-from deepen_ext.chat import WithoutTemplate
-from deepen_ext.decoding import Run
+from deepen_ext.decoding.loop import Run
+from deepen_ext.decoding.prompts import Messages, Prompt
+from deepen_ext.decoding.setting_rules import SAMPLING, callables, stop_list
+from deepen_ext.decoding.settings import Settings
 from deepen_ext.errors import InputError
-from deepen_ext.member import Member
-from deepen_ext.prompts import Messages, Prompt
-from deepen_ext.setting_rules import SAMPLING, callables, stop_list
-from deepen_ext.settings import Settings
+from deepen_ext.members.chat import WithoutTemplate
+from deepen_ext.members.member import Member
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble

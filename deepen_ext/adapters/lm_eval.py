@@ -23,11 +23,11 @@ from tqdm import tqdm
 from deepen_ext import __version__
 from deepen_ext.adapters.lm_eval_args import ensemble_from, log, whole_number
 from deepen_ext.adapters.lm_eval_contexts import fitting, prompt_of, read_chat, write_chat
-from deepen_ext.chat import chat_texts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
-from deepen_ext.likelihood import TextReading
-from deepen_ext.text_pieces import CONTEXT, PIECE, pieces
+from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
+from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.members.chat import chat_texts
 
 __all__ = ["DeepenLM"]
 

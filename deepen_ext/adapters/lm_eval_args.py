@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepen_ext import demo as embedded
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.members import embedded
 from deepen_ext.presets import SETTINGS, Preset, load_preset
 
 SEPARATOR = "|"  # neither the harness's parser nor a hub name knows it, and hardly a path

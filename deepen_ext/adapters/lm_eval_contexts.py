@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from deepen_ext.chat import Message, PromptText
+from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.errors import InputError
-from deepen_ext.member import Member
-from deepen_ext.prompts import Prompt
+from deepen_ext.members.chat import Message, PromptText
+from deepen_ext.members.member import Member
 
 # What a context begins with that is a chat: the harness hands on text alone, and each member has a template
 # of its own. No task's text begins so, and one that does is refused, not misread.

@@ -10,11 +10,11 @@ from transformers import LogitsProcessor
 
 from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts, written
-from deepen_ext.assistants import Assistants
-from deepen_ext.chat import PromptText, WithoutTemplate
+from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.prompts import Messages
 from deepen_ext.errors import InputError
-from deepen_ext.member import forbid
-from deepen_ext.prompts import Messages
+from deepen_ext.members.chat import PromptText, WithoutTemplate
+from deepen_ext.members.member import forbid
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from deepen_ext.chat import PromptText, WithoutTemplate, chat_texts
+from deepen_ext.decoding.prompts import Messages, is_batch
 from deepen_ext.errors import InputError
-from deepen_ext.member import Member
-from deepen_ext.prompts import Messages, is_batch
-from deepen_ext.text import Utf8Stream
+from deepen_ext.members.chat import PromptText, WithoutTemplate, chat_texts
+from deepen_ext.members.member import Member
+from deepen_ext.text.vocabulary import Utf8Stream
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble

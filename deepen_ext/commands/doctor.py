@@ -28,8 +28,8 @@ from deepen_ext.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from deepen_ext.coverage import RowShape
-    from deepen_ext.diagnosis import Diagnosis, MemberFacts
+    from deepen_ext.measure.doctor.coverage import RowShape
+    from deepen_ext.measure.doctor.diagnosis import Diagnosis, MemberFacts
 
 
 def doctor(
@@ -58,9 +58,9 @@ def doctor(
         sample = None if text is None else _read(text)
         with progress() as say:
             say("Starting")
-            from deepen_ext import demo as embedded
-            from deepen_ext.doctor import diagnose
-            from deepen_ext.models import load_members
+            from deepen_ext.measure.doctor.diagnose import diagnose
+            from deepen_ext.members import embedded
+            from deepen_ext.members.loading import load_members
 
             members = load_members(
                 embedded.members(say) if names is None else names,
@@ -132,7 +132,7 @@ def _table(first: str, *columns: str) -> Table:
 
 def _members(found: Diagnosis) -> Table:
     """One column a member, one line a fact."""
-    from deepen_ext.diagnosis import with_error
+    from deepen_ext.measure.doctor.diagnosis import with_error
 
     table = _table("", *(member.name for member in found.members))
 
@@ -193,7 +193,7 @@ def _shape(shape: RowShape) -> list[str]:
 
 
 def _gains(found: Diagnosis) -> Table:
-    from deepen_ext.diagnosis import with_error
+    from deepen_ext.measure.doctor.diagnosis import with_error
 
     table = _table(
         "main model",

@@ -28,12 +28,12 @@ from deepen_ext.commands.options import (
     exit_codes,
     load_ensemble,
 )
-from deepen_ext.defaults import RECIPE
 from deepen_ext.errors import InputError
+from deepen_ext.space.defaults import RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
-    from deepen_ext.evaluation.jobs import Progress
+    from deepen_ext.measure.evaluation.jobs import Progress
 
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -98,8 +98,8 @@ def evaluate(
     A run that was ended, however that happened, goes on where it ended when the same command is given again.
     """
     with exit_codes(debug):
-        from deepen_ext.evaluation.jobs import prepare
-        from deepen_ext.evaluation.tasks import TASKS
+        from deepen_ext.measure.evaluation.jobs import prepare
+        from deepen_ext.measure.evaluation.tasks import TASKS
 
         tasks = list(TASKS) if "all" in task else task
         prepare(tasks, data, split.value, limit, out, fresh=fresh)
@@ -119,8 +119,8 @@ def evaluate(
         )
         ensembles = _configurations(base, fused if not alone else [], singles)
 
-        from deepen_ext.evaluation.runner import evaluate as run
-        from deepen_ext.evaluation.summary import summary_table
+        from deepen_ext.measure.evaluation.runner import evaluate as run
+        from deepen_ext.measure.evaluation.summary import summary_table
 
         try:
             with _progress() as show:

@@ -32,8 +32,8 @@ from deepen_ext.commands.options import (
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from deepen_ext.decoding.generation import Generation
     from deepen_ext.ensemble import Ensemble
-    from deepen_ext.generation import Generation
 
 # torch and transformers are imported inside the command only, so that --help answers at once.
 

@@ -31,12 +31,12 @@ from deepen_ext.commands.options import (
     write,
 )
 from deepen_ext.errors import InputError
-from deepen_ext.text_pieces import CONTEXT, PIECE, pieces
+from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
-    from deepen_ext.scoring import Scores
-    from deepen_ext.token_likelihoods import Difference, Estimate, Score
+    from deepen_ext.measure.likelihood.scoring import Scores
+    from deepen_ext.measure.likelihood.token_likelihoods import Difference, Estimate, Score
 
 # torch and transformers are imported inside the command only, so that --help answers at once.
 
@@ -87,7 +87,7 @@ def nll(
         )
         with progress() as say:
             from deepen_ext.fusers import parse_fuser
-            from deepen_ext.scoring import score_texts
+            from deepen_ext.measure.likelihood.scoring import score_texts
 
             ensembles = {ensemble.method: ensemble}
             for spec in specs[1:]:

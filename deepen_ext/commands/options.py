@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepen_ext.defaults import LEARNING_RATE, RECIPE
 from deepen_ext.errors import DeepenError, InputError
+from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -136,8 +136,8 @@ def load_ensemble(
     shares = read_weights(weights)
     with progress() as say:
         say("Starting")
-        from deepen_ext import demo as embedded
         from deepen_ext.ensemble import Ensemble
+        from deepen_ext.members import embedded
         from deepen_ext.presets import Preset as Settings
 
         settings = (loaded or Settings([], {})).settings(

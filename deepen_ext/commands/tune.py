@@ -24,9 +24,9 @@ from deepen_ext.commands.options import (
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
-    from deepen_ext.configurations import Configuration
-    from deepen_ext.dev_items import DevSet
-    from deepen_ext.tuning import Tuning
+    from deepen_ext.measure.tuning.configurations import Configuration
+    from deepen_ext.measure.tuning.dev_items import DevSet
+    from deepen_ext.measure.tuning.tune import Tuning
 
 _DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
 
@@ -72,12 +72,12 @@ def tune(
             raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
         with progress() as say:
             say("Starting")
-            from deepen_ext.configurations import RECIPES
-            from deepen_ext.dev_items import DevSet
             from deepen_ext.fusers import parse_fuser
-            from deepen_ext.models import load_members
+            from deepen_ext.measure.tuning.configurations import RECIPES
+            from deepen_ext.measure.tuning.dev_items import DevSet
+            from deepen_ext.measure.tuning.tune import tune as tune_members
+            from deepen_ext.members.loading import load_members
             from deepen_ext.presets import write_preset
-            from deepen_ext.tuning import tune as tune_members
 
             if text is not None:
                 dev = DevSet.from_text(text, limit)

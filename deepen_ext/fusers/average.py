@@ -10,7 +10,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.deepen import check_maps, check_min_probability, needed_rows
 from deepen_ext.fusers.parts import Said
-from deepen_ext.relative_map import RelativeMap
+from deepen_ext.space.relative_map import RelativeMap
 
 
 class AverageFuser(Fuser):

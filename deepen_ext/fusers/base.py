@@ -15,11 +15,11 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
-from deepen_ext.numbers import real_number, whole_number
+from deepen_ext.fusers.weights import confident_weights
+from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.ops.checks import logits_tensor
 from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch_many
-from deepen_ext.weighting import confident_weights
 
 _SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
 

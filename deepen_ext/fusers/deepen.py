@@ -10,8 +10,8 @@ from deepen_ext import ops
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.parts import Said
-from deepen_ext.numbers import real_number, whole_number
-from deepen_ext.relative_map import RelativeMap
+from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.space.relative_map import RelativeMap
 
 
 class DeepenFuser(Fuser):

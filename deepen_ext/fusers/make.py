@@ -16,8 +16,8 @@ from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.others import FunctionFuser, FuseFunction, SingleFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
-from deepen_ext.member import Member
-from deepen_ext.member_maps import MemberMaps
+from deepen_ext.members.member import Member
+from deepen_ext.space.member_maps import MemberMaps
 
 FUSERS = ("deepen", "average", "union-topk", "union-vocab", "single")
 

@@ -22,7 +22,7 @@ from oracle import random_embedding, random_logits  # noqa: E402
 from test_gpu_step import random_map, step_on  # noqa: E402
 
 from deepen_ext.ops import inverse_search, topk_softmax, topk_softmax_many  # noqa: E402
-from deepen_ext.row_sources import SimilarityRows  # noqa: E402
+from deepen_ext.space.row_sources import SimilarityRows  # noqa: E402
 
 DEVICE = "cuda:0"
 

@@ -8,7 +8,7 @@ from oracle import random_embedding, similarity_rows
 
 from deepen_ext import InputError, RelativeMap
 from deepen_ext.ops import relative_rows
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext.space.row_sources import SimilarityRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RECIPES = [("paper", 100.0), ("calibrated", 20.0), ("calibrated", 40.0)]

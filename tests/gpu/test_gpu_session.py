@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepen_ext import graphs
-from deepen_ext.member import Member
-from deepen_ext.memory import available_bytes, estimate_bytes
-from deepen_ext.session import BatchSession
+from deepen_ext.members.hf import graphs
+from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.member import Member
+from deepen_ext.members.memory import available_bytes, estimate_bytes
 
 VOCAB = 32_000
 SHAPE = {

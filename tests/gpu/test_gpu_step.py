@@ -12,8 +12,8 @@ from oracle import random_embedding, random_logits
 from test_fuse import VOCABS, members
 from test_inverse_search import SETTINGS, problem
 
-from deepen_ext import InputError, RelativeMap, fuse_logits, reference
-from deepen_ext.fusers import DeepenFuser
+from deepen_ext import InputError, RelativeMap, fuse_logits
+from deepen_ext.fusers import DeepenFuser, reference
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
 
 # Real vocabularies need more anchors than test_fuse's: rows that name many of them, in many buckets.

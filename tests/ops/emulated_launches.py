@@ -14,7 +14,7 @@ from oracle import random_embedding, random_logits
 from deepen_ext import InputError
 from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax, topk_softmax_many
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext.space.row_sources import SimilarityRows
 
 
 def run_topk():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from oracle import random_embedding, random_logits, similarity_rows
 
-from deepen_ext import InputError, RelativeMap, reference
+from deepen_ext import InputError, RelativeMap
+from deepen_ext.fusers import reference
 from deepen_ext.ops import inverse_search
 
 SETTINGS = [(0.1, 3), (0.15, 5), (0.5, 10), (2.0, 1), (0.3, 64)]

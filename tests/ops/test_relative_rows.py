@@ -8,7 +8,7 @@ from oracle import random_embedding, similarity_rows
 
 from deepen_ext import InputError
 from deepen_ext.ops import relative_rows
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext.space.row_sources import SimilarityRows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

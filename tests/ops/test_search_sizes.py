@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import random_logits
 
-from deepen_ext import reference
+from deepen_ext.fusers import reference
 from deepen_ext.ops import FuseInput, Rows, fuse, inverse_search, topk_softmax
 
 VOCABS, ANCHORS, BATCH = (700, 800), 500, 2

@@ -8,7 +8,7 @@ import torch
 from oracle import random_embedding, random_logits
 
 from deepen_ext.ops import topk_softmax
-from deepen_ext.row_sources import SimilarityRows
+from deepen_ext.space.row_sources import SimilarityRows
 
 
 def test_other_threads_run_while_the_core_works(backend):

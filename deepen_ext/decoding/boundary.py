@@ -1,0 +1,62 @@
+"""Boundary awareness: an assistant sits out while its last token is likely to be part of a longer one.
+
+An assistant reads the text so far in its own tokens. Where the main model goes on inside one of them (the
+text ends in ` straw`, ` strawberries` is one token of the assistant's), the assistant's last token is one
+that it never saw followed by the rest of the word: it gives what may follow ` straw` as a word of its own,
+and so speaks against the right continuation.
+
+Whether this is so depends on what comes next, which the main model foresees well: a candidate that would
+change the assistant's last token, were it appended, says that the token is unfinished. Where such candidates
+together have a probability of `THRESHOLD` or more, the assistant sits out this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deepen_ext.ops.topk_softmax import TopK
+from deepen_ext.text.vocabulary import GrowingText, Vocabulary, whole_characters
+
+THRESHOLD = 0.2  # see docs/boundary.md
+CANDIDATES = 16  # of the main model's, most probable first, are enough
+
+
+@dataclass(frozen=True)
+class BoundaryRule:
+    """Tells when an assistant should sit out a step; see the module's text.
+
+    It depends on the text and on the candidates alone, so it needs no look-ahead, and gives the same answer
+    however the text came about.
+    """
+
+    main: Vocabulary
+    threshold: float = THRESHOLD
+
+    def sits_out(self, text: GrowingText, candidates: Sequence[tuple[int, float]]) -> bool:
+        """Whether candidates that would change the last of `text.ids` reach the threshold together.
+
+        A candidate without text (EOS) changes nothing, nor does one that begins with an unfinished character;
+        of others with an unfinished character at the end, the whole characters count.
+
+        Args:
+            text: the assistant's, with no character waiting to be finished.
+            candidates: the main model's token ids and probabilities, most probable first. `CANDIDATES` of
+                them are enough; it looks at as many as it takes to settle the question, most often one.
+        """
+        changing, unseen = 0.0, 1.0
+        for token, probability in candidates:
+            if changing + unseen < self.threshold:
+                return False
+            unseen -= probability
+            if not text.keeps_ids(whole_characters(self.main.bytes_of(token))):
+                changing += probability
+                if changing >= self.threshold:
+                    return True
+        return False
+
+
+def candidates_of(top: TopK, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:
+    """What `BoundaryRule.sits_out` takes, for these rows of the main model's most probable tokens."""
+    ids, probs = top.ids[:, :CANDIDATES].tolist(), top.probs[:, :CANDIDATES].tolist()
+    return {row: list(zip(ids[row], probs[row], strict=True)) for row in rows}

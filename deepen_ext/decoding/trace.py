@@ -1,0 +1,123 @@
+"""Every token explained: one record for each, with what each member said and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from deepen_ext import ops
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.fusers import Part
+
+if TYPE_CHECKING:
+    from deepen_ext.decoding.assistants import AssistedStep
+    from deepen_ext.ensemble import Ensemble
+
+_TOP = 5  # candidates shown of each member
+
+
+class Trace:
+    """Makes a record of every token and gives it to a function, or writes it as a line of JSON.
+
+    A record has ``row`` and ``position`` (of the token among the row's new ones); ``token`` and
+    ``main_choice`` (``id`` and ``text``); ``not_asked``, why the assistants had no say (null where they had);
+    ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
+    probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
+    and ``ms``, the step's milliseconds by stage, which the rows of a batch share.
+    """
+
+    def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
+        """Open the file, or take the function.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        self._file: TextIO | None = None
+        if callable(target):
+            self._give = target
+            return
+        try:
+            self._file = Path(target).expanduser().open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"the trace cannot be written to {target}: {error.strerror}") from error
+        self._give = self._write_line
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def step(
+        self,
+        ensemble: Ensemble,
+        step: AssistedStep,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        tokens: Sequence[int],
+        ms: Mapping[str, Any],
+    ) -> None:
+        """Record one step: of each of its rows the number, the token's position, the token."""
+        parts = [_readable(part) for part in step.fused.parts]
+        fused = ops.topk_softmax(step.fused.logits, min(_TOP, step.fused.logits.shape[1]))
+        fused_ids, fused_probs = fused.ids.tolist(), fused.probs.tolist()
+        main_choices, shares_by_row = step.fused.main_choice.tolist(), step.fused.shares
+        for i, (row, position, token) in enumerate(zip(rows, positions, tokens, strict=True)):
+            spoke = [(part, top[i]) for part, top in zip(step.fused.parts, parts, strict=True) if i in top]
+            shares = shares_by_row[i] or (1.0,)
+            weights = {part.member: share for part, share in zip(step.fused.parts, shares, strict=False)}
+            self._give(
+                {
+                    "row": row,
+                    "position": position,
+                    "token": _token(ensemble, 0, token),
+                    "main_choice": _token(ensemble, 0, main_choices[i]),
+                    "not_asked": step.reasons[i],
+                    "members": [
+                        {
+                            "name": ensemble.names[part.member],
+                            "weight": weights.get(part.member, 0.0),
+                            "top": _candidates(ensemble, part.member, *top),
+                        }
+                        for part, top in spoke
+                    ],
+                    "fused": _candidates(ensemble, 0, fused_ids[i], fused_probs[i]),
+                    "ms": dict(ms),
+                }
+            )
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        assert self._file is not None
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()  # a run that is killed leaves whole lines
+        except OSError as error:
+            with suppress(OSError):  # what could not be written is tried again
+                self._file.close()
+            raise ModelError(
+                f"{self._file.name}: the trace cannot be written to ({error.strerror}); make room, or name "
+                "another file"
+            ) from error
+
+
+def _readable(part: Part) -> dict[int, tuple[list[int], list[float]]]:
+    """The part's top tokens on the host, by row of the step."""
+    ids, probs = part.topk.ids[:, :_TOP].tolist(), part.topk.probs[:, :_TOP].tolist()
+    return dict(zip(part.rows, zip(ids, probs, strict=True), strict=True))
+
+
+def _candidates(
+    ensemble: Ensemble, member: int, ids: Sequence[int], probs: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [
+        {**_token(ensemble, member, token), "probability": round(probability, 6)}
+        for token, probability in zip(ids, probs, strict=True)
+    ]
+
+
+def _token(ensemble: Ensemble, member: int, token: int) -> dict[str, Any]:
+    """Id and text; a special token has none, part of a character shows as U+FFFD."""
+    text = ensemble.members[member].vocabulary.bytes_of(token).decode(errors="replace")
+    return {"id": token, "text": text}

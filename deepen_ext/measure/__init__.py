@@ -1,0 +1,1 @@
+"""Measuring members and ensembles of them: likelihood, evaluation, tuning, doctor."""

@@ -1,0 +1,1 @@
+"""What members are worth to one another, before anybody fuses them."""

@@ -1,0 +1,139 @@
+"""The tasks of an evaluation, read and checked before a model is loaded, and how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.records import Header, check_folder, output_folder, task_header
+from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
+
+# For the estimate of the time left, before a task has been timed: one new token costs about as much as
+# reading so many characters, and few answers take more tokens than this.
+_CHARACTERS_A_TOKEN = 16
+_USUAL_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is; a row is one item of one configuration.
+
+    Attributes:
+        task: the one that runs.
+        number: its place among `tasks`, from 1.
+        tasks: how many there are.
+        configuration: the one whose rows were done last; "" at the beginning of a task.
+        done: rows done of the task, those of an earlier call included.
+        rows: of the task.
+        share: of all work that is done, 0 to 1, by an estimate of what an item costs.
+        seconds_left: about; None before anything has been timed.
+    """
+
+    task: str
+    number: int
+    tasks: int
+    configuration: str
+    done: int
+    rows: int
+    share: float
+    seconds_left: float | None
+
+
+@dataclass
+class Job:
+    """One task: its items, how many rows of it are left, and what was timed in this call."""
+
+    task: Task
+    items: list[Item]
+    header: Header
+    left: int = 0
+    timed_rows: int = 0
+    timed_seconds: float = 0.0
+
+    @property
+    def guess(self) -> float:
+        """What a row costs, in characters to read."""
+        read = sum(len(item.prompt) for item in self.items) / len(self.items)
+        return read + _CHARACTERS_A_TOKEN * min(self.task.max_new_tokens, _USUAL_TOKENS)
+
+
+def read_jobs(names: Sequence[str], data: Path, split: str, limit: int | None) -> list[Job]:
+    """The tasks with their items; one that is named twice is done once.
+
+    Raises:
+        InputError: no task or an unknown one, no such split or file, a limit below 1, a split without items.
+    """
+    if not names:
+        raise InputError(f"there is no task; name one or more of {', '.join(TASKS)}")
+    jobs = []
+    for name in dict.fromkeys(names):
+        if name not in TASKS:
+            raise InputError(f"{name}: no such task; there are {', '.join(TASKS)}")
+        items = TASKS[name].items(data, split, limit)
+        if not items:
+            raise InputError(f"{name}: its {split} split in {data} has no items")
+        jobs.append(Job(TASKS[name], items, task_header(TASKS[name], split, items)))
+    return jobs
+
+
+def prepare(
+    names: Sequence[str], data: Path, split: str, limit: int | None, out: Path, *, fresh: bool = False
+) -> None:
+    """Everything that can be checked before a model is loaded; `evaluate` does it again.
+
+    Raises:
+        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items.
+    """
+    jobs = read_jobs(names, data, split, limit)
+    with output_folder(out):
+        for job in jobs if not fresh else []:
+            check_folder(out, job.header)
+
+
+class Clock:
+    """Counts rows, and estimates what the rest takes: by a task's own time a row once it has been timed."""
+
+    def __init__(
+        self, jobs: Sequence[Job], configurations: int, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        """``job.left`` of each job is known; ``on_progress`` is told."""
+        self._jobs = jobs
+        self._configurations = configurations
+        self._on_progress = on_progress
+
+    def count(self, job: Job, rows: int, seconds: float) -> None:
+        """Note that so many rows are done, and how long they took."""
+        job.left -= rows
+        job.timed_rows += rows
+        job.timed_seconds += seconds
+
+    def tell(self, job: Job, configuration: str = "") -> None:
+        """Say how far it is."""
+        if self._on_progress is None:
+            return
+        rows = self._configurations * len(job.items)
+        whole = sum(self._configurations * len(one.items) * one.guess for one in self._jobs)
+        left = sum(one.left * one.guess for one in self._jobs)
+        progress = Progress(
+            task=job.task.name,
+            number=self._jobs.index(job) + 1,
+            tasks=len(self._jobs),
+            configuration=configuration,
+            done=rows - job.left,
+            rows=rows,
+            share=1 - left / whole,
+            seconds_left=self._seconds_left(),
+        )
+        self._on_progress(progress)
+
+    def _seconds_left(self) -> float | None:
+        timed = sum(one.timed_rows * one.guess for one in self._jobs)
+        if not timed:
+            return None if any(one.left for one in self._jobs) else 0.0
+        pace = sum(one.timed_seconds for one in self._jobs) / timed
+        return sum(
+            one.left * (one.timed_seconds / one.timed_rows if one.timed_rows else one.guess * pace)
+            for one in self._jobs
+        )

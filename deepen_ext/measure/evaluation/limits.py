@@ -1,0 +1,61 @@
+"""What an evaluation can be seen to lack before anything is run: context for a prompt, memory for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.jobs import Job
+from deepen_ext.members.member import Member
+from deepen_ext.members.memory import find_shortage
+
+
+def check_contexts(job: Job, members: Sequence[Member]) -> None:
+    """That every prompt with its new tokens fits every member.
+
+    No token has less than a byte, so most prompts need not be tokenised for that.
+
+    Raises:
+        InputError: one does not.
+    """
+    for member in members:
+        limit, prefix = member.context_length, len(member.vocabulary.prefix_ids)
+        if limit is None:
+            continue
+        room = limit - prefix - job.task.max_new_tokens
+        for item in job.items:
+            if len(item.prompt.encode()) <= room or (n := len(member.vocabulary.encode(item.prompt))) <= room:
+                continue
+            raise InputError(
+                f"{job.task.name}, item {item.index}: the prompt's {prefix + n} tokens of {member.name} and "
+                f"{job.task.max_new_tokens} new ones exceed its context of {limit}; leave out the task, or "
+                "take another model"
+            )
+
+
+def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
+    """That each group of members' caches fit the memory side by side, for the batch with the longest prompt.
+
+    Raises:
+        InputError: they do not; it says which batch size would.
+    """
+    longest = max(job.items, key=lambda item: len(item.prompt.encode()))
+    rows = min(batch_size, len(job.items))
+    for members in groups:
+        tokens = [
+            len(one.vocabulary.prefix_ids)
+            + len(one.vocabulary.encode(longest.prompt))
+            + job.task.max_new_tokens
+            for one in members
+        ]
+        lengths = list(zip(members, tokens, strict=True))
+        if (short := find_shortage(rows, lengths)) is None:
+            continue
+        fitting = next((n for n in range(rows - 1, 0, -1) if find_shortage(n, lengths) is None), None)
+        advice = "leave out the task"
+        if fitting is not None:
+            advice = f"choose a batch size of {fitting} or less (--batch-size)"
+        raise InputError(
+            f"{job.task.name}: {rows} prompts at a time, with their new tokens up to {max(tokens)} long, "
+            f"{short}; {advice}"
+        )

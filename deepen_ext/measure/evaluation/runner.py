@@ -1,0 +1,202 @@
+"""Some ensembles over the same items of some tasks, batch by batch, on files that survive a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+
+from deepen_ext.decoding.generation import BatchGeneration
+from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import DeepenFuser
+from deepen_ext.ground.numbers import whole_number
+from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
+from deepen_ext.measure.evaluation.limits import check_contexts, check_memory
+from deepen_ext.measure.evaluation.records import (
+    Header,
+    ItemRecord,
+    ItemTiming,
+    RecordFile,
+    check_folder,
+    configuration_header,
+    make_header,
+    output_folder,
+    record_path,
+)
+from deepen_ext.measure.evaluation.summary import Summary, summarise, write_summary
+from deepen_ext.measure.evaluation.tasks import Item, Task
+
+DEFAULT_BATCH = 16
+_LONG = 16  # new tokens: answers that may take more end at different times
+_BATCHES = 4  # run as one where answers are long: the next item begins where one ends
+
+
+def evaluate(
+    ensembles: Mapping[str, Ensemble],
+    tasks: str | Sequence[str],
+    data: str | Path,
+    *,
+    out: str | Path,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int = DEFAULT_BATCH,
+    certified_skip: bool = False,
+    share_forwards: bool = True,
+    fresh: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Let every ensemble answer the same items, greedily, and write and compare what it says.
+
+    A call that was ended half way, however that happened, goes on where it ended when it is given again.
+    Batches are the outer loop and configurations the inner one, so that they share forwards; what a
+    configuration wrote for a batch is on the disk before the next one begins.
+
+    Args:
+        ensembles: by the name of the configuration. A member alone is ``Ensemble([member], fuser="single")``;
+            fused ones are compared with the best single member where all of their members are there alone.
+        tasks: names in `TASKS`, one or more.
+        data: folder with a folder for each task.
+        out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
+        split: "dev" or "test".
+        limit: at most so many items of each task, spread evenly over it; None for all.
+        batch_size: prompts written side by side. With long answers and shared forwards four batches are run
+            as one, in which the next item begins where one ends.
+        certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
+        share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
+            own; False gives times that can be compared.
+        fresh: drop what the folder holds of these tasks.
+        on_progress: called at the beginning of a task and after each batch of a configuration.
+
+    Returns:
+        The summary of all that the folder holds.
+
+    Raises:
+        InputError: see `prepare`; no ensembles, a setting out of range, a prompt that does not fit a member's
+            context, batches that do not fit the memory, files of a run with other settings.
+        ModelError: a member's forward pass failed, or the disk is full. What is done is kept.
+    """
+    folder = Path(out)
+    if not ensembles:
+        raise InputError("there is nothing to evaluate; give one ensemble or more")
+    batch_size = whole_number("the batch size", batch_size, 1)
+    jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit)
+    members = {id(member): member for one in ensembles.values() for member in one.members}
+    at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]
+    for job in jobs:
+        check_contexts(job, list(members.values()))
+        if fresh or not _is_done(folder, job, ensembles):
+            check_memory(job, at_once, batch_size)
+    skips = {name: certified_skip and isinstance(one.fuser, DeepenFuser) for name, one in ensembles.items()}
+    configurations = {
+        name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
+        for name, one in ensembles.items()
+    }
+    with output_folder(folder), ExitStack() as stack:
+        opened = []
+        for job in jobs:
+            headers = {name: make_header(job.header, one) for name, one in configurations.items()}
+            files = _open(stack, folder, job, headers, fresh)
+            job.left = sum(len(job.items) - len(one.done) for one in files.values())
+            opened.append(files)
+        clock = Clock(jobs, len(ensembles), on_progress)
+        for job, files in zip(jobs, opened, strict=True):
+            clock.tell(job)
+            long = share_forwards and job.task.max_new_tokens > _LONG
+            for batch, everyone in _batches(job.items, files, batch_size * (_BATCHES if long else 1)):
+                with ExitStack() as sharing:
+                    shared = sharing.enter_context(SharedForwards()) if share_forwards else None
+                    for name, ensemble in ensembles.items():
+                        missing = {item.index for item in batch} - files[name].done
+                        if not missing and not everyone:
+                            continue
+                        began = perf_counter()
+                        records = _run(job.task, batch, ensemble, skips[name], shared, batch_size)
+                        files[name].append([one for one in records if one.index in missing])
+                        clock.count(job, len(missing), perf_counter() - began)
+                        clock.tell(job, name)
+            summary = summarise(folder)
+            write_summary(folder, summary)
+        return summary
+
+
+def _is_done(folder: Path, job: Job, names: Iterable[str]) -> bool:
+    """Whether the folder has every answer of the task: then nothing is run."""
+    paths = [record_path(folder, job.task.name, name) for name in names]
+    return all(path.exists() and len(RecordFile.read(path)[1]) == len(job.items) for path in paths)
+
+
+def _open(
+    stack: ExitStack, folder: Path, job: Job, headers: Mapping[str, Header], fresh: bool
+) -> dict[str, RecordFile]:
+    """The files of a task, by configuration."""
+    paths = {name: record_path(folder, job.task.name, name) for name in headers}
+    if len(set(paths.values())) < len(paths):
+        raise InputError(f"two of {', '.join(paths)} would have the same file; give them other names")
+    if fresh:
+        for path in folder.glob(f"{job.task.name}.*.jsonl"):
+            path.unlink()
+    check_folder(folder, job.header)
+    known = {item.index for item in job.items}
+    files = {}
+    for name, path in paths.items():
+        files[name] = stack.enter_context(RecordFile(path, headers[name]))
+        if strange := files[name].done - known:
+            raise InputError(f"{path}: item {min(strange)} is none of this task's; begin it anew (--fresh)")
+    return files
+
+
+def _batches(
+    items: Sequence[Item], files: Mapping[str, RecordFile], size: int
+) -> Iterator[tuple[Sequence[Item], bool]]:
+    """The batches in which something is missing, and whether all configurations are to run it.
+
+    The one that a killed run was in is run whole and by all, also by those that have it already: the rounding
+    of sums depends on the forwards that were shared, and so the rest comes out as it would have.
+    """
+    everyone = True
+    for start in range(0, len(items), size):
+        batch = items[start : start + size]
+        if any(item.index not in one.done for one in files.values() for item in batch):
+            yield batch, everyone
+            everyone = False
+
+
+def _run(
+    task: Task,
+    batch: Sequence[Item],
+    ensemble: Ensemble,
+    skip: bool,
+    shared: SharedForwards | None,
+    batch_size: int,
+) -> list[ItemRecord]:
+    """What one configuration writes for a batch."""
+    generations: BatchGeneration = ensemble.generate(
+        [item.prompt for item in batch],
+        max_new_tokens=task.max_new_tokens,
+        stop_strings=list(task.stop_strings) or None,
+        certified_skip=skip,
+        shared=shared,
+        batch_size=batch_size,
+    )
+    timings, rows = generations.timings, len(batch)
+    timing = ItemTiming(
+        prompt_ms=round(timings.prompt_ms / rows, 4),
+        decode_ms=round((timings.total_ms - timings.prompt_ms) / rows, 4),
+        rows=rows,
+    )
+    return [
+        ItemRecord(
+            index=item.index,
+            output=one.text,
+            answer=task.answer(one.text),
+            correct=task.correct(one.text, item),
+            tokens=len(one.token_ids),
+            changed=one.changed_tokens,
+            finish_reason=one.finish_reason,
+            timing=timing,
+        )
+        for item, one in zip(batch, generations, strict=True)
+    ]

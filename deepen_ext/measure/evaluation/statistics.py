@@ -1,0 +1,152 @@
+"""How sure a score or a difference is: intervals for shares, and tests for two systems on the same items.
+
+Items count as drawn independently. 95 % intervals, two-sided tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import whole_number
+
+_DRAWN_AT_ONCE = 1_000_000  # items resampled together by the bootstrap: 8 MB of indices
+
+
+def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a share (Wilson 1927; without continuity correction).
+
+    It stays inside [0, 1] and has a width also where all or none are correct.
+
+    Raises:
+        InputError: not 0 <= correct <= total with a total of 1 or more, or a confidence outside (0, 1).
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise InputError(f"{correct} of {total} is no share; give 0 <= correct <= total, and 1 item or more")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence is {confidence}; give a share between 0 and 1, such as 0.95")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # The bounds at none and all are 0 and 1; rounding must not leave them beside that.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two systems, `a` and `b`, on the same items.
+
+    Attributes:
+        difference: accuracy of a minus accuracy of b.
+        low, high: its 95 % interval.
+        p_value: of McNemar's exact test, that both are equally often right.
+        only_a, only_b: how many items only a, or only b, has right; the pairs that the test counts.
+        total: how many items.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    only_a: int
+    only_b: int
+    total: int
+
+
+def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> Paired:
+    """McNemar's exact test on what two systems have right, with the difference of their accuracies.
+
+    The p-value is twice the smaller tail of Binomial(only_a + only_b, 1/2), at most 1; where they differ
+    nowhere it is 1. The interval is Newcombe's, from Wilson's intervals and the correlation of the pairs
+    (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10): it has a width also where the systems
+    differ nowhere. The exact test is the more careful of the two: now and then the interval just leaves out 0
+    where the p-value is a little above 0.05. Then nothing has been shown.
+
+    Args:
+        a, b: whether each item is right, in the same order.
+
+    Raises:
+        InputError: different lengths, or no items.
+    """
+    total = len(a)
+    if total != len(b) or not total:
+        raise InputError(
+            f"{total} and {len(b)} items do not pair; give both systems' results on the same items"
+        )
+    pairs = [(bool(one), bool(other)) for one, other in zip(a, b, strict=True)]
+    both, neither = pairs.count((True, True)), pairs.count((False, False))
+    only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+    difference = (only_a - only_b) / total
+    low_a, high_a = wilson_interval(both + only_a, total)
+    low_b, high_b = wilson_interval(both + only_b, total)
+    share_a, share_b = (both + only_a) / total, (both + only_b) / total
+    phi = _correlation(both, only_a, only_b, neither)
+    below = _third_side(share_a - low_a, high_b - share_b, phi)
+    above = _third_side(high_a - share_a, share_b - low_b, phi)
+    p_value = _two_sided(only_a, only_b)
+    return Paired(difference, difference - below, difference + above, p_value, only_a, only_b, total)
+
+
+def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
+    """Newcombe's phi: the correlation of the pairs; one above 0 is corrected for continuity towards 0."""
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    excess: float = both * neither - only_a * only_b
+    if not product:
+        return 0.0
+    if excess > 0:
+        excess = max(excess - (both + only_a + only_b + neither) / 2, 0.0)
+    return excess / math.sqrt(product)
+
+
+def _third_side(one: float, other: float, cosine: float) -> float:
+    return math.sqrt(max(one * one - 2 * cosine * one * other + other * other, 0.0))
+
+
+def _two_sided(one: int, other: int) -> float:
+    """min(1, 2 P(X <= min(one, other))) for X of Binomial(one + other, 1/2), in whole numbers."""
+    count, ways, tail = one + other, 1, 0
+    for successes in range(min(one, other) + 1):
+        tail += ways
+        ways = ways * (count - successes) // (successes + 1)
+    return min(2 * tail / (1 << count), 1.0)
+
+
+def paired_bootstrap(
+    differences: Sequence[float], *, seed: int = 0, resamples: int = 10_000
+) -> tuple[float, float, float]:
+    """The mean of paired differences and its 95 % interval by the percentile bootstrap.
+
+    Args:
+        differences: one for each item, such as one system's negative log-likelihood minus another's on the
+            same text. Neighbouring tokens depend on one another, so a text or a block is an item, no token.
+        seed: of the resampling; the same seed gives the same interval.
+        resamples: how many samples are drawn, with replacement and as large as the one given.
+
+    Returns:
+        mean, low, high.
+
+    Raises:
+        InputError: fewer than two differences, one that is not finite, or fewer than 1 resample.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2:
+        raise InputError(f"{values.size} differences give no interval; give a list of two or more")
+    if not np.isfinite(values).all():
+        raise InputError(
+            "a difference is not finite; an item has likelihood 0 or none under one of the systems"
+        )
+    resamples = whole_number("resamples", resamples, 1)
+    generator = np.random.default_rng(whole_number("seed", seed, 0))
+    means = np.empty(resamples)
+    rows = max(_DRAWN_AT_ONCE // values.size, 1)
+    for start in range(0, resamples, rows):
+        size = (min(rows, resamples - start), values.size)
+        means[start : start + size[0]] = values[generator.integers(0, values.size, size)].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)

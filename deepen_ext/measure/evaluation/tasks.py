@@ -1,0 +1,239 @@
+"""The paper's six benchmarks: prompts, settings and metrics, to the letter of the benchmark data's README.
+
+The data is a folder with a folder for each task, which holds `dev.jsonl` and `test.jsonl` and, for few-shot
+tasks, `demos.jsonl`. A prompt is instruction + demos + question; the answer of its own item is no part of it.
+
+Known of the data, and left as it is: GSM8K's demos end in a line end of their own, so that a blank line, the
+stop, follows each of them. The question of TriviaQA's test item 7 and one of MMLU's dev items are among the
+demos; 8 of MMLU's test items are in its dev split too. ARC has items without options (`answers.Letter`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import whole_number
+from deepen_ext.measure.evaluation.answers import Answers, LastNumber, Letter, ShortText, up_to_stop
+
+SPLITS = ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        index: its place in the split's file, from 0.
+        prompt: what the model reads.
+        references: what is right: a number or a letter, or several texts of which each is right.
+        fields: the item as the file has it, its `answer` included.
+    """
+
+    index: int
+    prompt: str
+    references: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark.
+
+    Attributes:
+        name: of the task and of its folder.
+        question: template of a question; fields of the item in braces.
+        answers: how answers are read and compared.
+        max_new_tokens: the paper's setting.
+        stop_strings: the paper's setting; a generation ends after the first one.
+        instruction: what stands once before the demos.
+        demo_answer: template of what follows a demo's question; None for a task without demos.
+        demos_by: the field in which an item and its demos agree; None if all items have the same demos.
+    """
+
+    name: str
+    question: str
+    answers: Answers
+    max_new_tokens: int
+    stop_strings: tuple[str, ...] = ()
+    instruction: str = ""
+    demo_answer: str | None = None
+    demos_by: str | None = None
+
+    def items(self, data: str | Path, split: str, limit: int | None = None) -> list[Item]:
+        """The items of a split, in the order of its file.
+
+        Args:
+            data: the folder of all benchmarks.
+            split: "dev" (for choosing settings) or "test" (for reporting).
+            limit: so many of the split's n items, those at i * n // limit for i = 0, 1, ...: spread evenly,
+                so that MMLU's domains are all there (with a limit of 300; it has 57). They are the same every
+                time, but need not be among those of another limit. None, or n or more, is all of them.
+
+        Raises:
+            InputError: no such split or file, a limit below 1, or a line that is no item of this task.
+        """
+        if split not in SPLITS:
+            raise InputError(f"split is {split!r}; give one of: {', '.join(SPLITS)}")
+        if limit is not None:
+            limit = whole_number("limit", limit, 1)
+        folder = Path(data) / self.name
+        file = folder / f"{split}.jsonl"
+        rows = _read(file)
+        demos = self._demos(folder / "demos.jsonl")
+        total = len(rows)
+        places = (
+            range(total) if limit is None or limit >= total else [i * total // limit for i in range(limit)]
+        )
+        return [self._item(file, place, rows[place], demos) for place in places]
+
+    def answer(self, output: str) -> str | None:
+        """What the output says, up to the first stop string; None if no answer is found there."""
+        return self.answers.find(up_to_stop(output, self.stop_strings))
+
+    def correct(self, output: str, item: Item) -> bool:
+        """Whether the output's answer matches one of the references. No answer is never right."""
+        found = self.answer(output)
+        return found is not None and any(self.answers.matches(found, one) for one in item.references)
+
+    def gold(self, item: Item) -> str:
+        """The right continuation of the prompt as text, in the format of the demos, for likelihood.
+
+        It is what a right output under the paper's setting is: a letter after a space (" A") where there is
+        one new token, otherwise the worked answer or the first reference, with the stop string that ends it.
+        """
+        return self.answers.written(item.fields["answer"]) + "".join(self.stop_strings[:1])
+
+    def has_gold(self, item: Item) -> bool:
+        """Whether `gold` counts as right, so that its likelihood is about what `correct` is about.
+
+        It does not for the ARC items without options (23 of dev, 9 of test), and for two of GSM8K's test
+        items, whose worked answers hold the stop in the middle.
+        """
+        return self.correct(self.gold(item), item)
+
+    def _item(self, file: Path, place: int, fields: Mapping[str, Any], demos: Mapping[str, str]) -> Item:
+        where = f"{file}, line {1 + place}"
+        question = _filled(self.question, fields, where)
+        try:
+            references = self.answers.references(fields.get("answer"))
+        except ValueError as error:
+            raise InputError(
+                f"{where}: answer is {fields.get('answer')!r}; {self.name} needs {error}"
+            ) from error
+        key = str(fields[self.demos_by]) if self.demos_by else ""
+        if self.demo_answer is not None and key not in demos:
+            raise InputError(
+                f"{where}: there are no demos for it in {file.parent / 'demos.jsonl'}"
+                + (f" (none has {self.demos_by} {key!r})" if self.demos_by else "")
+            )
+        return Item(place, self.instruction + demos.get(key, "") + question, references, fields)
+
+    def _demos(self, file: Path) -> dict[str, str]:
+        """The demos' text for each value of `demos_by`."""
+        if self.demo_answer is None:
+            return {}
+        template, demos = self.question + self.demo_answer, dict[str, str]()
+        for place, fields in enumerate(_read(file)):
+            text = _filled(template, fields, f"{file}, line {1 + place}")
+            key = str(fields[self.demos_by]) if self.demos_by else ""
+            demos[key] = demos.get(key, "") + text
+        return demos
+
+
+def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
+    """The template with an item's fields, as they stand in the file."""
+    try:
+        return template.format(**fields)
+    except KeyError as error:
+        raise InputError(
+            f"{where}: there is no field {error}; the data's README names a task's fields"
+        ) from error
+
+
+def _read(file: Path) -> Sequence[Mapping[str, Any]]:
+    """The objects of a file of JSON lines."""
+    if not file.is_file():
+        there = sorted(one.name for one in file.parent.glob("*.jsonl"))
+        raise InputError(
+            f"there is no {file}; "
+            + (
+                f"that folder has {', '.join(there)}"
+                if there
+                else "give the folder that holds the tasks' folders"
+            )
+        )
+    rows = []
+    try:
+        # Lines end in "\n" alone: texts may hold the other line ends that splitlines() knows.
+        for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number}: {line[:60]!r} is no JSON object")
+            rows.append(row)
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, too many digits, nested without end
+        raise InputError(f"{file}, line {len(rows) + 1} is no JSON: {error}") from error
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    return rows
+
+
+_OPTIONS = "A. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
+
+
+def _open_questions(name: str) -> Task:
+    return Task(
+        name,
+        instruction="Answer this questions:\n",
+        question="Question:{question}\nAnswer:",
+        demo_answer="{answer}\n",
+        answers=ShortText(),
+        max_new_tokens=10,
+        stop_strings=("\n",),
+    )
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            "gsm8k",
+            question="Question: {question}\nLet's think step by step\nAnswer:",
+            demo_answer="{answer}\n",
+            answers=LastNumber(),
+            max_new_tokens=512,
+            stop_strings=("\n\n",),
+        ),
+        Task(
+            "arc_challenge",
+            question="Question: {question}\n" + _OPTIONS,
+            answers=Letter("ABCD"),
+            max_new_tokens=1,
+        ),
+        Task(
+            "piqa",
+            question="{question}\nA. {A}\nB. {B}\nAnswer:",
+            answers=Letter("AB"),
+            max_new_tokens=1,
+        ),
+        Task(
+            "mmlu",
+            question="There is a single choice question about {domain}. "
+            "Answer the question by replying A, B, C or D.\nQuestion: {question}\n" + _OPTIONS,
+            demo_answer=" {answer}\n",
+            demos_by="domain",
+            answers=Letter("ABCD"),
+            max_new_tokens=1,
+        ),
+        _open_questions("triviaqa"),
+        _open_questions("nq"),
+    )
+}

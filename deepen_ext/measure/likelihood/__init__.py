@@ -1,0 +1,1 @@
+"""How probable a text is, to a member alone and to an ensemble."""

@@ -1,0 +1,220 @@
+"""How probable a text is to an ensemble, and to each of its members alone, token by token.
+
+Under teacher forcing: the text is given, and at each of its tokens the distribution that the loop would have
+sampled from is asked for the token that really comes. Members' vocabularies differ, so nats a token cannot be
+compared between them; bits a byte can.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import torch
+
+from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import Part
+from deepen_ext.fusers.weights import check_weights, prompt_weights
+from deepen_ext.measure.likelihood.readings import Accompaniment, Reading
+from deepen_ext.measure.likelihood.text_pieces import pieces
+from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
+from deepen_ext.members.member import Member
+from deepen_ext.ops import topk_softmax
+
+__all__ = ["TextReading", "TokenLikelihoods", "pieces"]
+
+# Logits of one fusion step: with more than the allocator keeps at hand (32 MB), each step waits for fresh
+# pages, which takes ten times as long as the copy itself.
+_STEP_BYTES = 16 << 20
+
+
+class TextReading:
+    """One text, read once by some members; any number of ensembles of them are measured on it.
+
+    A member reads `context` and `text` together, in its own tokens. Scored are the tokens beyond those that
+    the context alone has (lm-evaluation-harness's convention, `_encode_pair`): whitespace at the end of the
+    context belongs to the text. Without a context the first token follows what the tokenizer puts before
+    every text, or else the BOS or EOS token (its `prefix_token_id`).
+
+    As in the loop, only what can be written has a probability: tokens with text, EOS, and the special tokens
+    that the text names (see `Member.unwritable`).
+
+    An assistant takes part at a token as it does in the loop: it has read the text so far, in the tokens that
+    this has by itself; it waits for unfinished characters, and heeds the ensemble's boundary rule.
+
+    Models run when they are first needed. What was read is kept: 4 bytes for each token of the text and each
+    of the member's vocabulary, until `close`, the end of a `with` block, or of the object.
+
+    Attributes:
+        context: without the whitespace at its end.
+        text: what is scored, with that whitespace before it.
+    """
+
+    def __init__(self, members: Sequence[Member], context: str, text: str) -> None:
+        """Tokenise for all members, so that what cannot be read is refused before anything is computed.
+
+        Raises:
+            InputError: an empty text, a lone surrogate, bytes that some tokenizer loses, a text that has no
+                token of its own after the context, or more tokens than a member's context holds.
+        """
+        if not text:
+            raise InputError("the text is empty; give some text to score")
+        self.context = context.rstrip()
+        self.text = context[len(self.context) :] + text
+        self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
+        self._begin = len(self.context.encode())
+        self._alone: dict[int, TokenLikelihoods] = {}
+        self._accompaniments: dict[tuple[int, int], Accompaniment] = {}
+
+    def __enter__(self) -> TextReading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def release(self) -> None:
+        """Free the caches, keep the logits.
+
+        What was measured once can be measured again, with other weights and fusers too. What takes logits
+        that nobody has asked for yet reads the text again.
+        """
+        for reading in self._readings.values():
+            reading.release()
+
+    def go_on_from(self, other: TextReading) -> None:
+        """Take over what another reading of the same members holds in its caches.
+
+        What both begin with, such as the context of several answers, is then not read again. The other keeps
+        what it has computed.
+        """
+        for member, reading in self._readings.items():
+            if member in other._readings:
+                reading.go_on_from(other._readings[member])
+
+    def close(self) -> None:
+        """Free caches and logits."""
+        for reading in self._readings.values():
+            reading.close()
+        self._accompaniments.clear()
+
+    def member(self, member: Member) -> TokenLikelihoods:
+        """The member alone, in its own tokens.
+
+        Raises:
+            InputError: not one of the reading's members; a member that gives NaN.
+            ModelError: its forward pass failed.
+        """
+        if id(member) not in self._alone:
+            reading = self._reading(member)
+            reading.read()
+            logprobs: list[float] = []
+            greedy: list[bool] = []
+            for rows in _blocks(len(reading.scored), member):
+                targets = reading.scored[rows.start : rows.stop]
+                found, top = _logprobs(reading.logits.take(rows, written=True), targets, member.name)
+                logprobs += found
+                greedy += [one == token for one, token in zip(top, targets, strict=True)]
+            self._alone[id(member)] = self._likelihoods(reading, logprobs, greedy)
+        return self._alone[id(member)]
+
+    def logits(self, member: Member) -> Iterator[torch.Tensor]:
+        """What the member says before each scored token, in blocks [n, V] of its dtype, to be read only.
+
+        Raises:
+            InputError: not one of the reading's members.
+            ModelError: its forward pass failed.
+        """
+        reading = self._reading(member)
+        reading.read()
+        for rows in _blocks(len(reading.scored), member):
+            yield reading.logits.take(rows)
+
+    def fused(self, ensemble: Ensemble, weights: Sequence[float] | None = None) -> TokenLikelihoods:
+        """The ensemble's distribution, in the tokens of its main model.
+
+        Args:
+            ensemble: of members of this reading, the same objects.
+            weights: one for each member, summing to 1; None for the ensemble's own. Those that an ensemble
+                finds from the prompt are found from the context.
+
+        Raises:
+            InputError: a member that the reading does not have; a member that gives NaN; see `check_weights`.
+            ModelError: a forward pass failed.
+        """
+        members = ensemble.members
+        main, *assistants = [self._reading(member) for member in members]
+        shares = ensemble.weights if weights is None else check_weights(weights, len(members))
+        if weights is None and ensemble.weighs_prompts:
+            shares = prompt_weights([one.prompt_score() for one in (main, *assistants)], shares)
+        main.read()
+        fuser = ensemble.fuser
+        speaks = [
+            self._accompaniment(main, one).speaks(ensemble.boundary_rule, fuser.candidates)
+            for one in assistants
+        ]
+        logprobs: list[float] = []
+        greedy: list[bool] = []
+        for rows in _blocks(len(main.scored), *members):
+            logits = main.logits.take(rows, written=True)
+            top = main.logits.top(rows, fuser.candidates, ensemble.device, written=True)
+            parts = [Part(0, f"logits of {ensemble.names[0]}", top, range(len(rows)), logits)]
+            for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
+                first, last = (bisect_left(said, (place,)) for place in (rows.start, rows.stop))
+                if here := said[first:last]:
+                    places = [place - rows.start for place, _ in here]
+                    parts.append(self._part(ensemble, i, reading, places, [row for _, row in here]))
+            step = fuser.step_parts(logits, parts, shares)
+            targets = main.scored[rows.start : rows.stop]
+            found, _ = _logprobs(step.logits, targets, f"{ensemble.method} of {main.member.name}")
+            logprobs += found
+            greedy += [one == token for one, token in zip(step.chosen.tolist(), targets, strict=True)]
+        return self._likelihoods(main, logprobs, greedy)
+
+    def _part(
+        self, ensemble: Ensemble, i: int, reading: Reading, places: Sequence[int], rows: Sequence[int]
+    ) -> Part:
+        """What assistant i says at these places of a step: these rows of what it has read."""
+        top = reading.logits.top(rows, ensemble.fuser.candidates, ensemble.device)
+        name = f"logits of {ensemble.names[i]}"
+        return Part(i, name, top, places, reading.logits.take(rows))
+
+    def _reading(self, member: Member) -> Reading:
+        try:
+            return self._readings[id(member)]
+        except KeyError:
+            raise InputError(
+                f"{member.name} is not a member of this reading; make the reading with the Member objects of "
+                "all ensembles"
+            ) from None
+
+    def _accompaniment(self, main: Reading, assistant: Reading) -> Accompaniment:
+        key = id(main), id(assistant)
+        if key not in self._accompaniments:
+            self._accompaniments[key] = Accompaniment(main, assistant)
+        return self._accompaniments[key]
+
+    def _likelihoods(self, reading: Reading, logprobs: list[float], greedy: list[bool]) -> TokenLikelihoods:
+        ends = [max(end - self._begin, 0) for end in reading.ends]
+        return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
+
+
+def _blocks(rows: int, *members: Member) -> Iterator[range]:
+    """Rows 0 to `rows` - 1 in blocks whose logits are not too large for any of the members."""
+    largest = max(member.vocab_size * member.dtype.itemsize for member in members)
+    step = max(_STEP_BYTES // largest, 1)
+    for begin in range(0, rows, step):
+        yield range(begin, min(begin + step, rows))
+
+
+def _logprobs(logits: torch.Tensor, tokens: Sequence[int], name: str) -> tuple[list[float], list[int]]:
+    """Log-probabilities (natural) of one token for each row of logits [n, V]; the rows' most probable ids."""
+    top = topk_softmax(logits, 1, name=name)
+    top.check(name)
+    chosen = torch.tensor(tokens).to(logits.device)[:, None]
+    # log_softmax from the largest logit and its probability, whose sum the operation takes in float64.
+    own, best = (logits.gather(1, ids).double() for ids in (chosen, top.ids.long()))
+    return (own - best + top.probs.double().log())[:, 0].tolist(), top.ids[:, 0].tolist()

@@ -1,0 +1,1 @@
+"""Which settings an ensemble should have."""

@@ -1,0 +1,189 @@
+"""Choosing an ensemble's weights, settings and main model from dev items, within a budget of minutes.
+
+The measure is the likelihood of the right continuations in bits a byte, so that different main models
+compare. Each item is read once by all members; a configuration then costs its fusion steps alone. All
+configurations are measured on the same items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import FuseFunction
+from deepen_ext.ground.numbers import real_number
+from deepen_ext.measure.tuning.configurations import (
+    RECIPES,
+    Configuration,
+    OutOfTime,
+    Space,
+    choose,
+    paired_difference,
+    proportional,
+    search,
+)
+from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.dev_measurements import Clock, Measurements
+from deepen_ext.members.loading import Progress
+from deepen_ext.members.member import Member, unique_names
+from deepen_ext.presets import Preset
+from deepen_ext.space.row_sources import Recipe
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was tried, on which items, and the choice.
+
+    Attributes:
+        space: the configurations there were.
+        names: the members', as named.
+        sizes: bytes of each item that was read.
+        alone: of each member, the bits of each item by itself.
+        accuracy: of each member, the share of `answered` items it has right; () where it was not measured.
+        answered: how many items that is.
+        tried: bits of each item by configuration, in the order they were tried.
+        chosen: one of them.
+        finished: whether the search came to its end; otherwise the time was up.
+    """
+
+    space: Space
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    alone: tuple[tuple[float, ...], ...]
+    accuracy: tuple[float, ...]
+    answered: int
+    tried: Mapping[Configuration, tuple[float, ...]]
+    chosen: Configuration
+    finished: bool
+
+    @property
+    def baseline(self) -> Configuration:
+        """Uniform weights and the defaults, with the main model that is best with them."""
+        return min((self.space.default(main) for main in range(len(self.names))), key=self.bits_per_byte)
+
+    def bits_per_byte(self, one: Configuration) -> float:
+        """Of the right continuations under a configuration."""
+        return sum(self.tried[one]) / sum(self.sizes)
+
+    def alone_bits_per_byte(self) -> list[float]:
+        """Of the right continuations, for each member by itself."""
+        return [sum(bits) / sum(self.sizes) for bits in self.alone]
+
+    def difference(self, one: Configuration, other: Sequence[float] | None = None) -> tuple[float, float]:
+        """Bits a byte above the baseline (or above such a list of bits), and the standard error."""
+        return paired_difference(self.tried[one], other or self.tried[self.baseline], self.sizes)
+
+    def preset(self, named: Sequence[str | Path], dev: DevSet, fuser: str) -> Preset:
+        """The choice as a preset, with what was measured.
+
+        Args:
+            named: the members as the caller named them.
+            dev: the items.
+            fuser: as the caller named it.
+        """
+        one = self.chosen
+        given: dict[str, Any] = {"weights": [round(weight, 6) for weight in one.ordered_weights()]}
+        given["fuser"] = fuser.partition(":")[0] if one.recipe else fuser
+        settings = {
+            "recipe": one.recipe,
+            "learning_rate": one.learning_rate,
+            "relative_temperature": one.temperature,
+            "confidence": one.confidence or None,
+        }
+        given |= {name: value for name, value in settings.items() if value is not None}
+        return Preset([str(named[i]) for i in one.order()], given, self._measured(dev))
+
+    def _measured(self, dev: DevSet) -> dict[str, Any]:
+        def by_name(values: Sequence[float]) -> dict[str, float]:
+            return {name: round(value, 5) for name, value in zip(self.names, values, strict=True)}
+
+        uniform = [self.bits_per_byte(self.space.default(main)) for main in range(len(self.names))]
+        difference, error = self.difference(self.chosen)
+        found: dict[str, Any] = {"task": dev.name, "split": "dev"} if dev.task else {"text": dev.name}
+        found |= {"items": len(self.sizes), "bytes": sum(self.sizes)}
+        found["bits_per_byte"] = {
+            "single": by_name(self.alone_bits_per_byte()),
+            "uniform, by main model": by_name(uniform),
+            "chosen": round(self.bits_per_byte(self.chosen), 5),
+        }
+        found["chosen_against_best_uniform"] = {
+            "difference": round(difference, 5),
+            "standard_error": round(error, 5),
+        }
+        if self.accuracy:
+            found["accuracy"] = {"items": self.answered, "single": by_name(self.accuracy)}
+        found["tried"] = len(self.tried)
+        found["weights_from"] = self.chosen.source
+        found["search"] = "finished" if self.finished else "ended by the time"
+        found["versions"] = {one: metadata.version(one) for one in ("deepen-ext", "torch", "transformers")}
+        found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return found
+
+
+def tune(
+    members: Sequence[Member],
+    dev: DevSet,
+    *,
+    minutes: float = 10.0,
+    fuser: str | FuseFunction = "deepen",
+    recipes: Sequence[Recipe] = RECIPES,
+    progress: Progress | None = None,
+) -> Tuning:
+    """Choose a configuration on dev items.
+
+    At most half of the time goes into reading, and less where the search would then not have time for some
+    thirty configurations on all items that were read. Two items are read, and the uniform configuration is
+    measured with each main model, however short the time is.
+
+    Args:
+        members: two or more, in any order.
+        dev: the items.
+        minutes: the budget, from this call on.
+        fuser: what is tuned; of "deepen" also recipe, learning rate and temperature.
+        recipes: those that may be chosen, the default first.
+        progress: called with a line of text as each stage goes on.
+
+    Raises:
+        InputError: fewer than two members, the fuser "single", no time; an item that exceeds a member's
+            context; and what `Ensemble` raises.
+        ModelError: a member's forward pass failed.
+    """
+    minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
+    if len(members) < 2 or fuser == "single":
+        raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+    if fuser == "deepen" and not recipes:
+        raise InputError("there are no recipes; name those that may be chosen")
+    space = Space(len(members), tuple(recipes) if fuser == "deepen" else ())
+    clock = Clock(minutes * 60)
+    say = progress or (lambda _: None)
+    work = Measurements(members, dev, space, fuser, clock, say)
+    work.read()
+    accuracy, answered = work.accuracy()
+    informed = {"likelihood": work.likelihood_weights()}
+    if (adapted := proportional(accuracy)) is not None:
+        informed = {"accuracy": adapted, **informed}
+    uniform = [space.default(main) for main in range(len(members))]
+    start = min(uniform, key=lambda one: sum(work.tried[one]))
+    finished = True
+    try:
+        search(start, space, informed, work.measure)
+    except OutOfTime:
+        finished = False
+    chosen = choose(work.tried, space, work.sizes)
+    work.save_rows()
+    return Tuning(
+        space=space,
+        names=tuple(unique_names(members)),
+        sizes=tuple(work.sizes),
+        alone=tuple(tuple(bits) for bits in work.alone),
+        accuracy=tuple(accuracy),
+        answered=answered,
+        tried={one: tuple(bits) for one, bits in work.tried.items()},
+        chosen=chosen,
+        finished=finished,
+    )

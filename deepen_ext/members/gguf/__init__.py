@@ -1,0 +1,1 @@
+"""GGUF files: read, checked and converted once to what transformers loads."""

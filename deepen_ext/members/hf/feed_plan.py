@@ -1,0 +1,105 @@
+"""In which order and company rows are fed, so that it costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from deepen_ext.members.hf.kv_cache import CHUNK
+
+# Tokens that a row must be spared before it takes states from another lane. The copy itself costs less than
+# one token fed (SmolLM2 on two cores: 0.5 ms and 5 us a position, where a token takes 3 ms). But the few
+# tokens of a step, which all rows feed at once, must not be taken apart because two texts go the same way.
+SHARED = 16
+
+# What a forward costs beside its tokens (its weights are read once), in tokens.
+_FORWARD_COST = {"cpu": 50, "cuda": 128}
+
+
+def groups(new: Mapping[int, int], device: str) -> list[list[int]]:
+    """Which rows to feed together, by how many tokens they have to feed.
+
+    A forward of b rows costs its fixed part and b times its widest row; the rows are cut, sorted by width,
+    where the sum is smallest. What is longer than a chunk goes by itself.
+    """
+    fixed = _forward_cost(device)
+    if len(set(new.values())) == 1 and sum(new.values()) <= CHUNK:
+        return [list(new)]
+    rows = sorted(new, key=lambda row: new[row])
+    best: list[tuple[int, int]] = [(0, 0)]  # for the first n rows: cost, and where the last group begins
+    for n in range(1, len(rows) + 1):
+        width = new[rows[n - 1]]
+        best.append(
+            min(
+                (best[begin][0] + fixed + (n - begin) * width, begin)
+                for begin in range(n)
+                if (n - begin) * width <= CHUNK or begin == n - 1
+            )
+        )
+    found = []
+    end = len(rows)
+    while end:
+        begin = best[end][1]
+        found.append(sorted(rows[begin:end]))
+        end = begin
+    return found[::-1]
+
+
+def cost(new: Mapping[int, int], device: str) -> int:
+    """What feeding these rows costs, in tokens, forwards' fixed parts included."""
+    fixed = _forward_cost(device)
+    return sum(fixed + len(group) * max(new[row] for row in group) for group in groups(new, device))
+
+
+def fed_first(wanted: Mapping[int, Sequence[int]], held: Mapping[int, int], device: str) -> list[int]:
+    """Rows to feed now; the others wait, to take from these what they share.
+
+    A row waits where one fed now spares it `SHARED` tokens or more. Of several prompts that begin alike the
+    longest goes alone, so that the rests are short; of several such groups, the longest of each. Nobody waits
+    where two rounds would cost more than one.
+
+    Args:
+        wanted: the ids that each row is to hold.
+        held: how many of them it holds already; fewer than all.
+        device: the kind of device, as torch names it.
+    """
+    first: list[int] = []
+    now, later = {}, {}
+    for row, ids in sorted(wanted.items(), key=lambda one: -len(one[1])):
+        left = len(ids) - held[row]
+        spared = 0
+        if left > SHARED and first:  # the last token is fed in any case, for its logits
+            common = max(common_prefix(ids, wanted[other]) for other in first)
+            spared = min(common, len(ids) - 1) - held[row]
+        if spared >= SHARED:
+            later[row] = left - spared
+        else:
+            first.append(row)
+            now[row] = left
+    if later:
+        at_once = cost({row: len(ids) - held[row] for row, ids in wanted.items()}, device)
+        if cost(now, device) + cost(later, device) >= at_once:
+            return list(wanted)
+    return first
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids the two have in common from the start. Of one type, list or tuple."""
+    low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:  # the usual case
+        return high
+    while low < high:  # slices are compared at the speed of C
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def in_common(rows: Sequence[list[int]]) -> int:
+    """How many ids all of these rows begin with: in their order, those between two share what the two do."""
+    return common_prefix(min(rows), max(rows))
+
+
+def _forward_cost(device: str) -> int:
+    return _FORWARD_COST.get(device, 128)

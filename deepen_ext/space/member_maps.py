@@ -1,0 +1,127 @@
+"""The relative maps of an ensemble's members: over the anchors they share, by one recipe, kept on disk."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError
+
+from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.ground.cache_folder import cache_dir, sweep
+from deepen_ext.ground.numbers import whole_number
+from deepen_ext.members.member import Member
+from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.relative_map import RelativeMap
+from deepen_ext.space.row_sources import PrefixRows, Recipe, RowSource, SimilarityRows
+
+
+class MapSettings(NamedTuple):
+    """What the rows of an ensemble are made by."""
+
+    recipe: Recipe
+    temperature: float | None
+    entries: int
+    cache: bool
+
+
+class MemberMaps:
+    """Anchors of some members and a relative map for each, on the main model's device.
+
+    Rows of earlier runs are read from the cache folder; `save` keeps the new ones there. With the main model
+    on CUDA all rows are computed at once, so that no step ever waits for the device.
+    """
+
+    def __init__(self, members: Sequence[Member], settings: MapSettings) -> None:
+        """Find the anchors and prepare the maps.
+
+        Raises:
+            InputError: fewer than 100 shared anchors, or a setting out of range.
+        """
+        self._members = list(members)
+        self._settings = settings
+        recipe, temperature, entries, cache = settings
+        self.anchors = shared_anchors([m.vocabulary for m in members], [m.eos_ids for m in members])
+        sources = _row_sources(members, self.anchors, recipe, temperature, entries)
+        device = members[0].device
+        self.maps = [RelativeMap.from_source(source, device) for source in sources]
+        self._files = _map_files(self.maps) if cache else []
+        self._saved = [0] * len(self.maps)
+        # The garbage collector may end a dropped run, which saves too, in the middle of a save.
+        self._saving = threading.RLock()
+        for relative, file in zip(self.maps, self._files, strict=False):
+            _read_rows(relative, file)
+        if device.type == "cuda":
+            for relative in self.maps:
+                relative.fill()
+            self.save()
+
+    def made_with(self, members: Sequence[Member], settings: MapSettings) -> bool:
+        """Whether these are the maps of the same members, in the same order, by the same settings."""
+        same = len(members) == len(self._members) and all(
+            a is b for a, b in zip(members, self._members, strict=True)
+        )
+        return same and settings == self._settings
+
+    def save(self) -> None:
+        """Write newly computed rows to the cache folder, for the next run."""
+        with self._saving:
+            for i, (relative, file) in enumerate(zip(self.maps, self._files, strict=False)):
+                if relative.rows_computed > self._saved[i]:
+                    computed = relative.rows_computed
+                    try:
+                        relative.save(file)
+                    except (OSError, SafetensorError) as error:  # the text is worth more than the rows
+                        warnings.warn(f"computed rows cannot be kept in {file}: {error}", stacklevel=2)
+                    self._saved[i] = computed
+
+
+def _row_sources(
+    members: Sequence[Member], anchors: Anchors, recipe: Recipe, temperature: float | None, entries: int
+) -> list[RowSource]:
+    device = members[0].device
+    entries = whole_number("entries", entries, 1)
+    if recipe == "bytes":
+        if temperature is not None:
+            raise InputError("the bytes recipe has no temperature; leave relative_temperature out")
+        prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
+        return [PrefixRows(anchors, prefixes, i, device=device) for i in range(len(members))]
+    similarity = []
+    for member, ids in zip(members, anchors.token_ids, strict=True):
+        # All rows of a map on CUDA are computed at once: there, whatever device the member is on.
+        embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
+        similarity.append(
+            SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
+        )
+    if recipe == "paper":
+        return list(similarity)
+    prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
+    return [PrefixRows(anchors, prefixes, i, rows) for i, rows in enumerate(similarity)]
+
+
+def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:
+    """Where the rows of each map are kept; [] with a warning where there is no such place."""
+    try:
+        folder = cache_dir("relative-maps", "rows")
+    except ModelError as error:
+        warnings.warn(f"computed rows are not kept for the next run: {error}", stacklevel=3)
+        return []
+    sweep(folder, ".tmp??????")  # safetensors' own, of a killed process
+    return [folder / f"{relative.fingerprint}.safetensors" for relative in maps]
+
+
+def _read_rows(relative: RelativeMap, file: Path) -> None:
+    """Take over an earlier run's rows. A damaged file is reported and its rows are computed anew."""
+    try:
+        if file.is_file():
+            relative.read(file)
+    except DeepenError as error:
+        warnings.warn(f"{error}: its rows are computed anew and the file replaced", stacklevel=3)
+        with suppress(OSError):  # where it cannot be removed, `save` says that it cannot be replaced
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"rows of earlier runs cannot be read from {file}: {error}", stacklevel=3)

@@ -1,0 +1,383 @@
+"""Token ids and bytes: one tokenizer's vocabulary as bytes, and the token ids of a text that grows.
+
+The members of an ensemble share text as bytes. The main model's tokens become bytes (`Vocabulary.bytes_of`),
+the bytes whole characters (`Utf8Stream`), and these an assistant's tokens (`GrowingText`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterable
+from copy import copy
+from functools import cached_property
+from typing import Any
+
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.text.cuts import CutFinder
+from deepen_ext.text.token_bytes import SPACE_MARK, Encoder, Kind, build_encoder, without_padding
+
+# Each breaks some tokenizer that changes text: lower-casing, accents, NFC, NFKC, stripped or folded
+# whitespace.
+_PROBES = (
+    "Hello world",
+    "The QUICK brown Fox, isn't it?",
+    "def f(x):\n\tif x >= 10:\n        return {'a': [x**2, -1.5e-3]}  # ok\n",
+    " leading space",
+    "  two leading and two trailing  ",
+    "\n\n\n\t \t\n",
+    "line\r\nline\rline\n",
+    "a  b   c    d                                   e",
+    "0 12 345 6789 3.14159 1,000,000 ²½",
+    "naïve façade Ångström ﬁ ① Ⅳ ｆｕｌｌ",  # noqa: RUF001
+    "e\u0301 n\u0303 a\u0308\u0323 \u1e0b\u0323 क्षि",
+    "今天天气很好，我们去公园吧。日本語カナ 한국어",  # noqa: RUF001
+    "👩‍👩‍👧‍👦 🇫🇷 👍🏽 ❤️ 𝔘𝔫𝔦 \U0001f9ff",  # noqa: RUF001
+    "\u00a0\u2003\u200b\u200d\ufeff\u2028",
+    "a\u2581b\u2581",
+    "ﷺ שָׁלוֹם مَرْحَبًا",
+)
+
+
+class Vocabulary:
+    """One tokenizer, seen as bytes.
+
+    Text is carried byte for byte. This asks for a departure from some tokenizers, always on a private view:
+    Unicode NFC (in transformers' Qwen 2) is left out, the dummy space that SentencePiece puts before a text
+    stands before the text only, never after a special token, and a literal `▁`, which SentencePiece would
+    turn into a space, is spelt in byte tokens. A text that begins with a space keeps it behind the dummy
+    space (`▁▁the`), as in SentencePiece; the Metaspace step of transformers (Llama 2, Mistral) puts no dummy
+    space before such a text, so that " the" and "the" would be the same ids. An added token of text never
+    takes the spaces beside it along (Phi-3's `</s>`). For text in NFC without special tokens or `▁`, and
+    without spaces at its start or beside an added token, the ids are those of the tokenizer.
+
+    Attributes:
+        tokens: bytes by id, length `vocab_size`; None where the token has no text (special, unused, beyond
+            the tokenizer). A token of part of a UTF-8 character holds that part.
+        prefix_ids: what the tokenizer puts before every text (BOS); [] where it puts nothing.
+        name: the tokenizer's name in messages.
+    """
+
+    def __init__(
+        self, encoder: Encoder, tokens: list[bytes | None], prefix_ids: list[int], name: str
+    ) -> None:
+        self.tokens = tokens
+        self.prefix_ids = prefix_ids
+        self.name = name
+        self._encoder = encoder
+        self._view = encoder.view
+        self._mark_ids: list[int] = []  # SentencePiece only: `▁` spelt in byte tokens
+        if encoder.kind == "sentencepiece":
+            self._mark_ids = [i for byte in SPACE_MARK.encode() if (i := encoder.byte_ids[byte]) is not None]
+        self.cuts = CutFinder(encoder)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, vocab_size: int | None = None, *, name: str = "") -> Vocabulary:
+        """Read a transformers fast tokenizer (or a `tokenizers.Tokenizer`) and check that text survives it.
+
+        Args:
+            tokenizer: what `AutoTokenizer.from_pretrained` returns. It is neither changed nor copied. The
+                padding and truncation of a `tokenizers.Tokenizer` are left out.
+            vocab_size: rows of the model's embedding or logits; default: one more than the largest id. A
+                special token beyond the rows is left out: its name in a text is read as any other text.
+            name: for messages; default: the tokenizer's `name_or_path`.
+
+        Raises:
+            ModelError: unsupported family; an id beyond the rows that text can give, or that stands before
+                every text; the first probe text that does not come back byte for byte.
+        """
+        name = name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
+        tokenizer = without_padding(tokenizer)
+        encoder = build_encoder(tokenizer, name, vocab_size)
+        size = encoder.id_bound if vocab_size is None else vocab_size
+        prefix_ids = _prefix_ids(tokenizer, name)
+        if any(token_id >= size for token_id in prefix_ids):
+            raise ModelError(
+                f"{name}: the tokenizer puts the ids {prefix_ids} before every text, but the model has only "
+                f"{size} rows; the tokenizer belongs to another model"
+            )
+        vocabulary = cls(encoder, encoder.token_bytes(size), prefix_ids, name)
+        vocabulary._check(tokenizer)
+        return vocabulary
+
+    @property
+    def kind(self) -> Kind:
+        """The family: "byte_level" or "sentencepiece"."""
+        return self._encoder.kind
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's logits; `len(tokens)`."""
+        return len(self.tokens)
+
+    @property
+    def id_bound(self) -> int:
+        """One more than the tokenizer's largest id that the model has a row for; at most `vocab_size`."""
+        return self._encoder.id_bound
+
+    @property
+    def unfit(self) -> dict[int, str]:
+        """Special tokens that the model has no row for: names by id. No text gives their ids."""
+        return dict(self._encoder.unfit)
+
+    @property
+    def lost_bytes(self) -> frozenset[int]:
+        """Bytes the tokenizer has no token for and drops from text (21 in SmolLM2, of no printable text)."""
+        return self._encoder.lost_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over kind, tokens, prefix, settings and ids of sample texts. Computed when first used.
+
+        The samples (`_PROBES`, and some 2,000 tokens) stand for the merges, which only the tokenizer's whole
+        JSON names: writing that out takes 75 MB and half a second for Gemma.
+        """
+        digest = hashlib.sha256(f"{self.kind} {self._encoder.dummy_prefix} {self.prefix_ids} ".encode())
+        digest.update(b"".join(b"-1 " if t is None else b"%d " % len(t) for t in self.tokens))
+        digest.update(b"".join(filter(None, self.tokens)))
+        encoder = self._encoder
+        added = [repr(encoder.added[i]) for i in sorted(encoder.added)]
+        digest.update(repr((encoder.normalizer_parts, encoder.pre_tokenizer_parts, added)).encode())
+        sample = (
+            text.decode(errors="ignore") for text in self.tokens[:: len(self.tokens) // 2000 + 1] if text
+        )
+        for text in (*_PROBES, *sample):
+            digest.update(repr(self.encode(text)).encode())
+        return digest.hexdigest()
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes; b"" where it has no text. InputError for an id outside the vocabulary."""
+        if not 0 <= token_id < len(self.tokens):
+            raise InputError(f"{self.name}: token id {token_id} is outside its {len(self.tokens)} tokens")
+        return self.tokens[token_id] or b""
+
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> bytes:
+        """The bytes of a whole text's ids, less the dummy space.
+
+        `decode(encode(text)) == text.encode()`, but for special tokens in the text and `lost_bytes`.
+
+        Args:
+            ids: token ids, with or without `prefix_ids` before them.
+            continues: the ids go on from earlier ones, so that no dummy space stands before them.
+        """
+        ids = list(ids)
+        data = b"".join(map(self.bytes_of, ids))
+        if continues or not self._encoder.dummy_prefix:
+            return data
+        start = len(self.prefix_ids) if ids[: len(self.prefix_ids)] == self.prefix_ids else 0
+        has_dummy = len(ids) > start and ids[start] not in self._encoder.added
+        return data[1:] if has_dummy and data[:1] == b" " else data
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without `prefix_ids`; added tokens in it are matched as the tokenizer does."""
+        return self.encode_spans(text)[0]
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a whole text, and for each where it ends in the text, in characters.
+
+        InputError for a text with lone surrogates, which has no bytes in UTF-8.
+        """
+        check_characters(text)
+        if not self._encoder.dummy_prefix or not text:
+            return self.encode_part(text, 0)
+        first = self._view.encode(text, add_special_tokens=False).ids[:1]
+        if first and first[0] in self._encoder.added and text[0] != SPACE_MARK:
+            return self.encode_part(text, 0)
+        return self.encode_part(" " + text, -1)
+
+    def encode_part(self, text: str, offset: int) -> tuple[list[int], list[int]]:
+        """`encode_spans` for a text that goes on from an earlier one at a cut, `offset` characters in."""
+        if not (self._mark_ids and SPACE_MARK in text):
+            encoding = self._view.encode(text, add_special_tokens=False)
+            return encoding.ids, [end + offset for _, end in encoding.offsets]
+        ids: list[int] = []
+        ends: list[int] = []
+        for i, piece in enumerate(text.split(SPACE_MARK)):
+            if i:
+                offset += 1
+                ids += self._mark_ids
+                ends += [offset] * len(self._mark_ids)
+            encoding = self._view.encode(piece, add_special_tokens=False)
+            ids += encoding.ids
+            ends += [end + offset for _, end in encoding.offsets]
+            offset += len(piece)
+        return ids, ends
+
+    def _check(self, tokenizer: Any) -> None:
+        """Round trip over `_PROBES`, and the same ids as the tokenizer where nothing sets them apart."""
+        for text in _PROBES:
+            ids = self.encode(text)
+            back = self.decode(ids)
+            if back != text.encode():
+                raise ModelError(
+                    f"{self.name}: text does not survive this tokenizer: {text!r} comes back as "
+                    f"{back.decode(errors='replace')!r}; use a model whose tokenizer keeps text byte for byte"
+                )
+            apart = SPACE_MARK in text or text[0].isspace() or unicodedata.normalize("NFC", text) != text
+            if not apart and ids != _plain_ids(tokenizer, text):
+                raise ModelError(
+                    f"{self.name}: this tokenizer encodes {text!r} in a way that is not understood "
+                    "(an unusual normalizer or pre-tokenizer); use another model"
+                )
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return list(getattr(encoded, "ids", encoded))
+
+
+def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
+    text = "Hello world"
+    encoded = tokenizer.encode(text, add_special_tokens=True)
+    whole, plain = list(getattr(encoded, "ids", encoded)), _plain_ids(tokenizer, text)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise ModelError(f"{name}: its special tokens change the ids of the text itself; use another model")
+
+
+def check_characters(text: str) -> None:
+    """Raise InputError for a text with lone surrogates, which has no bytes in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text has a lone surrogate at character {error.start}, which is not a character; "
+            "decode it as UTF-8 first"
+        ) from error
+
+
+def whole_characters(data: bytes) -> str:
+    """The longest prefix of the bytes that is valid UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode()
+
+
+class GrowingText:
+    """A member's token ids for a text that only grows.
+
+    After any sequence of appends, `ids == prefix_ids + encode(whole text)`. An append encodes again only what
+    stands after the last cut before the old end (see `cuts.py`), most often the last word. Neither an append
+    nor a question looks at anything before that, so that both cost the same however long the text.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, text: str, *, prefix: bool = True) -> None:
+        """Encode the text; `prefix=False` leaves `prefix_ids` out (a chat template writes its own)."""
+        self._vocabulary = vocabulary
+        # `_ends`: where each id ends, in characters; without the prefix.
+        ids, self._ends = vocabulary.encode_spans(text)
+        self._start = len(vocabulary.prefix_ids) if prefix else 0
+        self.ids: list[int] = vocabulary.prefix_ids[: self._start] + ids
+        # The text is `_settled`, then `_tail`, which begins at the last cut before the text's last character.
+        self._cut = vocabulary.cuts.last(text, len(text) - 1)
+        self._settled = [text[: self._cut]]
+        self._tail = text[self._cut :]
+
+    @property
+    def text(self) -> str:
+        """The whole text so far."""
+        return "".join(self._settled) + self._tail
+
+    def copy(self) -> GrowingText:
+        """The same text, to go on in another way."""
+        twin = copy(self)
+        twin.ids, twin._ends, twin._settled = list(self.ids), list(self._ends), list(self._settled)
+        return twin
+
+    def keeps_ids(self, text: str) -> bool:
+        """Whether `append(text)` would leave all present ids as they are. Changes nothing.
+
+        Most often the text begins a new word, and two characters tell; else the last word is encoded again.
+        """
+        if not text or not self._tail or self._vocabulary.cuts.at(self._tail[-1], text[0]):
+            return True
+        present = self.ids[self._kept() + self._start :]
+        return self._encoded(self._tail + text)[0][: len(present)] == present
+
+    def append(self, text: str) -> int:
+        """Add text to the end; returns how many ids, from the start, are the same as before.
+
+        `ids` is changed in place, from that place on.
+
+        Raises:
+            InputError: a lone surrogate in the text; nothing was added.
+        """
+        if not text:
+            return len(self.ids)
+        check_characters(text)
+        cuts = self._vocabulary.cuts
+        old = len(self._tail)
+        if old and cuts.at(self._tail[-1], text[0]):
+            self._settle(old)
+            old = 0
+        tail = self._tail + text
+        kept = self._kept()
+        ids, ends = self._encoded(tail)
+        self._ends[kept:] = ends
+        self._tail = tail
+        start = kept + self._start
+        before = self.ids[start:]
+        same = 0
+        for one, other in zip(before, ids, strict=False):
+            if one != other:
+                break
+            same += 1
+        self.ids[start + same :] = ids[same:]
+        for place in range(len(tail) - 1, old, -1):
+            if cuts.at(tail[place - 1], tail[place]):
+                self._settle(place)
+                break
+        return start + same
+
+    def _kept(self) -> int:
+        """How many ids stand before the tail; the prefix is not among them."""
+        return bisect_right(self._ends, self._cut) if self._cut else 0
+
+    def _encoded(self, tail: str) -> tuple[list[int], list[int]]:
+        """Ids and ends of a text that begins where the tail does."""
+        return (
+            self._vocabulary.encode_part(tail, self._cut)
+            if self._cut
+            else self._vocabulary.encode_spans(tail)
+        )
+
+    def _settle(self, count: int) -> None:
+        """The tail's first characters stand: there is a cut after them."""
+        self._settled.append(self._tail[:count])
+        self._tail = self._tail[count:]
+        self._cut += count
+
+
+class Utf8Stream:
+    """Bytes of a stream of tokens -> whole characters. Invalid bytes become U+FFFD, as in `bytes.decode`."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def copy(self) -> Utf8Stream:
+        """The same stream, to go on in another way."""
+        twin = Utf8Stream()
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
+
+    def feed(self, data: bytes) -> str:
+        """The characters that `data` completes; "" while one is unfinished."""
+        return self._decoder.decode(data)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an unfinished character waits for its other bytes."""
+        return bool(self.unfinished)
+
+    @property
+    def unfinished(self) -> bytes:
+        """What there is of an unfinished character."""
+        return self._decoder.getstate()[0]
+
+    def finish(self) -> str:
+        """The stream has ended: an unfinished character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
