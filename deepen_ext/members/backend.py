@@ -1,0 +1,206 @@
+"""What computes a member's distributions: the promise that every backend keeps.
+
+    backend.open(lanes, capacity) -> Session     several texts, each in a lane
+    session.ask({lane: ids}, k)   -> Answer      the work is under way
+    answer.wait()                 -> Distribution   of the token after each of these texts
+
+Everything above `members/` (fusion, the loop, likelihood, the doctor) sees a model through these alone. A new
+backend is a file here or a folder of its own, and passes tests/contract/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.members.distribution import Distribution
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can say.
+
+    Attributes:
+        logits: its distributions have full logits.
+        max_topk: the largest k it gives; None for any. Asked for more, it gives this many.
+        repeatable: a text gets the same numbers however it was fed: in one piece or token by token, alone or
+            beside others (up to the rounding of float32 sums). Servers with prefix caches and models of
+            quantised activations do not promise that.
+    """
+
+    logits: bool
+    max_topk: int | None
+    repeatable: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """Facts about the model behind a backend, for readers; None where the backend cannot know.
+
+    Attributes:
+        architecture: the model's family, such as "llama".
+        parameters: number of weights.
+        dtype: of the weights, such as "float32".
+        weights_bytes: bytes of the weights.
+        cache_bytes: bytes of the KV cache of one lane with 1,000 tokens.
+    """
+
+    architecture: str
+    parameters: int | None
+    dtype: str | None
+    weights_bytes: int | None
+    cache_bytes: int | None
+
+
+class Answer(Protocol):
+    """Distributions that are on their way."""
+
+    def wait(self) -> Distribution:
+        """The distributions, once; for `positions` p, p of each lane, lane after lane in the order asked.
+
+        Raises:
+            ModelError: the forward pass failed; the member's name is in the message.
+        """
+        ...
+
+
+class Session(Protocol):
+    """Several texts through one model, each in a lane 0..lanes-1 of its own.
+
+    One thread at a time uses a session. After any error it can go on: a lane then holds what it surely has
+    read. Every error names the member.
+    """
+
+    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
+        """Bring lanes to these ids and ask for the distributions after the last `positions` ids of each.
+
+        Of each lane the prefix that its present ids share with the new ones is kept, and only the rest is
+        computed. Lanes that are not named stay as they are. The work starts here and may go on until `wait`;
+        what was asked is waited for before the session is asked again.
+
+        Args:
+            targets: whole id lists by lane, the model's BOS included where it has one.
+            k: how many of the most probable tokens are wanted.
+            positions: how many of the last ids; after each of them the distribution is given. At most as many
+                as the shortest of the lists has ids.
+
+        Raises:
+            InputError: no ids, an id outside the vocabulary, more ids than the context holds, fewer ids than
+                positions, or a lane that does not exist or was released.
+            ModelError: the forward pass failed.
+        """
+        ...
+
+    def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
+        """Bring a lane to these ids, giving the distribution after ``ids[start]`` and after every later id.
+
+        They come in blocks, in the order of the ids; each is the caller's to keep. Dropped half way, or after
+        any error, the lane holds what was fed so far.
+
+        Raises:
+            InputError: see `ask`; a start that is no place in the ids.
+            ModelError: the forward pass failed.
+        """
+        ...
+
+    def set_aside(self, lane: int) -> None:
+        """Keep a lane that is not asked for a while out of the way. Any `ask` may name it again."""
+        ...
+
+    def release(self, lane: int) -> None:
+        """The lane's text has ended: its room is freed, and it cannot be asked any more."""
+        ...
+
+    def close(self) -> None:
+        """Release all lanes and free everything. A second call does nothing."""
+        ...
+
+    @property
+    def bytes_held(self) -> Mapping[torch.device, int]:
+        """Bytes of its caches by device, as far as they are allocated; {} where they are elsewhere."""
+        ...
+
+
+class Backend(Protocol):
+    """One model, wherever it is computed. Threads may share it; each opens sessions of its own.
+
+    Attributes:
+        name: the member's, for errors.
+        vocab_size: V, how many logits the model gives or would give (may exceed the tokenizer's tokens).
+        context_length: the most tokens of a text; None where nothing says so.
+        device: where its distributions are.
+        capabilities: what it can say.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def context_length(self) -> int | None: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def capabilities(self) -> Capabilities: ...  # noqa: D102
+
+    def open(self, lanes: int = 1, capacity: int = 0) -> Session:
+        """A session.
+
+        Args:
+            lanes: number of texts side by side.
+            capacity: expected tokens of a text. More may come.
+
+        Raises:
+            ModelError: the model cannot do this, such as two texts of different lengths at once.
+        """
+        ...
+
+    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
+        """Bytes by device that a new session takes, with so many tokens in every lane; {} where it is remote.
+
+        What the backend holds idle for its next session is not counted again.
+        """
+        ...
+
+    def embedding(self) -> torch.Tensor | None:
+        """Input embeddings [rows, d] in the model's dtype, for similarity rows; None where out of reach."""
+        ...
+
+    def fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        """Identifies the weights: equal for two backends of one model.
+
+        Args:
+            dtype: of the weights as rounded to this dtype, so that copies in other precisions are found. None:
+                as they are, from samples of each weight.
+        """
+        ...
+
+    def describe(self) -> Description:
+        """Facts for readers."""
+        ...
+
+    def close(self) -> None:
+        """Give back what no later session will use. The backend is not used after this."""
+        ...
+
+
+def require(backend: Backend, capability: str, what: str) -> None:
+    """Refuse early what a backend lacks.
+
+    Args:
+        backend: of the member.
+        capability: a field of `Capabilities` that must be true.
+        what: what needs it, such as "weights='prompt'".
+
+    Raises:
+        InputError: it lacks the capability; the message names member, capability and use.
+    """
+    if not getattr(backend.capabilities, capability):
+        raise InputError(
+            f"{backend.name}: {what} needs a member with the capability '{capability}', and its backend has "
+            f"only its most probable tokens; leave {what} out, or run this member in process"
+        )

@@ -1,0 +1,145 @@
+"""What a backend says: next-token distributions, as logits where it has them, else as the most probable tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from deepen_ext.ops.topk_softmax import TopK, launch_many
+
+
+@dataclass(eq=False)
+class Distribution:
+    """The next-token distributions of n positions, on the device of the backend that computed them.
+
+    A backend with full logits gives them and leaves the top-k to be taken when somebody asks, so that the
+    top-k of several members is one launch (`take_topk`). Any other backend gives its top-k. Either way a
+    reader finds `topk`. Tensors are to be read only, unless a method says otherwise.
+
+    Attributes:
+        name: the member's, for errors.
+        vocab_size: V, the number of logits the member has or would have.
+        k: how many tokens `topk` has, at most V.
+        logits: [n, V] in float32, float16 or bfloat16, contiguous; None where the backend has none.
+    """
+
+    name: str
+    vocab_size: int
+    k: int
+    logits: torch.Tensor | None = None
+    known_topk: TopK | None = None
+
+    def __len__(self) -> int:
+        """Number of positions n."""
+        return len(self._tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._tensor.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the backend gave."""
+        return self.logits.nbytes if self.logits is not None else sum(one.nbytes for one in self.topk)
+
+    @property
+    def topk(self) -> TopK:
+        """The k most probable tokens: ids int32 [n, k], probabilities float32 [n, k] and tail [n].
+
+        Probabilities are of the full softmax. Rows without a softmax (NaN, nothing but -inf) have a status
+        other than 0: nobody has looked at it yet.
+        """
+        if self.known_topk is None:
+            take_topk([self])
+            assert self.known_topk is not None
+        return self.known_topk
+
+    def log_probs(self) -> torch.Tensor:
+        """Scores [n, V] that a softmax takes: the logits as they are; without them log-probabilities.
+
+        There the k most probable tokens have their natural logarithms in float32, all others -inf.
+        """
+        if self.logits is not None:
+            return self.logits
+        top = self.topk
+        scores = torch.full((len(self), self.vocab_size), -torch.inf, device=self.device)
+        return scores.scatter_(1, top.ids.long(), top.probs.log())
+
+    def without(self, ids: torch.Tensor, *, in_place: bool = False) -> Distribution:
+        """The same with probability 0 for these ids (int64 [m], on this device), the others scaled to sum to 1.
+
+        Of a backend without logits only ids among its top-k are known, and these alone are taken out.
+
+        Args:
+            ids: see above.
+            in_place: the logits are the caller's, and may be written to.
+        """
+        if not len(ids):
+            return self
+        if self.logits is None:
+            return replace(self, known_topk=_without(self.topk, ids))
+        with torch.inference_mode(in_place):  # what a session gives can be written to there alone
+            masked = (
+                self.logits.index_fill_(1, ids, -torch.inf)
+                if in_place
+                else self.logits.index_fill(1, ids, -torch.inf)
+            )
+        return replace(self, logits=masked, known_topk=None)
+
+    def at(self, positions: Sequence[int]) -> Distribution:
+        """Some of the positions, in this order: a view where they follow one another, else a copy."""
+        first = positions[0] if positions else 0
+        if list(positions) == list(range(first, first + len(positions))):
+            rows: slice | torch.Tensor = slice(first, first + len(positions))
+        else:
+            rows = torch.tensor(positions, dtype=torch.long).to(self.device)
+        return replace(
+            self,
+            logits=None if self.logits is None else self.logits[rows],
+            known_topk=None if self.known_topk is None else TopK(*(one[rows] for one in self.known_topk)),
+        )
+
+    def clone(self) -> Distribution:
+        """A copy of what the backend gave, which nothing else holds on to."""
+        if self.logits is not None:
+            return replace(self, logits=self.logits.clone(), known_topk=None)
+        return replace(self, known_topk=TopK(*(one.clone() for one in self.topk)))
+
+    @property
+    def _tensor(self) -> torch.Tensor:
+        return self.logits if self.logits is not None else self.topk.ids
+
+
+def joined(parts: Sequence[Distribution]) -> Distribution:
+    """The positions of one member's distributions, one after the other."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if all(one.logits is not None for one in parts):
+        return replace(first, logits=torch.cat([one.log_probs() for one in parts]), known_topk=None)
+    tops = zip(*(one.topk for one in parts), strict=True)
+    return replace(first, logits=None, known_topk=TopK(*(torch.cat(same) for same in tops)))
+
+
+def take_topk(distributions: Sequence[Distribution]) -> None:
+    """Take the top-k of all that do not have theirs yet: on one device, for one k, in one launch."""
+    missing: dict[int, list[Distribution]] = {}
+    for one in distributions:
+        if one.known_topk is None:
+            missing.setdefault(one.k, []).append(one)
+    for k, same in missing.items():
+        logits = [one.logits for one in same if one.logits is not None]
+        names = [f"logits of {one.name}" for one in same]
+        for one, topk in zip(same, launch_many(logits, k, names), strict=True):
+            one.known_topk = topk
+
+
+def _without(topk: TopK, ids: torch.Tensor) -> TopK:
+    kept = torch.where(torch.isin(topk.ids, ids), 0.0, topk.probs)
+    # Sorted down again, ties to the lower id as before: what is taken out comes last.
+    probs, order = kept.sort(dim=1, descending=True, stable=True)
+    scale = 1 / (probs.sum(dim=1) + topk.tail).clamp(min=torch.finfo(torch.float32).tiny)
+    return TopK(topk.ids.gather(1, order), probs * scale[:, None], topk.tail * scale, topk.status)
