@@ -16,6 +16,7 @@ from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompt
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.stream import TextStream
+from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
 from deepen_ext.fusers.weights import check_weights
@@ -166,6 +167,16 @@ class Ensemble:
         )
         alone = len(members) == 1
         self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware and not alone else None
+        self.team = Team(
+            tuple(members),
+            tuple(self.names),
+            self.fuser,
+            self.method,
+            tuple(self.weights),
+            self.weighs_prompts,
+            self.boundary_rule,
+            self._maps,
+        )
 
     @classmethod
     def from_pretrained(
@@ -328,7 +339,7 @@ class Ensemble:
             settings = Settings.read(self.members[0], generation_config, **decoding)
             prompts = read_prompts(self.members, prompt, without_template)
             return Run(
-                self,
+                self.team,
                 prompts,
                 settings,
                 certified_skip=certified_skip,

@@ -67,9 +67,9 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 seed=seed,
             )
             rows = _unmasked(input_ids, model_inputs.get("attention_mask"))
-            prompts = AssistantsPrompts(ensemble, messages, without_template)
+            prompts = AssistantsPrompts(ensemble.members, messages, without_template)
             run = Run(
-                ensemble,
+                ensemble.team,
                 [Prompt(ids, *prompts.read(row, len(rows), ids)) for row, ids in enumerate(rows)],
                 settings,
                 certified_skip=certified_skip,

@@ -66,8 +66,8 @@ class DeepenLogitsProcessor(LogitsProcessor):
                 tokens without text only those that end a text are ever written.
         """
         main = ensemble.members[0]
-        self._ensemble = ensemble
-        self._prompts = AssistantsPrompts(ensemble, messages, without_template)
+        self._team = ensemble.team
+        self._prompts = AssistantsPrompts(ensemble.members, messages, without_template)
         self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
         ends = (
             [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
@@ -103,7 +103,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
         """Free the assistants' caches, and keep the relative rows that were computed."""
         if self._assistants is not None:
             self._assistants.close()
-            self._ensemble.save_rows()
+            self._team.save_rows()
         self._assistants = self._call = None
         self._seen = []
 
@@ -122,7 +122,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
         if self._assistants is None or len(seen) != len(rows):
             self.close()
             read = [self._read(i, row) for i, row in enumerate(rows)]
-            self._assistants = assistants = Assistants(self._ensemble, [texts for texts, _ in read])
+            self._assistants = assistants = Assistants(self._team, [texts for texts, _ in read])
             assistants.open()
             for i, (_, data) in enumerate(read):
                 assistants.append(i, data)
@@ -132,7 +132,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
             order = [i if source is None else source for i, source in enumerate(sources)]
             if order != list(range(len(rows))):
                 assistants.reorder(order)
-            main = self._ensemble.members[0]
+            main = self._team.main
             for i, (row, source) in enumerate(zip(rows, sources, strict=True)):
                 if source is None:
                     texts, data = self._read(i, row)
@@ -184,7 +184,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
     def _source(self, i: int, row: list[int], seen: list[list[int]]) -> int | None:
         """The row of the last call that this one goes on from; None where it begins anew."""
         prompts = self._prompts_of
-        prefix = len(self._ensemble.members[0].vocabulary.prefix_ids)
+        prefix = len(self._team.main.vocabulary.prefix_ids)
         for j in (i, *range(len(seen))):
             # Nothing but BOS: whether the first token's space is its own is known with the whole.
             some_text = len(seen[j]) - prompts[j].kept.count(False) > prefix

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from deepen_ext.decoding.prompts import Messages, is_batch
 from deepen_ext.errors import InputError
@@ -11,20 +11,17 @@ from deepen_ext.members.chat import PromptText, WithoutTemplate, chat_texts
 from deepen_ext.members.member import Member
 from deepen_ext.text.vocabulary import Utf8Stream
 
-if TYPE_CHECKING:
-    from deepen_ext.ensemble import Ensemble
-
 
 class AssistantsPrompts:
     """What the assistants read as the prompt: a chat in their own templates, or the text of the main ids."""
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        members: Sequence[Member],
         messages: Messages | Sequence[Messages] | None,
         without_template: WithoutTemplate,
     ) -> None:
-        self._main, *self._assistants = ensemble.members
+        self._main, *self._assistants = members
         self._chats: list[list[PromptText]] | None = None
         if messages is not None:
             chats = cast("Sequence[Messages]", messages if is_batch(messages) else [messages])

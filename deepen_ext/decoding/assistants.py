@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.shared_forwards import Session, SharedForwards, open_session
+from deepen_ext.decoding.team import Team
 from deepen_ext.errors import failures_of
 from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.fusers.weights import PromptScore, read_prompts
 from deepen_ext.members.chat import PromptText
 from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
-
-if TYPE_CHECKING:
-    from deepen_ext.ensemble import Ensemble
 
 # Why no assistant was asked about a row's token; None where they were.
 Reason = Literal["settled", "gated", "unfinished character", "boundary"]
@@ -46,7 +44,7 @@ class Assistants:
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        team: Team,
         texts: Sequence[Sequence[PromptText]],
         *,
         places: int | None = None,
@@ -56,14 +54,14 @@ class Assistants:
         """Encode the prompts; `open` comes before the first `step`.
 
         Args:
-            ensemble: whose members 1.. these are.
+            team: whose members 1.. these are.
             texts: of each row, the prompt as each assistant reads it.
             places: so many of the rows, the first ones, are written at once; None for all.
             new_tokens: how many tokens a row may grow by, as far as is known.
             shared: forwards to share with other runs.
         """
-        self._ensemble = ensemble
-        self._members = ensemble.members[1:]
+        self._team = team
+        self._members = team.members[1:]
         self._texts = [self._begun(own) for own in texts]
         self._unread = [[""] * len(self._members) for _ in texts]
         self._bytes = [[len(one.text.encode()) for one in own] for own in texts]
@@ -73,7 +71,7 @@ class Assistants:
         self._new_tokens = new_tokens
         self._shared = shared
         self._sessions: list[Session] = []
-        self.weights: list[list[float]] = [ensemble.weights] * len(texts)  # of each row
+        self.weights: list[Sequence[float]] = [team.weights] * len(texts)  # of each row
 
     def open(self) -> None:
         """Make the sessions. On CUDA they take over the buffers of earlier ones."""
@@ -173,7 +171,7 @@ class Assistants:
         Args:
             main_logits: [b, V_main], of the next token of these rows.
             rows: their b numbers.
-            main: `ensemble.fuser.top(0, main_logits)`, where it is known already.
+            main: `team.fuser.top(0, main_logits)`, where it is known already.
             unneeded: of each row, why its token needs no assistant, or None.
 
         Raises:
@@ -185,7 +183,7 @@ class Assistants:
             if reasons[i] is None and self._characters[row].pending:
                 reasons[i] = "unfinished character"
         open_rows = [i for i, reason in enumerate(reasons) if reason is None]
-        fuser, rule = self._ensemble.fuser, self._ensemble.boundary_rule
+        fuser, rule = self._team.fuser, self._team.boundary_rule
         if main is None:
             main = fuser.top(0, main_logits)
         candidates = candidates_of(main.topk, open_rows) if rule is not None and open_rows else {}
@@ -194,7 +192,7 @@ class Assistants:
         logits: list[torch.Tensor | None] = [main_logits]
         speaks: list[list[int] | None] = [None]
         for i, session in enumerate(self._sessions):
-            name = self._ensemble.names[i + 1]
+            name = self._team.names[i + 1]
             began = perf_counter()
             texts = {k: self._text(rows[k], i) for k in open_rows}
             if rule is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
+from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
@@ -26,9 +27,6 @@ from deepen_ext.fusers.weights import prompt_weights, read_prompts
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.members.member import forbid
 from deepen_ext.members.memory import find_shortage
-
-if TYPE_CHECKING:
-    from deepen_ext.ensemble import Ensemble
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Run:
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        team: Team,
         prompts: Sequence[Prompt],
         settings: Settings,
         *,
@@ -77,7 +75,7 @@ class Run:
         """Check that everything fits, before anything is computed.
 
         Args:
-            ensemble: whose members write.
+            team: whose members write.
             prompts: one for each row.
             settings: of the decoding.
             certified_skip: ask the assistants only where they can change a greedy token.
@@ -99,16 +97,16 @@ class Run:
                 "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
                 "which is not exact"
             )
-        fuser = ensemble.fuser
+        fuser = team.fuser
         if certified_skip and not isinstance(fuser, DeepenFuser):
-            raise InputError(f"certified_skip bounds the inverse search, which {ensemble.method} has not")
+            raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
         if confidence_gate is not None:
             real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
         if streamer is not None and len(prompts) > 1:
             raise InputError("a streamer takes one prompt; leave it out, or give the prompts one at a time")
         if batch_size is not None:
             batch_size = whole_number("the batch size", batch_size, 1)
-        self.ensemble = ensemble
+        self._team = team
         self.settings = settings
         self._rows = [
             _Row(list(one.main_ids), len(one.main_ids), settings.new_tokens(len(one.main_ids)))
@@ -120,7 +118,7 @@ class Run:
         self._waiting = deque(range(at_once, len(prompts)))
         self._begun = list(self._active)  # since the last step
         self._assistants = Assistants(
-            ensemble,
+            team,
             [prompt.texts for prompt in prompts],
             places=at_once,
             new_tokens=longest,
@@ -132,12 +130,12 @@ class Run:
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
         capacity = max(row.prompt_length + row.new_tokens for row in self._rows)
-        self._main = open_session(ensemble.members[0], at_once, capacity, shared)
-        main = ensemble.members[0]
+        self._main = open_session(team.main, at_once, capacity, shared)
+        main = team.main
         named = main.special_in(settings.every_stop_string)  # they end the text, so they can be written
         self._unwritable = main.unwritable([*settings.eos_ids, *named])
         self._shared = shared is not None
-        self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], ensemble.device)
+        self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
         self._criteria = [settings.criteria() for _ in prompts]
         self._certificate = (
             Certificate(fuser.learning_rate, fuser.steps, self._chooser, log_probs=fuser.log_probs)
@@ -148,7 +146,7 @@ class Run:
         self._cancelled = False
         self._streamer = streamer
         self._longest_stop = max(map(len, settings.stop_strings), default=0)
-        self._timings = Timings(members_ms=dict.fromkeys(ensemble.names, 0.0), rows=at_once)
+        self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=at_once)
         self._steps = OneReader(self._write())
 
     def __iter__(self) -> Iterator[list[Written]]:
@@ -201,9 +199,9 @@ class Run:
 
     def _step(self) -> list[Written]:
         """One token for every row that is not finished."""
-        rows, timings, names = list(self._active), self._timings, self.ensemble.names
+        rows, timings, names = list(self._active), self._timings, self._team.names
         began = perf_counter()
-        if self._begun and self.ensemble.weighs_prompts:
+        if self._begun and self._team.weighs_prompts:
             self._weigh_prompts(self._begun)
         self._begun = []
         targets = {self._assistants.places[row]: self._rows[row].ids for row in rows}
@@ -211,7 +209,7 @@ class Run:
         # Those of a session of its own nobody else reads.
         main_logits = forbid(main_logits, self._unwritable, in_place=not self._shared)
         read = perf_counter()
-        main = self.ensemble.fuser.top(0, main_logits)
+        main = self._team.fuser.top(0, main_logits)
         reasons = self._unneeded(main_logits, main)
         step = self._assistants.step(main_logits, rows, main=main, unneeded=reasons)
         fused = perf_counter()
@@ -227,7 +225,7 @@ class Run:
         members_ms = {names[0]: (read - began) * 1e3, **step.members_ms}
         if self._trace is not None:
             positions = [self._rows[row].written for row in rows]
-            self._trace.step(self.ensemble, step, rows, positions, tokens, {"members": members_ms, **stages})
+            self._trace.step(self._team, step, rows, positions, tokens, {"members": members_ms, **stages})
         explained = perf_counter()  # writing the trace is no stage
         for row, token, main_choice in zip(rows, tokens, main_choices, strict=True):
             self._rows[row].ids.append(token)
@@ -249,11 +247,11 @@ class Run:
 
     def _weigh_prompts(self, rows: list[int]) -> None:
         """Each row's weights from how well the members read its prompt."""
-        ensemble = self.ensemble
+        team = self._team
         ids = {self._assistants.places[row]: self._rows[row].ids for row in rows}
-        main = read_prompts(self._main, ensemble.members[0], ids).values()
+        main = read_prompts(self._main, team.main, ids).values()
         for row, *scores in zip(rows, main, *self._assistants.read_prompts(rows), strict=True):
-            self._assistants.weights[row] = prompt_weights(scores, ensemble.weights)
+            self._assistants.weights[row] = prompt_weights(scores, team.weights)
 
     def _unneeded(self, main_logits: torch.Tensor, main: Part) -> list[Reason | None]:
         """Of each active row, why its token needs no assistant, or None."""
@@ -271,7 +269,7 @@ class Run:
         """Give the token's text to the assistants; a special token has none, and they read its name."""
         if token in self.settings.eos_ids:
             return Written(row, token, "")
-        main, longest = self.ensemble.members[0], self._longest_stop
+        main, longest = self._team.main, self._longest_stop
         data = main.vocabulary.bytes_of(token)
         name = "" if data else main.name_of(token)
         read = self._assistants.append(row, data or name.encode())
@@ -301,7 +299,7 @@ class Run:
 
     def _drop_full(self) -> bool:
         """End the rows that some member cannot read any more; whether any row is left."""
-        limit = self.ensemble.members[0].context_length
+        limit = self._team.main.context_length
         for number in list(self._active):
             row = self._rows[number]
             if (limit is not None and len(row.ids) > limit) or not self._assistants.fits(number):
@@ -341,11 +339,11 @@ class Run:
             self._streamer = None
         if self._trace is not None:
             self._trace.close()
-        self.ensemble.save_rows()
+        self._team.save_rows()
 
     def _check_lengths(self, shared: SharedForwards | None) -> None:
         """That every prompt with its new tokens fits every member's context, and the batch the memory."""
-        members = self.ensemble.members
+        members = self._team.members
         longest = [0] * len(members)
         for number, row in enumerate(self._rows):
             lengths = [row.prompt_length, *self._assistants.tokens(number)]

@@ -6,15 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from deepen_ext import ops
+from deepen_ext.decoding.assistants import AssistedStep
+from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.fusers import Part
-
-if TYPE_CHECKING:
-    from deepen_ext.decoding.assistants import AssistedStep
-    from deepen_ext.ensemble import Ensemble
 
 _TOP = 5  # candidates shown of each member
 
@@ -52,7 +50,7 @@ class Trace:
 
     def step(
         self,
-        ensemble: Ensemble,
+        team: Team,
         step: AssistedStep,
         rows: Sequence[int],
         positions: Sequence[int],
@@ -72,18 +70,18 @@ class Trace:
                 {
                     "row": row,
                     "position": position,
-                    "token": _token(ensemble, 0, token),
-                    "main_choice": _token(ensemble, 0, main_choices[i]),
+                    "token": _token(team, 0, token),
+                    "main_choice": _token(team, 0, main_choices[i]),
                     "not_asked": step.reasons[i],
                     "members": [
                         {
-                            "name": ensemble.names[part.member],
+                            "name": team.names[part.member],
                             "weight": weights.get(part.member, 0.0),
-                            "top": _candidates(ensemble, part.member, *top),
+                            "top": _candidates(team, part.member, *top),
                         }
                         for part, top in spoke
                     ],
-                    "fused": _candidates(ensemble, 0, fused_ids[i], fused_probs[i]),
+                    "fused": _candidates(team, 0, fused_ids[i], fused_probs[i]),
                     "ms": dict(ms),
                 }
             )
@@ -108,16 +106,14 @@ def _readable(part: Part) -> dict[int, tuple[list[int], list[float]]]:
     return dict(zip(part.rows, zip(ids, probs, strict=True), strict=True))
 
 
-def _candidates(
-    ensemble: Ensemble, member: int, ids: Sequence[int], probs: Sequence[float]
-) -> list[dict[str, Any]]:
+def _candidates(team: Team, member: int, ids: Sequence[int], probs: Sequence[float]) -> list[dict[str, Any]]:
     return [
-        {**_token(ensemble, member, token), "probability": round(probability, 6)}
+        {**_token(team, member, token), "probability": round(probability, 6)}
         for token, probability in zip(ids, probs, strict=True)
     ]
 
 
-def _token(ensemble: Ensemble, member: int, token: int) -> dict[str, Any]:
+def _token(team: Team, member: int, token: int) -> dict[str, Any]:
     """Id and text; a special token has none, part of a character shows as U+FFFD."""
-    text = ensemble.members[member].vocabulary.bytes_of(token).decode(errors="replace")
+    text = team.members[member].vocabulary.bytes_of(token).decode(errors="replace")
     return {"id": token, "text": text}

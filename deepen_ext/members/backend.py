@@ -174,8 +174,8 @@ class Backend(Protocol):
         """Identifies the weights: equal for two backends of one model.
 
         Args:
-            dtype: of the weights as rounded to this dtype, so that copies in other precisions are found. None:
-                as they are, from samples of each weight.
+            dtype: the weights are compared as rounded to it, so that copies in other precisions are found.
+                None: as they are, from samples of each weight.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What a backend says: next-token distributions, as logits where it has them, else as the most probable tokens."""
+"""What a backend says: next-token distributions, as logits, or as their most probable tokens."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ class Distribution:
         return scores.scatter_(1, top.ids.long(), top.probs.log())
 
     def without(self, ids: torch.Tensor, *, in_place: bool = False) -> Distribution:
-        """The same with probability 0 for these ids (int64 [m], on this device), the others scaled to sum to 1.
+        """The same with probability 0 for these ids (int64 [m]); the others are scaled to sum to 1.
 
         Of a backend without logits only ids among its top-k are known, and these alone are taken out.
 
         Args:
-            ids: see above.
+            ids: on this device.
             in_place: the logits are the caller's, and may be written to.
         """
         if not len(ids):

@@ -1,0 +1,52 @@
+"""Who writes a text together, and by which rules: what the loop, its trace and the adapters need to know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.fusers import Fuser
+from deepen_ext.members.member import Member
+from deepen_ext.space.member_maps import MemberMaps
+
+
+@dataclass(frozen=True, eq=False)
+class Team:
+    """The members of an ensemble and how they are fused; made once, never changed.
+
+    Attributes:
+        members: the main model first.
+        names: the members', no two alike.
+        fuser: makes new logits of what they say.
+        method: what tables and records call the fuser.
+        weights: lambda_i, summing to 1.
+        weighs_prompts: these weights are where `prompt_weights` starts from, for each prompt.
+        boundary_rule: when an assistant sits out; None for never.
+        maps: the members' relative maps; None where the fuser has none.
+    """
+
+    members: tuple[Member, ...]
+    names: tuple[str, ...]
+    fuser: Fuser
+    method: str
+    weights: tuple[float, ...]
+    weighs_prompts: bool
+    boundary_rule: BoundaryRule | None
+    maps: MemberMaps | None
+
+    @property
+    def main(self) -> Member:
+        """The main model."""
+        return self.members[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fusion runs: the main model's."""
+        return self.main.device
+
+    def save_rows(self) -> None:
+        """Write newly computed relative rows to the cache folder, for the next run."""
+        if self.maps is not None:
+            self.maps.save()
