@@ -22,7 +22,7 @@ from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import DeepenFuser, Part
+from deepen_ext.fusers import Part
 from deepen_ext.fusers.weights import prompt_weights, read_prompts
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.members.member import forbid
@@ -97,8 +97,8 @@ class Run:
                 "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
                 "which is not exact"
             )
-        fuser = team.fuser
-        if certified_skip and not isinstance(fuser, DeepenFuser):
+        bound = team.fuser.search_bound() if certified_skip else None
+        if certified_skip and bound is None:
             raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
         if confidence_gate is not None:
             real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
@@ -137,11 +137,7 @@ class Run:
         self._shared = shared is not None
         self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
         self._criteria = [settings.criteria() for _ in prompts]
-        self._certificate = (
-            Certificate(fuser.learning_rate, fuser.steps, self._chooser, log_probs=fuser.log_probs)
-            if certified_skip and isinstance(fuser, DeepenFuser)
-            else None
-        )
+        self._certificate = None if bound is None else Certificate(bound, self._chooser)
         self._gate = confidence_gate
         self._cancelled = False
         self._streamer = streamer

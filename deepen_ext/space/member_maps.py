@@ -16,8 +16,9 @@ from deepen_ext.ground.cache_folder import cache_dir, sweep
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.defaults import Recipe
 from deepen_ext.space.relative_map import RelativeMap
-from deepen_ext.space.row_sources import PrefixRows, Recipe, RowSource, SimilarityRows
+from deepen_ext.space.row_sources import PrefixRows, RowSource, SimilarityRows
 
 
 class MapSettings(NamedTuple):

@@ -17,8 +17,6 @@ from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.ops.checks import token_id_tensor
 from deepen_ext.space.anchors import Anchors, PrefixColumns
 
-Recipe = Literal["paper", "calibrated", "bytes"]
-
 # softmax(temperature * cosine): the paper's own, and one at which an anchor of today's models keeps its mass.
 DEFAULT_TEMPERATURE = {"paper": 100.0, "calibrated": 40.0}
 DEFAULT_ENTRIES = 32
