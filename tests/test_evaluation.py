@@ -341,9 +341,8 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = ensembles["average"].members
-    free = sum(
-        one.backend.bytes_needed(3, 48)[one.device] for one in members
-    )  # 48: the longest prompt with its new tokens
+    longest = 48  # tokens of the longest prompt with its new ones
+    free = sum(one.backend.bytes_needed(3, longest)[one.device] for one in members)
     monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: free)
     with pytest.raises(
         InputError,

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    PreTrainedModel,
+    PretrainedConfig,
     StoppingCriteriaList,
 )
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from deepen_ext.decoding.setting_rules import (
@@ -39,6 +41,29 @@ from deepen_ext.errors import InputError
 from deepen_ext.members.member import Member
 
 DEFAULT_NEW_TOKENS = 128
+
+# They take single tokens out, or change all scores alike: of some tokens' scores they make the same as they
+# do with all others beside them.
+_TOKEN_BY_TOKEN = {
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.MinPLogitsWarper,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+}
+
+
+class _ProcessorMaker(GenerationMixin):
+    """transformers' own making of processors, without a model: of one it needs the vocabulary's size."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.config: Any = PretrainedConfig(vocab_size=vocab_size)  # type: ignore[call-arg]
+
 
 PrefixAllowedTokens = Callable[[int, torch.Tensor], "list[int]"]
 
@@ -64,7 +89,7 @@ class Settings:
     stop_strings: list[str]
     eos_ids: frozenset[int]
     _config: GenerationConfig = field(repr=False)
-    _model: PreTrainedModel = field(repr=False)
+    _maker: _ProcessorMaker = field(repr=False)
     _max_time: float | None = None
     _logits_processor: Sequence[Any] = ()
     _stopping_criteria: Sequence[Any] = ()
@@ -138,7 +163,7 @@ class Settings:
             "seed": check_seed(seed),
             "stop_strings": stop_list(values.pop("stop_strings", None)),
             "eos_ids": frozenset(eos),
-            "_model": main.model,
+            "_maker": _ProcessorMaker(main.vocab_size),
             "_max_time": values.pop("max_time", None),
             "_logits_processor": callables("logits_processor", logits_processor),
             "_stopping_criteria": callables("stopping_criteria", stopping_criteria),
@@ -189,6 +214,16 @@ class Settings:
         """
         return self._make_processors(prompt_ids, device, row, self._logits_processor)
 
+    @property
+    def top_k(self) -> int:
+        """Sampling is from this many tokens; 0 for all."""
+        return int(self._config.top_k or 0)
+
+    def processors_of_all_scores(self) -> str | None:
+        """The class of the first processor asked for that needs the logits of all tokens, or None."""
+        made = self._make_processors([0], "cpu", 0, self._logits_processor)
+        return next((type(one).__name__ for one in made if type(one) not in _TOKEN_BY_TOKEN), None)
+
     def criteria(self) -> StoppingCriteriaList:
         """What ends a row besides EOS, its length and stop strings; fresh, and max_time counts from now."""
         criteria = StoppingCriteriaList(self._stopping_criteria)
@@ -210,8 +245,8 @@ class Settings:
         config.max_length = self._end(len(prompt_ids))  # where forced_eos_token_id goes
         config.num_beams = 1
         allowed = self._prefix_allowed_tokens_fn
-        make: Any = self._model._get_logits_processor
-        made: LogitsProcessorList = make(
+        maker: Any = self._maker
+        made: LogitsProcessorList = maker._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt_ids),
             encoder_input_ids=torch.tensor([list(prompt_ids)], device=device),
