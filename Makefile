@@ -49,10 +49,11 @@ demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TO
 test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=2 processes
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
-lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
+lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 pytest: $(INSTALLED)
