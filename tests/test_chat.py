@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from deepen_ext import InputError
@@ -45,13 +44,10 @@ def member(folder: Path) -> Member:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Member(
         name=folder.name,
-        model=cast("Any", None),
+        backend=cast("Any", None),
         tokenizer=tokenizer,
         vocabulary=Vocabulary.from_tokenizer(tokenizer),
         eos_ids=(),
-        context_length=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
     )
 
 

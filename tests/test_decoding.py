@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from sessions import sync
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from deepen_ext import Ensemble, InputError, ModelError
@@ -218,7 +219,7 @@ class TestStream:
         assert stream.result.finish_reason == "cancelled"
         for session in sessions:
             with pytest.raises(InputError, match="was released"):
-                session.sync({0: [1]})
+                sync(session, {0: [1]})
         stream.close()  # again is no error
 
     def test_dropping_frees_the_caches_without_the_garbage_collector(self, pair):

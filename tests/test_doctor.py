@@ -266,9 +266,9 @@ def test_same_model(bytes_dir: Path, tmp_path: Path, change: str, same: bool) ->
     if change == "rope":
         config = LlamaConfig.from_pretrained(bytes_dir)
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1.5}
-        changed = LlamaForCausalLM(config).eval()
-        changed.load_state_dict(other.model.state_dict())
-        other = replace(other, model=changed)
+        turning = LlamaForCausalLM(config).eval()
+        turning.load_state_dict(other.model.state_dict())
+        other = changed(other, model=turning)
         for one in (model, other):  # attention that is sharp enough for positions to count
             for name, weight in one.model.named_parameters():
                 if "self_attn" in name:

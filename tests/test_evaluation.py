@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sessions import changed
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError
@@ -36,7 +37,6 @@ from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
 from deepen_ext.measure.evaluation.summary import summarise, summary_table
 from deepen_ext.members.member import Member
-from deepen_ext.members.memory import estimate_bytes
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [
@@ -314,7 +314,7 @@ def test_where_a_long_answer_ends_the_next_item_begins(
 def test_what_cannot_be_evaluated(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], gemma: Member
 ) -> None:
-    small = Ensemble([replace(gemma, context_length=40)], fuser="single")
+    small = Ensemble([changed(gemma, context_length=40)], fuser="single")
     with pytest.raises(InputError, match=r"triviaqa, item 0: the prompt's \d+ tokens of Gemma.*of 40; leave"):
         evaluate({"small": small}, "triviaqa", data, out=tmp_path)
     with pytest.raises(InputError, match="nothing to evaluate"):
@@ -341,7 +341,9 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = ensembles["average"].members
-    free = sum(estimate_bytes(one, 3, 48) for one in members)  # 48: the longest prompt with its new tokens
+    free = sum(
+        one.backend.bytes_needed(3, 48)[one.device] for one in members
+    )  # 48: the longest prompt with its new tokens
     monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: free)
     with pytest.raises(
         InputError,

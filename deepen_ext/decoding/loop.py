@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from deepen_ext.decoding.assistants import Assistants, AssistedStep, Reason, forward
+from deepen_ext.decoding.assistants import Assistants, AssistedStep, Reason
 from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.generation import FinishReason, Generation, Timings
 from deepen_ext.decoding.one_reader import OneReader
+from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
@@ -23,9 +24,7 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import DeepenFuser, Part
-from deepen_ext.fusers.weights import prompt_weights, read_prompts
 from deepen_ext.ground.numbers import real_number, whole_number
-from deepen_ext.members.member import forbid
 from deepen_ext.members.memory import find_shortage
 
 
@@ -120,7 +119,7 @@ class Run:
         self._assistants = Assistants(
             team,
             [prompt.texts for prompt in prompts],
-            places=at_once,
+            lanes=at_once,
             new_tokens=longest,
             shared=shared,
         )
@@ -204,14 +203,13 @@ class Run:
         if self._begun and self._team.weighs_prompts:
             self._weigh_prompts(self._begun)
         self._begun = []
-        targets = {self._assistants.places[row]: self._rows[row].ids for row in rows}
-        main_logits = forward(self._main, targets, names[0])
-        # Those of a session of its own nobody else reads.
-        main_logits = forbid(main_logits, self._unwritable, in_place=not self._shared)
+        targets = {self._assistants.lanes[row]: self._rows[row].ids for row in rows}
+        said = self._main.ask(targets, self._team.fuser.candidates).wait()
+        # What a session of its own gives nobody else reads.
+        said = said.without(self._unwritable, in_place=not self._shared)
         read = perf_counter()
-        main = self._team.fuser.top(0, main_logits)
-        reasons = self._unneeded(main_logits, main)
-        step = self._assistants.step(main_logits, rows, main=main, unneeded=reasons)
+        main = self._team.fuser.part(0, said)
+        step = self._assistants.step(main, rows, unneeded=self._unneeded(main))
         fused = perf_counter()
         ids = [self._rows[row].ids for row in rows]
         chosen = self._chooser.choose(step.fused.logits, rows, ids, step.fused.chosen)
@@ -248,12 +246,12 @@ class Run:
     def _weigh_prompts(self, rows: list[int]) -> None:
         """Each row's weights from how well the members read its prompt."""
         team = self._team
-        ids = {self._assistants.places[row]: self._rows[row].ids for row in rows}
+        ids = {self._assistants.lanes[row]: self._rows[row].ids for row in rows}
         main = read_prompts(self._main, team.main, ids).values()
         for row, *scores in zip(rows, main, *self._assistants.read_prompts(rows), strict=True):
             self._assistants.weights[row] = prompt_weights(scores, team.weights)
 
-    def _unneeded(self, main_logits: torch.Tensor, main: Part) -> list[Reason | None]:
+    def _unneeded(self, main: Part) -> list[Reason | None]:
         """Of each active row, why its token needs no assistant, or None."""
         reasons: list[Reason | None] = [None] * len(self._active)
         if self._gate is not None:
@@ -261,7 +259,7 @@ class Run:
             reasons = ["gated" if one else None for one in sure]
         if self._certificate is not None:
             ids = [self._rows[row].ids for row in self._active]
-            settled = self._certificate.settled(main_logits, self._active, ids, top=main.topk).tolist()
+            settled = self._certificate.settled(main.said.scores(), self._active, ids, top=main.topk).tolist()
             reasons = ["settled" if one else old for one, old in zip(settled, reasons, strict=True)]
         return reasons
 
@@ -299,10 +297,9 @@ class Run:
 
     def _drop_full(self) -> bool:
         """End the rows that some member cannot read any more; whether any row is left."""
-        limit = self._team.main.context_length
         for number in list(self._active):
             row = self._rows[number]
-            if (limit is not None and len(row.ids) > limit) or not self._assistants.fits(number):
+            if not self._team.main.fits(len(row.ids)) or not self._assistants.fits(number):
                 row.finish_reason = "context"
                 self._release(number)
         return bool(self._active)
@@ -312,7 +309,7 @@ class Run:
         following = self._waiting.popleft() if self._waiting else None
         if following is None:
             del self._active[index]
-            self._main.release(self._assistants.places[row])
+            self._main.release(self._assistants.lanes[row])
         else:
             self._active[index] = following  # in the order of the places, so that no logits are copied
             self._begun.append(following)
@@ -360,7 +357,8 @@ class Run:
                         f"shorten the prompt or ask for at most {max(limit - length, 0)}"
                     )
         rows = len(self._active)
-        if (short := find_shortage(rows, zip(members, longest, strict=True), shared)) is not None:
+        held = None if shared is None else shared.bytes_held
+        if (short := find_shortage(rows, zip(members, longest, strict=True), held)) is not None:
             fewer = "choose a smaller batch_size, or " if rows > 1 else ""
             raise InputError(
                 f"{rows} prompts at a time, with their new tokens up to {max(longest)} long, {short}; "

@@ -21,7 +21,7 @@ class MemberFacts:
 
     Attributes:
         architecture: transformers' model type.
-        parameters: how many.
+        parameters: how many; as the dtype, the weights and the cache None where the backend cannot know.
         tokenizer: "byte_level" or "sentencepiece".
         vocab_size: logits, padding included.
         context_length: positions; None where the config does not say.
@@ -35,15 +35,15 @@ class MemberFacts:
 
     name: str
     architecture: str
-    parameters: int
-    dtype: str
+    parameters: int | None
+    dtype: str | None
     device: str
     tokenizer: str
     vocab_size: int
     context_length: int | None
     end_tokens: tuple[str, ...]
-    weights_bytes: int
-    cache_bytes: int
+    weights_bytes: int | None
+    cache_bytes: int | None
     bytes_per_token: float
     bits_per_byte: float
     bits_per_byte_error: float | None

@@ -82,11 +82,10 @@ def _sizes(member: Member) -> list[Trap]:
         names = ", ".join(unfit.values())
         text = f"its {rows} logits have none for {names}: left out, and their names are read as other text"
         found.append(Trap("missing rows", text))
-    if len(member.embedding) != rows:
-        text = (
-            f"its embedding has {len(member.embedding)} rows for {rows} logits; similarity rows need as many"
-        )
-        found.append(Trap("embedding rows", text, serious=len(member.embedding) < rows))
+    embedding = member.backend.embedding()
+    if embedding is not None and len(embedding) != rows:
+        text = f"its embedding has {len(embedding)} rows for {rows} logits; similarity rows need as many"
+        found.append(Trap("embedding rows", text, serious=len(embedding) < rows))
     return found
 
 

@@ -19,8 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext import __version__
+from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, SHARPNESS
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.fusers.weights import PROMPT_TOKENS, SHARPNESS
 from deepen_ext.ground.cache_folder import locked
 from deepen_ext.measure.evaluation.record_checks import is_header, is_record, read_line
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from deepen_ext.members.member import Member
 
 FORMAT = 1  # of the lines; a file of another format cannot be gone on with
-_SAMPLES = 1024  # values of each weight that stand for all of it
 
 Header = dict[str, Any]
 
@@ -136,26 +135,11 @@ def _describe(member: Member) -> dict[str, Any]:
     return {
         "name": member.name,
         "vocabulary": member.vocabulary.fingerprint,
-        "weights": weights_fingerprint(member),
+        "weights": member.backend.fingerprint(),
         "eos_ids": list(member.eos_ids),
-        "dtype": str(member.dtype).removeprefix("torch."),
+        "dtype": member.backend.describe().dtype,
         "device": member.device.type,
     }
-
-
-def weights_fingerprint(member: Member) -> str:
-    """sha256 (hex) over names, shapes and up to 1,024 evenly spaced values of every weight.
-
-    All of a weight would be more certain and would read every byte of a model; any training changes samples.
-    """
-    from deepen_ext.members.member import dense, inner_model
-
-    digest = hashlib.sha256()
-    for name, weight in inner_model(member.model).named_parameters():
-        digest.update(f"{name} {list(weight.shape)} ".encode())
-        flat = dense(weight.detach()).flatten()
-        digest.update(flat[:: max(len(flat) // _SAMPLES, 1)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def record_path(folder: Path, task: str, configuration: str) -> Path:

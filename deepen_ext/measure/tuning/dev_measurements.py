@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.fusers import FuseFunction
-from deepen_ext.fusers.weights import PromptScore, prompt_weights
 from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import Configuration, OutOfTime, Space, rounded
