@@ -66,7 +66,7 @@ class Ensemble:
             fuser: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single" (the main model
                 alone: one member is enough, and others are not used); or a function of your own (see
                 `deepen_ext.fusers`).
-            recipe: "bytes", "calibrated" or "paper" (see the README); of the fuser "deepen".
+            recipe: "bytes", "calibrated" or "paper" (docs/how_it_works.md); of the fuser "deepen".
             learning_rate: eta of the inverse search.
             steps: T of the inverse search.
             candidates: how many of a member's most probable tokens are mapped one by one.

@@ -443,7 +443,7 @@ class TestBlocks:
 
 
 TEXTS = {
-    "README": (Path(__file__).parents[1] / "README.md").read_text(),
+    "page": (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(),
     "source": Path(__file__).read_text(),
     "no spaces": "今天天气很好，我们去公园吧。" * 40,
     "whitespace": "a" + " \n" * 300 + "b" + "\t" * 150 + "c",
@@ -475,7 +475,7 @@ class TestPieces:
         self, smollm2: Member, gemma: Member, qwen_tokenizer_dir: Path
     ) -> None:
         qwen = Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(qwen_tokenizer_dir))
-        for name in ("README", "source"):
+        for name in ("page", "source"):
             found = pieces(TEXTS[name], length=300, context=150)
             assert len(found) > 20
             for vocabulary in (smollm2.vocabulary, gemma.vocabulary, qwen):
