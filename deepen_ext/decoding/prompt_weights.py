@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepen_ext.members.backend import Session
+from deepen_ext.members.backend import Session, require
 from deepen_ext.members.distribution import forbid
 from deepen_ext.members.member import Member
 
@@ -79,6 +79,7 @@ def read_prompts(
         InputError: see `Session.ask`.
         ModelError: the forward pass failed.
     """
+    require(member.backend, "logits", "weights='prompt'")
     starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
     heads = {lane: prompts[lane][:start] for lane, start in starts.items() if start}
     scores = {}

@@ -73,7 +73,7 @@ class Settings:
     """What one call asks for, checked.
 
     Attributes:
-        max_new_tokens: at most so many in any row; `new_tokens` says how many in a row of some prompt.
+        max_new_tokens: at most so many in any text; `new_tokens` says how many after some prompt.
         max_length: at most so many tokens together with the prompt, where that was asked for.
         do_sample: draw from the fused distribution; otherwise its most probable token is taken.
         seed: of sampling; None for another text every time.
@@ -122,12 +122,12 @@ class Settings:
                 greedy, 128 new tokens, no processor and no warper. The model's own generation_config.json is
                 no source of settings; pass `model.generation_config` to make it one. top_k, too, is off
                 unless set, where transformers would take 50.
-            logits_processor: more of them, after those the settings ask for. They are called row by row with
-                ids [1, L] and scores [1, V], the same object for all rows.
-            stopping_criteria: more of them, called row by row with ids [1, L] and the fused
+            logits_processor: more of them, after those the settings ask for. They are called for each text
+                with ids [1, L] and scores [1, V], the same object for all texts.
+            stopping_criteria: more of them, called for each text with ids [1, L] and the fused
                 logits in a tuple, ([1, V],).
-            prefix_allowed_tokens_fn: (row, ids [L]) -> the token ids allowed next.
-            seed: of sampling; row b draws by `seed + b`.
+            prefix_allowed_tokens_fn: (number of the text, ids [L]) -> the token ids allowed next.
+            seed: of sampling; text b draws by `seed + b`.
             keywords: fields of GenerationConfig; None is as good as not given.
 
         With `max_new_tokens` and `max_length` from one source the shorter holds, with `min_new_tokens` and
@@ -203,16 +203,16 @@ class Settings:
         return self._end(prompt_length) - prompt_length
 
     def processors(
-        self, prompt_ids: Sequence[int], device: str | torch.device = "cpu", row: int = 0
+        self, prompt_ids: Sequence[int], device: str | torch.device = "cpu", text: int = 0
     ) -> LogitsProcessorList:
-        """transformers' processors and, for sampling, warpers, in its order; fresh ones for a row.
+        """transformers' processors and, for sampling, warpers, in its order; fresh ones for a text.
 
         Args:
-            prompt_ids: the row's prompt in the main model's tokens.
+            prompt_ids: the prompt in the main model's tokens.
             device: of the scores.
-            row: what prefix_allowed_tokens_fn is told.
+            text: what prefix_allowed_tokens_fn is told.
         """
-        return self._make_processors(prompt_ids, device, row, self._logits_processor)
+        return self._make_processors(prompt_ids, device, text, self._logits_processor)
 
     @property
     def top_k(self) -> int:
@@ -225,7 +225,7 @@ class Settings:
         return next((type(one).__name__ for one in made if type(one) not in _TOKEN_BY_TOKEN), None)
 
     def criteria(self) -> StoppingCriteriaList:
-        """What ends a row besides EOS, its length and stop strings; fresh, and max_time counts from now."""
+        """What ends a text besides EOS, its length and stop strings; fresh, and max_time counts from now."""
         criteria = StoppingCriteriaList(self._stopping_criteria)
         if self._max_time is not None:
             criteria.append(MaxTimeCriteria(self._max_time))
@@ -237,7 +237,7 @@ class Settings:
         return end if self.max_length is None else min(end, self.max_length)
 
     def _make_processors(
-        self, prompt_ids: Sequence[int], device: str | torch.device, row: int, more: Sequence[Any]
+        self, prompt_ids: Sequence[int], device: str | torch.device, text: int, more: Sequence[Any]
     ) -> LogitsProcessorList:
         config = copy.copy(self._config)
         eos = sorted(self.eos_ids)
@@ -250,7 +250,7 @@ class Settings:
             generation_config=config,
             input_ids_seq_length=len(prompt_ids),
             encoder_input_ids=torch.tensor([list(prompt_ids)], device=device),
-            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(row, ids),
+            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(text, ids),
             logits_processor=LogitsProcessorList(more),
             device=device,
         )

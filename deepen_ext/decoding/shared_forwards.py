@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -117,9 +117,7 @@ class _SharedSession:
     def _known(self, ids: tuple[int, ...], k: int) -> Distribution | None:
         """What is kept of these ids, if its top-k is or can be as large."""
         said = self._kept.get(ids)
-        if said is None or said.k == k:
-            return said
-        return None if said.logits is None else replace(said, k=k, known_topk=None)
+        return None if said is None or (said.logits is None and said.k < k) else said.top(k)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,16 @@ class Distribution:
             known_topk=None if self.known_topk is None else TopK(*(one[rows] for one in self.known_topk)),
         )
 
+    def top(self, k: int) -> Distribution:
+        """The same with a `topk` of k tokens, or of all there are where a backend without logits gave fewer."""
+        if k == self.k:
+            return self
+        if self.logits is not None:
+            return replace(self, k=k, known_topk=None)
+        ids, probs, tail, status = self.topk
+        cut = TopK(ids[:, :k], probs[:, :k], tail + probs[:, k:].sum(dim=1), status)
+        return replace(self, k=min(k, self.k), known_topk=cut)
+
     def clone(self) -> Distribution:
         """A copy of what the backend gave, which nothing else holds on to."""
         if self.logits is not None:

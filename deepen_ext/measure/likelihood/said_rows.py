@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -51,7 +50,7 @@ class SaidRows:
         if done < len(self._blocks):
             parts = [] if found is None else [found]
             for begin, block in zip(self._begins[done:], self._blocks[done:], strict=True):
-                said = block if block.logits is None else replace(block, k=k, known_topk=None)
+                said = block.top(k)
                 topk = (said.without(self._unwritable) if written else said).topk
                 status = topk.status.tolist()
                 check_status(f"logits of {block.name}", status, range(begin, begin + len(status)))

@@ -22,6 +22,7 @@ from deepen_ext.measure.likelihood.accompaniment import Accompaniment
 from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
+from deepen_ext.members.backend import require
 from deepen_ext.members.member import Member
 from deepen_ext.ops import topk_softmax
 
@@ -30,6 +31,7 @@ __all__ = ["TextReading", "TokenLikelihoods", "pieces"]
 # Logits of one fusion step: with more than the allocator keeps at hand (32 MB), each step waits for fresh
 # pages, which takes ten times as long as the copy itself.
 _STEP_BYTES = 16 << 20
+_USE = "the likelihood of a text"
 
 
 class TextReading:
@@ -111,6 +113,7 @@ class TextReading:
             ModelError: its forward pass failed.
         """
         if id(member) not in self._alone:
+            require(member.backend, "logits", _USE)
             reading = self._reading(member)
             reading.read()
             logprobs: list[float] = []
@@ -130,6 +133,7 @@ class TextReading:
             InputError: not one of the reading's members.
             ModelError: its forward pass failed.
         """
+        require(member.backend, "logits", _USE)
         reading = self._reading(member)
         reading.read()
         for rows in _blocks(len(reading.scored), member):
@@ -152,6 +156,7 @@ class TextReading:
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
         if weights is None and ensemble.weighs_prompts:
             shares = prompt_weights([one.prompt_score() for one in (main, *assistants)], shares)
+        require(main.member.backend, "logits", _USE)
         main.read()
         fuser = ensemble.fuser
         speaks = [
