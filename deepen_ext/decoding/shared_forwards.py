@@ -67,7 +67,8 @@ class SharedForwards:
         key = id(member), lanes
         if key not in self._sessions:
             self._sessions[key] = member.backend.open(lanes, capacity)
-        return _SharedSession(self, self._sessions[key], self._kept.setdefault(id(member), {}))
+        most = member.backend.capabilities.max_topk
+        return _SharedSession(self, self._sessions[key], self._kept.setdefault(id(member), {}), most)
 
     def bytes_held(self, member: Member, lanes: int) -> Mapping[torch.device, int]:
         """Bytes by device of the caches that a run of so many texts finds here already."""
@@ -84,10 +85,11 @@ class SharedForwards:
 class _SharedSession:
     """One run's view of a session that outlives it: lanes are set aside, not released."""
 
-    def __init__(self, shared: SharedForwards, session: Session, kept: _Kept) -> None:
+    def __init__(self, shared: SharedForwards, session: Session, kept: _Kept, most: int | None) -> None:
         self._shared = shared
         self._session = session
         self._kept = kept
+        self._most = most  # tokens of a top-k; None for any
 
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
@@ -96,6 +98,7 @@ class _SharedSession:
     def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
         if positions > 1:
             return self._session.ask(targets, k, positions)
+        k = k if self._most is None else min(k, self._most)
         keys = {lane: tuple(ids) for lane, ids in targets.items()}
         known = {lane: said for lane, ids in keys.items() if (said := self._known(ids, k)) is not None}
         missing = {lane: targets[lane] for lane in targets if lane not in known}

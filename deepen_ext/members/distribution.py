@@ -97,7 +97,7 @@ class Distribution:
         )
 
     def top(self, k: int) -> Distribution:
-        """The same with a `topk` of k tokens, or of all there are where a backend without logits gave fewer."""
+        """The same with a `topk` of k tokens, or of all there are where the backend gave no more."""
         if k == self.k:
             return self
         if self.logits is not None:
