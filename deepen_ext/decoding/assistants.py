@@ -20,7 +20,8 @@ from deepen_ext.errors import failures_of
 from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.fusers.weights import PromptScore, read_prompts
 from deepen_ext.members.chat import PromptText
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
 
 # Why no assistant was asked about a row's token; None where they were.
 Reason = Literal["settled", "gated", "unfinished character", "boundary"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.text.vocabulary import Vocabulary, whole_characters
+from deepen_ext.text.characters import whole_characters
+from deepen_ext.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

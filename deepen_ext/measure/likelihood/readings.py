@@ -18,7 +18,8 @@ from deepen_ext.fusers.weights import PromptScore, read_prompts
 from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member, forbid
 from deepen_ext.ops.topk_softmax import TopK, check_status, launch
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
 
 
 class LogitRows:
