@@ -283,7 +283,7 @@ class TestMap:
         def check(path: Path) -> None:
             loaded = RelativeMap.load(path)
             rows = loaded.rows
-            known = loaded._known
+            known = loaded.table.known
             assert rows.columns is not None
             assert rows.rest is not None
             assert -1 <= int(rows.columns[known].min()) <= int(rows.columns[known].max()) < rows.anchors

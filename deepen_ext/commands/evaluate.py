@@ -29,7 +29,7 @@ from deepen_ext.commands.options import (
     load_ensemble,
 )
 from deepen_ext.errors import InputError
-from deepen_ext.space.defaults import RECIPE
+from deepen_ext.space.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -161,7 +161,7 @@ def _fuser_settings(
     from deepen_ext.presets import load_preset
 
     loaded = load_preset(preset) if preset is not None else Loaded([])
-    defaults = {"fuser": "deepen", "recipe": RECIPE, "relative_temperature": None}
+    defaults = {"fuser": "deepen", "recipe": DEFAULT_RECIPE, "relative_temperature": None}
     found = []
     given: list[str | None] = [*specs] if specs else [None]
     for spec in given:

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import torch
 
-from deepen_ext.ensemble import RECIPES, Ensemble
+from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
@@ -31,6 +31,7 @@ from deepen_ext.measure.likelihood.token_likelihoods import Difference, TokenLik
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.recipes import RECIPES
 
 MOST_CHARACTERS = 4000  # of a text that are read: more costs time and memory, and says little more
 PROMPT_CHARACTERS = 300
