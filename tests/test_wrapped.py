@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.measure.doctor.member_facts import is_same_model
-from deepen_ext.measure.evaluation.records import weights_fingerprint
+from deepen_ext.measure.evaluation.headers import weights_fingerprint
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
 from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.loading import load_member

@@ -34,9 +34,7 @@ class RelativeMap:
         # Of similarity rows, also where a file gave them without their source.
         self.recipe = source.recipe if isinstance(source, SimilarityRows) else None
         self.rows_computed = 0  # by this object, since it was made
-        self._complete = (
-            table.rows.columns is None
-        )  # False although every row is known: nobody has looked yet
+        self._complete = table.rows.columns is None  # may be False although every row is known
 
     @classmethod
     def from_source(cls, source: RowSource, device: str | torch.device | None = None) -> RelativeMap:
