@@ -17,7 +17,7 @@ from deepen_ext.members.member import Member, dense, inner_model
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
 
-_FORMAT = 1  # of the lines; a file of another format cannot be gone on with
+_FORMAT = 1  # of the lines; a file of another format cannot be continued
 _SAMPLES = 1024  # values of each weight that stand for all of it
 
 Header = dict[str, Any]
