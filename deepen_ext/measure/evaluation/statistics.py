@@ -12,24 +12,23 @@ from statistics import NormalDist
 
 from deepen_ext.errors import InputError
 
+_Z = NormalDist().inv_cdf(0.975)  # standard errors of a 95 % interval
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a share (Wilson 1927; without continuity correction).
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a share (Wilson 1927; without continuity correction).
 
     It stays inside [0, 1] and has a width also where all or none are correct.
 
     Raises:
-        InputError: not 0 <= correct <= total with a total of 1 or more, or a confidence outside (0, 1).
+        InputError: not 0 <= correct <= total with a total of 1 or more.
     """
     if total < 1 or not 0 <= correct <= total:
         raise InputError(f"{correct} of {total} is no share; give 0 <= correct <= total, and 1 item or more")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}; give a share between 0 and 1, such as 0.95")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, spread = correct / total, z * z / total
+    share, spread = correct / total, _Z * _Z / total
     centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    # The bounds at none and all are 0 and 1; rounding must not leave them beside that.
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # With none and with all correct a bound is 0 or 1 exactly, whatever rounding makes of it.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
