@@ -37,7 +37,7 @@ from compare_setup import (
 
 from deepen_ext import Ensemble
 from deepen_ext.decoding.prompt_weights import SHARPNESS, PromptScore, prompt_weights, read_prompts
-from deepen_ext.measure.evaluation.records import configuration_header
+from deepen_ext.measure.evaluation.headers import configuration_header
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods
 from deepen_ext.measure.tuning.configurations import paired_difference
 from deepen_ext.members.member import Member

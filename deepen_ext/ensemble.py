@@ -24,12 +24,9 @@ from deepen_ext.members.loading import Progress, load_members
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.space.anchors import Anchors
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
 from deepen_ext.space.member_maps import MapSettings, MemberMaps
+from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_LEARNING_RATE, DEFAULT_RECIPE, RECIPES, Recipe
 from deepen_ext.space.relative_map import RelativeMap
-from deepen_ext.space.row_sources import DEFAULT_ENTRIES, Recipe
-
-RECIPES = ("bytes", "calibrated", "paper")
 
 
 class Ensemble:
@@ -46,8 +43,8 @@ class Ensemble:
         *,
         weights: Sequence[float] | Literal["prompt"] | None = None,
         fuser: str | FuseFunction = "deepen",
-        recipe: Recipe = RECIPE,
-        learning_rate: float = LEARNING_RATE,
+        recipe: Recipe = DEFAULT_RECIPE,
+        learning_rate: float = DEFAULT_LEARNING_RATE,
         steps: int = 5,
         candidates: int = 128,
         confidence: float = 0.0,
@@ -211,7 +208,7 @@ class Ensemble:
             )
         weights = settings.get("weights")
         # Before minutes of loading.
-        _check_names(settings.get("fuser", "deepen"), settings.get("recipe", RECIPE), weights)
+        _check_names(settings.get("fuser", "deepen"), settings.get("recipe", DEFAULT_RECIPE), weights)
         if not isinstance(weights, str | None):
             check_weights(weights, len(members))
         loaded = load_members(

@@ -27,13 +27,13 @@ import yaml  # type: ignore[import-untyped]  # its types are a package of their 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.space.recipes import RECIPES
 
 SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
 _KEYS = ("members", *SETTINGS, "measured")
 _EXAMPLES = {"learning_rate": 0.25, "relative_temperature": 40.0, "confidence": 0.5}  # settings with numbers
 _MOST_BYTES = 1 << 17  # the parser takes a second for it
 _DEEPEST = 20
-_RECIPES = ("bytes", "calibrated", "paper")
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _problem(key: str, value: Any) -> str | None:
     if key in _EXAMPLES:
         return None if _is_number(value) else f"give a number such as {_EXAMPLES[key]}"
     if key == "recipe":
-        return None if value in _RECIPES else f"use one of {', '.join(_RECIPES)}"
+        return None if value in RECIPES else f"use one of {', '.join(RECIPES)}"
     return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"
 
 

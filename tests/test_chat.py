@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from deepen_ext import InputError
 from deepen_ext.members.chat import chat_texts
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 # Gemma 2's own: writes BOS, calls the assistant "model", strips contents, refuses a system message.
 GEMMA_2 = (

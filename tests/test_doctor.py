@@ -118,7 +118,7 @@ def test_demo_pair_members(demo_pair: Diagnosis) -> None:
 
 
 def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
-    """DESIGN's finding: the paper's recipe is all but uniform on today's small models, the others are not."""
+    """The paper's recipe is all but uniform on today's small models, the others are not."""
     assert demo_pair.anchors.end
     assert demo_pair.anchors.with_main == (demo_pair.anchors.shared,)
     assert demo_pair.anchors.shared > 40_000

@@ -8,7 +8,8 @@ from sessions import changed
 
 from deepen_ext import Ensemble, InputError, RelativeMap
 from deepen_ext.space.anchors import shared_anchors
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
 
 PROMPT = "The capital of France is"
 LONG = (

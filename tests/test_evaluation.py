@@ -22,20 +22,19 @@ from typer.testing import CliRunner
 from deepen_ext import Ensemble, InputError
 from deepen_ext.commands import evaluate as command
 from deepen_ext.commands.cli import app
+from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Progress, prepare
 from deepen_ext.measure.evaluation.records import (
-    Header,
     ItemRecord,
     ItemTiming,
     RecordFile,
-    configuration_header,
-    make_header,
     output_folder,
     record_path,
 )
 from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
-from deepen_ext.measure.evaluation.summary import summarise, summary_table
+from deepen_ext.measure.evaluation.summary import summarise
+from deepen_ext.measure.evaluation.summary_table import summary_table
 from deepen_ext.members.member import Member
 
 ROOT = Path(__file__).parent.parent
@@ -241,7 +240,7 @@ def test_progress_limit_and_a_configuration_added_later(
     assert told[0].seconds_left is None
     assert all((one.seconds_left or 0) > 0 for one in told[1:-1])
     assert told[-1].seconds_left == 0
-    assert [(one.task, one.done) for one in told if one.done == one.rows] == [(task, 6) for task in TASKS]
+    assert [(one.task, one.done) for one in told if one.done == one.records] == [(task, 6) for task in TASKS]
 
     before = item_lines(tmp_path)
     more = evaluate(

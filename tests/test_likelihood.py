@@ -22,7 +22,8 @@ from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelih
 from deepen_ext.members.distribution import forbid
 from deepen_ext.members.hf import session as session_module
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 PROSE = "The naïve café in Zürich sells straw\u00adberries 🍓🍓 and Antarctica's ice; it costs 1,250 €.\n"
 CODE = "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"

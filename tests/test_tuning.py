@@ -21,7 +21,6 @@ from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
-    RECIPES,
     Configuration,
     OutOfTime,
     Space,
@@ -35,6 +34,7 @@ from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
+from deepen_ext.space.recipes import RECIPES
 
 QUESTIONS = {
     "what is the capital of france": "Paris",

@@ -29,7 +29,7 @@ from deepen_ext.commands.options import (
     load_ensemble,
 )
 from deepen_ext.errors import InputError
-from deepen_ext.space.defaults import RECIPE
+from deepen_ext.space.recipes import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -120,7 +120,7 @@ def evaluate(
         ensembles = _configurations(base, fused if not alone else [], singles)
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
-        from deepen_ext.measure.evaluation.summary import summary_table
+        from deepen_ext.measure.evaluation.summary_table import summary_table
 
         try:
             with _progress() as show:
@@ -161,7 +161,7 @@ def _fuser_settings(
     from deepen_ext.presets import load_preset
 
     loaded = load_preset(preset) if preset is not None else Loaded([])
-    defaults = {"fuser": "deepen", "recipe": RECIPE, "relative_temperature": None}
+    defaults = {"fuser": "deepen", "recipe": DEFAULT_RECIPE, "relative_temperature": None}
     found = []
     given: list[str | None] = [*specs] if specs else [None]
     for spec in given:
@@ -210,7 +210,7 @@ def _lines() -> Callable[[Progress], None]:
 
     def line(one: Progress) -> None:
         nonlocal last
-        finished = one.done == one.rows and bool(one.configuration)
+        finished = one.done == one.records and bool(one.configuration)
         if finished or monotonic() - last >= _LINE_SECONDS:
             last = monotonic()
             print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
@@ -221,7 +221,7 @@ def _lines() -> Callable[[Progress], None]:
 def _describe(one: Progress) -> str:
     place = f" (task {one.number} of {one.tasks})" if one.tasks > 1 else ""
     left = "" if one.seconds_left is None else f", about {_duration(one.seconds_left)} left"
-    return f"{one.task}{place}: {one.done} of {one.rows} answers{left}"
+    return f"{one.task}{place}: {one.done} of {one.records} answers{left}"
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.errors import DeepenError, InputError
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
+from deepen_ext.space.recipes import DEFAULT_LEARNING_RATE, DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -83,11 +83,13 @@ FuserSpecs = Annotated[
 ]
 Recipes = Annotated[
     RecipeName | None,
-    typer.Option("--recipe", help=f"How deepen places tokens in the relative space; {RECIPE} by default."),
+    typer.Option(
+        "--recipe", help=f"How deepen places tokens in the relative space; {DEFAULT_RECIPE} by default."
+    ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(help=f"Of deepen's inverse search; {LEARNING_RATE} by default."),
+    typer.Option(help=f"Of deepen's inverse search; {DEFAULT_LEARNING_RATE} by default."),
 ]
 Preset = Annotated[
     Path | None,

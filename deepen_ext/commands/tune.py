@@ -22,6 +22,7 @@ from deepen_ext.commands.options import (
     write,
 )
 from deepen_ext.errors import InputError
+from deepen_ext.space.recipes import RECIPES
 
 if TYPE_CHECKING:
     from deepen_ext.measure.tuning.configurations import Configuration
@@ -73,7 +74,6 @@ def tune(
         with progress() as say:
             say("Starting")
             from deepen_ext.fusers import parse_fuser
-            from deepen_ext.measure.tuning.configurations import RECIPES
             from deepen_ext.measure.tuning.dev_items import DevSet
             from deepen_ext.measure.tuning.tune import tune as tune_members
             from deepen_ext.members.loading import load_members

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.members.chat import PromptText
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
 
 
 class AssistantsText:

@@ -110,7 +110,7 @@ def check_min_probability(value: float) -> float:
     return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)
 
 
-def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.Rows:
+def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.RelativeRows:
     """The map's rows, with those of every token said that counts computed."""
     if relative.device.type == "cuda":
         relative.fill()

@@ -1,4 +1,4 @@
-"""What one member is and takes by itself, and whether two of them are one model."""
+"""What a member is and takes by itself, and whether two members are the same model."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def device_memory(members: Sequence[Member], ensemble: Ensemble | None) -> Itera
 
 
 def _rows_bytes(relative: RelativeMap) -> int:
-    """Of the rows that are known: pages of others are not taken yet."""
+    """Bytes of the relative rows that are known: the pages of others are not taken yet."""
     rows = relative.rows
     parts = (part for part in (rows.columns, rows.values, rows.rest) if part is not None)
     return sum(part.nbytes for part in parts) * relative.rows_known // relative.vocab_size
 
 
 def is_same_model(a: Member, b: Member, of_a: TokenLikelihoods, of_b: TokenLikelihoods) -> bool:
-    """Whether two members are one model: the same tokenizer, weights and predictions.
+    """Whether two members are the same model: by tokenizer, weights and predictions.
 
     Weights are compared in the coarser dtype of the two, so that copies in other precisions are found, and
     predictions too, because a configuration can differ where all weights are equal.

@@ -18,7 +18,6 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers import FuseFunction
 from deepen_ext.ground.numbers import real_number
 from deepen_ext.measure.tuning.configurations import (
-    RECIPES,
     Configuration,
     OutOfTime,
     Space,
@@ -32,7 +31,7 @@ from deepen_ext.measure.tuning.dev_measurements import Clock, Measurements
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
-from deepen_ext.space.row_sources import Recipe
+from deepen_ext.space.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
