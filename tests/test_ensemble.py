@@ -262,7 +262,7 @@ class TestRowsOnDisk:
 
         ensemble = Ensemble([smollm2, gemma], recipe="bytes", candidates=65)
         monkeypatch.setattr(RelativeMap, "save", full)
-        monkeypatch.setattr(ensemble._maps, "_saved", [-1, -1])
+        monkeypatch.setattr(ensemble.team.maps, "_saved", [-1, -1])
         with pytest.warns(UserWarning, match="rows cannot be kept in .*No space left"):
             assert ensemble.generate(PROMPT, max_new_tokens=2).token_ids
 

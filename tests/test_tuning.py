@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import statistics
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 from deepen_ext.commands.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
@@ -212,11 +212,11 @@ class TestChoice:
         assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
 
     def test_the_defaults_are_the_ensembles(self) -> None:
-        parameters = inspect.signature(Ensemble).parameters
+        settings = FusionSettings()
         default = Space(2).default(0)
-        assert default.learning_rate == parameters["learning_rate"].default
-        assert default.recipe == RECIPES[0] == parameters["recipe"].default
-        assert default.confidence == parameters["confidence"].default
+        assert default.learning_rate == settings.learning_rate
+        assert default.recipe == RECIPES[0] == settings.recipe
+        assert default.confidence == settings.confidence
         assert Space(2).distance(default) == (0, 0)
         assert Space(2, ()).default(1) == Configuration(1, (0.5, 0.5))
 

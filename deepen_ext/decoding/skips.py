@@ -9,7 +9,7 @@ from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import DeepenFuser, Part
+from deepen_ext.fusers import Part
 from deepen_ext.ground.numbers import real_number
 
 
@@ -41,10 +41,10 @@ class Skips:
                 "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
                 "which is not exact"
             )
-        fuser = team.fuser
-        if not isinstance(fuser, DeepenFuser):
+        bound = team.fuser.search_bound()
+        if bound is None:
             raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
-        self._certificate = Certificate(fuser.learning_rate, fuser.steps, chooser, log_probs=fuser.log_probs)
+        self._certificate = Certificate(bound, chooser)
 
     def reasons(self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]) -> list[Reason | None]:
         """Of each text, why its next token needs no assistant, or None.

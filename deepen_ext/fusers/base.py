@@ -10,11 +10,14 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
+from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.weights import confident_weights
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.members.distribution import Distribution, take_topk
@@ -30,7 +33,31 @@ class Fuser(ABC):
 
     Members' logits may be on any devices: each top-k is taken where the logits are, and its k ids and
     probabilities go to the main model's device. Threads may share a Fuser.
+
+    Attributes:
+        name: as users write it; "" for a function.
+        uses_maps: it works in relative space, and is made of relative maps.
+        uses_recipe: recipe, learning rate, steps and relative temperature are its settings.
+        fewest_members: how many members it needs. 1: the main model writes alone, and others are not used.
+        assistants_need_logits: it reads the assistants' full logits; False: their top-k and tail are enough.
+        main_needs_logits: it reads the main model's full logits; False: its top-k is enough.
     """
+
+    name: ClassVar[str] = ""
+    uses_maps: ClassVar[bool] = False
+    uses_recipe: ClassVar[bool] = False
+    fewest_members: ClassVar[int] = 2
+    assistants_need_logits: ClassVar[bool] = True
+    main_needs_logits: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, given: Ingredients) -> Fuser:
+        """This fuser for the members of an ensemble.
+
+        Raises:
+            InputError: a setting out of range.
+        """
+        return cls(given.vocab_sizes, given.device, **given.common)
 
     def __init__(
         self,
@@ -60,6 +87,10 @@ class Fuser(ABC):
         self.names = list(names) if names is not None else [f"member {i}" for i in range(len(vocab_sizes))]
         self._shares: dict[object, torch.Tensor] = {}
         self._lock = threading.Lock()  # of what a step computes once and keeps
+
+    def search_bound(self) -> SearchBound | None:
+        """How far `fuse` can move the main model's logits, whatever the assistants say; None: not known."""
+        return None
 
     @abstractmethod
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:

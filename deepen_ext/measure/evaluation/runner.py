@@ -11,7 +11,6 @@ from deepen_ext.decoding.generation import BatchGeneration
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
@@ -87,7 +86,7 @@ def evaluate(
         check_contexts(job, list(members.values()))
         if fresh or not _is_done(folder, job, ensembles):
             check_memory(job, at_once, batch_size)
-    skips = {name: certified_skip and isinstance(one.fuser, DeepenFuser) for name, one in ensembles.items()}
+    skips = {name: certified_skip and one.fuser.search_bound() is not None for name, one in ensembles.items()}
     configurations = {
         name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
         for name, one in ensembles.items()

@@ -1,7 +1,7 @@
 """What `tune` may choose, in which order it looks, and how it decides. Nothing here knows a model.
 
 A configuration is a point; a coordinate search moves it along one setting at a time, those first that are
-expected to gain most (measured for issue 5: weights far more than recipe, learning rate and temperature).
+expected to gain most (measured: weights far more than recipe, learning rate and temperature).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Configuration:
     """One way to set an ensemble up.
 
     Attributes:
-        main: the main model's place among the members as named.
+        main: the main model's index among the members as named.
         weights: of the members as named, summing to 1.
-        recipe, learning_rate, temperature: of the fuser "deepen"; None for fusers without them (and for the
-            bytes recipe, which has no temperature).
+        recipe, learning_rate, temperature: of a fuser that uses recipes, else None; the bytes recipe has no
+            temperature either.
         confidence: of any fuser.
         source: where the weights come from, for readers: uniform, accuracy, likelihood or grid.
     """
@@ -48,7 +48,7 @@ class Configuration:
     source: str = field(default="uniform", compare=False)
 
     def order(self) -> list[int]:
-        """The members' places, the main model's first and the others as named."""
+        """Member indices, the main model's first and the others as named."""
         return [self.main, *(i for i in range(len(self.weights)) if i != self.main)]
 
     def ordered_weights(self) -> list[float]:
@@ -62,8 +62,8 @@ class Space:
 
     Attributes:
         members: how many.
-        recipes: those of the fuser "deepen", the default first; () for another fuser, of which only weights
-            and main model can be chosen.
+        recipes: those that may be chosen, the default first; () for a fuser that uses none, of which only
+            weights, confidence and main model can be chosen.
         learning_rate: the ensemble's default.
     """
 
