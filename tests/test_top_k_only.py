@@ -104,11 +104,12 @@ class TestMainModel:
         differing = 0
         for full, other in zip(*records, strict=True):
             first, second = (one["id"] for one in full["fused"][:2])
-            odds = [{one["id"]: one["probability"] for one in record["fused"]} for record in (full, other)]
+            probabilities = [
+                {one["id"]: one["probability"] for one in record["fused"]} for record in (full, other)
+            ]
             # Probabilities of the two sum over different tokens; the odds of two tokens do not.
-            assert odds[1][first] / odds[1][second] == pytest.approx(
-                odds[0][first] / odds[0][second], rel=1e-3
-            )
+            full_odds, seen_odds = (one[first] / one[second] for one in probabilities)
+            assert seen_odds == pytest.approx(full_odds, rel=1e-3)
             if full["token"] != other["token"]:
                 differing += 1
                 assert full_odds < 1.001, (full, other)
