@@ -1,5 +1,5 @@
-"""Fixtures that every test shares: the embedded models, fetched, converted and loaded once, and tiny ones with
-their tokenizers."""
+"""Fixtures that every test shares: the embedded models, fetched, converted and loaded once, and tiny ones of
+the same architectures with the same tokenizers."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def gemma(gemma_dir: Path) -> Member:
 
 @pytest.fixture(scope="session")
 def tiny_smollm2(smollm2: Member) -> Member:
-    """SmolLM2's architecture and tokenizer in a few weights that know a text. Read only."""
-    from tiny_models import MANY_BYTES, TEXT, tiny_reader
+    """SmolLM2's architecture and tokenizer in a few weights (`tiny_models.tiny_reader`). Read only."""
+    from tiny_models import AWKWARD, PROSE, tiny_reader
 
-    return tiny_reader(smollm2, "tiny-smollm2", TEXT + MANY_BYTES, seed=1)
+    return tiny_reader(smollm2, "tiny-smollm2", PROSE + AWKWARD, seed=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma(gemma: Member) -> Member:
-    """Gemma 3's, which knows another part of the text; its sliding windows are of 16 tokens. Read only."""
-    from tiny_models import MANY_BYTES, TEXT, tiny_reader
+    """Gemma 3's; it has read less of the same text, and its sliding windows are of 16 tokens. Read only."""
+    from tiny_models import AWKWARD, PROSE, tiny_reader
 
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     more = {"sliding_window": 16, "layer_types": layers, "query_pre_attn_scalar": 8}
-    return tiny_reader(gemma, "tiny-gemma", MANY_BYTES + TEXT[800:], seed=2, **more)
+    return tiny_reader(gemma, "tiny-gemma", AWKWARD + PROSE[1200:], seed=2, **more)
