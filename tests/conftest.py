@@ -68,6 +68,15 @@ def tiny_smollm2(smollm2: Member) -> Member:
 
 
 @pytest.fixture(scope="session")
+def tiny_smollm2_dir(tiny_smollm2: Member, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `tiny_smollm2`."""
+    folder = tmp_path_factory.mktemp("models") / tiny_smollm2.name
+    tiny_smollm2.model.save_pretrained(folder)
+    tiny_smollm2.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_gemma(gemma: Member) -> Member:
     """Gemma 3's; it has read less of the same text, and its sliding windows are of 16 tokens. Read only."""
     from tiny_models import AWKWARD, PROSE, tiny_reader
