@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from sessions import open_session
+from sessions import changed, open_session
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext import Ensemble
@@ -57,9 +57,8 @@ def tiny(like: Member, seed: int, padding: int) -> Member:
             return dataclasses.replace(output, logits=logits)
 
         model.register_forward_hook(raise_special)
-    return dataclasses.replace(
-        like, name=f"tiny{seed}", model=model, vocabulary=vocabulary, eos_ids=(like.eos_ids[0],)
-    )
+    member = changed(like, name=f"tiny{seed}", model=model, vocab_size=vocabulary.vocab_size)
+    return dataclasses.replace(member, vocabulary=vocabulary, eos_ids=(like.eos_ids[0],))
 
 
 def double_the_main_model(logits, said, weights):
