@@ -13,6 +13,7 @@ from deepen_ext.adapters.prompt_texts import AssistantsPrompts, written
 from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompts import Messages
 from deepen_ext.errors import InputError
+from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to no more than 1, within this much, are no logits
 
 
-class DeepenLogitsProcessor(LogitsProcessor):
+class DeepenLogitsProcessor(Closing, LogitsProcessor):
     """Fuses the assistants into the main model's logits, in transformers' own `generate` of the main model.
 
     For greedy decoding, sampling, beam search and assisted decoding, with any batch, padded on the left as
@@ -108,12 +109,6 @@ class DeepenLogitsProcessor(LogitsProcessor):
             self._team.save_rows()
         self._assistants = self._call = None
         self._seen = []
-
-    def __enter__(self) -> DeepenLogitsProcessor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _follow(self, ids: torch.Tensor) -> Assistants:
         """The assistants, having read these ids."""

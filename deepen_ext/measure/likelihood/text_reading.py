@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 
 import torch
 
@@ -18,6 +17,7 @@ from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
 from deepen_ext.fusers.weights import check_weights
+from deepen_ext.ground.closing import Closing
 from deepen_ext.measure.likelihood.accompaniment import Accompaniment
 from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.measure.likelihood.text_pieces import pieces
@@ -34,7 +34,7 @@ _STEP_BYTES = 16 << 20
 _USE = "the likelihood of a text"
 
 
-class TextReading:
+class TextReading(Closing):
     """One text, read once by some members; any number of ensembles of them are measured on it.
 
     A member reads `context` and `text` together, in its own tokens. Scored are the tokens beyond those that
@@ -71,14 +71,6 @@ class TextReading:
         self._begin = len(self.context.encode())
         self._alone: dict[int, TokenLikelihoods] = {}
         self._accompaniments: dict[tuple[int, int], Accompaniment] = {}
-
-    def __enter__(self) -> TextReading:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def release(self) -> None:
         """Free the caches, keep the logits.
