@@ -22,7 +22,7 @@ from deepen_ext.fusers import Fuser, FusionSettings
 from deepen_ext.members.loading import Progress, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors
-from deepen_ext.space.defaults import Recipe
+from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
 
 

@@ -29,7 +29,7 @@ from deepen_ext.fusers.make import parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.space.defaults import RECIPES
+from deepen_ext.space.recipes import RECIPES
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}

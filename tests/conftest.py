@@ -1,9 +1,11 @@
-"""Fixtures that every test shares: the embedded models, fetched, converted and loaded once."""
+"""Fixtures that every test shares: the embedded models, fetched, converted and loaded once, and tiny ones of
+the same architectures with the same tokenizers."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,36 +15,72 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from deepen_ext import demo
-from deepen_ext.members.loading import load_member
-from deepen_ext.members.member import Member
+if TYPE_CHECKING:  # transformers takes seconds to import, and tests of operations do not need it
+    from deepen_ext.members.member import Member
+
+
+def _demo_folder(name: str, **how: bool) -> Path:
+    from deepen_ext import demo
+
+    return demo.embedded(name, **how)
 
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """Folder of SmolLM2-135M-Instruct, converted."""
-    return demo.embedded("smollm2-135m-instruct")
+    return _demo_folder("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="session")
 def gemma_dir() -> Path:
     """Folder of Gemma-3-270M, converted."""
-    return demo.embedded("gemma-3-270m")
+    return _demo_folder("gemma-3-270m")
 
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer_dir() -> Path:
     """Folder with the tokenizer of Qwen2.5-Coder-0.5B-Instruct; the weights may be missing."""
-    return demo.embedded("qwen2.5-coder-0.5b-instruct", tokenizer_only=True)
+    return _demo_folder("qwen2.5-coder-0.5b-instruct", tokenizer_only=True)
 
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_dir: Path) -> Member:
     """SmolLM2-135M-Instruct, float32, CPU. Read only."""
+    from deepen_ext.members.loading import load_member
+
     return load_member(smollm2_dir)
 
 
 @pytest.fixture(scope="session")
 def gemma(gemma_dir: Path) -> Member:
     """Gemma-3-270M, float32, CPU. Read only."""
+    from deepen_ext.members.loading import load_member
+
     return load_member(gemma_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_smollm2(smollm2: Member) -> Member:
+    """SmolLM2's architecture and tokenizer in a few weights (`tiny_models.tiny_reader`). Read only."""
+    from tiny_models import AWKWARD, PROSE, tiny_reader
+
+    return tiny_reader(smollm2, "tiny-smollm2", PROSE + AWKWARD, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_smollm2_dir(tiny_smollm2: Member, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `tiny_smollm2`."""
+    folder = tmp_path_factory.mktemp("models") / tiny_smollm2.name
+    tiny_smollm2.model.save_pretrained(folder)
+    tiny_smollm2.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(gemma: Member) -> Member:
+    """Gemma 3's; it has read less of the same text, and its sliding windows are of 16 tokens. Read only."""
+    from tiny_models import AWKWARD, PROSE, tiny_reader
+
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    more = {"sliding_window": 16, "layer_types": layers, "query_pre_attn_scalar": 8}
+    return tiny_reader(gemma, "tiny-gemma", AWKWARD + PROSE[1200:], seed=2, **more)

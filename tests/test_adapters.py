@@ -1,4 +1,6 @@
-"""transformers' own calls, with an ensemble behind them: the same text as `Ensemble.generate`."""
+"""transformers' own calls, with an ensemble behind them: the same text as `Ensemble.generate`.
+
+Tiny models with real tokenizers; the demo pair itself where `demo_pair` is."""
 
 from __future__ import annotations
 
@@ -26,16 +28,19 @@ LONG = (
     "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into a pot "
     "of boiling water. From there it spread to"
 )
+REPEATED = "A cormorant dry its wings 🦙🦙, a cormorant dry its wings 🦙🦙, a cormorant dry"
 CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
 TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2, gemma, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("assets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
-        yield Ensemble([smollm2, gemma], recipe="bytes")
+def pair(tiny_smollm2, tiny_gemma):
+    return Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", learning_rate=0.3, cache=False)
+
+
+@pytest.fixture(scope="module")
+def demo_pair(smollm2, gemma):
+    return Ensemble([smollm2, gemma], recipe="bytes", cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,22 @@ def new_ids(output: torch.Tensor, given) -> list[list[int]]:
     return output[:, given["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.slow
+def test_the_demo_pair_writes_the_same_in_every_way(demo_pair):
+    batch = demo_pair.generate([SHORT, LONG], max_new_tokens=TOKENS)
+    expected = [one.token_ids for one in batch]
+    assert "Paris" in batch.texts[0]
+    assert any(one.changed_tokens for one in batch)
+    given, model = inputs(demo_pair, SHORT, LONG), demo_pair.members[0].model
+    settings = {"max_new_tokens": TOKENS, "do_sample": False}
+    with DeepenLogitsProcessor(demo_pair) as fuse:
+        assert new_ids(model.generate(**given, logits_processor=[fuse], **settings), given) == expected
+    own = model.generate(**given, custom_generate=demo_pair.custom_generate, **settings)
+    assert new_ids(own, given) == expected
+    records = pipeline(demo_pair, **settings)([SHORT, LONG], return_full_text=False, batch_size=2)
+    assert [record[0]["generated_text"] for record in records] == batch.texts
+
+
 class TestSameText:
     """Greedy: two rows, of which the shorter is padded."""
 
@@ -94,36 +115,24 @@ class TestSameText:
 
     def test_rows_that_end_at_different_steps(self, pair, main, fuse):
         """A stop after the tokens of one row; the other goes on, and the first is padded."""
-        chats = [
-            [{"role": "user", "content": "Answer with one word: what colour is the sky?"}],
-            [{"role": "user", "content": "Count from one to five."}],
-        ]
         tokenizer = pair.members[0].tokenizer
-        texts = [
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
-        ]
-        stop = tokenizer(".").input_ids
-        alone = [
-            pair.generate(text, max_new_tokens=TOKENS, eos_token_id=[*pair.members[0].eos_ids, *stop])
-            for text in texts
-        ]
+        texts = [tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True), LONG]
+        ends = [*pair.members[0].eos_ids, pair.generate(texts[0], max_new_tokens=TOKENS).token_ids[2]]
+        alone = [pair.generate(text, max_new_tokens=TOKENS, eos_token_id=ends) for text in texts]
         lengths = [len(one.token_ids) for one in alone]
-        assert lengths[0] != lengths[1]
+        assert lengths[0] <= 3 < lengths[1]
         padding = [[tokenizer.pad_token_id] * (max(lengths) - length) for length in lengths]
         padded = [one.token_ids + pads for one, pads in zip(alone, padding, strict=True)]
         given = inputs(pair, *texts)
-        settings = {
-            "max_new_tokens": TOKENS,
-            "do_sample": False,
-            "eos_token_id": [*pair.members[0].eos_ids, *stop],
-        }
+        settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": ends}
         assert new_ids(main.generate(**given, logits_processor=[fuse], **settings), given) == padded
         output = main.generate(**given, custom_generate=pair.custom_generate, **settings)
         assert new_ids(output, given) == padded
 
-    def test_gemma_as_the_main_model(self, smollm2, gemma, pair):
+    def test_gemma_as_the_main_model(self, pair):
         """Its tokenizer puts BOS before the text, and pads with a token of its own."""
-        swapped = Ensemble([gemma, smollm2], recipe="bytes")
+        small, gemma = pair.members
+        swapped = Ensemble([gemma, small], recipe="bytes", learning_rate=0.3, cache=False)
         tokens = [one.token_ids for one in swapped.generate([SHORT, LONG], max_new_tokens=5)]
         given = inputs(swapped, SHORT, LONG)
         assert (given["input_ids"] == gemma.tokenizer.bos_token_id).sum() == 2
@@ -173,9 +182,9 @@ class TestLogitsProcessor:
             assert new_ids(main.generate(**given, **settings), given) == [expected[row] for row in rows]
 
     def test_a_processor_after_it_acts_on_the_fused_scores(self, pair, main, fuse):
-        penalised = pair.generate(LONG, max_new_tokens=TOKENS, repetition_penalty=1.5)
-        assert penalised.token_ids != pair.generate(LONG, max_new_tokens=TOKENS).token_ids
-        given = inputs(pair, LONG)
+        penalised = pair.generate(REPEATED, max_new_tokens=TOKENS, repetition_penalty=1.5)
+        assert penalised.token_ids != pair.generate(REPEATED, max_new_tokens=TOKENS).token_ids
+        given = inputs(pair, REPEATED)
         after = [fuse, RepetitionPenaltyLogitsProcessor(1.5)]
         output = main.generate(**given, logits_processor=after, max_new_tokens=TOKENS, do_sample=False)
         assert new_ids(output, given) == [penalised.token_ids]
@@ -190,10 +199,8 @@ class TestLogitsProcessor:
     @pytest.mark.parametrize("drafts", ["prompt lookup", "a model"])
     def test_assisted_decoding_writes_the_same(self, pair, main, drafts):
         """transformers goes back wherever a draft is not what the fused scores say."""
-        given = inputs(pair, "One two three 🦙🦙, one two three 🦙🦙, one two")
-        expected = pair.generate(
-            "One two three 🦙🦙, one two three 🦙🦙, one two", max_new_tokens=14, eos_token_id=[5]
-        )
+        given = inputs(pair, REPEATED)
+        expected = pair.generate(REPEATED, max_new_tokens=14, eos_token_id=[5])
         assert expected.changed_tokens
         shown, back, drafts_left_alone = [], [], []
 
@@ -358,15 +365,18 @@ class TestCustomGenerate:
         "settings",
         [
             {"repetition_penalty": 1.5, "min_new_tokens": TOKENS},
-            {"stop_strings": ["aris"]},
+            {"stop_strings": ["wings"]},
             {"do_sample": True, "temperature": 1.5, "top_k": 20, "seed": 7},
             {"certified_skip": True},
         ],
     )
     def test_settings_act_as_in_the_ensemble(self, pair, main, settings):
         """On rows without their padding, which transformers' own processors would take for text."""
-        alone = pair.generate([SHORT, LONG], max_new_tokens=TOKENS, **settings)
-        given = inputs(pair, SHORT, LONG)
+        prompts = [REPEATED, LONG]
+        alone = pair.generate(prompts, max_new_tokens=TOKENS, **settings)
+        as_ever = pair.generate(prompts, max_new_tokens=TOKENS).texts == alone.texts
+        assert as_ever == ("certified_skip" in settings)
+        given = inputs(pair, *prompts)
         output = main.generate(
             **given,
             custom_generate=pair.custom_generate,
@@ -389,9 +399,9 @@ class TestCustomGenerate:
             ("Hello", " 🦙🦙 and", "🦙"),
         ],
     )
-    def test_stop_strings_as_in_transformers(self, smollm2, prompt, written, stop):
+    def test_stop_strings_as_in_transformers(self, tiny_smollm2, prompt, written, stop):
         """Its own criterion: a stop string may begin in the prompt, and be a special token's name."""
-        alone = Ensemble([smollm2], fuser="single")
+        alone, smollm2 = Ensemble([tiny_smollm2], fuser="single"), tiny_smollm2
         given = inputs(alone, prompt)
         forced = smollm2.vocabulary.encode(written)
         start = given["input_ids"].shape[1]
@@ -504,7 +514,7 @@ class TestCustomGenerate:
             ({"num_beams": 2}, "num_beams is 2, .* logits processor"),
             ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
             ({"certified_skip": True, "do_sample": True}, "certified_skip"),
-            ({"messages": CHAT}, "Gemma-3-270M: its tokenizer has no chat template"),
+            ({"messages": CHAT}, "tiny-gemma: its tokenizer has no chat template"),
             ({"messages": [CHAT, CHAT], "without_template": "plain"}, "there are 2 chats for 1 prompts"),
             ({"attention_mask": torch.zeros(1, 5, dtype=torch.long)}, "prompt 0 is empty"),
         ],
@@ -514,9 +524,9 @@ class TestCustomGenerate:
         with pytest.raises(InputError, match=message):
             main.generate(**given, custom_generate=pair.custom_generate)
 
-    def test_the_main_model_alone_may_call_it(self, pair, gemma):
-        with pytest.raises(InputError, match="belongs to SmolLM2-135M-Instruct"):
-            gemma.model.generate(**inputs(pair, SHORT), custom_generate=pair.custom_generate)
+    def test_the_main_model_alone_may_call_it(self, pair):
+        with pytest.raises(InputError, match="belongs to tiny-smollm2"):
+            pair.members[1].model.generate(**inputs(pair, SHORT), custom_generate=pair.custom_generate)
 
     def test_not_both_at_once(self, pair, main, fuse):
         with pytest.raises(InputError, match="fuses already"):
@@ -524,11 +534,9 @@ class TestCustomGenerate:
                 **inputs(pair, SHORT), custom_generate=pair.custom_generate, logits_processor=[fuse]
             )
 
-    def test_other_ways_of_decoding(self, pair, main, smollm2):
+    def test_other_ways_of_decoding(self, pair, main):
         with pytest.raises(InputError, match="no use for assistant_model"):
-            main.generate(
-                **inputs(pair, SHORT), custom_generate=pair.custom_generate, assistant_model=smollm2.model
-            )
+            main.generate(**inputs(pair, SHORT), custom_generate=pair.custom_generate, assistant_model=main)
 
     def test_called_by_hand(self, pair, main, expected):
         """Not from transformers' generate: processors and streamer are what it is given."""
@@ -574,9 +582,10 @@ class TestTextOfIds:
         assert text_of(gemma, gemma.vocabulary.prefix_ids) == ("", b"")
 
 
-def test_the_snippets_of_the_documentation(pair, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_snippets_of_the_documentation(demo_pair, monkeypatch, capsys):
     """`docs/adapters.md` from top to bottom; only the loading is left out."""
-    monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders: pair)
+    monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders: demo_pair)
     page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(snippets) == 6

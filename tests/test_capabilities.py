@@ -13,7 +13,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers import FUSERS, FusionSettings, fuser_class
 from deepen_ext.fusers.capabilities import check_capabilities
 from deepen_ext.members.backend import Backend, Capabilities
-from deepen_ext.space.defaults import RECIPES
+from deepen_ext.space.recipes import RECIPES
 
 
 @dataclass

@@ -21,10 +21,10 @@ def tiny_main():
     return tiny_main_model()
 
 
-def identity_rows(vocab: int) -> ops.Rows:
+def identity_rows(vocab: int) -> ops.RelativeRows:
     """Every token is its own anchor: an assistant can ask for any token it likes."""
     columns = torch.arange(vocab, dtype=torch.int32)[:, None].contiguous()
-    return ops.Rows(columns, torch.ones(vocab, 1), torch.zeros(vocab), vocab)
+    return ops.RelativeRows(columns, torch.ones(vocab, 1), torch.zeros(vocab), vocab)
 
 
 def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=0.0, log_probs=True):
@@ -182,7 +182,7 @@ class TestSoundness:
                 ids,
                 torch.full((64,), -torch.inf),
                 target,
-                ops.Rows(None, values, None, 60),
+                ops.RelativeRows(None, values, None, 60),
                 learning_rate=learning_rate,
                 steps=steps,
             )

@@ -1,4 +1,5 @@
-"""The loop on real models: batches, the certified skip, streams, traces, and what goes wrong."""
+"""The loop, on tiny models with real tokenizers: batches, the certified skip, streams, traces, and what goes
+wrong. The demo pair itself is in a few tests, under `demo_pair`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from sessions import changed, sync
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from deepen_ext import Ensemble, InputError, ModelError
@@ -33,11 +35,38 @@ SUMS = [
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2, gemma, tmp_path_factory):
+def assets(tmp_path_factory):
+    """An assets cache of this module's own: nothing computed elsewhere is found there."""
     folder = tmp_path_factory.mktemp("assets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
-        yield Ensemble([smollm2, gemma])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_smollm2, tiny_gemma, assets):
+    return Ensemble([tiny_smollm2, tiny_gemma], learning_rate=0.3)
+
+
+@pytest.fixture(scope="module")
+def demo_pair(smollm2, gemma, assets):
+    return Ensemble([smollm2, gemma])
+
+
+@pytest.mark.slow
+def test_the_demo_pair_alone_in_batches_and_certified(demo_pair):
+    """What the rest of this file shows of tiny models, on the real ones."""
+    settings = {"max_new_tokens": 10, "stop_strings": ["."]}
+    prompts = [PROMPTS[0], SUMS[0], PROMPTS[4]]
+    alone = [demo_pair.generate(prompt, **settings) for prompt in prompts]
+    assert "Paris" in alone[0].text
+    assert sum(one.changed_tokens for one in alone) > 0
+    batch = demo_pair.generate(prompts, **settings, batch_size=2)
+    skipped = demo_pair.generate(prompts, **settings, certified_skip=True)
+    for found in (batch, skipped):
+        assert [one.token_ids for one in found] == [one.token_ids for one in alone]
+        assert [one.finish_reason for one in found] == [one.finish_reason for one in alone]
+    assert 0.1 < skipped.timings.skipped_share < 0.9
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -53,22 +82,31 @@ def test_a_constant_in_the_main_models_logits_changes_no_token(pair, skip):
         assert [one.token_ids for one in moved] == [one.token_ids for one in plain]
 
 
+def stops_in(texts: list[str]) -> list[str]:
+    """Stop strings that end the first of these texts early, and the last one later."""
+    return [texts[0].split()[1], texts[-1].split()[-3]]
+
+
 class TestBatch:
     def test_each_row_is_the_row_alone(self, pair):
         """Rows of other lengths beside it, rows that end sooner: none of it changes a row's tokens."""
-        batch = pair.generate(PROMPTS, max_new_tokens=16, stop_strings=["\n\n", "."])
-        alone = [pair.generate(prompt, max_new_tokens=16, stop_strings=["\n\n", "."]) for prompt in PROMPTS]
+        settings = {"max_new_tokens": 16}
+        settings["stop_strings"] = stops_in(pair.generate(PROMPTS, **settings).texts)
+        batch = pair.generate(PROMPTS, **settings)
+        alone = [pair.generate(prompt, **settings) for prompt in PROMPTS]
         assert batch.texts == [one.text for one in alone]
         assert [one.token_ids for one in batch] == [one.token_ids for one in alone]
         assert [one.finish_reason for one in batch] == [one.finish_reason for one in alone]
         assert [one.changed_tokens for one in batch] == [one.changed_tokens for one in alone]
         assert len({one.finish_reason for one in batch}) > 1  # some end early
+        assert sum(one.changed_tokens > 0 for one in batch) > 1
         assert batch.timings.tokens == sum(len(one.token_ids) for one in batch)
 
     def test_prompts_wait_for_a_place(self, pair):
         """Two at a time: where a text ends the next prompt begins; each is as if all were there at once."""
         some = pair.variant(weights="prompt")
-        settings = {"max_new_tokens": 9, "stop_strings": ["\n\n", ".", ","]}
+        settings = {"max_new_tokens": 9}
+        settings["stop_strings"] = stops_in(some.generate(PROMPTS, **settings).texts)
         whole = some.generate(PROMPTS, **settings)
         seen, records = set(), []
         hooks = [
@@ -101,21 +139,25 @@ class TestBatch:
         assert reasons == ["length", "length", "cancelled", "cancelled", "cancelled"]
 
     def test_past_the_sliding_window(self, pair):
-        """Gemma's windows are 512 tokens: rows on both sides of it, with rollbacks of their own."""
-        assert pair.members[1].model.config.sliding_window == 512
-        long = " ".join(PROMPTS) * 9
-        prompts = [long[:3000], PROMPTS[0], long[300:1400]]
-        assert len(pair.members[1].vocabulary.encode(prompts[0])) > 540
-        batch = pair.generate(prompts, max_new_tokens=8)
-        assert batch.texts == [pair.generate(prompt, max_new_tokens=8).text for prompt in prompts]
+        """Gemma's windows are 16 tokens here: rows on both sides of it, with rollbacks of their own."""
+        assert pair.members[1].model.config.sliding_window == 16
+        long = " ".join(PROMPTS)
+        prompts = [long, PROMPTS[0], long[80:130]]
+        lengths = [len(pair.members[1].vocabulary.encode(prompt)) for prompt in prompts]
+        assert lengths[0] > 32 > 16 > lengths[2] > 10 > lengths[1]  # the last ones pass it on their way
+        batch = pair.generate(prompts, max_new_tokens=20)
+        assert batch.texts == [pair.generate(prompt, max_new_tokens=20).text for prompt in prompts]
+        assert sum(one.changed_tokens > 0 for one in batch) > 1
 
-    def test_another_main_model_and_three_members(self, smollm2, gemma):
-        trio = Ensemble([gemma, smollm2, smollm2], recipe="bytes", weights=[0.5, 0.3, 0.2], cache=False)
+    def test_another_main_model_and_three_members(self, pair):
+        small, gemma = pair.members
+        trio = Ensemble([gemma, small, small], recipe="bytes", weights=[0.5, 0.3, 0.2], cache=False)
         batch = trio.generate(PROMPTS[:2], max_new_tokens=8)
         assert batch.texts == [trio.generate(prompt, max_new_tokens=8).text for prompt in PROMPTS[:2]]
 
-    def test_members_of_different_dtypes(self, pair, smollm2, gemma):
-        half = dataclasses.replace(
+    @pytest.mark.slow
+    def test_members_of_different_dtypes(self, smollm2, gemma):
+        half = changed(
             gemma, model=copy.deepcopy(gemma.model).to(torch.bfloat16), dtype=torch.bfloat16, name="half"
         )
         mixed = Ensemble([smollm2, half], cache=False)
@@ -129,7 +171,11 @@ class TestBatch:
     def test_unfinished_characters_in_some_rows(self, pair):
         """A row in the middle of a character waits for its assistants, the others do not."""
         prompts = ["日本の首都は", "Emoji: 🙂🙃🫠", PROMPTS[0]]
-        batch = pair.generate(prompts, max_new_tokens=10)
+        records: list[dict] = []
+        batch = pair.generate(prompts, max_new_tokens=10, trace=records.append)
+        waits = {one["position"] for one in records if one["not_asked"] == "unfinished character"}
+        asked = {one["position"] for one in records if one["not_asked"] is None}
+        assert waits & asked
         assert batch.texts == [pair.generate(prompt, max_new_tokens=10).text for prompt in prompts]
 
     def test_a_seed_gives_a_row_its_own_draws(self, pair):
@@ -146,10 +192,10 @@ class TestBatch:
 
 class TestSkip:
     @pytest.mark.parametrize(("learning_rate", "tokens"), [(0.1, 40), (0.15, 64), (0.3, 40)])
-    def test_the_text_is_the_same(self, smollm2, gemma, learning_rate, tokens):
-        ensemble = Ensemble([smollm2, gemma], recipe="bytes", learning_rate=learning_rate, cache=False)
-        asked = ensemble.generate(SUMS, max_new_tokens=tokens)
-        skipped = ensemble.generate(SUMS, max_new_tokens=tokens, certified_skip=True)
+    def test_the_text_is_the_same(self, pair, learning_rate, tokens):
+        ensemble = pair.variant(recipe="bytes", learning_rate=learning_rate)
+        asked = ensemble.generate(PROMPTS + SUMS, max_new_tokens=tokens)
+        skipped = ensemble.generate(PROMPTS + SUMS, max_new_tokens=tokens, certified_skip=True)
         assert [one.token_ids for one in skipped] == [one.token_ids for one in asked]
         assert sum(one.changed_tokens for one in asked) > 0
         assert asked.timings.settled == 0
@@ -218,7 +264,7 @@ class TestStream:
         assert stream.result.finish_reason == "cancelled"
         for session in sessions:
             with pytest.raises(InputError, match="was released"):
-                session.sync({0: [1]})
+                sync(session, {0: [1]})
         stream.close()  # again is no error
 
     def test_dropping_frees_the_caches_without_the_garbage_collector(self, pair):
@@ -284,14 +330,15 @@ class TestStream:
 
 
 class TestBoundaries:
-    def test_an_assistant_sits_out_inside_its_token(self, pair, gemma):
+    @pytest.mark.slow
+    def test_an_assistant_sits_out_inside_its_token(self, demo_pair, gemma):
         """Main is about to go on inside a word that is one token of Gemma's."""
         text = "The capital of Fran"
         assert len(gemma.vocabulary.encode(" France")) == 1
         records: list[dict] = []
-        pair.generate([text, PROMPTS[0]], max_new_tokens=1, trace=records.append)
+        demo_pair.generate([text, PROMPTS[0]], max_new_tokens=1, trace=records.append)
         assert [one["not_asked"] for one in records] == ["boundary", None]
-        unaware = Ensemble(pair.members, boundary_aware=False, cache=False)
+        unaware = demo_pair.variant(boundary_aware=False)
         unaware.generate(text, max_new_tokens=1, trace=records.append)
         assert records[2]["not_asked"] is None
 
@@ -334,13 +381,11 @@ class TestTrace:
 
 class TestTransformersSettings:
     def test_a_generation_config(self, pair):
-        config = GenerationConfig(max_new_tokens=12, repetition_penalty=1.3)
-        result = pair.generate(PROMPTS[4], generation_config=config)
+        settings = {"max_new_tokens": 12, "repetition_penalty": 1.3}
+        result = pair.generate(PROMPTS[2], generation_config=GenerationConfig(**settings))
         assert len(result.token_ids) == 12
-        assert (
-            result.token_ids == pair.generate(PROMPTS[4], max_new_tokens=12, repetition_penalty=1.3).token_ids
-        )
-        assert result.token_ids != pair.generate(PROMPTS[4], max_new_tokens=12).token_ids
+        assert result.token_ids == pair.generate(PROMPTS[2], **settings).token_ids
+        assert result.token_ids != pair.generate(PROMPTS[2], max_new_tokens=12).token_ids
 
     def test_several_eos_ids(self, pair):
         plain = pair.generate(PROMPTS[0], max_new_tokens=12)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from command_line import run
+from sessions import changed
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -94,6 +94,7 @@ def demo_pair(smollm2: Member, gemma: Member) -> Diagnosis:
 # ---------------------------------------------------------------- the demo pair
 
 
+@pytest.mark.slow
 def test_demo_pair_members(demo_pair: Diagnosis) -> None:
     small, gemma = demo_pair.members
     assert (small.name, gemma.name) == ("SmolLM2-135M-Instruct", "Gemma-3-270M")
@@ -116,8 +117,9 @@ def test_demo_pair_members(demo_pair: Diagnosis) -> None:
         assert one.coverage.anchors + one.coverage.prefixes + one.coverage.rest == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
-    """DESIGN's finding: the paper's recipe is all but uniform on today's small models, the others are not."""
+    """The paper's recipe is all but uniform on today's small models, the others are not."""
     assert demo_pair.anchors.end
     assert demo_pair.anchors.with_main == (demo_pair.anchors.shared,)
     assert demo_pair.anchors.shared > 40_000
@@ -135,6 +137,7 @@ def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
     assert warning.startswith("the paper recipe degenerates here")
 
 
+@pytest.mark.slow
 def test_demo_pair_gain(demo_pair: Diagnosis, smollm2: Member) -> None:
     assert demo_pair.obstacle is None
     assert demo_pair.same == ()
@@ -156,6 +159,7 @@ def test_demo_pair_gain(demo_pair: Diagnosis, smollm2: Member) -> None:
     assert f"{best.bits_per_byte:.3f}" in demo_pair.verdict.text
 
 
+@pytest.mark.slow
 def test_demo_pair_speed_and_dictionary(demo_pair: Diagnosis) -> None:
     speed = demo_pair.speed
     assert speed is not None
@@ -172,9 +176,9 @@ def test_demo_pair_speed_and_dictionary(demo_pair: Diagnosis) -> None:
 # ---------------------------------------------------------------- pairs that are hopeless
 
 
-def test_model_with_itself(smollm2: Member, smollm2_dir: Path) -> None:
-    found = diagnose([smollm2, load_member(smollm2_dir)], text=SHORT, new_tokens=2)
-    names = ("SmolLM2-135M-Instruct#0", "SmolLM2-135M-Instruct#1")
+def test_model_with_itself(tiny_smollm2: Member, tiny_smollm2_dir: Path) -> None:
+    found = diagnose([tiny_smollm2, load_member(tiny_smollm2_dir)], text=SHORT, new_tokens=2)
+    names = ("tiny-smollm2#0", "tiny-smollm2#1")
     assert found.same == (names,)
     assert found.verdict.outcome == "not worth fusing"
     assert "are the same model" in found.verdict.text
@@ -221,13 +225,13 @@ def test_a_weak_main_model(bytes_dir: Path) -> None:
     assert other_way.verdict.outcome != "worth fusing"
 
 
-def test_assistant_of_single_bytes(smollm2: Member, bytes_dir: Path) -> None:
-    found = diagnose([smollm2, load_member(bytes_dir)], text=SHORT[:250], new_tokens=2)
+def test_assistant_of_single_bytes(tiny_smollm2: Member, bytes_dir: Path) -> None:
+    found = diagnose([tiny_smollm2, load_member(bytes_dir)], text=SHORT[:250], new_tokens=2)
     assert 200 < found.anchors.shared < 300
-    assert found.best_single.name == smollm2.name
+    assert found.best_single.name == tiny_smollm2.name
     assert found.verdict.outcome != "worth fusing"
     assert found.members[0].coverage.anchors < 0.2
-    assert any(warning.startswith("only ") and smollm2.name in warning for warning in found.warnings)
+    assert any(warning.startswith("only ") and tiny_smollm2.name in warning for warning in found.warnings)
 
 
 def test_three_members_of_which_two_are_one(bytes_dir: Path, tmp_path: Path) -> None:
@@ -266,9 +270,9 @@ def test_same_model(bytes_dir: Path, tmp_path: Path, change: str, same: bool) ->
     if change == "rope":
         config = LlamaConfig.from_pretrained(bytes_dir)
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1.5}
-        changed = LlamaForCausalLM(config).eval()
-        changed.load_state_dict(other.model.state_dict())
-        other = replace(other, model=changed)
+        turning = LlamaForCausalLM(config).eval()
+        turning.load_state_dict(other.model.state_dict())
+        other = changed(other, model=turning)
         for one in (model, other):  # attention that is sharp enough for positions to count
             for name, weight in one.model.named_parameters():
                 if "self_attn" in name:
@@ -353,8 +357,10 @@ def test_coverage_by_hand(smollm2: Member, bytes_dir: Path) -> None:
     assert of_others.effective == pytest.approx(math.sqrt(len(anchors)))  # one anchor, and all of them
 
 
-def facts(demo_pair: Diagnosis) -> tuple[MemberFacts, MemberFacts]:
-    one, other = demo_pair.members
+@pytest.fixture(scope="module")
+def facts(tiny_smollm2: Member, tiny_gemma: Member) -> tuple[MemberFacts, MemberFacts]:
+    """Of a pair of which A is the better one."""
+    one, other = diagnose([tiny_smollm2, tiny_gemma], text=SHORT[:100], new_tokens=2).members
     return replace(one, name="A", bits_per_byte=1.0), replace(other, name="B", bits_per_byte=1.2)
 
 
@@ -382,7 +388,7 @@ def facts(demo_pair: Diagnosis) -> tuple[MemberFacts, MemberFacts]:
     ],
 )
 def test_verdicts(
-    demo_pair: Diagnosis,
+    facts: tuple[MemberFacts, MemberFacts],
     named: tuple[float, float, bool],
     swapped: tuple[float, float, bool],
     outcome: str,
@@ -392,7 +398,7 @@ def test_verdicts(
         Fused(main, (0.5, 0.5), main == "A", 1.0 - gain, gain, error, beats)
         for main, (gain, error, beats) in (("A", named), ("B", swapped))
     ]
-    verdict = give_verdict(facts(demo_pair), fused, [], None)
+    verdict = give_verdict(facts, fused, [], None)
     assert verdict.outcome == outcome
     assert says in verdict.text
 
@@ -412,22 +418,17 @@ def test_wrong_input(smollm2: Member) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deepen_ext.commands.cli", "doctor", *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-
-
 def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(SAMPLE_TEXT * 3)
     assert len(SAMPLE_TEXT * 3) > MOST_CHARACTERS
     pair = ["--model", str(bytes_dir), "--model", str(characters_dir)]
-    done = run(*pair, "--text", str(text), "--json")
+    done = run("doctor", *pair, "--text", str(text), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verdict"]["outcome"] == "not worth fusing"
     assert report["characters_given"] == len(SAMPLE_TEXT * 3)
-    readable = run("--model", str(bytes_dir), "--model", str(bytes_dir))
+    readable = run("doctor", "--model", str(bytes_dir), "--model", str(bytes_dir))
     assert readable.returncode == 0, readable.stderr
     shown = " ".join(readable.stdout.split())
     for part in (
@@ -449,6 +450,6 @@ def test_command_with_wrong_input(bytes_dir: Path, tmp_path: Path) -> None:
         (one, "two or more models"),
         ([*one, *one, "--text", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
     ):
-        done = run(*arguments)
+        done = run("doctor", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert says in done.stderr

@@ -7,11 +7,11 @@ import math
 import random
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import run
+from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext.commands.nll import show
 from deepen_ext.ensemble import Ensemble
@@ -19,6 +19,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.scoring import score_texts
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
 from deepen_ext.measure.likelihood.token_likelihoods import BLOCK, Difference, Estimate, Score, ratio
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
 TEXT = (
@@ -73,6 +74,7 @@ def test_score_and_difference() -> None:
         Difference.of(first, first[:1])
 
 
+@pytest.mark.slow
 def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixture[str]) -> None:
     base = Ensemble([smollm2, gemma], recipe="bytes", cache=False)
     ensembles = {"deepen": base, "more of one": base.variant(weights=[0.9, 0.1])}
@@ -103,25 +105,20 @@ def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixtu
         score_texts([], ensembles)
 
 
-def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "deepen_ext.commands.cli", "nll", *arguments]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, cwd=Path(__file__).parent.parent, check=False
-    )
-
-
 class TestCommand:
     """`deepen-ext nll`."""
 
-    def test_json_and_table(self, smollm2_dir: Path, gemma_dir: Path, smollm2: Member, gemma: Member) -> None:
+    def test_json_and_table(self, tiny_smollm2_dir: Path, tmp_path: Path) -> None:
+        bytes_dir = save_model(tmp_path / "bytes", one_byte_tokens(), seed=1)
         options = (
-            *("--model", str(smollm2_dir), "--model", str(gemma_dir), "--text", "-", "--weight", "0.7"),
+            *("--model", str(tiny_smollm2_dir), "--model", str(bytes_dir), "--text", "-", "--weight", "0.7"),
             *("--weight", "0.3", "--fuser", "deepen:bytes", "--fuser", "average"),
         )
-        done = run(*options, "--piece", "90", "--context", "30", "--json", stdin=TEXT.encode())
+        done = run("nll", *options, "--piece", "90", "--context", "30", "--json", stdin=TEXT.encode())
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
-        base = Ensemble([smollm2, gemma], recipe="bytes", weights=[0.7, 0.3], cache=False)
+        members = [load_member(tiny_smollm2_dir), load_member(bytes_dir)]
+        base = Ensemble(members, recipe="bytes", weights=[0.7, 0.3], cache=False)
         cut = pieces(TEXT, length=90, context=30)
         scores = score_texts(cut, {"deepen:bytes": base, "average": base.variant(fuser="average")})
         assert report["text"] == {"file": "-", "pieces": len(cut), "piece": 90, "context": 30}
@@ -154,6 +151,6 @@ class TestCommand:
             (["--text", "-"], "name the models with --model"),
             (["--demo", "--text", "-", "--fuser", "single"], "leave --fuser single out"),
         ):
-            done = run(*options)
+            done = run("nll", *options)
             assert done.returncode == 2
-            assert message in done.stderr.decode()
+            assert message in done.stderr

@@ -34,7 +34,7 @@ from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
-from deepen_ext.space.defaults import RECIPES
+from deepen_ext.space.recipes import RECIPES
 
 QUESTIONS = {
     "what is the capital of france": "Paris",
@@ -293,8 +293,7 @@ def test_what_was_read_is_measured_again_without_the_caches(
     first = reading.fused(ensemble)
     reading.release()
     with monkeypatch.context() as patch:
-        patch.setattr(readings, "forward", None)
-        patch.setattr(readings, "BatchSession", None)
+        patch.setattr(readings, "_open", None)
         assert reading.fused(ensemble) == first
         assert reading.fused(ensemble, [0.9, 0.1]).total != first.total
         assert reading.fused(ensemble.variant(fuser="average")).total != first.total

@@ -1,16 +1,36 @@
-"""Models of transformers' own classes, so small that their text says nothing."""
+"""Models of transformers' own classes, small enough for a step in milliseconds."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from sessions import changed
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT as PROSE
+from deepen_ext.members.member import Member
+
+__all__ = [
+    "AWKWARD",
+    "EOS",
+    "PROSE",
+    "one_byte_tokens",
+    "save_model",
+    "tiny_main_model",
+    "tiny_reader",
+]
 
 EOS = 2
+# Text that tokenizers cut differently, some of it inside of characters.
+AWKWARD = (
+    "\n日本の首都は東京です。 🙂🙃🫠 and 🦙🦙🐫 too. Antarctica's strawberries cost 1,250 € in Zürich.\n"
+)
 
 
 def tiny_main_model(vocab_size: int = 300) -> SimpleNamespace:
@@ -55,3 +75,42 @@ def save_model(
     LlamaForCausalLM(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
     return folder
+
+
+def tiny_reader(member: Member, name: str, text: str, *, seed: int, **settings: Any) -> Member:
+    """The member with a model of its architecture in a few weights, which has read a text.
+
+    The weights are random, but each token's row of the head is a mean of the states that the model has before
+    that token in the text. So it writes pieces of the text: it is sure inside of a piece and torn where two
+    meet, and by attention every token before counts.
+    """
+    config = copy.deepcopy(member.model.config)
+    config.update(
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "tie_word_embeddings": False,
+            **settings,
+        }
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, weight.shape[1] ** -0.5)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings().weight
+    # Loud enough for the last token to say more than the ones before it; the first number is alike in all.
+    embedding.weight.normal_(0, 1.5 / float(getattr(embedding, "embed_scale", 1)))
+    embedding.weight[:, 0] = 2 * embedding.weight.std()
+    ids = torch.tensor(member.vocabulary.prefix_ids + member.vocabulary.encode(text))
+    states, following = model.model(ids[None]).last_hidden_state[0, :-1], ids[1:]
+    sums = torch.zeros_like(head).index_add_(0, following, states)
+    counts = following.bincount(minlength=len(head))
+    knows = sums / counts.clamp(min=1)[:, None] ** 0.75 / states.square().sum(dim=1).mean()
+    head.copy_(14 * knows + 0.1 * torch.randn_like(head))
+    head[counts == 0, 0] -= 6 / states[:, 0].mean()
+    return changed(member, name=name, model=model)

@@ -13,8 +13,9 @@ from deepen_ext.adapters.prompt_texts import AssistantsPrompts, written
 from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompts import Messages
 from deepen_ext.errors import InputError
+from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
-from deepen_ext.members.member import forbid
+from deepen_ext.members.distribution import Distribution, forbid
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to no more than 1, within this much, are no logits
 
 
-class DeepenLogitsProcessor(LogitsProcessor):
+class DeepenLogitsProcessor(Closing, LogitsProcessor):
     """Fuses the assistants into the main model's logits, in transformers' own `generate` of the main model.
 
     For greedy decoding, sampling, beam search and assisted decoding, with any batch, padded on the left as
@@ -91,7 +92,9 @@ class DeepenLogitsProcessor(LogitsProcessor):
             return scores
         assistants = self._follow(input_ids)
         writable = forbid(scores, self._unwritable.to(scores.device))
-        fused = assistants.step(writable, range(len(input_ids))).fused
+        fuser, main = self._team.fuser, self._team.main
+        said = Distribution(main.name, writable.shape[-1], fuser.candidates, writable)
+        fused = assistants.step(fuser.part(0, said), range(len(input_ids))).fused
         fused.check()
         # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
         mass = scores.logsumexp(-1, keepdim=True)
@@ -106,12 +109,6 @@ class DeepenLogitsProcessor(LogitsProcessor):
             self._team.save_rows()
         self._assistants = self._call = None
         self._seen = []
-
-    def __enter__(self) -> DeepenLogitsProcessor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _follow(self, ids: torch.Tensor) -> Assistants:
         """The assistants, having read these ids."""

@@ -118,8 +118,8 @@ def _members(found: Diagnosis) -> Table:
         table.add_row(title, *map(cell, found.members))
 
     line("architecture", lambda one: one.architecture)
-    line("parameters", lambda one: f"{one.parameters / 1e6:,.0f} million")
-    line("weights", lambda one: f"{one.dtype} on {one.device}, {_size(one.weights_bytes)}")
+    line("parameters", lambda one: _million(one.parameters))
+    line("weights", lambda one: f"{one.dtype or '?'} on {one.device}, {_size(one.weights_bytes)}")
     line("KV cache of 1,000 tokens", lambda one: _size(one.cache_bytes))
     line(
         "context", lambda one: "not known" if one.context_length is None else f"{one.context_length:,} tokens"
@@ -213,5 +213,11 @@ def _costs(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _size(count: int) -> str:
+def _million(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:,.0f} million"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "size not known"
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -100,7 +100,7 @@ def evaluate(
         ensembles = _configurations(base, fused if not alone else [], singles)
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
-        from deepen_ext.measure.evaluation.summary import summary_table
+        from deepen_ext.measure.evaluation.summary_table import summary_table
 
         try:
             with _progress() as show:
@@ -167,7 +167,7 @@ def _lines() -> Callable[[Progress], None]:
 
     def line(one: Progress) -> None:
         nonlocal last
-        finished = one.done == one.rows and bool(one.configuration)
+        finished = one.done == one.records and bool(one.configuration)
         if finished or monotonic() - last >= _LINE_SECONDS:
             last = monotonic()
             print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
@@ -178,7 +178,7 @@ def _lines() -> Callable[[Progress], None]:
 def _describe(one: Progress) -> str:
     which = f" (task {one.number} of {one.tasks})" if one.tasks > 1 else ""
     left = "" if one.seconds_left is None else f", about {_duration(one.seconds_left)} left"
-    return f"{one.task}{which}: {one.done} of {one.rows} answers{left}"
+    return f"{one.task}{which}: {one.done} of {one.records} answers{left}"
 
 
 def _duration(seconds: float) -> str:

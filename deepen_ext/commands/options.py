@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
+from deepen_ext.space.recipes import DEFAULT_LEARNING_RATE, DEFAULT_RECIPE
 
 
 class RecipeName(str, Enum):
@@ -64,11 +64,13 @@ FuserSpecs = Annotated[
 ]
 Recipes = Annotated[
     RecipeName | None,
-    typer.Option("--recipe", help=f"How deepen places tokens in the relative space; {RECIPE} by default."),
+    typer.Option(
+        "--recipe", help=f"How deepen places tokens in the relative space; {DEFAULT_RECIPE} by default."
+    ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(help=f"Of deepen's inverse search; {LEARNING_RATE} by default."),
+    typer.Option(help=f"Of deepen's inverse search; {DEFAULT_LEARNING_RATE} by default."),
 ]
 Preset = Annotated[
     Path | None,

@@ -11,7 +11,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.loading import named_members, placed, writes_alone
 from deepen_ext.errors import InputError
-from deepen_ext.space.defaults import RECIPES
+from deepen_ext.space.recipes import RECIPES
 
 if TYPE_CHECKING:
     from deepen_ext.measure.tuning.configurations import Configuration

@@ -8,6 +8,7 @@ from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, make_fuser, map_settings, method_name
+from deepen_ext.fusers.capabilities import check_capabilities
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.space.member_maps import MemberMaps
@@ -29,6 +30,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     members = members[: len(weights)]
     for member in members:
         check_built_for(member.device)
+    check_capabilities([member.backend for member in members], fuser_class(settings.fuser), settings)
     rows = map_settings(settings)
     if rows is not None and (maps is None or not maps.made_with(members, rows)):
         maps = MemberMaps(members, rows)

@@ -3,7 +3,7 @@
 | name | what | source |
 | --- | --- | --- |
 | deepen | average in relative space, inverse search | Huang et al., arXiv 2404.12715 |
-| average | the same relative rows (of the bytes recipe), no search | |
+| average | the same relative rows (of the bytes recipe), no search | ours |
 | union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
 | union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
 | single | the main model alone | |

@@ -8,7 +8,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.members.backend import Backend, require
-from deepen_ext.space.row_sources import DEFAULT_TEMPERATURE
+from deepen_ext.space.recipes import DEFAULT_TEMPERATURES
 
 
 def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings: FusionSettings) -> None:
@@ -30,7 +30,7 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
         if settings.weighs_prompts and len(backends) > 1:
             require(backend, "logits", "weights='prompt'")
         # Recipes with a temperature compare embeddings.
-        if kind.uses_recipe and settings.recipe in DEFAULT_TEMPERATURE and backend.embedding() is None:
+        if kind.uses_recipe and settings.recipe in DEFAULT_TEMPERATURES and backend.embedding() is None:
             raise InputError(
                 f"{backend.name}: recipe='{settings.recipe}' compares embeddings, and this member's are out "
                 "of reach; use recipe='bytes', which needs none"

@@ -119,7 +119,7 @@ def check_maps(maps: Sequence[RelativeMap]) -> None:
         )
 
 
-def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.Rows:
+def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.RelativeRows:
     """The map's rows, with those of every token said that counts computed."""
     if relative.device.type == "cuda":
         relative.fill()

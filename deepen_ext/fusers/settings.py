@@ -13,8 +13,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import real_number, whole_number
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPE, RECIPES, Recipe
-from deepen_ext.space.row_sources import DEFAULT_ENTRIES
+from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_LEARNING_RATE, DEFAULT_RECIPE, RECIPES, Recipe
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
@@ -54,8 +53,8 @@ class FusionSettings:
     # "preset": a preset file may have the setting, with a value such as this.
     weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
     fuser: str | FuseFunction = field(default="deepen", metadata={"preset": "deepen"})
-    recipe: Recipe = field(default=RECIPE, metadata={"preset": "calibrated"})
-    learning_rate: float = field(default=LEARNING_RATE, metadata={"preset": 0.25})
+    recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
+    learning_rate: float = field(default=DEFAULT_LEARNING_RATE, metadata={"preset": 0.25})
     relative_temperature: float | None = field(default=None, metadata={"preset": 40.0})
     confidence: float = field(default=0.0, metadata={"preset": 0.5})
     steps: int = 5

@@ -24,10 +24,9 @@ class SingleFuser(Fuser):
 
     def step_parts(
         self,
-        logits: torch.Tensor,
         parts: Sequence[Part],
         weights: Sequence[float] | Sequence[Sequence[float]],
     ) -> FusedStep:
         """The main model's logits as they are."""
         choice = parts[0].topk.ids[:, 0]
-        return FusedStep(logits, choice, choice, tuple(parts[:1]))
+        return FusedStep(parts[0].said.scores(), choice, choice, tuple(parts[:1]))

@@ -13,8 +13,7 @@ from itertools import permutations
 from typing import Any
 
 from deepen_ext.measure.likelihood.token_likelihoods import ratio
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPES, Recipe
-from deepen_ext.space.row_sources import DEFAULT_TEMPERATURE
+from deepen_ext.space.recipes import DEFAULT_LEARNING_RATE, DEFAULT_TEMPERATURES, RECIPES, Recipe
 
 LEARNING_RATES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 # The paper's recipe keeps its own: where its rows are all but even, another one only flattens the main
@@ -70,7 +69,7 @@ class Space:
 
     members: int
     recipes: tuple[Recipe, ...] = RECIPES
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float = DEFAULT_LEARNING_RATE
 
     def default(self, main: int) -> Configuration:
         """Uniform weights and the defaults."""
@@ -87,7 +86,7 @@ class Space:
         if one.learning_rate and default.learning_rate:
             steps.append(abs(math.log(one.learning_rate / default.learning_rate)))
         if one.temperature and one.recipe:
-            steps.append(abs(math.log(one.temperature / DEFAULT_TEMPERATURE[one.recipe])))
+            steps.append(abs(math.log(one.temperature / DEFAULT_TEMPERATURES[one.recipe])))
         steps.append(float(one.recipe != default.recipe))
         steps.append(one.confidence)
         return sum(step > 1e-9 for step in steps), sum(steps)
@@ -174,7 +173,7 @@ def _along(best: Configuration, setting: str, values: Sequence[float], bits: Mea
 
 
 def _with_recipe(one: Configuration, recipe: Recipe) -> Configuration:
-    return replace(one, recipe=recipe, temperature=DEFAULT_TEMPERATURE.get(recipe))
+    return replace(one, recipe=recipe, temperature=DEFAULT_TEMPERATURES.get(recipe))
 
 
 def proportional(scores: Sequence[float]) -> tuple[float, ...] | None:

@@ -31,7 +31,7 @@ from deepen_ext.measure.tuning.dev_measurements import Clock, Measurements
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
-from deepen_ext.space.defaults import RECIPES, Recipe
+from deepen_ext.space.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
