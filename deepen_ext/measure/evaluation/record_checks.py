@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-
-def read_line(line: bytes) -> Any:
-    """A line's value.
-
-    Raises:
-        ValueError: it is no JSON, or no UTF-8, or nested without end.
-    """
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def is_header(value: Any) -> bool:
