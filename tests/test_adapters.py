@@ -328,7 +328,7 @@ class TestLogitsProcessor:
 def read_by(fuse: DeepenLogitsProcessor) -> list[str]:
     """What the assistant has read of each row."""
     assistants = fuse._assistants
-    return [assistants._text(row, 0).text for row in range(len(assistants.lanes))]
+    return [assistants._text(row, 0).text for row in range(len(assistants.places))]
 
 
 class TestCustomGenerate:
