@@ -49,10 +49,11 @@ demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TO
 test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=2 processes
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
-lint: $(INSTALLED)  ## ruff, mypy --strict on the package, clang-format
+lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 pytest: $(INSTALLED)
@@ -72,7 +73,7 @@ format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-bench: $(INSTALLED)  ## time everything, write bench/results/*.json and the table in README.md
+bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/performance.md
 	$(PY) bench/run.py
 	$(PY) bench/table.py
 
@@ -132,7 +133,7 @@ gpu-profile:  ## Nsight Compute's view of the fusion step's kernels, where ncu e
 	    $(PYTHON) bench/gpu_profile.py $(GPU_LOG); \
 	else echo "make gpu-profile: NO ncu ON PATH, so nothing was profiled"; fi
 
-gpu-page:  ## from GPU_RESULTS: bench/results/<gpu>.json, the tables in README.md and docs/gpu.md
+gpu-page:  ## from GPU_RESULTS: bench/results/<gpu>.json, the tables in docs/performance.md and docs/gpu.md
 	cp "$(GPU_RESULTS)"/*.json bench/results/
 	$(PYTHON) bench/table.py
 	$(PYTHON) bench/gpu_model.py

@@ -19,7 +19,8 @@ from common import LONG_TEXT, PROMPTS, ROOT, Figure, environment, speed_file, sp
 from tokenizers import Tokenizer
 
 from deepen_ext.errors import ModelError
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 LENGTHS = (1_000, 10_000, 100_000)
 APPENDS = 400

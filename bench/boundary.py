@@ -34,7 +34,8 @@ from deepen_ext import Ensemble, demo, ops
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream, whole_characters
+from deepen_ext.text.characters import Utf8Stream, whole_characters
+from deepen_ext.text.growing_text import GrowingText
 
 SMOLLM2, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"
 PAIRS = ((SMOLLM2, GEMMA), (GEMMA, SMOLLM2), (QWEN, GEMMA))

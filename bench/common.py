@@ -200,7 +200,7 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # The results are what a run is about to write: they do not make a checkout dirty.
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/performance*")
     packages = ("deepen-ext", "torch", "transformers", "pybind11", "pytest-benchmark")
     return {
         "machine": {

@@ -23,8 +23,9 @@ from common import ROOT, environment, machine_name, write_json
 from compare_setup import Deadline, add_options, check_default, configurations, load, say, settings_used
 
 from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.headers import Header
 from deepen_ext.measure.evaluation.jobs import Progress
-from deepen_ext.measure.evaluation.records import Header, ItemRecord, RecordFile
+from deepen_ext.measure.evaluation.records import ItemRecord, RecordFile
 from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
 from deepen_ext.measure.evaluation.tasks import TASKS
@@ -115,8 +116,8 @@ def ending(deadline: Deadline, done: dict[str, int]) -> Callable[[Progress], Non
         if min(done.values()) > least:  # all have done the batch
             least = min(done.values())
             left = "" if one.seconds_left is None else f", {one.seconds_left / 60:.0f} min left"
-            say(f"{one.task}: {one.done} of {one.rows} answers{left}")
-            if deadline.passed() and one.done < one.rows:
+            say(f"{one.task}: {one.done} of {one.records} answers{left}")
+            if deadline.passed() and one.done < one.records:
                 raise OutOfTime
 
     return tell

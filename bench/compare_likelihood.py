@@ -36,11 +36,10 @@ from compare_setup import (
 )
 
 from deepen_ext import Ensemble
-from deepen_ext.fusers.weights import SHARPNESS, PromptScore, prompt_weights, read_prompts
-from deepen_ext.measure.evaluation.records import configuration_header
+from deepen_ext.decoding.prompt_weights import SHARPNESS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.measure.evaluation.headers import configuration_header
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods
 from deepen_ext.measure.tuning.configurations import paired_difference
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member
 
 RESULTS = ROOT / "bench" / "results" / "likelihood"
@@ -115,7 +114,7 @@ def prompt_scores(members: Sequence[Member], context: str) -> dict[int, PromptSc
     scores = {}
     for member in members:
         ids = member.vocabulary.prefix_ids + member.vocabulary.encode(context)
-        session = BatchSession(member, 1)
+        session = member.backend.open()
         scores[id(member)] = read_prompts(session, member, {0: ids})[0]
         session.close()
     return scores

@@ -9,7 +9,6 @@ share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperatur
 
 from __future__ import annotations
 
-import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from deepen_ext import Ensemble, demo
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import method_name, on_relative_maps, parse_fuser
+from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -30,10 +29,8 @@ METHODS = (
     *("deepen", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
     *("average", "union-topk", "union-vocab", "deepen@prompt"),
 )
-_DEFAULTS = {name: one.default for name, one in inspect.signature(Ensemble).parameters.items()}
-DEFAULT = method_name(_DEFAULTS["fuser"], _DEFAULTS["recipe"]) + (
-    "@prompt" if _DEFAULTS["weights"] == "prompt" else ""
-)
+_DEFAULTS = FusionSettings()
+DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
 _NUMBERS = {"eta": "learning_rate", "tau": "relative_temperature", "confidence": "confidence"}
 
 
@@ -60,7 +57,7 @@ def parse_method(spec: str) -> Method:
     """
     spec = DEFAULT if spec == "deepen" else spec
     name, *changes = spec.split("@")
-    fuser, recipe = parse_fuser(name, _DEFAULTS["recipe"])
+    fuser, recipe = parse_fuser(name, _DEFAULTS.recipe)
     settings: dict[str, Any] = {"fuser": fuser, "recipe": recipe, "weights": None}
     main_weight = None
     for change in changes:
@@ -113,8 +110,7 @@ def configurations(
         made: dict[Any, Ensemble] = {}  # by what their relative rows are made by
         for method in chosen.values():
             settings = method.of(len(own))
-            rows = settings["recipe"] if settings["fuser"] == "deepen" else "bytes"
-            key = on_relative_maps(settings["fuser"]) and (rows, settings.get("relative_temperature"))
+            key = map_settings(_DEFAULTS.changed(**settings))
             one = made[key].variant(**settings) if key in made else Ensemble(own, **settings)
             made.setdefault(key, one)
             found[f"{letters} {method.name}"] = one
@@ -148,7 +144,7 @@ def check_default(where: Path, name: str, learning_rate: float | None) -> None:
     Raises:
         InputError: they were not: the default has changed.
     """
-    now = _DEFAULTS["learning_rate"]
+    now = _DEFAULTS.learning_rate
     if learning_rate not in (None, now) and "@eta=" not in name:
         raise InputError(
             f"{where}: {name} was run with η {learning_rate}, and the default is {now} now; remove its "
@@ -162,7 +158,7 @@ def settings_used() -> dict[str, Any]:
         "default_method": DEFAULT,
         "models": MODELS,
         "defaults": {
-            key: _DEFAULTS[key]
+            key: getattr(_DEFAULTS, key)
             for key in ("learning_rate", "steps", "candidates", "boundary_aware", "weights", "confidence")
         },
     }

@@ -17,7 +17,6 @@ from common import PROMPTS, ROOT, environment, machine_name, spread, write_json
 from compare_setup import add_options, configurations, load, say, settings_used
 
 from deepen_ext import Ensemble
-from deepen_ext.fusers import DeepenFuser
 
 
 def main() -> None:
@@ -63,7 +62,7 @@ def main() -> None:
 
 def _has_skip(ensemble: Ensemble) -> bool:
     """Whether its certified skip is worth a line: the default search's."""
-    return isinstance(ensemble.fuser, DeepenFuser) and not ensemble.weighs_prompts
+    return ensemble.fuser.search_bound() is not None and not ensemble.weighs_prompts
 
 
 def _figures(name: str, first: list[float], again: list[float], alone: dict[str, float]) -> dict[str, Any]:

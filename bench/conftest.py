@@ -7,7 +7,6 @@ import torch
 from common import PROMPTS, TIMED
 
 from deepen_ext import Ensemble, demo
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -28,5 +27,6 @@ def logits(pair: list[Member]) -> list[torch.Tensor]:
     found = []
     for member in pair:
         ids = [member.vocabulary.prefix_ids + member.vocabulary.encode(prompt) for prompt in PROMPTS]
-        found.append(torch.cat([BatchSession(member).sync({0: one}).clone() for one in ids]))
+        answers = [member.backend.open().ask({0: one}, 1) for one in ids]
+        found.append(torch.cat([answer.wait().scores() for answer in answers]))
     return found

@@ -41,6 +41,7 @@ from safetensors.torch import load_file
 from deepen_ext import RelativeMap, _core, ops
 from deepen_ext.fusers import DeepenFuser, reference
 from deepen_ext.space.row_sources import SimilarityRows
+from deepen_ext.space.row_table import RowTable
 
 BATCHES = (1, 8, 32, 128)
 PAIRS = {  # vocabularies, shared anchors
@@ -132,16 +133,16 @@ def topk_cases() -> list[tuple[int, int, torch.dtype, str]]:
 def time_relative_rows(bench: Bench, count: int, vocab: int, anchors: int, name: str) -> None:
     source = SimilarityRows(_embedding(vocab, seed=1), torch.arange(anchors))
     tokens = torch.arange(anchors - count // 2, anchors - count // 2 + count, device=DEVICE)
-    settings = (source._mean, source.temperature, False, source.entries)
-    arguments = (tokens, source.embedding, source.anchor_ids, source._inverse_norm, *settings)
-    twin = SimilarityRows(source.embedding.cpu(), torch.arange(anchors)).compute(tokens[:16].cpu())
+    arguments = (tokens, *source.similarity)
+    embedding, mean = source.similarity.embedding, source.similarity.mean
+    twin = SimilarityRows(embedding.cpu(), torch.arange(anchors)).compute(tokens[:16].cpu())
     found = torch.ops.deepen_ext.relative_rows(*arguments)[1][:16].cpu()
     equality = check_equal("values of 16 rows and the CPU twin's", found, twin.values, 1e-4)
-    centred = source.embedding[source.anchor_ids].float() - source._mean
+    centred = embedding[source.similarity.anchor_ids].float() - mean
     normal = torch.nn.functional.normalize(centred, dim=1)
 
     def eager() -> Any:
-        query = torch.nn.functional.normalize(source.embedding[tokens].float() - source._mean, dim=1)
+        query = torch.nn.functional.normalize(embedding[tokens].float() - mean, dim=1)
         return torch.softmax(source.temperature * (query @ normal.T), dim=1).topk(ENTRIES, dim=1)
 
     bench.time(
@@ -196,13 +197,13 @@ def real_rows(pair: Pair) -> tuple[Pair, list[torch.Tensor]]:
     maps, logits = [], []
     for i, random in enumerate(pair.on_cpu):
         ids = stored[f"ids{i}"].long()
-        relative = RelativeMap(random.vocab_size, random.anchors, ENTRIES)
+        table = RowTable.empty(random.vocab_size, random.anchors, ENTRIES)
         for part in ("columns", "values", "rest"):
-            rows = getattr(relative.rows, part)
+            rows = getattr(table.rows, part)
             rows.copy_(getattr(random.rows, part))
             rows[ids] = stored[f"{part}{i}"].to(rows.dtype)
-        relative._known[:] = True
-        maps.append(relative.to(DEVICE))
+        table.known[:] = True
+        maps.append(RelativeMap(table).to(DEVICE))
         known = stored[f"probs{i}"].log()
         generator = torch.Generator().manual_seed(i)
         below = 2 * torch.randn(len(ids), random.vocab_size, generator=generator).abs() + 0.1

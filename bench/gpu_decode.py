@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from deepen_ext import RelativeMap
 from deepen_ext.fusers import DeepenFuser
-from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.member import Member
 
 CONTEXT, STEPS, WARM_UP = 256, 64, 8
@@ -54,7 +54,8 @@ def _member(name: str, config: Any, device: torch.device) -> Member:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     size: Any = SimpleNamespace(vocab_size=config.vocab_size)
-    return Member(name, model, None, size, (), None, device, dtype)  # type: ignore[arg-type]  # no text, no tokenizer
+    backend = HFBackend(name, model, config.vocab_size, None, device, dtype)
+    return Member(name, backend, None, size, ())  # type: ignore[arg-type]  # no text, no tokenizer
 
 
 def _times(step: Callable[[list[int]], int], length: int) -> list[float]:
@@ -78,8 +79,12 @@ def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny:
     capacity = CONTEXT + WARM_UP + STEPS
 
     def alone(member: Member) -> list[float]:
-        with BatchSession(member, 1, capacity=capacity) as session:
-            return _times(lambda ids: int(session.sync({0: ids}).argmax()) % smallest, CONTEXT)
+        with member.backend.open(1, capacity) as session:
+
+            def step(ids: list[int]) -> int:
+                return int(session.ask({0: ids}, 1).wait().scores().argmax()) % smallest
+
+            return _times(step, CONTEXT)
 
     own = []
     for member in members:
@@ -87,11 +92,12 @@ def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny:
         own.append(times)
         name = f"a step of {member.name} alone"
         keep(Figure(name, statistics.median(times), "ms", spread(times), len(times)))
-    sessions = [BatchSession(member, 1, capacity=capacity) for member in members]
+    sessions = [member.backend.open(1, capacity) for member in members]
     fusion: list[float] = []
 
     def together(ids: list[int]) -> int:
-        logits = [session.sync({0: ids}) for session in sessions]
+        answers = [session.ask({0: ids}, 1) for session in sessions]
+        logits = [answer.wait().scores() for answer in answers]
         if device.type == "cuda" and len(fusion) % 2:  # every other step waits here, to see what fusion takes
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -51,13 +51,13 @@ def _rows(vocab: int, anchors: int) -> Any:
     """Relative rows of a real shape: columns that differ within a row, spread over all anchors."""
     import torch
 
-    from deepen_ext.ops import Rows
+    from deepen_ext.ops import RelativeRows
 
     step = anchors // ENTRIES
     start = torch.arange(vocab)[:, None] * 7919 % step
     columns = (start + step * torch.arange(ENTRIES)).int()
     values = torch.full((vocab, ENTRIES), 0.9 / ENTRIES)
-    return Rows(columns, values, torch.full((vocab,), 0.1), anchors)
+    return RelativeRows(columns, values, torch.full((vocab,), 0.1), anchors)
 
 
 def _fuse(tops: list[Any], rows: list[Any], logits: Any) -> None:

@@ -53,18 +53,17 @@ class Decoder:
     """A member's session that goes on by one token at a time."""
 
     def __init__(self, member: Any) -> None:
-        from deepen_ext.members.hf.session import BatchSession
 
         self.name = member.name
         vocabulary = member.vocabulary
         self._ids = (vocabulary.prefix_ids + vocabulary.encode(LONG_TEXT))[:CONTEXT]
-        self._session = BatchSession(member, capacity=CONTEXT * 3)
-        self._session.sync({0: self._ids})
+        self._session = member.backend.open(1, CONTEXT * 3)
+        self._session.ask({0: self._ids}, 1).wait().scores()
 
     def step(self) -> float:
         """One greedy token, in milliseconds."""
         start = time.perf_counter()
-        logits = self._session.sync({0: self._ids})
+        logits = self._session.ask({0: self._ids}, 1).wait().scores()
         taken = 1e3 * (time.perf_counter() - start)
         self._ids.append(int(logits[0].argmax()))
         return taken
@@ -77,12 +76,12 @@ class Decoder:
 def measure(tokens: int, rounds: int) -> tuple[list[Figure], float]:
     """The figures of both demo members, and the memory's bandwidth in GB/s."""
     from deepen_ext import demo
-    from deepen_ext.members.hf import session
+    from deepen_ext.members.hf import forwards
     from deepen_ext.members.loading import load_member
 
     members = [load_member(folder) for folder in demo.members()]
     decoders = [Decoder(member) for member in members]
-    ours = session.small_products
+    ours = forwards.small_products
     times: dict[tuple[str, str], list[float]] = {}
 
     def torch_own(*_: Any) -> AbstractContextManager[Any]:
@@ -91,7 +90,7 @@ def measure(tokens: int, rounds: int) -> tuple[list[Figure], float]:
     def run(
         kind: str, products: Callable[..., AbstractContextManager[Any]], turns: list[list[Decoder]]
     ) -> None:
-        session.small_products = products
+        forwards.small_products = products
         for group in turns:
             for decoder in group:
                 decoder.drop()
@@ -104,7 +103,7 @@ def measure(tokens: int, rounds: int) -> tuple[list[Figure], float]:
         run("torch's linear layers", torch_own, [[one] for one in decoders])
         run("ours", ours, [[one] for one in decoders])
         run("ours, in turns with the other member", ours, [decoders])
-    session.small_products = ours
+    forwards.small_products = ours
     speed = bandwidth()
     figures = []
     for member in members:

@@ -32,9 +32,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import deepen_ext  # the package's own imports belong to the base as torch's and transformers' do
-    from deepen_ext.members.loading import _context_length, _eos_ids
-    from deepen_ext.members.member import Member
-    from deepen_ext.text.vocabulary import Vocabulary
+    from deepen_ext.members.loading import member_of
 
     stages: dict[str, float] = {}
     models = []
@@ -47,21 +45,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
     _give_back_free_memory()
     base = start_of_peak()
 
-    members = []
-    for name, tokenizer, model in models:
-        rows = model.get_output_embeddings().weight.shape[0]
-        members.append(
-            Member(
-                name=name,
-                model=model,
-                tokenizer=tokenizer,
-                vocabulary=Vocabulary.from_tokenizer(tokenizer, rows, name=name),
-                eos_ids=_eos_ids(model, tokenizer, rows),
-                context_length=_context_length(model),
-                device=torch.device("cpu"),
-                dtype=torch.float32,
-            )
-        )
+    members = [member_of(model, tokenizer, name) for name, tokenizer, model in models]
     stages["after the vocabularies"] = resident() - base
     ensemble = deepen_ext.Ensemble(members, **TIMED)
     stages["after the ensemble was made"] = resident() - base

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ PARTS: dict[str, Callable[[Machine], str]] = {
     "summary": parts.summary,
     "settings": parts.settings,
     "counts": parts.counts,
+    "summary plot": lambda one: _image(one, "summary", "likelihood by the default and by the paper's recipe"),
     "likelihood plot": lambda one: _image(one, "likelihood", "likelihood of each ensemble"),
     "likelihood texts": parts.likelihood_texts,
     "likelihood table": parts.likelihood_table,
@@ -96,6 +97,7 @@ def plots(one: Machine) -> dict[str, str]:
     found = {}
     if one.likelihood is not None:
         found["likelihood"] = likelihood_plot(one)
+        found["summary"] = summary_plot(one)
     if one.tasks:
         found["accuracy"] = accuracy_plot(one)
     return found
@@ -104,31 +106,58 @@ def plots(one: Machine) -> dict[str, str]:
 def likelihood_plot(one: Machine) -> str:
     """Change in bits a byte against the best single member."""
     assert one.likelihood is not None
-    kinds = one.kinds()
+    return _bits_plot(
+        one,
+        "Likelihood: change in bits a byte against the best single member",
+        [
+            (ensemble_name(ensemble), _rows(methods, one.default, lambda own: _bits_dots(one, own)))
+            for ensemble, methods in by_ensemble(one.likelihood["configurations"], one.default).items()
+        ],
+    )
 
-    def dots(own: Configuration) -> Iterator[Dot]:
-        for kind in kinds:
-            difference = own["kinds"][kind]["against_best_single"]
-            value, error = difference["bits_per_byte"], 2 * error_of(difference)
-            yield Dot(value, value - error, value + error, bits_verdict(difference))
 
-    groups = [
-        Group(
-            ensemble_name(ensemble),
-            _rows(methods, one.default, lambda own: list(dots(own))),
-            [0.0] * len(kinds),
-        )
-        for ensemble, methods in by_ensemble(one.likelihood["configurations"], one.default).items()
-    ]
+def summary_plot(one: Machine) -> str:
+    """The same for two methods, the default and the paper's recipe: a row for each ensemble."""
+    assert one.likelihood is not None
+    ensembles = by_ensemble(one.likelihood["configurations"], one.default)
+    titles = {one.default: f"the default, {one.default}", "deepen:paper": "the paper's recipe, deepen:paper"}
+    return _bits_plot(
+        one,
+        "Quality: change in bits a byte of real text against the best single member",
+        [
+            (
+                title,
+                [
+                    Row(ensemble_name(ensemble), _bits_dots(one, methods[method]))
+                    for ensemble, methods in ensembles.items()
+                    if method in methods
+                ],
+            )
+            for method, title in titles.items()
+        ],
+    )
+
+
+def _bits_dots(one: Machine, own: Configuration) -> list[Dot | None]:
+    found: list[Dot | None] = []
+    for kind in one.kinds():
+        difference = own["kinds"][kind]["against_best_single"]
+        value, error = difference["bits_per_byte"], 2 * error_of(difference)
+        found.append(Dot(value, value - error, value + error, bits_verdict(difference)))
+    return found
+
+
+def _bits_plot(one: Machine, title: str, titled: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    groups = [Group(name, rows, [0.0] * len(one.kinds())) for name, rows in titled if rows]
     shown = [dot for group in groups for row in group.rows for dot in row.dots if dot is not None]
     low = min([dot.low for dot in shown], default=0.0)
     low = min(1.1 * low, -0.01)
     # A method that does great harm must not press the others into a line.
     high = max(min(1.1 * max([dot.high for dot in shown], default=0.0), -2 * low), -low / 2)
     return dot_plot(
-        "Likelihood: change in bits a byte against the best single member",
+        title,
         "Left is better. Bars: two standard errors. Blue: better, orange: worse, hollow: neither.",
-        [column(KINDS[kind], low, high) for kind in kinds],
+        [column(KINDS[kind], low, high) for kind in one.kinds()],
         groups,
         signed=True,
     )

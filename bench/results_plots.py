@@ -1,4 +1,4 @@
-"""Dot plots with intervals as SVG: a column of panels for each kind of result, a row for each ensemble.
+"""Plots as SVG: dots with intervals, a column of panels for each kind of result; bars for times.
 
 Nothing but the standard library, and numbers rounded to a tenth of a pixel: the same results give the same
 file. The picture has its own background, light or dark as the reader's browser asks for it.
@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-LABELS, PANEL, GAP = 224, 118, 18  # widths in pixels
+LABELS, PANEL, GAP = 224, 118, 30  # widths in pixels
+BAR_LABELS, BARS, VALUES = 300, 330, 70
 ROW, GROUP, TOP, BOTTOM = 15, 30, 66, 34  # heights
+BAR_ROW, BAR = 19, 11
 
 _STYLE = """
 text { font: 11px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
@@ -28,6 +30,7 @@ text { font: 11px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .none { fill: #ffffff; stroke: #6e7781; }
 .single { fill: #6e7781; stroke: #6e7781; }
 .bar { stroke-width: 1.5; }
+.spread { stroke: #1f2328; stroke-width: 1.2; }
 .dot { stroke-width: 1.5; }
 @media (prefers-color-scheme: dark) {
 text { fill: #e6edf3; }
@@ -40,6 +43,7 @@ text { fill: #e6edf3; }
 .harm { fill: #ff8a4c; stroke: #ff8a4c; }
 .none { fill: #0d1117; stroke: #9aa4af; }
 .single { fill: #9aa4af; stroke: #9aa4af; }
+.spread { stroke: #e6edf3; }
 }
 """
 
@@ -73,6 +77,17 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """A value above 0, with a line over it from `low` to `high`; `kind` is "gain" or "single"."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    kind: str
+
+
+@dataclass(frozen=True)
 class Column:
     """A scale from `low` to `high`; what lies outside is an arrow at the edge."""
 
@@ -101,16 +116,7 @@ def dot_plot(
     """The whole picture; `explanation` stands under the title, and for those who cannot see the picture."""
     width = LABELS + len(columns) * (PANEL + GAP)
     height = TOP + sum(GROUP + ROW * len(group.rows) for group in groups) + BOTTOM
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-labelledby="title description">',
-        f'<title id="title">{escape(title)}</title>',
-        f'<desc id="description">{escape(explanation)}</desc>',
-        f"<style>{_STYLE}</style>",
-        f'<rect class="back" width="{width}" height="{height}" rx="6"/>',
-        _text(12, 22, title, "title"),
-        _text(12, 40, explanation, "quiet"),
-    ]
+    lines = _head(title, explanation, width, height)
     lefts = [LABELS + i * (PANEL + GAP) for i in range(len(columns))]
     lines += [_text(x, 60, one.title, "head") for x, one in zip(lefts, columns, strict=True)]
     y = TOP
@@ -134,6 +140,51 @@ def dot_plot(
             shown = f"{tick:{'+' if signed and tick else ''}.{one.digits}f}".replace("-", "−")
             lines.append(_text(x + one.place(tick), y + 14, shown, "quiet", middle=True))
     return "\n".join([*lines, "</svg>", ""])
+
+
+def bar_plot(
+    title: str, explanation: str, source: str, groups: Sequence[tuple[str, Sequence[Bar]]], *, unit: str
+) -> str:
+    """Bars from 0 on one scale, in groups of a title and bars; `source`, where they come from, below."""
+    scale = column(unit, 0.0, max(bar.high for _, bars in groups for bar in bars))
+    width = BAR_LABELS + BARS + VALUES
+    bottom = TOP - 8 + sum(GROUP + BAR_ROW * len(bars) for _, bars in groups)
+    lines = _head(title, explanation, width, bottom + BOTTOM + 14)
+    ticks = [(tick, BAR_LABELS + BARS * tick / scale.high) for tick in scale.ticks]
+    lines.append(
+        f'<rect class="panel" x="{BAR_LABELS}" y="{TOP - 14}" width="{BARS}" height="{bottom - TOP + 14}"/>'
+    )
+    lines += [_rule("grid", x, TOP - 14, bottom) for _, x in ticks]
+    y = TOP - 8
+    for name, bars in groups:
+        lines.append(_text(12, y + 20, name, "head"))
+        y += GROUP
+        for bar in bars:
+            length, low, high = (BARS * one / scale.high for one in (bar.value, bar.low, bar.high))
+            lines += [
+                _text(22, y + BAR - 1, bar.label, "head" if bar.kind == "gain" else "quiet"),
+                f'<rect class="{bar.kind}" x="{BAR_LABELS}" y="{y}" width="{length:.1f}" height="{BAR}"/>',
+                f'<line class="spread" x1="{BAR_LABELS + low:.1f}" x2="{BAR_LABELS + high:.1f}" '
+                f'y1="{y + BAR / 2}" y2="{y + BAR / 2}"/>',
+                _text(BAR_LABELS + BARS + 10, y + BAR - 1, f"{bar.value:.0f} {unit}", "quiet"),
+            ]
+            y += BAR_ROW
+    lines += [_text(x, bottom + 14, f"{tick:.{scale.digits}f}", "quiet", middle=True) for tick, x in ticks]
+    lines.append(_text(12, bottom + 36, source, "quiet"))
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _head(title: str, explanation: str, width: int, height: int) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-labelledby="title description">',
+        f'<title id="title">{escape(title)}</title>',
+        f'<desc id="description">{escape(explanation)}</desc>',
+        f"<style>{_STYLE}</style>",
+        f'<rect class="back" width="{width}" height="{height}" rx="6"/>',
+        _text(12, 22, title, "title"),
+        _text(12, 40, explanation, "quiet"),
+    ]
 
 
 def _dot(left: float, y: float, scale: Column, dot: Dot) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Runs every benchmark and writes bench/results/<machine>.json; bench/table.py then updates the README."""
+"""Runs every benchmark and writes bench/results/<machine>.json; bench/table.py then writes the page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Writes the README's measured table from bench/results/*.json, between its bench markers.
+"""Writes what was timed into docs/performance.md, between its bench markers, and docs/performance/*.svg.
 
-`--check` changes nothing and exits with 1 where the README is out of date.
+Tables and plots are made of bench/results/*.json alone; the prose around them is the page's own. `--check`
+changes nothing and exits with 1 where the page or a plot is out of date.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from marked import write_marked
+from results_plots import Bar, bar_plot
 
 BENCH = Path(__file__).resolve().parent
+SUM = "sum of the members alone, transformers generate"  # bench/decode.py's baseline
+ALONE = " alone, transformers generate"
 
 
 def _number(value: float) -> str:
@@ -73,11 +77,10 @@ def _gpu_row(figures: Sequence[dict[str, Any]]) -> str:
 
 def _gpu_head(result: dict[str, Any]) -> str:
     gpu, versions = result["machine"]["gpu"], result["versions"]
-    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
     return (
         f"**{gpu['name']}** ({gpu['multiprocessors']} multiprocessors, {gpu['l2_mb']:.0f} MB of L2, a large "
         f"copy moves {gpu['bandwidth_gb_s']:,} GB/s); Python {versions['python']}, torch "
-        f"{versions['torch']}, CUDA {versions['cuda']}; commit {commit}, {result['date'][:10]}."
+        f"{versions['torch']}, CUDA {versions['cuda']}; commit {_commit(result)}, {result['date'][:10]}."
     )
 
 
@@ -117,15 +120,52 @@ def _decode_table(of: str, figures: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def speed_plot(result: dict[str, Any]) -> str:
+    """A token's time beside that of the members one after the other; "" without such figures."""
+    groups: dict[str, list[Bar]] = {}
+    alone = []
+    for one in result["figures"].get("decode", []):
+        if one["name"].endswith(ALONE):
+            name = one["name"].removesuffix(ALONE)
+            alone.append(Bar(f"{name} alone, transformers", one["value"], *one["spread"], "single"))
+        if one.get("baseline") != SUM:
+            continue
+        text, _, settings = one["name"].partition(", context 256, batch 1")
+        if text not in groups:
+            title = "the members one after the other, transformers"
+            groups[text] = [Bar(title, one["baseline_value"], *one["baseline_spread"], "single")]
+        label = "fused by deepen-ext"
+        if "certified skip" in settings:
+            (settled,) = (part.split()[0] for part in one["note"].split("; ") if part.endswith("settled"))
+            label += f", certified skip ({settled} settled)"
+        groups[text].append(Bar(label, one["value"], *one["spread"], "gain"))
+    if not groups:
+        return ""
+    first = next(iter(groups.values()))  # the members alone were timed on the first text
+    first[:0] = alone
+    machine, versions = result["machine"], result["versions"]
+    return bar_plot(
+        "Speed: milliseconds a token, greedy, context 256, batch 1",
+        "Shorter is faster. Medians; the line over a bar goes from the 10th to the 90th percentile.",
+        f"{machine['cpu']}, {machine['cores']} cores ({machine['isa']}), torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; commit {_commit(result)}, {result['date'][:10]}",
+        list(groups.items()),
+        unit="ms",
+    )
+
+
+def _commit(result: dict[str, Any]) -> str:
+    return result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
+
+
 def _section(result: dict[str, Any]) -> str:
     if "gpu" in result["machine"]:
         return _gpu_section(result)
     machine, versions = result["machine"], result["versions"]
-    commit = result["commit"][:10] + (" with uncommitted changes" if result["dirty"] else "")
     lines = [
         f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB, "
         f"{result['torch_threads']} threads; Python {versions['python']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, {versions['compiler']}; commit {commit}, "
+        f"transformers {versions['transformers']}, {versions['compiler']}; commit {_commit(result)}, "
         f"{result['date'][:10]}. Medians, in brackets the 10th and 90th percentile. The ratio of an "
         "operation is baseline / ours, that of decoding ours / baseline.",
         "",
@@ -139,19 +179,32 @@ def _section(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", type=Path, default=BENCH.parent / "README.md")
+    parser.add_argument("--docs", type=Path, default=BENCH.parent / "docs", help="folder of performance.md")
     parser.add_argument("--results", type=Path, default=BENCH / "results")
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; fail where the README is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where it is out of date")
     options = parser.parse_args()
 
     files = sorted(options.results.glob("*.json"))
     if not files:
         sys.exit(f"{options.results} has no results; run bench/run.py first")
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    table = "\n\n".join(_section(one) for one in results if "figures" in one)
-    write_marked(options.readme, "bench", table, check=options.check)
+    sections = []
+    plots = {}
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if "figures" not in result:
+            continue
+        if picture := speed_plot(result):
+            plots[options.docs / "performance" / f"speed-{file.stem}.svg"] = picture
+            sections.append(f"![milliseconds a token](performance/speed-{file.stem}.svg)")
+        sections.append(_section(result))
+    write_marked(options.docs / "performance.md", "bench", "\n\n".join(sections), check=options.check)
+    for path, picture in plots.items():
+        if path.is_file() and path.read_text(encoding="utf-8") == picture:
+            continue
+        if options.check:
+            sys.exit(f"{path} is out of date; run python {sys.argv[0]}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

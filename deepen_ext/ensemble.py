@@ -12,24 +12,18 @@ from transformers import GenerationConfig
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.generation import BatchGeneration, Generation
 from deepen_ext.decoding.loop import Run
+from deepen_ext.decoding.make_team import make_team, team_weights
 from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompts
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.stream import TextStream
-from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import FUSERS, FuseFunction, Fuser, make_fuser, method_name, on_relative_maps
-from deepen_ext.fusers.weights import check_weights
+from deepen_ext.fusers import Fuser, FusionSettings
 from deepen_ext.members.loading import Progress, load_members
-from deepen_ext.members.member import Member, unique_names
-from deepen_ext.ops.checks import check_built_for
+from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors
-from deepen_ext.space.defaults import LEARNING_RATE, RECIPE
-from deepen_ext.space.member_maps import MapSettings, MemberMaps
+from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
-from deepen_ext.space.row_sources import DEFAULT_ENTRIES, Recipe
-
-RECIPES = ("bytes", "calibrated", "paper")
 
 
 class Ensemble:
@@ -40,66 +34,23 @@ class Ensemble:
     Threads may share an ensemble.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        *,
-        weights: Sequence[float] | Literal["prompt"] | None = None,
-        fuser: str | FuseFunction = "deepen",
-        recipe: Recipe = RECIPE,
-        learning_rate: float = LEARNING_RATE,
-        steps: int = 5,
-        candidates: int = 128,
-        confidence: float = 0.0,
-        relative_temperature: float | None = None,
-        entries: int = DEFAULT_ENTRIES,
-        min_probability: float = 1e-4,
-        boundary_aware: bool = True,
-        cache: bool = True,
-    ) -> None:
+    def __init__(self, members: Sequence[Member], **settings: Any) -> None:
         """Find the shared anchors and prepare a relative map for each member.
-
-        Args:
-            members: the main model first.
-            weights: lambda_i, summing to 1; None for equal ones; "prompt": found for each prompt, from how
-                well each member reads it (see `prompt_weights`).
-            fuser: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single" (the main model
-                alone: one member is enough, and others are not used); or a function of your own (see
-                `deepen_ext.fusers`).
-            recipe: "bytes", "calibrated" or "paper" (see the README); of the fuser "deepen".
-            learning_rate: eta of the inverse search.
-            steps: T of the inverse search.
-            candidates: how many of a member's most probable tokens are mapped one by one.
-            confidence: how much more a member counts at a token where it is sure: its weight is scaled by
-                exp(-confidence H), H the entropy of its distribution in nats; 0 for the weights as they are.
-            relative_temperature: of the similarity rows; None for the recipe's own.
-            entries: how many of a row's largest entries are kept.
-            min_probability: less probable tokens are not worth a row (see `DeepenFuser`).
-            boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
-                one (see `BoundaryRule`).
-            cache: keep computed rows on disk, and use those of earlier runs.
 
         With the main model on CUDA all rows are computed here, so that no step ever waits for the device.
 
+        Args:
+            members: the main model first.
+            settings: those of `deepen_ext.fusers.FusionSettings`, which documents them all with their
+                defaults and ranges. The common ones: weights (one for each member, or "prompt"), fuser
+                ("deepen", "average", ..., or a function), recipe, learning_rate, confidence.
+
         Raises:
-            InputError: fewer than two members, fewer than 100 shared anchors, a setting out of range, or a
-                member on CUDA with a build that has no CUDA part.
+            InputError: fewer than two members, fewer than 100 shared anchors, an unknown setting or one out
+                of range, or a member on CUDA with a build that has no CUDA part.
         """
-        self._settings: dict[str, Any] = {
-            "weights": weights,
-            "fuser": fuser,
-            "recipe": recipe,
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "candidates": candidates,
-            "confidence": confidence,
-            "relative_temperature": relative_temperature,
-            "entries": entries,
-            "min_probability": min_probability,
-            "boundary_aware": boundary_aware,
-            "cache": cache,
-        }
-        self._prepare(members, None, **self._settings)
+        self._settings = FusionSettings().changed(**settings)
+        self.team = make_team(members, self._settings)
 
     def variant(self, **settings: Any) -> Ensemble:
         """The same members with some settings changed; relative maps are shared where they stay the same.
@@ -110,73 +61,10 @@ class Ensemble:
         Raises:
             InputError: see `Ensemble`.
         """
-        if unknown := settings.keys() - self._settings.keys():
-            raise InputError(f"{', '.join(sorted(unknown))}: no setting of an ensemble")
         twin = Ensemble.__new__(Ensemble)
-        twin._settings = {**self._settings, **settings}
-        twin._prepare(self.members, self._maps, **twin._settings)
+        twin._settings = self._settings.changed(**settings)
+        twin.team = make_team(self.team.members, twin._settings, self.team.maps)
         return twin
-
-    def _prepare(
-        self,
-        members: Sequence[Member],
-        maps: MemberMaps | None,
-        *,
-        weights: Sequence[float] | Literal["prompt"] | None,
-        fuser: str | FuseFunction,
-        recipe: Recipe,
-        relative_temperature: float | None,
-        entries: int,
-        boundary_aware: bool,
-        cache: bool,
-        **search: Any,
-    ) -> None:
-        _check_names(fuser, recipe, weights)
-        if fuser == "single" and members:
-            members, weights = members[:1], None
-        if len(members) < (1 if fuser == "single" else 2):
-            raise InputError(f"an ensemble needs two or more members, not {len(members)}")
-        for member in members:
-            check_built_for(member.device)
-        self.device = members[0].device
-        self.members = list(members)
-        self.names = unique_names(members)
-        self.recipe: Recipe = recipe
-        even = [1 / len(members)] * len(members)
-        self.weighs_prompts = weights == "prompt"
-        fixed = even if weights is None or isinstance(weights, str) else weights
-        self.weights = check_weights(fixed, len(members))
-        self.method = method_name(fuser, recipe)
-        self._maps = maps
-        if on_relative_maps(fuser):
-            rows = MapSettings(
-                recipe if fuser == "deepen" else "bytes",
-                relative_temperature if fuser == "deepen" else None,
-                entries,
-                cache,
-            )
-            if maps is None or not maps.made_with(members, rows):
-                self._maps = MemberMaps(members, rows)
-        self.fuser: Fuser = make_fuser(
-            fuser,
-            self.members,
-            self._maps if on_relative_maps(fuser) else None,
-            self.names,
-            recipe=recipe,
-            **search,
-        )
-        alone = len(members) == 1
-        self.boundary_rule = BoundaryRule(members[0].vocabulary) if boundary_aware and not alone else None
-        self.team = Team(
-            tuple(members),
-            tuple(self.names),
-            self.fuser,
-            self.method,
-            tuple(self.weights),
-            self.weighs_prompts,
-            self.boundary_rule,
-            self._maps,
-        )
 
     @classmethod
     def from_pretrained(
@@ -198,22 +86,15 @@ class Ensemble:
                 runs where the main model is.
             trust_remote_code: run code that members bring along (`load_member`); False refuses them by name.
             progress: called with a line of text as each stage starts.
-            settings: everything else `Ensemble(...)` takes: weights, recipe, learning_rate, ...
+            settings: what `Ensemble(...)` takes: weights, recipe, learning_rate, ...
 
         Raises:
             InputError: fewer than two members, an unknown path, a setting out of range, or a CUDA
                 device that is not there or that this build has no kernels for.
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
-        if len(members) < (1 if settings.get("fuser") == "single" else 2):
-            raise InputError(
-                f"an ensemble needs two or more members, not {len(members)}; name at least two models"
-            )
-        weights = settings.get("weights")
         # Before minutes of loading.
-        _check_names(settings.get("fuser", "deepen"), settings.get("recipe", RECIPE), weights)
-        if not isinstance(weights, str | None):
-            check_weights(weights, len(members))
+        team_weights(FusionSettings().changed(**settings), len(members), "; name at least two models")
         loaded = load_members(
             members, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
         )
@@ -222,9 +103,54 @@ class Ensemble:
         return cls(loaded, **settings)
 
     @property
+    def members(self) -> list[Member]:
+        """The main model first."""
+        return list(self.team.members)
+
+    @property
+    def names(self) -> list[str]:
+        """The members', no two alike."""
+        return list(self.team.names)
+
+    @property
+    def weights(self) -> list[float]:
+        """lambda_i, summing to 1; with weights from the prompt, those they start from."""
+        return list(self.team.weights)
+
+    @property
+    def weighs_prompts(self) -> bool:
+        """Whether the weights are found for each prompt."""
+        return self.team.weighs_prompts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fusion runs: the main model's."""
+        return self.team.device
+
+    @property
+    def fuser(self) -> Fuser:
+        """Makes new logits of what the members say."""
+        return self.team.fuser
+
+    @property
+    def method(self) -> str:
+        """What tables and records call the fuser: "deepen:bytes", "average", or a function's name."""
+        return self.team.method
+
+    @property
+    def recipe(self) -> Recipe:
+        """How tokens are placed in the relative space, where the fuser has recipes."""
+        return self._settings.recipe
+
+    @property
+    def boundary_rule(self) -> BoundaryRule | None:
+        """When an assistant sits out a step; None for never."""
+        return self.team.boundary_rule
+
+    @property
     def maps(self) -> list[RelativeMap]:
         """Each member's relative map; [] where the fuser has none."""
-        return [] if self._maps is None else self._maps.maps
+        return [] if self.team.maps is None else self.team.maps.maps
 
     @property
     def anchors(self) -> Anchors:
@@ -233,9 +159,9 @@ class Ensemble:
         Raises:
             InputError: the fuser has no relative space.
         """
-        if self._maps is None:
+        if self.team.maps is None:
             raise InputError(f"the fuser {self.method} has no relative space, and so no anchors")
-        return self._maps.anchors
+        return self.team.maps.anchors
 
     @property
     def rows_computed(self) -> int:
@@ -367,14 +293,4 @@ class Ensemble:
 
     def save_rows(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""
-        if self._maps is not None:
-            self._maps.save()
-
-
-def _check_names(fuser: object, recipe: object, weights: object) -> None:
-    if recipe not in RECIPES:
-        raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
-    if isinstance(fuser, str) and fuser not in FUSERS:
-        raise InputError(f"fuser is '{fuser}'; use one of {', '.join(FUSERS)}, or a function")
-    if isinstance(weights, str) and weights != "prompt":
-        raise InputError(f"weights are '{weights}'; give a list of numbers, or 'prompt'")
+        self.team.save_rows()

@@ -18,22 +18,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # its types are a package of their own
 
 from deepen_ext.errors import InputError, shown
+from deepen_ext.fusers.make import parse_fuser, recipe_of
+from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.space.recipes import RECIPES
 
-SETTINGS = ("weights", "fuser", "recipe", "learning_rate", "relative_temperature", "confidence")
-_KEYS = ("members", *SETTINGS, "measured")
-_EXAMPLES = {"learning_rate": 0.25, "relative_temperature": 40.0, "confidence": 0.5}  # settings with numbers
+# Settings that a file may have, each with an example of its value.
+_SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
+_KEYS = ("members", *_SETTINGS, "measured")
 _MOST_BYTES = 1 << 17  # the parser takes a second for it
 _DEEPEST = 20
-_RECIPES = ("bytes", "calibrated", "paper")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Preset:
     Attributes:
         members: what `load_member` takes, the main model first: `demo:` names, hub names, or paths (those of
             the file are relative to its folder, these are not).
-        given: the settings that the file has, by their names in `SETTINGS`.
+        given: the settings that the file has, by their names in `FusionSettings`.
         measured: the section of that name; for readers.
     """
 
@@ -55,15 +57,14 @@ class Preset:
         """The keywords of `Ensemble` that the file sets; what it leaves out is not there.
 
         Args:
-            options: settings of the command line, by their names in `SETTINGS`. One that is not None counts
-                more than the file's; the file's temperature goes with the file's recipe only.
+            options: settings that count more than the file's, by their names in `FusionSettings`; None is not
+                given. The fuser as the command line names it. The file's temperature goes with the file's
+                recipe only.
 
         Raises:
             InputError: a fuser that there is not; one that is code (module:function) in the file and not
                 among the options.
         """
-        from deepen_ext.fusers import parse_fuser
-
         options = {key: value for key, value in options.items() if value is not None}
         found = self.given | options
         if "fuser" not in options:
@@ -78,8 +79,7 @@ class Preset:
 
     def _recipe(self) -> str | None:
         """The file's, which may also stand behind the fuser's name (deepen:bytes)."""
-        name, _, rest = str(self.given.get("fuser", "")).partition(":")
-        return rest if name == "deepen" and rest else self.given.get("recipe")
+        return recipe_of(str(self.given.get("fuser", ""))) or self.given.get("recipe")
 
 
 def load_preset(path: str | Path) -> Preset:
@@ -103,7 +103,7 @@ def load_preset(path: str | Path) -> Preset:
     members = values["members"]
     if not isinstance(members, list) or not members or not all(isinstance(m, str) and m for m in members):
         raise wrong("members", f"members is {shown(members)}; give a list of models, the main model first")
-    for key in SETTINGS:
+    for key in _SETTINGS:
         if key in values and (expected := _problem(key, values[key])):
             raise wrong(key, f"{key} is {shown(values[key])}; {expected}")
     if isinstance(weights := values.get("weights"), list):
@@ -119,7 +119,7 @@ def load_preset(path: str | Path) -> Preset:
         found = [_member(name, file) for name in members]
     except InputError as error:
         raise wrong("members", str(error)) from None
-    given = {key: values[key] for key in SETTINGS if values.get(key) is not None}
+    given = {key: values[key] for key in _SETTINGS if values.get(key) is not None}
     return Preset(members=found, given=given, measured=measured)
 
 
@@ -133,7 +133,7 @@ def write_preset(path: str | Path, preset: Preset) -> None:
     """
     file = Path(path).expanduser()
     content: dict[str, Any] = {"members": [_portable(name, file) for name in preset.members]}
-    content |= {key: preset.given[key] for key in SETTINGS if key in preset.given}
+    content |= {key: preset.given[key] for key in _SETTINGS if key in preset.given}
     if preset.measured:
         content["measured"] = preset.measured
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
@@ -145,8 +145,7 @@ def write_preset(path: str | Path, preset: Preset) -> None:
 
 
 def _refuse_code(fuser: str) -> None:
-    name, colon, _ = fuser.partition(":")
-    if colon and name != "deepen":
+    if ":" in fuser and recipe_of(fuser) is None:
         raise InputError(
             f"the preset's fuser {shown(fuser)} is code, which a file cannot choose; if you trust it, "
             f"name it yourself with --fuser {fuser}, or in Python with preset.settings(fuser={fuser!r})"
@@ -212,10 +211,10 @@ def _problem(key: str, value: Any) -> str | None:
     if key == "weights":
         numbers = isinstance(value, list) and all(map(_is_number, value))
         return None if numbers or value == "prompt" else "give a list of numbers, or prompt"
-    if key in _EXAMPLES:
-        return None if _is_number(value) else f"give a number such as {_EXAMPLES[key]}"
+    if _is_number(example := _SETTINGS[key]):
+        return None if _is_number(value) else f"give a number such as {example}"
     if key == "recipe":
-        return None if value in _RECIPES else f"use one of {', '.join(_RECIPES)}"
+        return None if value in RECIPES else f"use one of {', '.join(RECIPES)}"
     return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"
 
 

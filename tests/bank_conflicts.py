@@ -151,7 +151,7 @@ def _run() -> None:
 
     main_logits = random_logits(1, VOCAB, seed=0)
     other_logits = main_logits + random_logits(1, VOCAB, seed=1)
-    rows = ops.Rows(*_sparse_rows(0), ANCHORS)
+    rows = ops.RelativeRows(*_sparse_rows(0), ANCHORS)
     main, other = ops.topk_softmax(main_logits, K), ops.topk_softmax(other_logits, K)
     assert rows.columns is not None
     touched = len(torch.unique(rows.columns[main.ids.long()]))
@@ -165,7 +165,7 @@ def _run() -> None:
     target = torch.softmax(random_logits(1, ANCHORS, seed=3), dim=1)
     logits = main.probs.log()
     ops.inverse_search(logits, main.ids, main.tail.log(), target, rows, learning_rate=0.1)
-    dense = ops.Rows(None, torch.softmax(random_logits(600, 500, seed=4), dim=1), None, 500)
+    dense = ops.RelativeRows(None, torch.softmax(random_logits(600, 500, seed=4), dim=1), None, 500)
     few_logits = random_logits(1, 600, seed=5)
     few = ops.topk_softmax(few_logits, K)
     ops.fuse(few_logits.clone(), [ops.FuseInput(few, dense)] * 2, weights, learning_rate=0.1)

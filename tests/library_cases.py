@@ -69,9 +69,7 @@ def _relative_rows_case(recipe: str) -> Callable[[str], tuple[Any, tuple[Any, ..
         embedding = random_embedding(90, 24, seed=1).to(device)
         source = SimilarityRows(embedding, torch.arange(0, 90, 2), recipe=recipe, entries=7)
         tokens = torch.arange(5, device=device)
-        settings = (source._mean, source.temperature, recipe == "paper", 7)
-        arguments = (tokens, embedding, source.anchor_ids, source._inverse_norm, *settings)
-        return torch.ops.deepen_ext.relative_rows.default, arguments
+        return torch.ops.deepen_ext.relative_rows.default, (tokens, *source.similarity)
 
     return case
 

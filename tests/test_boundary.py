@@ -8,7 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream, Vocabulary
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 from tiny_models import tiny_main_model
 
 from deepen_ext import ops
-from deepen_ext.decoding.certificate import Certificate, movement
+from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
+from deepen_ext.fusers.search_bound import SearchBound, movement
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB = 300  # where no model is needed
@@ -20,10 +21,10 @@ def tiny_main():
     return tiny_main_model()
 
 
-def identity_rows(vocab: int) -> ops.Rows:
+def identity_rows(vocab: int) -> ops.RelativeRows:
     """Every token is its own anchor: an assistant can ask for any token it likes."""
     columns = torch.arange(vocab, dtype=torch.int32)[:, None].contiguous()
-    return ops.Rows(columns, torch.ones(vocab, 1), torch.zeros(vocab), vocab)
+    return ops.RelativeRows(columns, torch.ones(vocab, 1), torch.zeros(vocab), vocab)
 
 
 def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=0.0, log_probs=True):
@@ -62,8 +63,8 @@ class Settled:
         return []
 
 
-def plain(learning_rate, steps, **settings) -> Certificate:
-    return Certificate(learning_rate, steps, Settled(), **settings)
+def plain(learning_rate, steps, log_probs=True) -> Certificate:
+    return Certificate(SearchBound.of(learning_rate, steps, log_probs=log_probs), Settled())
 
 
 def settled(certificate, logits, **keywords):
@@ -181,7 +182,7 @@ class TestSoundness:
                 ids,
                 torch.full((64,), -torch.inf),
                 target,
-                ops.Rows(None, values, None, 60),
+                ops.RelativeRows(None, values, None, 60),
                 learning_rate=learning_rate,
                 steps=steps,
             )
@@ -284,7 +285,7 @@ class TestProcessors:
         logits[:, tokens] = height + torch.rand(count, len(tokens), generator=random) * 8
         logits = logits.to(dtype)
         own = chooser.processed(logits, rows, ids).argmax(dim=-1)
-        certificate = Certificate(learning_rate, steps, chooser, log_probs=log_probs)
+        certificate = Certificate(SearchBound.of(learning_rate, steps, log_probs=log_probs), chooser)
         sure = certificate.settled(logits, rows, ids)
         if name != "forced_eos":
             assert 0 < sure.sum() < count
@@ -313,10 +314,11 @@ class TestProcessors:
         logits = torch.zeros(1, tiny_main.vocab_size)
         logits[0, 5] = 1000.0
         assert settled(plain(0.1, 5), logits)
-        assert not Certificate(0.1, 5, chooser_of(tiny_main, 1, **settings)).settled(logits, [0], [PROMPT])
+        chooser = chooser_of(tiny_main, 1, **settings)
+        assert not Certificate(SearchBound.of(0.1, 5, log_probs=True), chooser).settled(logits, [0], [PROMPT])
 
     def test_all_tokens_forbidden(self, tiny_main):
         everything = list(range(tiny_main.vocab_size))
         chooser = chooser_of(tiny_main, 1, suppress_tokens=everything)
         logits = torch.randn(1, tiny_main.vocab_size)
-        assert not Certificate(0.1, 5, chooser).settled(logits, [0], [PROMPT])
+        assert not Certificate(SearchBound.of(0.1, 5, log_probs=True), chooser).settled(logits, [0], [PROMPT])

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from deepen_ext import InputError
 from deepen_ext.members.chat import chat_texts
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 # Gemma 2's own: writes BOS, calls the assistant "model", strips contents, refuses a system message.
 GEMMA_2 = (
@@ -45,13 +45,10 @@ def member(folder: Path) -> Member:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return Member(
         name=folder.name,
-        model=cast("Any", None),
+        backend=cast("Any", None),
         tokenizer=tokenizer,
         vocabulary=Vocabulary.from_tokenizer(tokenizer),
         eos_ids=(),
-        context_length=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
     )
 
 

@@ -28,7 +28,8 @@ from test_models import tiny_gguf  # noqa: F401  (a fixture)
 from deepen_ext import RelativeMap
 from deepen_ext.errors import DeepenError, ModelError
 from deepen_ext.measure.evaluation.records import RecordFile, check_folder
-from deepen_ext.measure.evaluation.summary import summarise, summary_table
+from deepen_ext.measure.evaluation.summary import summarise
+from deepen_ext.measure.evaluation.summary_table import summary_table
 from deepen_ext.members.loading import convert_gguf
 from deepen_ext.presets import load_preset
 from deepen_ext.space.map_file import _checksum
@@ -283,7 +284,7 @@ class TestMap:
         def check(path: Path) -> None:
             loaded = RelativeMap.load(path)
             rows = loaded.rows
-            known = loaded._known
+            known = loaded.table.known
             assert rows.columns is not None
             assert rows.rest is not None
             assert -1 <= int(rows.columns[known].min()) <= int(rows.columns[known].max()) < rows.anchors

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from sessions import changed, sync
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from deepen_ext import Ensemble, InputError, ModelError
@@ -156,7 +157,7 @@ class TestBatch:
 
     @pytest.mark.slow
     def test_members_of_different_dtypes(self, smollm2, gemma):
-        half = dataclasses.replace(
+        half = changed(
             gemma, model=copy.deepcopy(gemma.model).to(torch.bfloat16), dtype=torch.bfloat16, name="half"
         )
         mixed = Ensemble([smollm2, half], cache=False)
@@ -263,7 +264,7 @@ class TestStream:
         assert stream.result.finish_reason == "cancelled"
         for session in sessions:
             with pytest.raises(InputError, match="was released"):
-                session.sync({0: [1]})
+                sync(session, {0: [1]})
         stream.close()  # again is no error
 
     def test_dropping_frees_the_caches_without_the_garbage_collector(self, pair):

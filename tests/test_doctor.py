@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import run
+from sessions import changed
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -118,7 +119,7 @@ def test_demo_pair_members(demo_pair: Diagnosis) -> None:
 
 @pytest.mark.slow
 def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
-    """DESIGN's finding: the paper's recipe is all but uniform on today's small models, the others are not."""
+    """The paper's recipe is all but uniform on today's small models, the others are not."""
     assert demo_pair.anchors.end
     assert demo_pair.anchors.with_main == (demo_pair.anchors.shared,)
     assert demo_pair.anchors.shared > 40_000
@@ -269,9 +270,9 @@ def test_same_model(bytes_dir: Path, tmp_path: Path, change: str, same: bool) ->
     if change == "rope":
         config = LlamaConfig.from_pretrained(bytes_dir)
         config.rope_parameters = {"rope_type": "default", "rope_theta": 1.5}
-        changed = LlamaForCausalLM(config).eval()
-        changed.load_state_dict(other.model.state_dict())
-        other = replace(other, model=changed)
+        turning = LlamaForCausalLM(config).eval()
+        turning.load_state_dict(other.model.state_dict())
+        other = changed(other, model=turning)
         for one in (model, other):  # attention that is sharp enough for positions to count
             for name, weight in one.model.named_parameters():
                 if "self_attn" in name:

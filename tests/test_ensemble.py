@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
+from sessions import changed
 
 from deepen_ext import Ensemble, InputError, RelativeMap
 from deepen_ext.space.anchors import shared_anchors
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
 
 PROMPT = "The capital of France is"
 LONG = (
@@ -190,7 +190,7 @@ class TestEnding:
         spelled = gemma.vocabulary.encode("日本語の文章は長いです")
         assert len(smollm2.vocabulary.encode("日本語の文章は長いです")) > 2 * len(spelled)
         prompt = len(smollm2.vocabulary.encode(PROMPT))
-        short = dataclasses.replace(smollm2, context_length=prompt + len(spelled))
+        short = changed(smollm2, context_length=prompt + len(spelled))
         result = Ensemble([gemma, short], recipe="bytes").generate(
             PROMPT, max_new_tokens=len(spelled), logits_processor=[forcing(spelled)]
         )
@@ -262,7 +262,7 @@ class TestRowsOnDisk:
 
         ensemble = Ensemble([smollm2, gemma], recipe="bytes", candidates=65)
         monkeypatch.setattr(RelativeMap, "save", full)
-        monkeypatch.setattr(ensemble._maps, "_saved", [-1, -1])
+        monkeypatch.setattr(ensemble.team.maps, "_saved", [-1, -1])
         with pytest.warns(UserWarning, match="rows cannot be kept in .*No space left"):
             assert ensemble.generate(PROMPT, max_new_tokens=2).token_ids
 
@@ -290,7 +290,7 @@ class TestBadInput:
             pair.generate(**({"prompt": PROMPT} | arguments))
 
     def test_context_of_an_assistant(self, smollm2, gemma, cache):
-        short = dataclasses.replace(gemma, context_length=20, name="short-gemma")
+        short = changed(gemma, context_length=20, name="short-gemma")
         with pytest.raises(InputError, match="short-gemma: the prompt's 6 tokens and 15 new ones exceed"):
             Ensemble([smollm2, short], recipe="bytes").generate(PROMPT, max_new_tokens=15)
 

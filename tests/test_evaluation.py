@@ -16,27 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sessions import changed
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.commands import evaluate as command
 from deepen_ext.commands.cli import app
+from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Progress, prepare
 from deepen_ext.measure.evaluation.records import (
-    Header,
     ItemRecord,
     ItemTiming,
     RecordFile,
-    configuration_header,
-    make_header,
     output_folder,
     record_path,
 )
 from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
-from deepen_ext.measure.evaluation.summary import summarise, summary_table
+from deepen_ext.measure.evaluation.summary import summarise
+from deepen_ext.measure.evaluation.summary_table import summary_table
 from deepen_ext.members.member import Member
-from deepen_ext.members.memory import estimate_bytes
 
 ROOT = Path(__file__).parent.parent
 CHOICES = [
@@ -241,7 +240,7 @@ def test_progress_limit_and_a_configuration_added_later(
     assert told[0].seconds_left is None
     assert all((one.seconds_left or 0) > 0 for one in told[1:-1])
     assert told[-1].seconds_left == 0
-    assert [(one.task, one.done) for one in told if one.done == one.rows] == [(task, 6) for task in TASKS]
+    assert [(one.task, one.done) for one in told if one.done == one.records] == [(task, 6) for task in TASKS]
 
     before = item_lines(tmp_path)
     more = evaluate(
@@ -314,7 +313,7 @@ def test_where_a_long_answer_ends_the_next_item_begins(
 def test_what_cannot_be_evaluated(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], gemma: Member
 ) -> None:
-    small = Ensemble([replace(gemma, context_length=40)], fuser="single")
+    small = Ensemble([changed(gemma, context_length=40)], fuser="single")
     with pytest.raises(InputError, match=r"triviaqa, item 0: the prompt's \d+ tokens of Gemma.*of 40; leave"):
         evaluate({"small": small}, "triviaqa", data, out=tmp_path)
     with pytest.raises(InputError, match="nothing to evaluate"):
@@ -341,7 +340,8 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = ensembles["average"].members
-    free = sum(estimate_bytes(one, 3, 48) for one in members)  # 48: the longest prompt with its new tokens
+    longest = 48  # tokens of the longest prompt with its new ones
+    free = sum(one.backend.bytes_needed(3, longest)[one.device] for one in members)
     monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: free)
     with pytest.raises(
         InputError,

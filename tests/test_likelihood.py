@@ -11,17 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from sessions import changed, open_session, read, sync
 from transformers import AutoTokenizer
 
+from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.fusers.weights import prompt_weights, read_prompts
 from deepen_ext.measure.likelihood import text_reading as likelihood
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
+from deepen_ext.members.distribution import forbid
 from deepen_ext.members.hf import session as session_module
-from deepen_ext.members.hf.session import BatchSession
-from deepen_ext.members.member import Member, forbid
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.members.member import Member
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 PROSE = "The naïve café in Zürich sells straw\u00adberries 🍓🍓 and Antarctica's ice; it costs 1,250 €.\n"
 CODE = "def area(r):\n    # π·r²\n    return 3.14159 * r**2\n"
@@ -47,51 +49,51 @@ def written_logits(member: Member, ids: list[int]) -> torch.Tensor:
 
 
 class TestRead:
-    """`BatchSession.read`."""
+    """`Session.read`."""
 
     def test_blocks_are_those_of_one_forward(self, member: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         ids = member.vocabulary.prefix_ids + member.vocabulary.encode(PROSE + CODE)
         expected = plain_logits(member, ids)
         monkeypatch.setattr(session_module, "READ_BLOCK", 16)
-        with BatchSession(member, 2) as session:
-            session.sync({0: ids[:4], 1: ids[:9]})
-            blocks = list(session.read(1, ids, 5))
+        with open_session(member, 2) as session:
+            sync(session, {0: ids[:4], 1: ids[:9]})
+            blocks = list(read(session, 1, ids, 5))
             assert len(blocks) > 2
             assert {len(block) for block in blocks[:-1]} == {16}
             torch.testing.assert_close(torch.cat(blocks), expected[5:], atol=1e-3, rtol=0)
             assert session.ids(1) == ids
             assert session.tokens_fed == 4 + 9 + len(ids) - 5  # nothing of the row's first five again
             fed = session.tokens_fed
-            last = session.sync({1: ids})
+            last = sync(session, {1: ids})
             torch.testing.assert_close(last[0], expected[-1], atol=1e-3, rtol=0)
             assert session.tokens_fed == fed  # the last logits are known
-            other = session.sync({0: ids[:5]})  # the other row is as it was
+            other = sync(session, {0: ids[:5]})  # the other row is as it was
             torch.testing.assert_close(other[0], expected[4], atol=1e-3, rtol=0)
             assert session.tokens_fed == fed + 1
 
     def test_dropped_half_way(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         ids = tiny_smollm2.vocabulary.encode(PROSE)
         monkeypatch.setattr(session_module, "READ_BLOCK", 8)
-        with BatchSession(tiny_smollm2) as session:
-            reading = session.read(0, ids)
+        with open_session(tiny_smollm2) as session:
+            reading = read(session, 0, ids)
             next(reading)
             next(reading)
             assert session.ids(0) == ids[:16]
             assert not torch.is_inference_mode_enabled()  # of the caller's own
-            got = session.sync({0: ids[:18]})
+            got = sync(session, {0: ids[:18]})
             torch.testing.assert_close(got[0], plain_logits(tiny_smollm2, ids[:18])[-1], atol=1e-3, rtol=0)
             with pytest.raises(InputError, match="other ids while it was read"):
                 next(reading)
 
     def test_wrong_input(self, tiny_smollm2: Member) -> None:
-        with BatchSession(tiny_smollm2) as session:
+        with open_session(tiny_smollm2) as session:
             for start in (-1, 3):
                 with pytest.raises(InputError, match="choose 0 to 2"):
-                    session.read(0, [1, 2, 3], start)
+                    read(session, 0, [1, 2, 3], start)
             with pytest.raises(InputError, match="nothing to feed"):
-                session.read(0, [])
-            with pytest.raises(InputError, match="row 1 is not one of"):
-                session.read(1, [1])
+                read(session, 0, [])
+            with pytest.raises(InputError, match="lane 1 is not one of"):
+                read(session, 1, [1])
 
 
 def last_logits(member: Member, ids: list[int]) -> torch.Tensor:
@@ -334,7 +336,7 @@ class TestFused:
         context, text = "Die Hauptstadt von Frankreich heißt", " Paris, die von Antarctica's"
         found = []
         for member in (tiny_smollm2, tiny_gemma):
-            with BatchSession(member) as session:
+            with open_session(member) as session:
                 ids = first_ids(member, context) + member.vocabulary.encode(context)
                 found.append(read_prompts(session, member, {0: ids})[0])
         weights = prompt_weights(found, [0.5, 0.5])
@@ -425,7 +427,7 @@ class TestWrongInput:
             TextReading([tiny_smollm2], context, text)
 
     def test_too_long(self, tiny_smollm2: Member) -> None:
-        short = replace(tiny_smollm2, context_length=20)
+        short = changed(tiny_smollm2, context_length=20)
         TextReading([short], "", " a" * 20)  # the last token is not read
         with pytest.raises(InputError, match="22 tokens, more than its context of 20; shorten the context"):
             TextReading([short], "", " a" * 21)
@@ -469,7 +471,7 @@ class TestBlocks:
 
 
 TEXTS = {
-    "README": (Path(__file__).parents[1] / "README.md").read_text(),
+    "page": (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(),
     "source": Path(__file__).read_text(),
     "no spaces": "今天天气很好，我们去公园吧。" * 40,
     "whitespace": "a" + " \n" * 300 + "b" + "\t" * 150 + "c",
@@ -501,7 +503,7 @@ class TestPieces:
         self, tiny_smollm2: Member, tiny_gemma: Member, qwen_tokenizer_dir: Path
     ) -> None:
         qwen = Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(qwen_tokenizer_dir))
-        for name in ("README", "source"):
+        for name in ("page", "source"):
             found = pieces(TEXTS[name], length=300, context=150)
             assert len(found) > 20
             for vocabulary in (tiny_smollm2.vocabulary, tiny_gemma.vocabulary, qwen):

@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from sessions import open_session
 
 from deepen_ext import Ensemble, InputError, fuse_logits
 from deepen_ext.decoding.setting_rules import check_seed
@@ -17,7 +18,6 @@ from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.members.chat import chat_texts
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member
 from deepen_ext.space.relative_map import RelativeMap
 from deepen_ext.space.row_sources import SimilarityRows
@@ -121,7 +121,7 @@ def test_counts_elsewhere(pair: Ensemble, smollm2: Member, value) -> None:
     with pytest.raises(InputError, match=f"entries is {value!r}"):
         SimilarityRows(torch.randn(VOCAB, 4), torch.arange(8), entries=value)
     with pytest.raises(InputError, match=f"number of rows is {value!r}"):
-        BatchSession(smollm2, value)
+        open_session(smollm2, value)
     with pytest.raises(InputError, match=f"length is {value!r}"):
         pieces("a text", length=value)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from sessions import open_session, sync
 
 from deepen_ext.members.hf import attention
 from deepen_ext.members.hf import session as module
 from deepen_ext.members.hf.feed_plan import SHARED, common_prefix, cost, fed_first
 from deepen_ext.members.hf.kv_cache import LaneCache
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member
 
 TEXT = Path(__file__).read_text()
@@ -43,9 +43,9 @@ def assert_as_alone(member: Member, targets: dict[int, list[int]], logits: torch
     It rolls back from text to text: tests/test_session.py compares that with fresh forwards.
     """
     assert len(logits) == len(targets)
-    with BatchSession(member) as alone:
+    with open_session(member) as alone:
         for row, ids in sorted(targets.items(), key=lambda one: one[1]):
-            got, expected = logits[list(targets).index(row)], alone.sync({0: ids})[0]
+            got, expected = logits[list(targets).index(row)], sync(alone, {0: ids})[0]
             torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
             assert int(got.argmax()) == int(expected.argmax())
 
@@ -57,35 +57,35 @@ class TestOneCall:
         questions = pieces(member, 7, 20, 12, 5, 9)
         of = [0, 1, 2, 0, 1]
         targets = {row: demos[of[row]] + questions[row] for row in range(5)} | {5: lonely}
-        session = BatchSession(member, rows=6, capacity=100)
-        logits = session.sync(targets)
+        session = open_session(member, lanes=6, capacity=100)
+        logits = sync(session, targets)
         assert session.tokens_fed == sum(map(len, demos)) + sum(map(len, questions)) + len(lonely)
         assert [session.ids(row) for row in range(6)] == list(targets.values())
         assert_as_alone(member, targets, logits)
         targets = {row: [*ids[: -(row % 3) or None], 50 + row, 60] for row, ids in targets.items()}
-        assert_as_alone(member, targets, session.sync(targets))
+        assert_as_alone(member, targets, sync(session, targets))
 
     def test_a_prefix_past_the_window(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """Longer than Gemma's 512 and than one forward: the last query sees copied states of both kinds."""
         monkeypatch.setattr(module, "CHUNK", 400)
         prefix, *questions = pieces(gemma, 530, 12, 20)
         targets = {row: prefix + question for row, question in enumerate(questions)}
-        session = BatchSession(gemma, rows=2)
-        logits = session.sync(targets)
+        session = open_session(gemma, lanes=2)
+        logits = sync(session, targets)
         assert session.tokens_fed == len(prefix) + sum(map(len, questions))
         assert_as_alone(gemma, targets, logits)
         # A rollback to the middle of what was copied, past the window too.
         targets = {1: prefix[:515] + questions[0]}
         fed = session.tokens_fed
-        assert_as_alone(gemma, targets, session.sync(targets))
+        assert_as_alone(gemma, targets, sync(session, targets))
         assert session.tokens_fed == fed + 12
 
     def test_equal_rows_and_strict_prefixes(self, member: Member) -> None:
         """Of a row that adds nothing one token is fed, for its logits."""
         (ids,) = pieces(member, 100)
         targets = {0: ids[:70], 1: ids, 2: ids[:40], 3: ids, 4: ids[:70]}
-        session = BatchSession(member, rows=5, capacity=200)
-        logits = session.sync(targets)
+        session = open_session(member, lanes=5, capacity=200)
+        logits = sync(session, targets)
         assert session.tokens_fed == 100 + 4  # one each, but for the longest
         assert_as_alone(member, targets, logits)
 
@@ -94,15 +94,15 @@ class TestOneCall:
         system, *demos = pieces(smollm2, 40, 50, 60)
         questions = pieces(smollm2, 10, 11, 12, 13)
         targets = {row: system + demos[row % 2] + questions[row] for row in range(4)}
-        session = BatchSession(smollm2, rows=4)
-        logits = session.sync(targets)
+        session = open_session(smollm2, lanes=4)
+        logits = sync(session, targets)
         assert session.tokens_fed == 40 + 50 + 60 + sum(map(len, questions))
         assert_as_alone(smollm2, targets, logits)
 
     def test_short_prefixes_are_not_worth_it(self, smollm2: Member) -> None:
         prefix, *questions = pieces(smollm2, SHARED - 1, 40, 40, 40)
-        session = BatchSession(smollm2, rows=3)
-        session.sync({row: prefix + question for row, question in enumerate(questions)})
+        session = open_session(smollm2, lanes=3)
+        sync(session, {row: prefix + question for row, question in enumerate(questions)})
         assert session.tokens_fed == 3 * (SHARED - 1 + 40)
 
 
@@ -115,19 +115,19 @@ class TestSteps:
         for member, length, layers in [(smollm2, 360, 30), (gemma, 560, 18)]:
             prefix, *questions = pieces(member, length, 12, 20, 15, 13)
             targets = {row: prefix + question for row, question in enumerate(questions)}
-            session = BatchSession(member, rows=4)
-            session.sync(targets)
+            session = open_session(member, lanes=4)
+            sync(session, targets)
             calls.clear()
             targets = {row: [*ids, 50 + row, 60] for row, ids in targets.items()}
-            assert_as_alone(member, targets, session.sync(targets))
+            assert_as_alone(member, targets, sync(session, targets))
             # Three of Gemma's layers see everything; the others' windows begin 61 states into the prefix.
             assert [calls.count(states) for states in (length, length - 61)] in ([30, 0], [3, 15])
             assert len(calls) == layers
             targets[1] = [*prefix[:-20], 70, 71]
-            session.sync(targets)
+            sync(session, targets)
             calls.clear()
             targets = {row: [*ids, 80 + row] for row, ids in targets.items()}
-            assert_as_alone(member, targets, session.sync(targets))
+            assert_as_alone(member, targets, sync(session, targets))
             assert calls.count(length - 20) >= 3
 
 
@@ -136,23 +136,23 @@ class TestLaterCalls:
         """Another row, not in the call, holds the prefix; it is as it was afterwards."""
         prefix, first, second, third = pieces(member, 50, 6, 12, 8)
         held = {2: prefix + first}
-        session = BatchSession(member, rows=4, capacity=200)
-        session.sync(held)
+        session = open_session(member, lanes=4, capacity=200)
+        sync(session, held)
         targets = {0: prefix + second, 3: prefix[:30] + third}
-        logits = session.sync(targets)
+        logits = sync(session, targets)
         assert session.tokens_fed == 56 + 12 + 8
         assert_as_alone(member, targets, logits)
         fed = session.tokens_fed
-        assert_as_alone(member, held, session.sync(held))
+        assert_as_alone(member, held, sync(session, held))
         assert session.tokens_fed == fed  # its logits were still known
         held[2] = [*held[2], 77]
-        assert_as_alone(member, held, session.sync(held))
+        assert_as_alone(member, held, sync(session, held))
 
     def test_only_what_is_missing_is_copied(self, smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """A row keeps its own states as far as they go; a source rolled back in the same call gives less."""
         prefix, first, second = pieces(smollm2, 80, 10, 15)
-        session = BatchSession(smollm2, rows=2)
-        session.sync({0: prefix + first, 1: prefix[:40] + second})
+        session = open_session(smollm2, lanes=2)
+        sync(session, {0: prefix + first, 1: prefix[:40] + second})
         fed = session.tokens_fed
         copied = []
         copy = LaneCache.copy_prefix
@@ -160,7 +160,7 @@ class TestLaterCalls:
             LaneCache, "copy_prefix", lambda cache, *where: (copied.append(where), copy(cache, *where))
         )
         targets = {0: prefix[:60] + second, 1: prefix + second}
-        logits = session.sync(targets)
+        logits = sync(session, targets)
         assert copied == [(0, 1, 40, 60)]
         assert session.tokens_fed == fed + 15 + 20 + 15
         assert_as_alone(smollm2, targets, logits)
@@ -168,17 +168,17 @@ class TestLaterCalls:
     def test_released_rows_give_nothing(self, member: Member) -> None:
         """Lanes move when a row is released; sources and targets are found where they are now."""
         prefix, other, *questions = pieces(member, 60, 70, 6, 7, 8)
-        session = BatchSession(member, rows=4, capacity=200)
-        session.sync({0: prefix + questions[0], 1: other + questions[0]})
+        session = open_session(member, lanes=4, capacity=200)
+        sync(session, {0: prefix + questions[0], 1: other + questions[0]})
         session.release(0)
         fed = session.tokens_fed
         targets = {3: other + questions[1], 2: prefix + questions[2]}
-        logits = session.sync(targets)
+        logits = sync(session, targets)
         assert session.tokens_fed == fed + 7 + 60 + 8
         assert_as_alone(member, targets, logits)
         session.release(1)
         targets = {2: [*targets[2], 5], 3: prefix + questions[1]}
-        logits = session.sync(targets)
+        logits = sync(session, targets)
         assert session.tokens_fed == fed + 7 + 60 + 8 + 1 + 7
         assert_as_alone(member, targets, logits)
 
@@ -186,7 +186,7 @@ class TestLaterCalls:
         """Rows that jump between branches of one tree of texts."""
         rng = random.Random(5)
         parts = pieces(smollm2, *[SHARED + 4] * 6)
-        session = BatchSession(smollm2, rows=4, capacity=100)
+        session = open_session(smollm2, lanes=4, capacity=100)
         total = 0
         for _ in range(4):
             chosen = rng.sample(range(4), rng.randint(2, 4))
@@ -197,7 +197,7 @@ class TestLaterCalls:
             }
             held = {row: common_prefix(session.ids(row), ids) for row, ids in targets.items()}
             total += sum(len(ids) - held[row] for row, ids in targets.items())
-            assert_as_alone(smollm2, targets, session.sync(targets))
+            assert_as_alone(smollm2, targets, sync(session, targets))
             assert [session.ids(row) for row in targets] == list(targets.values())
         assert session.tokens_fed < 0.85 * total
 
@@ -211,7 +211,7 @@ class TestFailures:
         """What fails half way leaves each row with what is surely in its cache."""
         prefix, *questions = pieces(smollm2, 80, 20, 25, 30)
         targets = {row: prefix + question for row, question in enumerate(questions)}
-        session = BatchSession(smollm2, rows=4)
+        session = open_session(smollm2, lanes=4)
         calls = 0
 
         def fail(*_: object) -> None:
@@ -232,7 +232,7 @@ class TestFailures:
                 hook.remove()
                 patch.setattr(LaneCache, "copy_prefix", half)
             with pytest.raises(type(error)):
-                session.sync(targets)
+                sync(session, targets)
             hook.remove()
         expected = {
             "first forward": [[], [], [], []],
@@ -241,7 +241,7 @@ class TestFailures:
         }
         assert [session.ids(row) for row in range(4)] == expected[place]
         targets[3] = prefix[:70]
-        assert_as_alone(smollm2, targets, session.sync(targets))
+        assert_as_alone(smollm2, targets, sync(session, targets))
 
 
 class TestPlan:

@@ -10,7 +10,8 @@ from real_tokenizers import Source, tokenizer_file, wanted
 from tokenizers import Tokenizer
 
 from deepen_ext.errors import ModelError
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 SOURCES = wanted()
 ACCEPTED = [source for source in SOURCES if not source.refused]

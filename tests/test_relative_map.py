@@ -8,6 +8,7 @@ from oracle import keep_entries, random_embedding, similarity_rows
 from safetensors.torch import load_file, save_file
 
 from deepen_ext import InputError, ModelError, RelativeMap
+from deepen_ext.space.row_table import RowTable
 
 ANCHOR_IDS = torch.arange(0, 300, 3)
 
@@ -57,7 +58,7 @@ def test_entries_beyond_the_anchors_keep_the_whole_row(embedding):
 def test_a_large_map_reserves_memory_but_does_not_take_it():
     psutil = pytest.importorskip("psutil")
     before = psutil.Process().memory_info().rss
-    maps = [RelativeMap(262_144, 50_000, 32) for _ in range(4)]  # 4 x 68 MB reserved
+    maps = [RelativeMap(RowTable.empty(262_144, 50_000, 32)) for _ in range(4)]  # 4 x 68 MB reserved
     taken = psutil.Process().memory_info().rss - before
     assert len(maps) == 4
     assert taken < 32e6

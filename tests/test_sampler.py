@@ -179,7 +179,7 @@ class TestChoice:
     @pytest.mark.parametrize("do_sample", [False, True])
     def test_every_token_forbidden(self, main, do_sample):
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
-        with pytest.raises(InputError, match="row 0: the processors forbid every token, or give NaN"):
+        with pytest.raises(InputError, match="text 0: the processors forbid every token, or give NaN"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
 
 

@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from sessions import changed, open_session, sync
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members import memory
-from deepen_ext.members.hf import attention, feed_plan, graphs
+from deepen_ext.members.hf import attention, feed_plan, fixed_steps, rooms
+from deepen_ext.members.hf import forwards as forwards_module
 from deepen_ext.members.hf import session as module
+from deepen_ext.members.hf.bytes_needed import estimate_bytes
 from deepen_ext.members.hf.kv_cache import LaneCache, cache_bytes
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member
 
 TEXT = Path(__file__).read_text()
@@ -73,7 +75,7 @@ def tiny(smollm2: Member):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(6)  # from the usual initialisation no token would depend on another
-        return replace(smollm2, name=family, model=model, context_length=256)
+        return changed(smollm2, model=model, name=family, context_length=256)
 
     return make
 
@@ -132,11 +134,11 @@ class TestOneRow:
         ids = ids_of(member, POSITIONS[-1] + 2)
         junk = ids_of(member, 200)[::-1]
         expected = dict(zip(POSITIONS, fresh_logits(member, ids, [p + 2 for p in POSITIONS]), strict=True))
-        session = BatchSession(member)
+        session = open_session(member)
         for position in POSITIONS:
             for depth in DEPTHS:
-                wrong = session.sync({0: ids[:position] + junk[:depth]}).clone()
-                right = session.sync({0: ids[: position + 2]})
+                wrong = sync(session, {0: ids[:position] + junk[:depth]}).clone()
+                right = sync(session, {0: ids[: position + 2]})
                 torch.testing.assert_close(right[0], expected[position], atol=1e-3, rtol=0)
                 assert (wrong - right).abs().max() > 1  # the rollback had something to undo
 
@@ -144,60 +146,60 @@ class TestOneRow:
         """Each sync is a strict prefix of the one before, down through the window, nothing fed in between."""
         lengths = [640, 639, 600, 511, 90, 1]
         ids = ids_of(member, lengths[0])
-        session = BatchSession(member)
+        session = open_session(member)
         for length, expected in zip(lengths, fresh_logits(member, ids, lengths), strict=True):
-            torch.testing.assert_close(session.sync({0: ids[:length]})[0], expected, atol=1e-3, rtol=0)
+            torch.testing.assert_close(sync(session, {0: ids[:length]})[0], expected, atol=1e-3, rtol=0)
             assert session.ids(0) == ids[:length]
 
     def test_nothing_is_computed_twice(self, smollm2: Member) -> None:
         ids = ids_of(smollm2, 60)
-        session = BatchSession(smollm2)
+        session = open_session(smollm2)
         with forwards(smollm2) as seen:
-            session.sync({0: ids[:50]})
-            first = session.sync({0: ids[:51]})
-            assert session.sync({0: ids[:51]}) is first
-            session.sync({0: [*ids[:48], 7, 8]})
-            session.sync({0: ids[:60]})
-            session.sync({0: ids[:58]})
+            sync(session, {0: ids[:50]})
+            first = sync(session, {0: ids[:51]})
+            assert sync(session, {0: ids[:51]}).data_ptr() == first.data_ptr()
+            sync(session, {0: [*ids[:48], 7, 8]})
+            sync(session, {0: ids[:60]})
+            sync(session, {0: ids[:58]})
         assert seen == [(1, 50), (1, 1), (1, 2), (1, 12), (1, 1)]
         assert session.tokens_fed == 50 + 1 + 2 + 12 + 1
 
     def test_logits_keep_shape_and_dtype(self, member: Member) -> None:
-        logits = BatchSession(member).sync({0: ids_of(member, 5)})
+        logits = sync(open_session(member), {0: ids_of(member, 5)})
         assert logits.shape == (1, member.vocab_size)
-        assert logits.dtype == member.dtype == torch.float32
+        assert logits.dtype == member.backend.dtype == torch.float32
 
     def test_a_long_prompt_goes_in_chunks(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "CHUNK", 256)
+        monkeypatch.setattr(forwards_module, "CHUNK", 256)
         ids = ids_of(gemma, 600)
-        session = BatchSession(gemma)
+        session = open_session(gemma)
         with forwards(gemma) as seen:
-            logits = session.sync({0: ids})
+            logits = sync(session, {0: ids})
         assert seen == [(1, 256), (1, 256), (1, 88)]
         assert_fresh(gemma, {0: ids}, logits)
 
     def test_sessions_of_one_member_do_not_meet(self, smollm2: Member) -> None:
         ids = ids_of(smollm2, 40)
-        one, two = BatchSession(smollm2), BatchSession(smollm2)
-        one.sync({0: ids[:30]})
-        two.sync({0: ids[::-1]})
-        assert_fresh(smollm2, {0: ids}, one.sync({0: ids}))
+        one, two = open_session(smollm2), open_session(smollm2)
+        sync(one, {0: ids[:30]})
+        sync(two, {0: ids[::-1]})
+        assert_fresh(smollm2, {0: ids}, sync(one, {0: ids}))
 
 
 class TestBatch:
     def test_ragged_rows_equal_rows_alone(self, member: Member) -> None:
         """Prompts, then steps of one to several tokens, each row rolled back by its own number."""
         ids = ids_of(member, 400)
-        session = BatchSession(member, rows=5)
+        session = open_session(member, lanes=5)
         targets = {row: ids[10 * row : 10 * row + n] for row, n in enumerate((7, 130, 64, 1, 33))}
-        assert_fresh(member, targets, session.sync(targets))
+        assert_fresh(member, targets, sync(session, targets))
         for step, (drop, add) in enumerate([(0, 1), (1, 2), (3, 1), (0, 4)]):
             for row in targets:
                 depth = min(drop * (row % 3), len(targets[row]) - 1)
                 kept = targets[row][: len(targets[row]) - depth]
                 targets[row] = kept + ids[100 + row + step :][: add + row % 2]
             with forwards(member) as seen:
-                logits = session.sync(targets)
+                logits = sync(session, targets)
             assert max(rows for rows, _ in seen) > 1  # together, not one by one
             assert_fresh(member, targets, logits)
             assert [session.ids(row) for row in range(5)] == list(targets.values())
@@ -207,112 +209,112 @@ class TestBatch:
         ids = ids_of(gemma, 700)
         junk = ids_of(gemma, 90)[::-1]
         lengths, depths = (505, 512, 690), (40, 1, 3)
-        session = BatchSession(gemma, rows=3)
-        session.sync({row: ids[:n] for row, n in enumerate(lengths)})
-        session.sync({row: ids[: lengths[row]] + junk[: depths[row]] for row in range(3)})
+        session = open_session(gemma, lanes=3)
+        sync(session, {row: ids[:n] for row, n in enumerate(lengths)})
+        sync(session, {row: ids[: lengths[row]] + junk[: depths[row]] for row in range(3)})
         targets = {row: ids[: n + 2] for row, n in enumerate(lengths)}
         with forwards(gemma) as seen:
-            logits = session.sync(targets)
+            logits = sync(session, targets)
         assert seen == [(3, 2)]
         assert_fresh(gemma, targets, logits)
         targets = {row: target[:-5] + junk[:1] for row, target in targets.items()}
-        assert_fresh(gemma, targets, session.sync(targets))
+        assert_fresh(gemma, targets, sync(session, targets))
 
     def test_rows_sit_out(self, smollm2: Member) -> None:
         """Any rows may take part in a step, in any order; what the others hold and know stays."""
         ids = ids_of(smollm2, 60)
-        session = BatchSession(smollm2, rows=8)
+        session = open_session(smollm2, lanes=8)
         targets = {row: ids[row : 20 + 2 * row] for row in range(8)}
-        session.sync(targets)
+        sync(session, targets)
         for chosen in [(0, 7), (6, 1), (3,), (5, 2, 4, 1), (0, 1, 2, 4, 5, 6, 7)]:
             step = {row: [*targets[row], 50 + row] for row in chosen}
             targets |= step
-            assert_fresh(smollm2, step, session.sync(step))
+            assert_fresh(smollm2, step, sync(session, step))
         fed = session.tokens_fed
-        assert_fresh(smollm2, targets, session.sync(targets))
+        assert_fresh(smollm2, targets, sync(session, targets))
         assert session.tokens_fed == fed
 
     def test_released_rows(self, smollm2: Member) -> None:
         ids = ids_of(smollm2, 80)
-        session = BatchSession(smollm2, rows=4)
+        session = open_session(smollm2, lanes=4)
         targets = {row: ids[row : 30 + 5 * row] for row in range(4)}
-        session.sync(targets)
+        sync(session, targets)
         for row in (1, 0):
             session.release(row)
             del targets[row]
             targets = {row: [*target[:-2], 11, 12, 13] for row, target in targets.items()}
             with forwards(smollm2) as seen:
-                logits = session.sync(targets)
+                logits = sync(session, targets)
             assert seen == [(len(targets), 3)]
             assert_fresh(smollm2, targets, logits)
-        with pytest.raises(InputError, match=r"row 1 was released"):
-            session.sync({1: ids})
-        with pytest.raises(InputError, match=r"row 4 is not one of 0\.\.3"):
-            session.sync({4: ids})
+        with pytest.raises(InputError, match=r"lane 1 was released"):
+            sync(session, {1: ids})
+        with pytest.raises(InputError, match=r"lane 4 is not one of 0\.\.3"):
+            sync(session, {4: ids})
 
     def test_a_closed_session_holds_nothing(self, smollm2: Member) -> None:
-        with BatchSession(smollm2, rows=2) as session:
-            session.sync({0: [1, 2], 1: [3]})
+        with open_session(smollm2, lanes=2) as session:
+            sync(session, {0: [1, 2], 1: [3]})
             assert session._cache.nbytes > 0
         assert session._cache.nbytes == 0
         session.close()
         with pytest.raises(InputError, match="released"):
-            session.sync({0: [1, 2]})
+            sync(session, {0: [1, 2]})
 
     @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
     def test_a_failed_forward_leaves_the_session_usable(self, gemma: Member, error: BaseException) -> None:
         """Half the layers hold the new states of all rows when the forward ends."""
         ids = ids_of(gemma, 80)
-        session = BatchSession(gemma, rows=3)
+        session = open_session(gemma, lanes=3)
         before = {row: ids[: 40 + row] for row in range(3)}
-        session.sync(before)
+        sync(session, before)
         with failing(gemma.model.model.layers[9], error), pytest.raises(type(error)):
-            session.sync({row: [*before[row][:-row], 5, 6, 7] for row in (1, 2)})
+            sync(session, {row: [*before[row][:-row], 5, 6, 7] for row in (1, 2)})
         assert [session.ids(row) for row in range(3)] == [ids[:40]] * 3
         targets = {row: ids[: 50 + row] for row in range(3)}
-        assert_fresh(gemma, targets, session.sync(targets))
+        assert_fresh(gemma, targets, sync(session, targets))
 
     def test_a_failure_while_prompts_are_read(self, smollm2: Member) -> None:
         """The first forward of all fails half way: nothing is held, the next call works."""
         ids = ids_of(smollm2, 300)
-        session = BatchSession(smollm2, rows=2)
+        session = open_session(smollm2, lanes=2)
         with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
-            session.sync({0: ids[:30], 1: ids[:35]})
+            sync(session, {0: ids[:30], 1: ids[:35]})
         targets = {0: ids[5:300], 1: ids[:40]}  # more than there was room for
-        assert_fresh(smollm2, targets, session.sync(targets))
+        assert_fresh(smollm2, targets, sync(session, targets))
 
     def test_rows_set_aside(self, member: Member) -> None:
         """Their lanes make place for those in use; they know what they held, and come back."""
         ids = ids_of(member, 80)
-        session = BatchSession(member, rows=6)
+        session = open_session(member, lanes=6)
         targets = {row: ids[row : 30 + 5 * row] for row in range(6)}
-        session.sync(targets)
+        sync(session, targets)
         for gone, rest in [(0, 5), (5, 4), (2, 3), (1, 2)]:
             session.set_aside(gone)
             session.set_aside(gone)  # no harm
             targets = {row: [*one, 50 + row] for row, one in targets.items()}
-            step = {row: targets[row] for row in range(6) if row not in session._aside}
+            step = {row: targets[row] for row in range(6) if row not in session._lanes._aside}
             with forwards(member) as seen:
-                logits = session.sync(step)
+                logits = sync(session, step)
             assert seen == [(rest, 1)]  # none is run for nothing
             assert_fresh(member, step, logits)
-            targets |= {row: session.ids(row) for row in session._aside}
+            targets |= {row: session.ids(row) for row in session._lanes._aside}
         assert [len(session.ids(row)) for row in range(6)] == [30, 34 + 3, 38 + 2, 42 + 4, 46 + 4, 50 + 1]
         session.release(3)
         del targets[3]
-        assert_fresh(member, targets, session.sync(targets))
-        assert not session._aside
+        assert_fresh(member, targets, sync(session, targets))
+        assert not session._lanes._aside
         targets = {row: [*one[:-3], 60 + row] for row, one in targets.items()}
-        assert_fresh(member, targets, session.sync(targets))
+        assert_fresh(member, targets, sync(session, targets))
         for row in targets:
             session.set_aside(row)
-        assert_fresh(member, targets, session.sync(targets))
+        assert_fresh(member, targets, sync(session, targets))
 
     def test_an_interrupted_exchange(self, smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         ids = ids_of(smollm2, 60)
-        session = BatchSession(smollm2, rows=3)
+        session = open_session(smollm2, lanes=3)
         targets = {row: ids[row : 20 + 5 * row] for row in range(3)}
-        session.sync(targets)
+        sync(session, targets)
         exchange = LaneCache.exchange
 
         def half(cache: LaneCache, one: int, other: int, end: int) -> None:
@@ -324,7 +326,7 @@ class TestBatch:
             with pytest.raises(KeyboardInterrupt):
                 session.set_aside(0)
         assert session.ids(1) == targets[1]
-        assert_fresh(smollm2, targets, session.sync(targets))
+        assert_fresh(smollm2, targets, sync(session, targets))
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("alike", [0, 45])
@@ -333,10 +335,10 @@ class TestBatch:
         monkeypatch.setattr(attention, "_FEWEST_SPARED", 1)
         member = tiny(family)
         rng = random.Random(family)
-        session = BatchSession(member, rows=5)
+        session = open_session(member, lanes=5)
         prefix = [rng.randrange(5, 999) for _ in range(alike)]
         held = {row: prefix + [rng.randrange(5, 999) for _ in range(rng.randint(1, 40))] for row in range(5)}
-        assert_fresh(member, held, session.sync(held))
+        assert_fresh(member, held, sync(session, held))
         for _ in range(12):
             for row in rng.sample(range(5), rng.randint(1, 5)):
                 keep = len(held[row]) - rng.choice([0, 0, 1, 3, 25])
@@ -344,7 +346,7 @@ class TestBatch:
                 held[row] = held[row][: max(keep, 0)] + new
             part = {row: held[row] for row in rng.sample(range(5), rng.randint(2, 5))}
             session.set_aside(rng.randrange(5))
-            assert_fresh(member, part, session.sync(part))
+            assert_fresh(member, part, sync(session, part))
         first, second = fresh_logits(member, list(range(5, 10)) * 9, [5, 9 * 5])
         assert (first - second).abs().max() > 0.1  # the model does look back
 
@@ -362,9 +364,9 @@ class TestFixedBuffers:
         """Growing rows, rollbacks, rows that sit out or are released: each step over all lanes."""
         member = tiny(family)
         rng = random.Random(family)
-        session = BatchSession(member, rows=4, capacity=20)
+        session = open_session(member, lanes=4, capacity=20)
         held = {row: [rng.randrange(5, 999) for _ in range(rng.randint(1, 20))] for row in range(4)}
-        assert_fresh(member, held, session.sync(held))
+        assert_fresh(member, held, sync(session, held))
         steps = 0
         for step in range(16):
             if step == 12:
@@ -375,26 +377,27 @@ class TestFixedBuffers:
                 held[row] = held[row][:keep] + [rng.randrange(5, 999) for _ in range(rng.randint(1, 5))]
             part = {row: held[row] for row in rng.sample(sorted(held), rng.randint(1, len(held)))}
             with forwards(member) as seen:
-                logits = session.sync(part)
-            assert all(shape in {(4, width) for width in graphs.WIDTHS} for shape in seen if shape[1] <= 8)
+                logits = sync(session, part)
+            allowed = {(4, width) for width in fixed_steps.WIDTHS}
+            assert all(shape in allowed for shape in seen if shape[1] <= 8)
             steps += sum(shape[1] <= 8 for shape in seen)
             assert_fresh(member, part, logits)
         assert steps > 10
 
     def test_past_the_window_and_past_the_first_span(self, gemma: Member) -> None:
         ids = ids_of(gemma, 700)
-        session = BatchSession(gemma, rows=2)
+        session = open_session(gemma, lanes=2)
         targets = {0: ids[:600], 1: ids[:254]}
-        session.sync(targets)
+        sync(session, targets)
         for n in (2, 8):
             targets = {row: [*target[:-1], *ids[n : 2 * n]] for row, target in targets.items()}
-            assert_fresh(gemma, targets, session.sync(targets))
+            assert_fresh(gemma, targets, sync(session, targets))
 
     def test_the_next_session_takes_the_buffers_over(self, smollm2: Member) -> None:
         """Also where the last one left states that are not finite."""
         ids = ids_of(smollm2, 60)
-        with BatchSession(smollm2, rows=2, capacity=100) as first:
-            first.sync({0: ids[:20], 1: ids[:30]})
+        with open_session(smollm2, lanes=2, capacity=100) as first:
+            sync(first, {0: ids[:20], 1: ids[:30]})
             with torch.inference_mode():
                 for layer in first._cache._own:
                     layer.keys.fill_(float("nan"))
@@ -402,44 +405,44 @@ class TestFixedBuffers:
             kept = first._cache
             for row in range(2):  # as a generation ends
                 first.release(row)
-        assert graphs.idle_bytes(smollm2) == kept.nbytes > 0
-        second = BatchSession(smollm2, rows=2, capacity=200)
+        assert rooms.idle_bytes(smollm2.backend) == kept.nbytes > 0
+        second = open_session(smollm2, lanes=2, capacity=200)
         assert second._cache is kept
-        assert graphs.idle_bytes(smollm2) == 0
+        assert rooms.idle_bytes(smollm2.backend) == 0
         targets = {0: ids[:5], 1: ids[:7]}
-        assert_fresh(smollm2, targets, second.sync(targets))
+        assert_fresh(smollm2, targets, sync(second, targets))
         second.close()
         second.close()
-        third = BatchSession(smollm2, rows=2, capacity=300)  # more than there is room for
+        third = open_session(smollm2, lanes=2, capacity=300)  # more than there is room for
         assert third._cache is not kept
-        assert graphs.idle_bytes(smollm2) == 0
+        assert rooms.idle_bytes(smollm2.backend) == 0
 
     def test_a_first_step_that_fails_is_no_step(self, tiny) -> None:
         """What is captured next must find every layer's buffers made."""
         member = tiny("llama")
-        session = BatchSession(member, rows=2)
+        session = open_session(member, lanes=2)
         with failing(member.model.model.layers[1], RuntimeError("x")), pytest.raises(RuntimeError):
-            session.sync({0: [5, 6], 1: [7]})
+            sync(session, {0: [5, 6], 1: [7]})
         assert session._room.steps._steps == {}
         targets = {0: [5, 6], 1: [7]}
-        assert_fresh(member, targets, session.sync(targets))
+        assert_fresh(member, targets, sync(session, targets))
 
     def test_changed_weights_take_no_room_over(self, tiny) -> None:
         member = tiny("llama")
-        with BatchSession(member, rows=2) as first:
-            first.sync({0: [5, 6], 1: [7]})
+        with open_session(member, lanes=2) as first:
+            sync(first, {0: [5, 6], 1: [7]})
             kept = first._cache
         head = member.model.lm_head
         head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
-        assert BatchSession(member, rows=2)._cache is not kept
+        assert open_session(member, lanes=2)._cache is not kept
 
     def test_a_failure_frees_the_buffers(self, smollm2: Member) -> None:
-        session = BatchSession(smollm2, rows=2)
-        session.sync({0: [1, 2], 1: [3]})
+        session = open_session(smollm2, lanes=2)
+        sync(session, {0: [1, 2], 1: [3]})
         with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
-            session.sync({0: [1, 2, 3]})
+            sync(session, {0: [1, 2, 3]})
         session.close()
-        assert session._cache.nbytes == graphs.idle_bytes(smollm2) == 0
+        assert session._cache.nbytes == rooms.idle_bytes(smollm2.backend) == 0
 
 
 class TestAttention:
@@ -499,10 +502,10 @@ class TestAttention:
         assert len(calls) == (first < 40)  # outside nothing is in common
 
     def test_a_session_turns_it_on(self, smollm2: Member, tiny) -> None:
-        BatchSession(smollm2)
+        open_session(smollm2)
         assert smollm2.model.config._attn_implementation == attention.NAME
         eager = tiny("gemma2", attn_implementation="eager")
-        BatchSession(eager)
+        open_session(eager)
         assert eager.model.config._attn_implementation == "eager"
 
 
@@ -533,13 +536,13 @@ class TestGroups:
 class TestMemory:
     def test_the_estimate_holds_the_cache(self, member: Member) -> None:
         """The cache's part of it is what is really allocated; little is added for the rest."""
-        session = BatchSession(member, rows=3)
-        session.sync({row: ids_of(member, 290) for row in range(3)})
+        session = open_session(member, lanes=3)
+        sync(session, {row: ids_of(member, 290) for row in range(3)})
         allocated = session._cache.nbytes
-        assert cache_bytes(member, 3, 290) == allocated
+        assert cache_bytes(member.backend, 3, 290) == allocated
         logits = 3 * member.vocab_size * 4
-        assert allocated + logits < memory.estimate_bytes(member, 3, 290) < 2 * allocated + 4 * logits
-        assert memory.estimate_bytes(member, 6, 290) > 1.9 * allocated
+        assert allocated + logits < estimate_bytes(member.backend, 3, 290) < 2 * allocated + 4 * logits
+        assert estimate_bytes(member.backend, 6, 290) > 1.9 * allocated
 
     @pytest.mark.parametrize(
         ("capability", "config", "workspace"),
@@ -558,16 +561,16 @@ class TestMemory:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         if config is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
-        on_cuda = replace(member, device=torch.device("cuda:0"))
-        more = memory.estimate_bytes(on_cuda, 3, 290) - memory.estimate_bytes(member, 3, 290)
+        on_cuda = replace(member.backend, device=torch.device("cuda:0"))
+        more = estimate_bytes(on_cuda, 3, 290) - estimate_bytes(member.backend, 3, 290)
         assert more == workspace
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_estimate_of_other_families(self, tiny, family: str) -> None:
         member = tiny(family)
-        session = BatchSession(member, rows=2)
-        session.sync({0: [5, 6], 1: [7]})
-        assert session._cache.nbytes == cache_bytes(member, 2, 2)
+        session = open_session(member, lanes=2)
+        sync(session, {0: [5, 6], 1: [7]})
+        assert session._cache.nbytes == cache_bytes(member.backend, 2, 2)
 
     def test_available_bytes_are_the_kernel_s(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         # Of the real machine no more than the order is sure: other tests take and free memory meanwhile.
@@ -584,7 +587,7 @@ class TestMemory:
 
     def test_weights_that_were_read_are_not_available(self, smollm2: Member) -> None:
         """They are mapped from their file, which the kernel counts as available."""
-        BatchSession(smollm2).sync({0: [1, 2]})
+        sync(open_session(smollm2), {0: [1, 2]})
         weights = sum(one.nbytes for one in smollm2.model.parameters())
         assert memory._kernel_bytes(memory._STATUS, "RssFile") > weights
 
@@ -605,29 +608,29 @@ class TestMemory:
 
 class TestBadInput:
     def test_bad_ids(self, smollm2: Member) -> None:
-        short = replace(smollm2, context_length=10)
-        session = BatchSession(short)
+        short = changed(smollm2, context_length=10)
+        session = open_session(short)
         with pytest.raises(InputError, match=rf"^{short.name}: 11 tokens exceed its context of 10"):
-            session.sync({0: ids_of(short, 11)})
-        assert session.sync({0: ids_of(short, 10)}).shape == (1, short.vocab_size)
+            sync(session, {0: ids_of(short, 11)})
+        assert sync(session, {0: ids_of(short, 10)}).shape == (1, short.vocab_size)
         with pytest.raises(InputError, match="nothing to feed"):
-            session.sync({0: []})
+            sync(session, {0: []})
         with pytest.raises(InputError, match=r"0\.\.49151"):
-            session.sync({0: [49152]})
-        with pytest.raises(InputError, match="number of rows is 0; choose 1 or more"):
-            BatchSession(short, rows=0)
+            sync(session, {0: [49152]})
+        with pytest.raises(InputError, match="number of lanes is 0; choose 1 or more"):
+            open_session(short, lanes=0)
 
     def test_the_row_is_named_and_the_others_untouched(self, smollm2: Member) -> None:
-        session = BatchSession(smollm2, rows=3)
-        session.sync({0: [1, 2], 1: [3], 2: [4]})
-        with pytest.raises(InputError, match=rf"{smollm2.name}, row 2: nothing to feed"):
-            session.sync({0: [1, 2, 3], 2: []})
+        session = open_session(smollm2, lanes=3)
+        sync(session, {0: [1, 2], 1: [3], 2: [4]})
+        with pytest.raises(InputError, match=rf"{smollm2.name}, lane 2: nothing to feed"):
+            sync(session, {0: [1, 2, 3], 2: []})
         assert session.ids(0) == [1, 2]
-        assert session.sync({}).shape == (0, smollm2.vocab_size)
+        assert sync(session, {}).shape == (0, smollm2.vocab_size)
 
     def test_a_model_that_cannot_roll_back_is_refused(self, tiny) -> None:
         with pytest.raises(ModelError, match=r"mamba: .*cannot be rolled back"):
-            BatchSession(tiny("mamba", state_size=4))
+            open_session(tiny("mamba", state_size=4))
 
     @pytest.mark.parametrize(
         ("family", "settings", "reason"),
@@ -645,14 +648,14 @@ class TestBadInput:
     def test_a_model_that_runs_no_ragged_rows(self, tiny, family: str, settings: dict, reason: str) -> None:
         member = tiny(family, **settings)
         with pytest.raises(ModelError, match=f"^{family}: this model .*{reason}"):
-            BatchSession(member, rows=2)
+            open_session(member, lanes=2)
         ids = list(range(5, 30))
         # flex_attention compiles itself for half a minute, and what it gives is the same without.
         with torch.compiler.set_stance("force_eager"):
-            assert_fresh(member, {0: ids}, BatchSession(member).sync({0: ids}))
+            assert_fresh(member, {0: ids}, sync(open_session(member), {0: ids}))
 
     def test_different_windows_and_one_mask(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """A model whose code would not take one mask for each layer type."""
         monkeypatch.setattr(type(gemma.model.model), "forward", lambda self, input_ids: None)
         with pytest.raises(ModelError, match="layers with different windows but takes one mask for all"):
-            BatchSession(gemma, rows=2)
+            open_session(gemma, lanes=2)

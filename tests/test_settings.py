@@ -293,6 +293,6 @@ def test_allowed_tokens_by_row(main):
     settings = Settings.read(
         main, prefix_allowed_tokens_fn=lambda row, ids: seen.append((row, ids.tolist())) or [row]
     )
-    scores = settings.processors(PROMPT, row=3)(torch.tensor([PROMPT]), torch.zeros(1, main.vocab_size))
+    scores = settings.processors(PROMPT, text=3)(torch.tensor([PROMPT]), torch.zeros(1, main.vocab_size))
     assert seen == [(3, PROMPT)]
     assert torch.isfinite(scores[0]).nonzero().flatten().tolist() == [3]

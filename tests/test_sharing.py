@@ -70,9 +70,9 @@ def test_what_is_there_already_is_not_asked_of_the_memory_again(ensembles, monke
     with SharedForwards() as shared:
         for one in ensembles[:2]:
             one.generate(PROMPTS, max_new_tokens=4, shared=shared)
-        held = [shared.cache_bytes(one.members[0], len(PROMPTS)) for one in ensembles[:2]]
+        held = [sum(shared.bytes_held(one.members[0], len(PROMPTS)).values()) for one in ensembles[:2]]
         assert min(held) > 10_000_000
-        assert shared.cache_bytes(ensembles[0].members[0], 1) == 0
+        assert shared.bytes_held(ensembles[0].members[0], 1) == {}
         monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: sum(held) // 2)
         assert len(ensembles[2].generate(PROMPTS, max_new_tokens=4, shared=shared)) == len(PROMPTS)
         with pytest.raises(InputError, match="a smaller batch_size"):

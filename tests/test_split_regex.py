@@ -1,4 +1,4 @@
-"""Places that the automaton of a splitting regex clears, against the tokenizer's own splitter."""
+"""Cuts that the automaton of a splitting regex allows, against the tokenizer's own splitter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Regex, pre_tokenizers
 
 from deepen_ext.text.cuts import _RegexSplitter
-from deepen_ext.text.split_regex import NotUnderstood, SplitRegex
+from deepen_ext.text.regex_syntax import NotUnderstood
+from deepen_ext.text.split_regex import SplitRegex
 
 CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -51,8 +52,8 @@ def pieces(splitter: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
     return [piece for piece, _ in splitter.pre_tokenize_str(text)] if text else []
 
 
-def check_places(pattern: str, behavior: str, rng: random.Random, texts: int) -> int:
-    """Every place said to split a text divides its pieces; returns how many were said to."""
+def check_cuts(pattern: str, behavior: str, rng: random.Random, texts: int) -> int:
+    """Every position said to split a text divides its pieces; returns how many positions were said to."""
     invert = behavior == "removed"
     ours = _RegexSplitter(pattern, behavior.title().replace("_", ""), invert)
     theirs = pre_tokenizers.Split(Regex(pattern), behavior, invert)
@@ -60,12 +61,12 @@ def check_places(pattern: str, behavior: str, rng: random.Random, texts: int) ->
     for _ in range(texts):
         text = random_text(rng)
         whole = pieces(theirs, text)
-        for place in range(1, len(text)):
-            pair = text[place - 1], text[place]
+        for cut in range(1, len(text)):
+            pair = text[cut - 1], text[cut]
             if ours.transparent(*pair) and ours.splits(*pair):
                 found += 1
-                apart = pieces(theirs, text[:place]) + pieces(theirs, text[place:])
-                assert apart == whole, (pattern, behavior, text[:place], text[place:])
+                apart = pieces(theirs, text[:cut]) + pieces(theirs, text[cut:])
+                assert apart == whole, (pattern, behavior, text[:cut], text[cut:])
     return found
 
 
@@ -77,7 +78,7 @@ def test_families(name: str, behavior: str) -> None:
         with pytest.raises(NotUnderstood):
             SplitRegex(pattern)
         return
-    found = check_places(pattern, behavior, random.Random(1), 300)
+    found = check_cuts(pattern, behavior, random.Random(1), 300)
     if behavior in ("isolated", "removed"):
         assert found > 50
     elif behavior.startswith("merged"):
@@ -127,7 +128,7 @@ def random_regex(rng: random.Random, depth: int = 3) -> str:
 def test_any_regex(seed: int) -> None:
     """Some thousand regexes, each understood and right, or refused."""
     rng = random.Random(seed)
-    understood = places = 0
+    understood = cuts = 0
     for _ in range(60):
         pattern = "|".join(random_regex(rng) for _ in range(rng.randint(1, 4)))
         try:
@@ -139,9 +140,9 @@ def test_any_regex(seed: int) -> None:
         except NotUnderstood:
             continue
         understood += 1
-        places += check_places(pattern, rng.choice(BEHAVIORS), rng, 25)
+        cuts += check_cuts(pattern, rng.choice(BEHAVIORS), rng, 25)
     assert understood >= 10
-    assert places >= 20
+    assert cuts >= 20
 
 
 @pytest.mark.parametrize(

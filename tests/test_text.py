@@ -24,7 +24,9 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import AutoTokenizer
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.text.vocabulary import GrowingText, Utf8Stream, Vocabulary
+from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -142,7 +144,7 @@ def assert_cuts_hold(vocabulary: Vocabulary, text: str) -> int:
     assert ends == sorted(ends)
     found = 0
     for cut in range(1, len(text)):
-        if vocabulary.cuts.last(text, cut) == cut:
+        if vocabulary.cuts.last(text[: cut + 1], cut - 1) == cut:
             left, right = vocabulary.encode(text[:cut]), vocabulary.encode_part(text[cut:], cut)[0]
             assert left + right == ids, text[max(0, cut - 9) : cut] + "|" + text[cut : cut + 9]
             assert sum(end <= cut for end in ends) == len(left)
@@ -275,7 +277,7 @@ def test_a_copy_goes_its_own_way(vocabulary: Vocabulary) -> None:
 def test_an_append_encodes_only_the_end(vocabulary: Vocabulary) -> None:
     """Not in time but in work: the cut lies within the last words of ordinary text, Chinese included."""
     for text in NATURAL[:5]:
-        longest = max(n - vocabulary.cuts.last(text, n) for n in range(20, len(text)))
+        longest = max(n - vocabulary.cuts.last(text[: n + 1]) for n in range(20, len(text)))
         assert longest <= 24, text
 
 

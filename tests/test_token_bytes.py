@@ -12,8 +12,9 @@ from tokenizers.models import BPE
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.measure.doctor.tokenizer_traps import _sizes
+from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.token_bytes import BYTE_TO_CHAR
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary
+from deepen_ext.text.vocabulary import Vocabulary
 
 ALPHABET = {char: i for i, char in enumerate(BYTE_TO_CHAR.values())}
 

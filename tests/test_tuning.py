@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import statistics
@@ -18,10 +17,10 @@ from typer.testing import CliRunner
 from deepen_ext.commands.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
-    RECIPES,
     Configuration,
     OutOfTime,
     Space,
@@ -35,6 +34,7 @@ from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
+from deepen_ext.space.recipes import RECIPES
 
 QUESTIONS = {
     "what is the capital of france": "Paris",
@@ -212,11 +212,11 @@ class TestChoice:
         assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
 
     def test_the_defaults_are_the_ensembles(self) -> None:
-        parameters = inspect.signature(Ensemble).parameters
+        settings = FusionSettings()
         default = Space(2).default(0)
-        assert default.learning_rate == parameters["learning_rate"].default
-        assert default.recipe == RECIPES[0] == parameters["recipe"].default
-        assert default.confidence == parameters["confidence"].default
+        assert default.learning_rate == settings.learning_rate
+        assert default.recipe == RECIPES[0] == settings.recipe
+        assert default.confidence == settings.confidence
         assert Space(2).distance(default) == (0, 0)
         assert Space(2, ()).default(1) == Configuration(1, (0.5, 0.5))
 
@@ -293,8 +293,7 @@ def test_what_was_read_is_measured_again_without_the_caches(
     first = reading.fused(ensemble)
     reading.release()
     with monkeypatch.context() as patch:
-        patch.setattr(readings, "forward", None)
-        patch.setattr(readings, "BatchSession", None)
+        patch.setattr(readings, "_open", None)
         assert reading.fused(ensemble) == first
         assert reading.fused(ensemble, [0.9, 0.1]).total != first.total
         assert reading.fused(ensemble.variant(fuser="average")).total != first.total

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from sessions import open_session, sync
 
 from deepen_ext import Ensemble, InputError
+from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
 from deepen_ext.decoding.shared_forwards import SharedForwards
-from deepen_ext.fusers.weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
-from deepen_ext.members.hf.session import BatchSession
 from deepen_ext.members.member import Member
 
 CODE = (
@@ -51,10 +51,10 @@ class TestReadPrompts:
         for member in (tiny_smollm2, tiny_gemma):
             vocabulary = member.vocabulary
             prompts = {0: vocabulary.prefix_ids + vocabulary.encode(CODE), 1: vocabulary.encode(FRENCH)}
-            with BatchSession(member, 2) as session:
+            with open_session(member, 2) as session:
                 scores = read_prompts(session, member, prompts)
                 fed = session.tokens_fed
-                logits = session.sync(prompts)
+                logits = sync(session, prompts)
                 assert session.tokens_fed == fed  # the rows hold their prompts
             for row, ids in prompts.items():
                 with torch.inference_mode():
@@ -68,7 +68,7 @@ class TestReadPrompts:
     def test_of_a_long_prompt_the_end(self, tiny_smollm2: Member) -> None:
         ids = tiny_smollm2.vocabulary.encode("One two three. " * 100)
         assert len(ids) > PROMPT_TOKENS + 50
-        with BatchSession(tiny_smollm2) as session:
+        with open_session(tiny_smollm2) as session:
             score = read_prompts(session, tiny_smollm2, {0: ids})[0]
         assert len(score.logprobs) == PROMPT_TOKENS
 

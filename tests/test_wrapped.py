@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from sessions import changed, open_session, sync
 from tiny_models import one_byte_tokens, save_model
 from torch.nn.functional import linear
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.measure.doctor.member_facts import is_same_model
-from deepen_ext.measure.evaluation.records import weights_fingerprint
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
-from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.hf.loaded_model import dense, inner_model
 from deepen_ext.members.loading import load_member
-from deepen_ext.members.member import Member, dense, inner_model
+from deepen_ext.members.member import Member
 
 TEXTS = {0: [1, 2, 3, 4, 5, 6], 1: [7, 8]}
 
@@ -98,28 +98,28 @@ def quantise(model: torch.nn.Module) -> None:
 
 
 def batch(member: Member) -> torch.Tensor:
-    with BatchSession(member, 2) as session, torch.inference_mode():
-        return session.sync(TEXTS).clone()
+    with open_session(member, 2) as session, torch.inference_mode():
+        return sync(session, TEXTS).clone()
 
 
 @pytest.mark.parametrize("wrap", [Adapted, compiled, lambda model: compiled(Adapted(model))])
 def test_texts_of_different_lengths_through_a_wrapper(folder: Path, plain: Member, wrap: Any) -> None:
     wanted = batch(plain)
     inner = load_member(folder)
-    wrapped = replace(inner, model=wrap(inner.model))
+    wrapped = changed(inner, model=wrap(inner.model))
     assert type(wrapped.model) is not type(inner.model)
     assert inner_model(wrapped.model) is inner.model
     with torch.compiler.set_stance(
         "force_eager"
     ):  # the wrapper is what is tested; tracing takes half a minute
         torch.testing.assert_close(batch(wrapped), wanted, atol=1e-6, rtol=1e-6)
-    assert weights_fingerprint(wrapped) == weights_fingerprint(plain)
+    assert wrapped.backend.fingerprint() == plain.backend.fingerprint()
 
 
 def test_a_wrapped_model_that_cannot_is_named_itself(plain: Member) -> None:
     plain.model.config._attn_implementation = "flex_attention"
     with pytest.raises(Exception, match=r"this model \(LlamaForCausalLM\) cannot run texts of different"):
-        BatchSession(replace(plain, model=Adapted(plain.model)), 2)
+        open_session(changed(plain, model=Adapted(plain.model)), 2)
 
 
 def test_quantised_layers_keep_their_own_product(folder: Path) -> None:
@@ -132,7 +132,7 @@ def test_quantised_layers_keep_their_own_product(folder: Path) -> None:
     wanted = batch(rounded)
     assert not torch.equal(wanted, batch(load_member(folder)))  # so rounding changes something
     torch.testing.assert_close(batch(member), wanted, atol=1e-5, rtol=1e-5)
-    assert weights_fingerprint(member) == weights_fingerprint(rounded)
+    assert member.backend.fingerprint() == rounded.backend.fingerprint()
 
 
 def test_quantised_embeddings_are_read_by_value(plain: Member) -> None:
@@ -146,7 +146,7 @@ def test_quantised_embeddings_are_read_by_value(plain: Member) -> None:
 def test_wrapped_and_quantised_members_write(folder: Path) -> None:
     adapted, int8 = load_member(folder), load_member(folder)
     quantise(int8.model)
-    members = [replace(adapted, model=Adapted(adapted.model), name="adapted"), replace(int8, name="int8")]
+    members = [changed(adapted, model=Adapted(adapted.model), name="adapted"), replace(int8, name="int8")]
     texts = Ensemble(members).generate(["hello", "so it goes"], max_new_tokens=4)
     assert [len(one.token_ids) for one in texts] == [4, 4]
 
@@ -156,7 +156,7 @@ def test_one_model_is_recognised_by_its_values(folder: Path, plain: Member, chan
     read = TokenLikelihoods([-1.0], [1], [True], 1)
     other = load_member(folder)
     if change == "wrapped":
-        other = replace(other, model=Adapted(other.model))
+        other = changed(other, model=Adapted(other.model))
     else:
         quantise(other.model)
     if change == "both quantised":

@@ -7,14 +7,16 @@ import math
 
 import pytest
 import torch
+from sessions import changed, open_session
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext import Ensemble
 from deepen_ext.adapters import DeepenLogitsProcessor
+from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.fusers import FUSERS
-from deepen_ext.fusers.weights import read_prompts
 from deepen_ext.measure.likelihood.text_reading import TextReading
-from deepen_ext.members.member import Member, forbid
+from deepen_ext.members.distribution import forbid
+from deepen_ext.members.member import Member
 from deepen_ext.text.vocabulary import Vocabulary
 
 PROMPT = "The capital of France is"
@@ -55,9 +57,8 @@ def tiny(like: Member, seed: int, padding: int) -> Member:
             return dataclasses.replace(output, logits=logits)
 
         model.register_forward_hook(raise_special)
-    return dataclasses.replace(
-        like, name=f"tiny{seed}", model=model, vocabulary=vocabulary, eos_ids=(like.eos_ids[0],)
-    )
+    member = changed(like, name=f"tiny{seed}", model=model, vocab_size=vocabulary.vocab_size)
+    return dataclasses.replace(member, vocabulary=vocabulary, eos_ids=(like.eos_ids[0],))
 
 
 def double_the_main_model(logits, said, weights):
@@ -195,11 +196,10 @@ def test_special_tokens_that_a_text_names_have_a_likelihood(members):
 
 
 def test_prompts_are_scored_without_what_cannot_be_written(members):
-    from deepen_ext.members.hf.session import BatchSession
 
     scores = []
     for member in members[:2]:
-        session = BatchSession(member)
+        session = open_session(member)
         scores.append(read_prompts(session, member, {0: member.vocabulary.encode(PROMPT)})[0])
         session.close()
     assert scores[1].logprobs == pytest.approx(scores[0].logprobs, abs=1e-4)

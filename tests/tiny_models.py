@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sessions import changed
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -113,4 +113,4 @@ def tiny_reader(member: Member, name: str, text: str, *, seed: int, **settings: 
     knows = sums / counts.clamp(min=1)[:, None] ** 0.75 / states.square().sum(dim=1).mean()
     head.copy_(14 * knows + 0.1 * torch.randn_like(head))
     head[counts == 0, 0] -= 6 / states[:, 0].mean()
-    return replace(member, name=name, model=model)
+    return changed(member, name=name, model=model)

@@ -1,4 +1,4 @@
-// A member's relative rows as the operations see them (DESIGN: "Rows are sparse").
+// A member's relative rows as the operations see them.
 //
 // Sparse: token t has values[t, j] on anchor columns[t, j]; the anchors it does not name share rest[t]
 // evenly. A column of -1 ends a row that names fewer than `entries` anchors. Dense: columns and rest are

@@ -257,7 +257,7 @@ class DeepenLM(LM):  # type: ignore[misc]
             "deepen_ext": __version__,
             "method": ensemble.method,
             "members": [
-                {"name": name, "dtype": str(member.dtype).removeprefix("torch.")}
+                {"name": name, "dtype": member.backend.describe().dtype}
                 for name, member in zip(ensemble.names, ensemble.members, strict=True)
             ],
             "weights": "prompt" if ensemble.weighs_prompts else ensemble.weights,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.members import embedded
-from deepen_ext.presets import SETTINGS, Preset, load_preset
+from deepen_ext.presets import Preset, load_preset
 
 SEPARATOR = "|"  # neither the harness's parser nor a hub name knows it, and hardly a path
 
@@ -38,7 +39,7 @@ def ensemble_from(
         ModelError: a model cannot be loaded.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
-    settings = set(inspect.signature(Ensemble).parameters) - {"members"}
+    settings = {one.name for one in fields(FusionSettings)}
     known = {"demo", "preset", "dtype", "device", "trust_remote_code", *settings}
     if unknown := sorted(given.keys() - known):
         raise InputError(
@@ -71,8 +72,8 @@ def ensemble_from(
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
     if "trust_remote_code" in given:
         placed["trust_remote_code"] = given.pop("trust_remote_code")
-    chosen = preset.settings(**{name: given.pop(name) for name in SETTINGS if name in given})
-    return Ensemble.from_pretrained(preset.members, progress=log.info, **placed, **chosen, **given)
+    chosen = preset.settings(**given)
+    return Ensemble.from_pretrained(preset.members, progress=log.info, **placed, **chosen)
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

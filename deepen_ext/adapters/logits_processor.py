@@ -14,7 +14,7 @@ from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompts import Messages
 from deepen_ext.errors import InputError
 from deepen_ext.members.chat import PromptText, WithoutTemplate
-from deepen_ext.members.member import forbid
+from deepen_ext.members.distribution import Distribution, forbid
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -91,7 +91,9 @@ class DeepenLogitsProcessor(LogitsProcessor):
             return scores
         assistants = self._follow(input_ids)
         writable = forbid(scores, self._unwritable.to(scores.device))
-        fused = assistants.step(writable, range(len(input_ids))).fused
+        fuser, main = self._team.fuser, self._team.main
+        said = Distribution(main.name, writable.shape[-1], fuser.candidates, writable)
+        fused = assistants.step(fuser.part(0, said), range(len(input_ids))).fused
         fused.check()
         # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
         mass = scores.logsumexp(-1, keepdim=True)

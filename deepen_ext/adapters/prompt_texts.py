@@ -9,7 +9,7 @@ from deepen_ext.decoding.prompts import Messages, is_batch
 from deepen_ext.errors import InputError
 from deepen_ext.members.chat import PromptText, WithoutTemplate, chat_texts
 from deepen_ext.members.member import Member
-from deepen_ext.text.vocabulary import Utf8Stream
+from deepen_ext.text.characters import Utf8Stream
 
 
 class AssistantsPrompts:

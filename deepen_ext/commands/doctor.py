@@ -9,20 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deepen_ext.commands.options import (
-    AsJson,
-    Debug,
-    Demo,
-    Devices,
-    Dtypes,
-    Models,
-    TrustRemoteCode,
-    exit_codes,
-    member_names,
-    one_or_more,
-    progress,
-    write,
-)
+from deepen_ext.commands import options
+from deepen_ext.commands.console import exit_codes, progress, tables, write
+from deepen_ext.commands.loading import named_members, placed
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,42 +22,35 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Models = None,
-    demo: Demo = False,
+    model: options.Models = None,
+    demo: options.Demo = False,
     text: Annotated[
         Path | None,
         typer.Option(
             help="What the models read, best of the kind they are for; a built-in sample by default."
         ),
     ] = None,
-    dtype: Dtypes = None,
-    device: Devices = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    dtype: options.Dtypes = None,
+    device: options.Devices = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Examine two or more models before they are fused: is it worth it, and what will it cost?
 
     The exit code is 0 whatever the verdict is.
     """
     with exit_codes(debug):
-        names = member_names(model, demo)
-        if names is not None and len(names) < 2:
+        named = named_members(model, demo).members
+        if len(named) < 2:
             raise InputError("a diagnosis needs two or more models; repeat --model")
         sample = None if text is None else _read(text)
         with progress() as say:
             say("Starting")
             from deepen_ext.measure.doctor.diagnose import diagnose
-            from deepen_ext.members import embedded
             from deepen_ext.members.loading import load_members
 
-            members = load_members(
-                embedded.members(say) if names is None else names,
-                dtype=one_or_more([one.value for one in dtype or []], "float32"),
-                device=one_or_more(device, "cpu"),
-                trust_remote_code=trust_remote_code,
-                progress=say,
-            )
+            members = load_members(named, progress=say, **placed(dtype, device, trust_remote_code))
             diagnosis = diagnose(members, text=sample, progress=say)
         if as_json:
             write(json.dumps(diagnosis.as_dict(), ensure_ascii=False) + "\n")
@@ -87,11 +69,7 @@ def _read(file: Path) -> str:
 
 
 def _show(found: Diagnosis) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file has no width
+    console = tables()
 
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False)
@@ -140,8 +118,8 @@ def _members(found: Diagnosis) -> Table:
         table.add_row(title, *map(cell, found.members))
 
     line("architecture", lambda one: one.architecture)
-    line("parameters", lambda one: f"{one.parameters / 1e6:,.0f} million")
-    line("weights", lambda one: f"{one.dtype} on {one.device}, {_size(one.weights_bytes)}")
+    line("parameters", lambda one: _million(one.parameters))
+    line("weights", lambda one: f"{one.dtype or '?'} on {one.device}, {_size(one.weights_bytes)}")
     line("KV cache of 1,000 tokens", lambda one: _size(one.cache_bytes))
     line(
         "context", lambda one: "not known" if one.context_length is None else f"{one.context_length:,} tokens"
@@ -235,5 +213,11 @@ def _costs(found: Diagnosis) -> Iterator[str]:
         )
 
 
-def _size(count: int) -> str:
+def _million(count: int | None) -> str:
+    return "not known" if count is None else f"{count / 1e6:,.0f} million"
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "size not known"
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

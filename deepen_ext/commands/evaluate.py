@@ -12,24 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepen_ext.commands.options import (
-    Debug,
-    Demo,
-    Devices,
-    Dtypes,
-    FuserSpecs,
-    LearningRate,
-    Models,
-    Preset,
-    RecipeName,
-    Recipes,
-    TrustRemoteCode,
-    Weights,
-    exit_codes,
-    load_ensemble,
-)
+from deepen_ext.commands import options
+from deepen_ext.commands.console import exit_codes
+from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
-from deepen_ext.space.defaults import RECIPE
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -55,19 +41,19 @@ def evaluate(
         Path,
         typer.Option("--json", help="Folder for the results: a line of JSON an item, and summary.json."),
     ],
-    model: Models = None,
-    demo: Demo = False,
+    model: options.Models = None,
+    demo: options.Demo = False,
     split: Annotated[Split, typer.Option(help="dev is for choosing settings, test for reporting.")] = (
         Split.test
     ),
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many items a task, spread evenly; all by default.")
     ] = None,
-    fuser: FuserSpecs = None,
-    weight: Weights = None,
-    recipe: Recipes = None,
-    learning_rate: LearningRate = None,
-    preset: Preset = None,
+    fuser: options.FuserSpecs = None,
+    weight: options.Weights = None,
+    recipe: options.Recipes = None,
+    learning_rate: options.LearningRate = None,
+    preset: options.Preset = None,
     singles: Annotated[
         bool, typer.Option("--singles/--no-singles", help="Each model alone too, to compare with.")
     ] = True,
@@ -88,10 +74,10 @@ def evaluate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop the folder's results of these tasks first.")
     ] = False,
-    dtype: Dtypes = None,
-    device: Devices = None,
-    trust_remote_code: TrustRemoteCode = False,
-    debug: Debug = False,
+    dtype: options.Dtypes = None,
+    device: options.Devices = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    debug: options.Debug = False,
 ) -> None:
     """Score models together and alone on the paper's benchmarks, with intervals and paired comparisons.
 
@@ -103,24 +89,18 @@ def evaluate(
 
         tasks = list(TASKS) if "all" in task else task
         prepare(tasks, data, split.value, limit, out, fresh=fresh)
-        fused = _fuser_settings(fuser, recipe, preset)
+        named = named_members(model, demo, preset)
+        if any(map(writes_alone, fuser or [])):
+            raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
+        fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser
-        base = load_ensemble(
-            model,
-            demo,
-            preset,
-            weights=weight,
-            fuser="single" if alone else next(iter(fuser or []), None),
-            recipe=recipe,
-            learning_rate=learning_rate,
-            dtypes=dtype,
-            devices=device,
-            trust_remote_code=trust_remote_code,
-        )
+        placing = placed(dtype, device, trust_remote_code)
+        first = "single" if alone else next(iter(fuser or []), None)
+        base = load_ensemble(named, placing, first, weight, recipe, learning_rate)
         ensembles = _configurations(base, fused if not alone else [], singles)
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
-        from deepen_ext.measure.evaluation.summary import summary_table
+        from deepen_ext.measure.evaluation.summary_table import summary_table
 
         try:
             with _progress() as show:
@@ -147,29 +127,6 @@ def evaluate(
         wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no width
         Console(width=wide, highlight=False).print(summary_table(summary))
         print(f"written to {out / 'summary.json'}", file=sys.stderr)
-
-
-def _fuser_settings(
-    specs: list[str] | None, recipe: RecipeName | None, preset: Path | None
-) -> list[dict[str, Any]]:
-    """What each fuser sets of an ensemble; before minutes of loading.
-
-    Raises:
-        InputError: a fuser that there is not.
-    """
-    from deepen_ext.presets import Preset as Loaded
-    from deepen_ext.presets import load_preset
-
-    loaded = load_preset(preset) if preset is not None else Loaded([])
-    defaults = {"fuser": "deepen", "recipe": RECIPE, "relative_temperature": None}
-    found = []
-    given: list[str | None] = [*specs] if specs else [None]
-    for spec in given:
-        if spec == "single":
-            raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
-        own = loaded.settings(fuser=spec, recipe=recipe.value if recipe is not None else None)
-        found.append({key: own.get(key, default) for key, default in defaults.items()})
-    return found
 
 
 def _configurations(base: Ensemble, fused: list[dict[str, Any]], singles: bool) -> dict[str, Ensemble]:
@@ -210,7 +167,7 @@ def _lines() -> Callable[[Progress], None]:
 
     def line(one: Progress) -> None:
         nonlocal last
-        finished = one.done == one.rows and bool(one.configuration)
+        finished = one.done == one.records and bool(one.configuration)
         if finished or monotonic() - last >= _LINE_SECONDS:
             last = monotonic()
             print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
@@ -219,9 +176,9 @@ def _lines() -> Callable[[Progress], None]:
 
 
 def _describe(one: Progress) -> str:
-    place = f" (task {one.number} of {one.tasks})" if one.tasks > 1 else ""
+    which = f" (task {one.number} of {one.tasks})" if one.tasks > 1 else ""
     left = "" if one.seconds_left is None else f", about {_duration(one.seconds_left)} left"
-    return f"{one.task}{place}: {one.done} of {one.rows} answers{left}"
+    return f"{one.task}{which}: {one.done} of {one.records} answers{left}"
 
 
 def _duration(seconds: float) -> str:

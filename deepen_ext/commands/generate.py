@@ -11,24 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepen_ext.commands.options import (
-    AsJson,
-    Debug,
-    Demo,
-    Devices,
-    Dtypes,
-    FuserSpec,
-    LearningRate,
-    Models,
-    Preset,
-    Recipes,
-    TrustRemoteCode,
-    Weights,
-    exit_codes,
-    load_ensemble,
-    member_names,
-    write,
-)
+from deepen_ext.commands import options
+from deepen_ext.commands.console import exit_codes, write
+from deepen_ext.commands.loading import load_ensemble, named_members, placed
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,17 +31,17 @@ class WithoutTemplate(str, Enum):
 
 
 def generate(
-    model: Models = None,
-    demo: Demo = False,
+    model: options.Models = None,
+    demo: options.Demo = False,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Text to continue; by default standard input.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Write at most so many tokens.")] = 128,
-    weight: Weights = None,
-    fuser: FuserSpec = None,
-    recipe: Recipes = None,
-    learning_rate: LearningRate = None,
-    preset: Preset = None,
+    weight: options.Weights = None,
+    fuser: options.FuserSpec = None,
+    recipe: options.Recipes = None,
+    learning_rate: options.LearningRate = None,
+    preset: options.Preset = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens; by default the most probable is taken.")
     ] = False,
@@ -90,11 +75,11 @@ def generate(
     trace: Annotated[
         Path | None, typer.Option(help="Write a line of JSON for every token: what each member said.")
     ] = None,
-    dtype: Dtypes = None,
-    device: Devices = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    dtype: options.Dtypes = None,
+    device: options.Devices = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Continue a text with two or more models together."""
     with exit_codes(debug):
@@ -102,23 +87,12 @@ def generate(
         given = {name: value for name, value in sampling.items() if value is not None}
         if given and not sample:
             raise InputError(f"--{next(iter(given)).replace('_', '-')} needs --sample")
-        if preset is None:
-            member_names(model, demo)  # before the prompt is read
+        named = named_members(model, demo, preset)  # before the prompt is read
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
-        ensemble = load_ensemble(
-            model,
-            demo,
-            preset,
-            weights=weight,
-            fuser=fuser,
-            recipe=recipe,
-            learning_rate=learning_rate,
-            dtypes=dtype,
-            devices=device,
-            trust_remote_code=trust_remote_code,
-        )
+        placing = placed(dtype, device, trust_remote_code)
+        ensemble = load_ensemble(named, placing, fuser, weight, recipe, learning_rate)
         result = ensemble.generate(
             [{"role": "user", "content": text}] if chat else text,
             max_new_tokens=max_new_tokens,

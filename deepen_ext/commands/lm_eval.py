@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from deepen_ext.commands.options import exit_codes, write
+from deepen_ext.commands.console import exit_codes, write
 from deepen_ext.errors import DeepenError, InputError
 
 # All arguments are the harness's, `--help` included.

@@ -11,25 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepen_ext.commands.options import (
-    AsJson,
-    Debug,
-    Demo,
-    Devices,
-    Dtypes,
-    FuserSpecs,
-    LearningRate,
-    Models,
-    Preset,
-    Recipes,
-    TrustRemoteCode,
-    Weights,
-    exit_codes,
-    load_ensemble,
-    member_names,
-    progress,
-    write,
-)
+from deepen_ext.commands import options
+from deepen_ext.commands.console import exit_codes, progress, write
+from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 
@@ -43,24 +27,24 @@ if TYPE_CHECKING:
 
 def nll(
     text: Annotated[str, typer.Option("--text", help="A UTF-8 text file, or - for standard input.")],
-    model: Models = None,
-    demo: Demo = False,
-    fuser: FuserSpecs = None,
-    weight: Weights = None,
-    recipe: Recipes = None,
-    learning_rate: LearningRate = None,
-    preset: Preset = None,
+    model: options.Models = None,
+    demo: options.Demo = False,
+    fuser: options.FuserSpecs = None,
+    weight: options.Weights = None,
+    recipe: options.Recipes = None,
+    learning_rate: options.LearningRate = None,
+    preset: options.Preset = None,
     piece: Annotated[
         int, typer.Option(min=1, help="The text is read in pieces of at most so many characters.")
     ] = PIECE,
     context: Annotated[
         int, typer.Option(min=0, help="Each after at most so many of the characters before it.")
     ] = CONTEXT,
-    dtype: Dtypes = None,
-    device: Devices = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: AsJson = False,
-    debug: Debug = False,
+    dtype: options.Dtypes = None,
+    device: options.Devices = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.AsJson = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure the negative log-likelihood of a text: each member alone, and fused.
 
@@ -68,32 +52,19 @@ def nll(
     between blocks of 128 bytes, and differences are taken in pairs of blocks.
     """
     with exit_codes(debug):
-        member_names(model, demo)  # before the text is waited for
-        if "single" in (fuser or ()):
+        named = named_members(model, demo, preset)  # before the text is waited for
+        if any(map(writes_alone, fuser or [])):
             raise InputError("every member alone is measured anyway; leave --fuser single out")
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
-        ensemble = load_ensemble(
-            model,
-            demo,
-            preset,
-            weights=weight,
-            fuser=specs[0] if specs else None,
-            recipe=recipe,
-            learning_rate=learning_rate,
-            dtypes=dtype,
-            devices=device,
-            trust_remote_code=trust_remote_code,
-        )
+        ways = ways_of_fusing(named, specs, recipe)
+        placing = placed(dtype, device, trust_remote_code)
+        base = load_ensemble(named, placing, specs[0] if specs else None, weight, recipe, learning_rate)
         with progress() as say:
-            from deepen_ext.fusers import parse_fuser
             from deepen_ext.measure.likelihood.scoring import score_texts
 
-            ensembles = {ensemble.method: ensemble}
-            for spec in specs[1:]:
-                chosen, own = parse_fuser(spec, recipe.value if recipe is not None else ensemble.recipe)
-                variant = ensemble.variant(fuser=chosen, recipe=own)
-                ensembles[variant.method] = variant
+            variants = [base.variant(**settings) for settings in ways]
+            ensembles = {one.method: one for one in variants}
             scores = score_texts(cut, ensembles, progress=say)
         if as_json:
             report = _report(scores, ensembles)

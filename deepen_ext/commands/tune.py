@@ -7,33 +7,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deepen_ext.commands.options import (
-    Debug,
-    Demo,
-    Devices,
-    Dtypes,
-    FuserSpec,
-    Models,
-    TrustRemoteCode,
-    exit_codes,
-    member_names,
-    one_or_more,
-    progress,
-    write,
-)
+from deepen_ext.commands import options
+from deepen_ext.commands.console import exit_codes, progress, tables, write
+from deepen_ext.commands.loading import named_members, placed, writes_alone
 from deepen_ext.errors import InputError
+from deepen_ext.space.recipes import RECIPES
 
 if TYPE_CHECKING:
     from deepen_ext.measure.tuning.configurations import Configuration
     from deepen_ext.measure.tuning.dev_items import DevSet
     from deepen_ext.measure.tuning.tune import Tuning
 
-_DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
-
 
 def tune(
-    model: Models = None,
-    demo: Demo = False,
+    model: options.Models = None,
+    demo: options.Demo = False,
     task: Annotated[
         str | None, typer.Option(help="Choose on this benchmark's dev split: gsm8k, arc_challenge, mmlu, ...")
     ] = None,
@@ -49,11 +37,11 @@ def tune(
         typer.Option(help="The budget, from when the models are loaded. At most half goes into reading."),
     ] = 10.0,
     out: Annotated[Path, typer.Option(help="The preset to write.")] = Path("preset.yaml"),
-    fuser: FuserSpec = None,
-    dtype: Dtypes = None,
-    device: Devices = None,
-    trust_remote_code: TrustRemoteCode = False,
-    debug: Debug = False,
+    fuser: options.FuserSpec = None,
+    dtype: options.Dtypes = None,
+    device: options.Devices = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    debug: options.Debug = False,
 ) -> None:
     """Choose weights, settings and the main model of two or more models, and write a preset.
 
@@ -67,13 +55,12 @@ def tune(
             raise InputError("--task and --data go together: the benchmark, and the folder it is in")
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; name a file, such as {out / 'preset.yaml'}")
-        named = member_names(model, demo) or _DEMO
-        if len(named) < 2 or fuser == "single":
+        named = named_members(model, demo).members
+        if len(named) < 2 or (fuser is not None and writes_alone(fuser)):
             raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
         with progress() as say:
             say("Starting")
             from deepen_ext.fusers import parse_fuser
-            from deepen_ext.measure.tuning.configurations import RECIPES
             from deepen_ext.measure.tuning.dev_items import DevSet
             from deepen_ext.measure.tuning.tune import tune as tune_members
             from deepen_ext.members.loading import load_members
@@ -89,13 +76,7 @@ def tune(
             way, recipe = parse_fuser(spec, "")
             if recipe and recipe not in RECIPES:
                 raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
-            members = load_members(
-                named,
-                dtype=one_or_more([one.value for one in dtype or []], "float32"),
-                device=one_or_more(device, "cpu"),
-                trust_remote_code=trust_remote_code,
-                progress=say,
-            )
+            members = load_members(named, progress=say, **placed(dtype, device, trust_remote_code))
             tuning = tune_members(
                 members,
                 dev,
@@ -113,12 +94,9 @@ def tune(
 def _show(tuning: Tuning, dev: DevSet) -> None:
     """What was tried, in order, and the choice."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)  # a file has no width
+    console = tables()
     of = f"{len(tuning.sizes)} of {len(dev.items)} {'dev items' if dev.task else 'pieces'} of {dev.name}"
     table = Table(
         "main",

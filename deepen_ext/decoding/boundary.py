@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepen_ext.ops.topk_softmax import TopK
-from deepen_ext.text.vocabulary import GrowingText, Vocabulary, whole_characters
+from deepen_ext.text.characters import whole_characters
+from deepen_ext.text.growing_text import GrowingText
+from deepen_ext.text.vocabulary import Vocabulary
 
 THRESHOLD = 0.2  # see docs/boundary.md
 CANDIDATES = 16  # of the main model's, most probable first, are enough

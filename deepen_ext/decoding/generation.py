@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,9 +13,9 @@ FinishReason = Literal["eos", "length", "stop_string", "stopping_criteria", "con
 class Timings:
     """Where the time of one generation went, in milliseconds of wall clock.
 
-    `steps` steps made `tokens` tokens, one for each row still being written. The first step reads the
+    `steps` steps made `tokens` tokens, one for each text still being written. The first step reads the
     prompts: its share is in `prompt_ms` (the time to the first token) and in nothing else; prompts that wait
-    for a place (`batch_size`) are read in later steps, among the tokens of others. On CUDA work is
+    for a lane (`batch_size`) are read in later steps, among the tokens of others. On CUDA work is
     only queued until the tokens are read: what members and fusion take there shows in `sampling_ms`.
     """
 
@@ -30,11 +30,31 @@ class Timings:
     sampling_ms: float = 0.0
     total_ms: float = 0.0
     step_ms: list[float] = field(default_factory=list)  # of every step, the first included
-    rows: int = 1  # rows of the first step
+    rows: int = 1  # texts of the first step
+
+    def add_step(
+        self, members_ms: Mapping[str, float], stages: Mapping[str, float], reasons: Sequence[str | None]
+    ) -> None:
+        """Count a step: milliseconds by member and by stage; of each text why no assistant was asked."""
+        for name, spent in members_ms.items():
+            self.members_ms[name] += spent
+        self.fusion_ms += stages["fusion"]
+        self.sampling_ms += stages["sampling"]
+        self.handoff_ms += stages["handoff"]
+        self.steps += 1
+        self.tokens += len(reasons)
+        self.settled += list(reasons).count("settled")
+        self.gated += list(reasons).count("gated")
+
+    def end_of_prompt(self) -> None:
+        """Put the first step's time under the prompt, so that the rest are times a token."""
+        self.prompt_ms = self.total_ms
+        self.members_ms = dict.fromkeys(self.members_ms, 0.0)
+        self.fusion_ms = self.handoff_ms = self.sampling_ms = 0.0
 
     @property
     def ms_per_token(self) -> float:
-        """Total without the prompt, for each step after the first: milliseconds a token of each row."""
+        """Total without the prompt, for each step after the first: milliseconds a token of each text."""
         return (self.total_ms - self.prompt_ms) / max(self.steps - 1, 1)
 
     @property
@@ -44,7 +64,7 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all rows, without the prompt's step."""
+        """Over all texts, without the prompt's step."""
         seconds = (self.total_ms - self.prompt_ms) / 1e3
         return (self.tokens - self.rows) / seconds if seconds > 0 else 0.0
 
@@ -78,7 +98,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class BatchGeneration:
-    """The texts of a list of prompts, in its order; `batch[b]` is row b's `Generation`."""
+    """The texts of a list of prompts, in its order; `batch[b]` is text b's `Generation`."""
 
     generations: list[Generation]
     timings: Timings
@@ -91,8 +111,8 @@ class BatchGeneration:
     def __len__(self) -> int:
         return len(self.generations)
 
-    def __getitem__(self, row: int) -> Generation:
-        return self.generations[row]
+    def __getitem__(self, number: int) -> Generation:
+        return self.generations[number]
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(self.generations)

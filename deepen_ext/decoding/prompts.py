@@ -15,7 +15,7 @@ Messages: TypeAlias = Sequence[Message]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's beginning: the main model's tokens, and the text that each assistant reads.
+    """A text's beginning: the main model's tokens, and the text that each assistant reads.
 
     `unfinished` is what the tokens have of a character after that text.
     """
@@ -38,7 +38,7 @@ def is_batch(prompt: Prompts) -> bool:
 def read_prompts(
     members: Sequence[Member], prompt: Prompts, without_template: WithoutTemplate = "error"
 ) -> list[Prompt]:
-    """The prompts of a batch, of one row where there is one prompt.
+    """The prompts of a batch, one where there is one prompt.
 
     Raises:
         InputError: no prompt, an empty one, or a chat that a member's template does not take.

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    PreTrainedModel,
+    PretrainedConfig,
     StoppingCriteriaList,
 )
+from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from deepen_ext.decoding.setting_rules import (
@@ -40,6 +42,29 @@ from deepen_ext.members.member import Member
 
 DEFAULT_NEW_TOKENS = 128
 
+# They take single tokens out, or change all scores alike: of some tokens' scores they make the same as they
+# do with all others beside them.
+_TOKEN_BY_TOKEN = {
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.MinPLogitsWarper,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+}
+
+
+class _ProcessorMaker(GenerationMixin):
+    """transformers' own making of processors, without a model: of one it needs the vocabulary's size."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.config: Any = PretrainedConfig(vocab_size=vocab_size)  # type: ignore[call-arg]
+
+
 PrefixAllowedTokens = Callable[[int, torch.Tensor], "list[int]"]
 
 
@@ -48,7 +73,7 @@ class Settings:
     """What one call asks for, checked.
 
     Attributes:
-        max_new_tokens: at most so many in any row; `new_tokens` says how many in a row of some prompt.
+        max_new_tokens: at most so many in any text; `new_tokens` says how many after some prompt.
         max_length: at most so many tokens together with the prompt, where that was asked for.
         do_sample: draw from the fused distribution; otherwise its most probable token is taken.
         seed: of sampling; None for another text every time.
@@ -64,7 +89,7 @@ class Settings:
     stop_strings: list[str]
     eos_ids: frozenset[int]
     _config: GenerationConfig = field(repr=False)
-    _model: PreTrainedModel = field(repr=False)
+    _maker: _ProcessorMaker = field(repr=False)
     _max_time: float | None = None
     _logits_processor: Sequence[Any] = ()
     _stopping_criteria: Sequence[Any] = ()
@@ -97,12 +122,12 @@ class Settings:
                 greedy, 128 new tokens, no processor and no warper. The model's own generation_config.json is
                 no source of settings; pass `model.generation_config` to make it one. top_k, too, is off
                 unless set, where transformers would take 50.
-            logits_processor: more of them, after those the settings ask for. They are called row by row with
-                ids [1, L] and scores [1, V], the same object for all rows.
-            stopping_criteria: more of them, called row by row with ids [1, L] and the fused
+            logits_processor: more of them, after those the settings ask for. They are called for each text
+                with ids [1, L] and scores [1, V], the same object for all texts.
+            stopping_criteria: more of them, called for each text with ids [1, L] and the fused
                 logits in a tuple, ([1, V],).
-            prefix_allowed_tokens_fn: (row, ids [L]) -> the token ids allowed next.
-            seed: of sampling; row b draws by `seed + b`.
+            prefix_allowed_tokens_fn: (number of the text, ids [L]) -> the token ids allowed next.
+            seed: of sampling; text b draws by `seed + b`.
             keywords: fields of GenerationConfig; None is as good as not given.
 
         With `max_new_tokens` and `max_length` from one source the shorter holds, with `min_new_tokens` and
@@ -138,7 +163,7 @@ class Settings:
             "seed": check_seed(seed),
             "stop_strings": stop_list(values.pop("stop_strings", None)),
             "eos_ids": frozenset(eos),
-            "_model": main.model,
+            "_maker": _ProcessorMaker(main.vocab_size),
             "_max_time": values.pop("max_time", None),
             "_logits_processor": callables("logits_processor", logits_processor),
             "_stopping_criteria": callables("stopping_criteria", stopping_criteria),
@@ -178,19 +203,29 @@ class Settings:
         return self._end(prompt_length) - prompt_length
 
     def processors(
-        self, prompt_ids: Sequence[int], device: str | torch.device = "cpu", row: int = 0
+        self, prompt_ids: Sequence[int], device: str | torch.device = "cpu", text: int = 0
     ) -> LogitsProcessorList:
-        """transformers' processors and, for sampling, warpers, in its order; fresh ones for a row.
+        """transformers' processors and, for sampling, warpers, in its order; fresh ones for a text.
 
         Args:
-            prompt_ids: the row's prompt in the main model's tokens.
+            prompt_ids: the prompt in the main model's tokens.
             device: of the scores.
-            row: what prefix_allowed_tokens_fn is told.
+            text: what prefix_allowed_tokens_fn is told.
         """
-        return self._make_processors(prompt_ids, device, row, self._logits_processor)
+        return self._make_processors(prompt_ids, device, text, self._logits_processor)
+
+    @property
+    def top_k(self) -> int:
+        """Sampling is from this many tokens; 0 for all."""
+        return int(self._config.top_k or 0)
+
+    def processors_of_all_scores(self) -> str | None:
+        """The class of the first processor asked for that needs the logits of all tokens, or None."""
+        made = self._make_processors([0], "cpu", 0, self._logits_processor)
+        return next((type(one).__name__ for one in made if type(one) not in _TOKEN_BY_TOKEN), None)
 
     def criteria(self) -> StoppingCriteriaList:
-        """What ends a row besides EOS, its length and stop strings; fresh, and max_time counts from now."""
+        """What ends a text besides EOS, its length and stop strings; fresh, and max_time counts from now."""
         criteria = StoppingCriteriaList(self._stopping_criteria)
         if self._max_time is not None:
             criteria.append(MaxTimeCriteria(self._max_time))
@@ -202,7 +237,7 @@ class Settings:
         return end if self.max_length is None else min(end, self.max_length)
 
     def _make_processors(
-        self, prompt_ids: Sequence[int], device: str | torch.device, row: int, more: Sequence[Any]
+        self, prompt_ids: Sequence[int], device: str | torch.device, text: int, more: Sequence[Any]
     ) -> LogitsProcessorList:
         config = copy.copy(self._config)
         eos = sorted(self.eos_ids)
@@ -210,12 +245,12 @@ class Settings:
         config.max_length = self._end(len(prompt_ids))  # where forced_eos_token_id goes
         config.num_beams = 1
         allowed = self._prefix_allowed_tokens_fn
-        make: Any = self._model._get_logits_processor
-        made: LogitsProcessorList = make(
+        maker: Any = self._maker
+        made: LogitsProcessorList = maker._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt_ids),
             encoder_input_ids=torch.tensor([list(prompt_ids)], device=device),
-            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(row, ids),
+            prefix_allowed_tokens_fn=None if allowed is None else lambda _, ids: allowed(text, ids),
             logits_processor=LogitsProcessorList(more),
             device=device,
         )

@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
 
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.backend import Answer, Session
+from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.member import Member
 
-_MOST_BYTES = 2 << 30  # of logits kept
+_MOST_BYTES = 2 << 30  # of distributions kept
 
-
-class Session(Protocol):
-    """What a run needs of a member: see `BatchSession`."""
-
-    def sync(self, targets: Mapping[int, Sequence[int]]) -> torch.Tensor: ...  # noqa: D102
-    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]: ...  # noqa: D102
-    def release(self, row: int) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
+# What a member said after some ids, one position each.
+_Kept = dict[tuple[int, ...], Distribution]
 
 
 class SharedForwards:
-    """Members' caches and logits, kept from run to run: ``ensemble.generate(prompts, shared=shared)``.
+    """Members' caches and what they said, kept over runs: ``ensemble.generate(prompts, shared=shared)``.
 
     Ensembles of the same `Member` objects that continue the same prompts, one after the other, then read each
     prompt once for each member, and what they write alike (from one prompt two methods often go the same way
     for a while) costs one forward. The results are those without it, but for the rounding of sums, which
-    depends on what a row was fed with.
+    depends on what a text was fed with.
 
-    Make one for each batch of prompts; row b of every run must be the same prompt for this to gain anything.
+    Make one for each batch of prompts; text b of every run must be the same prompt for this to gain anything.
     Leaving the ``with`` block frees everything.
     """
 
     def __init__(self, max_bytes: int = _MOST_BYTES) -> None:
-        """Nothing is allocated; `max_bytes` bounds the logits that are kept, beside the caches."""
+        """Nothing is allocated; `max_bytes` bounds the distributions that are kept, beside the caches."""
         self._free_bytes = max_bytes
-        self._sessions: dict[tuple[int, int], BatchSession] = {}
-        self._logits: dict[int, dict[tuple[int, ...], torch.Tensor]] = {}
-        self._members: dict[int, Member] = {}  # keeps the ids of the objects theirs
+        self._sessions: dict[tuple[int, int], Session] = {}
+        self._kept: dict[int, _Kept] = {}
+        self._members: dict[int, Member] = {}  # so that no other object gets their id
         self._closed = False
 
     def __enter__(self) -> SharedForwards:
@@ -53,14 +48,14 @@ class SharedForwards:
         self.close()
 
     def close(self) -> None:
-        """Free all caches and logits."""
+        """Free all caches and distributions."""
         self._closed = True
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._logits.clear()
+        self._kept.clear()
 
-    def session(self, member: Member, rows: int, capacity: int) -> Session:
+    def session(self, member: Member, lanes: int, capacity: int) -> Session:
         """A session that goes on from what earlier ones of the member left.
 
         Raises:
@@ -69,58 +64,88 @@ class SharedForwards:
         if self._closed:
             raise InputError("these shared forwards were closed; make new ones for the next prompts")
         self._members[id(member)] = member
-        key = id(member), rows
+        key = id(member), lanes
         if key not in self._sessions:
-            self._sessions[key] = BatchSession(member, rows, capacity=capacity)
-        return _SharedSession(self, self._sessions[key], self._logits.setdefault(id(member), {}))
+            self._sessions[key] = member.backend.open(lanes, capacity)
+        most = member.backend.capabilities.max_topk
+        return _SharedSession(self, self._sessions[key], self._kept.setdefault(id(member), {}), most)
 
-    def cache_bytes(self, member: Member, rows: int) -> int:
-        """Bytes of the caches that a run of so many rows finds here already."""
-        session = self._sessions.get((id(member), rows))
-        return 0 if session is None else session.cache_bytes
+    def bytes_held(self, member: Member, lanes: int) -> Mapping[torch.device, int]:
+        """Bytes by device of the caches that a run of so many texts finds here already."""
+        session = self._sessions.get((id(member), lanes))
+        return {} if session is None else session.bytes_held
 
-    def keep(
-        self, kept: dict[tuple[int, ...], torch.Tensor], ids: tuple[int, ...], row: torch.Tensor
-    ) -> None:
-        """Keep a row's logits [V] while there is room."""
-        if row.nbytes <= self._free_bytes:
-            self._free_bytes -= row.nbytes
-            kept[ids] = row.clone()
+    def keep(self, kept: _Kept, ids: tuple[int, ...], said: Distribution) -> None:
+        """Keep what was said after these ids while there is room."""
+        if said.nbytes <= self._free_bytes:
+            self._free_bytes -= said.nbytes
+            kept[ids] = said.clone()
 
 
 class _SharedSession:
-    """One run's view of a session that outlives it: rows are set aside, not released."""
+    """One run's view of a session that outlives it: lanes are set aside, not released."""
 
-    def __init__(
-        self, shared: SharedForwards, session: BatchSession, kept: dict[tuple[int, ...], torch.Tensor]
-    ) -> None:
+    def __init__(self, shared: SharedForwards, session: Session, kept: _Kept, most: int | None) -> None:
         self._shared = shared
         self._session = session
         self._kept = kept
+        self._most = most  # tokens of a top-k; None for any
 
-    def sync(self, targets: Mapping[int, Sequence[int]]) -> torch.Tensor:
-        keys = {row: tuple(ids) for row, ids in targets.items()}
-        missing = {row: targets[row] for row, ids in keys.items() if ids not in self._kept}
-        given = self._session.sync(missing)
-        fresh = dict(zip(missing, given, strict=True))
-        for row, logits in fresh.items():
-            self._shared.keep(self._kept, keys[row], logits)
-        if len(fresh) == len(keys):
-            return given
-        return torch.stack([fresh[row] if row in fresh else self._kept[ids] for row, ids in keys.items()])
+    @property
+    def bytes_held(self) -> Mapping[torch.device, int]:
+        return self._session.bytes_held
 
-    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]:
-        return self._session.read(row, ids, start)
+    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
+        if positions > 1:
+            return self._session.ask(targets, k, positions)
+        k = k if self._most is None else min(k, self._most)
+        keys = {lane: tuple(ids) for lane, ids in targets.items()}
+        known = {lane: said for lane, ids in keys.items() if (said := self._known(ids, k)) is not None}
+        missing = {lane: targets[lane] for lane in targets if lane not in known}
+        answer = self._session.ask(missing, k) if missing else None
+        return _SharedAnswer(self._shared, self._kept, keys, known, answer)
 
-    def release(self, row: int) -> None:
-        self._session.set_aside(row)
+    def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
+        return self._session.read(lane, ids, start, k)
+
+    def set_aside(self, lane: int) -> None:
+        self._session.set_aside(lane)
+
+    def release(self, lane: int) -> None:
+        self._session.set_aside(lane)
 
     def close(self) -> None:
         pass
 
+    def _known(self, ids: tuple[int, ...], k: int) -> Distribution | None:
+        """What is kept of these ids, if its top-k is or can be as large."""
+        said = self._kept.get(ids)
+        return None if said is None or (said.logits is None and said.k < k) else said.top(k)
 
-def open_session(member: Member, rows: int, capacity: int, shared: SharedForwards | None) -> Session:
+
+@dataclass(frozen=True)
+class _SharedAnswer:
+    shared: SharedForwards
+    kept: _Kept
+    keys: dict[int, tuple[int, ...]]
+    known: dict[int, Distribution]
+    answer: Answer | None
+
+    def wait(self) -> Distribution:
+        found = dict(self.known)
+        if self.answer is not None:
+            given = self.answer.wait()
+            fresh = [lane for lane in self.keys if lane not in self.known]
+            for i, lane in enumerate(fresh):
+                found[lane] = given.at([i])
+                self.shared.keep(self.kept, self.keys[lane], found[lane])
+            if not self.known:
+                return given
+        return joined([found[lane] for lane in self.keys])
+
+
+def open_session(member: Member, lanes: int, capacity: int, shared: SharedForwards | None) -> Session:
     """A session of its own, or one of the shared ones."""
     if shared is not None:
-        return shared.session(member, rows, capacity)
-    return BatchSession(member, rows, capacity=capacity)
+        return shared.session(member, lanes, capacity)
+    return member.backend.open(lanes, capacity)

@@ -20,11 +20,11 @@ _TOP = 5  # candidates shown of each member
 class Trace:
     """Makes a record of every token and gives it to a function, or writes it as a line of JSON.
 
-    A record has ``row`` and ``position`` (of the token among the row's new ones); ``token`` and
+    A record has ``row`` (the text's number) and ``position`` (of the token among its new ones); ``token`` and
     ``main_choice`` (``id`` and ``text``); ``not_asked``, why the assistants had no say (null where they had);
     ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
     probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
-    and ``ms``, the step's milliseconds by stage, which the rows of a batch share.
+    and ``ms``, the step's milliseconds by stage, which the texts of a batch share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
@@ -52,23 +52,23 @@ class Trace:
         self,
         team: Team,
         step: AssistedStep,
-        rows: Sequence[int],
+        texts: Sequence[int],
         positions: Sequence[int],
         tokens: Sequence[int],
         ms: Mapping[str, Any],
     ) -> None:
-        """Record one step: of each of its rows the number, the token's position, the token."""
+        """Record one step: of each of its texts the number, the token's position, the token."""
         parts = [_readable(part) for part in step.fused.parts]
         fused = ops.topk_softmax(step.fused.logits, min(_TOP, step.fused.logits.shape[1]))
         fused_ids, fused_probs = fused.ids.tolist(), fused.probs.tolist()
         main_choices, shares_by_row = step.fused.main_choice.tolist(), step.fused.shares
-        for i, (row, position, token) in enumerate(zip(rows, positions, tokens, strict=True)):
+        for i, (number, position, token) in enumerate(zip(texts, positions, tokens, strict=True)):
             spoke = [(part, top[i]) for part, top in zip(step.fused.parts, parts, strict=True) if i in top]
             shares = shares_by_row[i] or (1.0,)
             weights = {part.member: share for part, share in zip(step.fused.parts, shares, strict=False)}
             self._give(
                 {
-                    "row": row,
+                    "row": number,
                     "position": position,
                     "token": _token(team, 0, token),
                     "main_choice": _token(team, 0, main_choices[i]),

@@ -3,13 +3,14 @@
 | name | what | source |
 | --- | --- | --- |
 | deepen | average in relative space, inverse search | Huang et al., arXiv 2404.12715 |
-| average | the same relative rows (of the bytes recipe), no search | DESIGN |
+| average | the same relative rows (of the bytes recipe), no search | ours |
 | union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
 | union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
 | single | the main model alone | |
 | a function | yours: `FuseFunction` | |
 
-A new one is a file here with one class, and a line in `make_fuser`.
+A new fuser is a file here with one class, which says what it needs and how it is made, and a line for the
+class in make.py.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
-from deepen_ext.fusers.make import FUSERS, make_fuser, method_name, on_relative_maps, parse_fuser
-from deepen_ext.fusers.others import FunctionFuser, FuseFunction, SingleFuser
+from deepen_ext.fusers.function import FunctionFuser
+from deepen_ext.fusers.ingredients import Ingredients
+from deepen_ext.fusers.make import FUSERS, fuser_class, make_fuser, map_settings, method_name, parse_fuser
 from deepen_ext.fusers.parts import FusedStep, Part, Said
+from deepen_ext.fusers.settings import FuseFunction, FusionSettings
+from deepen_ext.fusers.single import SingleFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
@@ -32,14 +36,17 @@ __all__ = [
     "FuseFunction",
     "FusedStep",
     "Fuser",
+    "FusionSettings",
+    "Ingredients",
     "Part",
     "Said",
     "SingleFuser",
     "TokenBridge",
     "UnionTopkFuser",
     "UnionVocabFuser",
+    "fuser_class",
     "make_fuser",
+    "map_settings",
     "method_name",
-    "on_relative_maps",
     "parse_fuser",
 ]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
-from deepen_ext.fusers.deepen import check_maps, check_min_probability, needed_rows
+from deepen_ext.fusers.deepen import check_maps, needed_rows
+from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.settings import check_min_probability
 from deepen_ext.space.relative_map import RelativeMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AverageFuser(Fuser):
@@ -20,39 +26,39 @@ class AverageFuser(Fuser):
     for that anchor. The main model's distribution stays as it is, also on tokens that are no anchors.
     """
 
+    name: ClassVar[str] = "average"
+    uses_maps: ClassVar[bool] = True
+    assistants_need_logits: ClassVar[bool] = False
+
     def __init__(
         self,
         maps: Sequence[RelativeMap],
         anchor_ids: torch.Tensor,
         *,
-        candidates: int = 128,
-        confidence: float = 0.0,
         min_probability: float = 0.0,
-        names: Sequence[str] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """Check the settings.
 
         Args:
             maps: relative maps of sparse rows, the main model's first.
             anchor_ids: int64 [A], the main model's token for each anchor.
-            candidates: see `Fuser`.
-            confidence: see `Fuser`.
             min_probability: less probable tokens count as their member's tail, spread over all anchors.
-            names: see `Fuser`.
+            common: candidates, confidence, names: see `Fuser`.
         """
         if not maps or any(one.is_dense for one in maps):
             raise InputError("the average needs relative maps of sparse rows, the main model's first")
-        super().__init__(
-            [one.vocab_size for one in maps],
-            maps[0].device,
-            candidates=candidates,
-            confidence=confidence,
-            names=names,
-        )
+        super().__init__([one.vocab_size for one in maps], maps[0].device, **common)
         check_maps(maps)
         self.maps = list(maps)
         self.min_probability = check_min_probability(min_probability)
         self._anchor_ids = anchor_ids.to(self.device)
+
+    @classmethod
+    def make(cls, given: Ingredients) -> AverageFuser:
+        """See `Fuser.make`."""
+        maps, least = given.relative_maps, given.settings.min_probability
+        return cls(maps.maps, maps.anchors.token_ids[0], min_probability=least, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""

@@ -10,16 +10,20 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
+from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.weights import confident_weights
 from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.members.distribution import Distribution, take_topk
 from deepen_ext.ops.checks import logits_tensor
 from deepen_ext.ops.copy import plain_copy
-from deepen_ext.ops.topk_softmax import TopK, check_status, launch_many
+from deepen_ext.ops.topk_softmax import TopK, check_status
 
 _SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
 
@@ -29,7 +33,31 @@ class Fuser(ABC):
 
     Members' logits may be on any devices: each top-k is taken where the logits are, and its k ids and
     probabilities go to the main model's device. Threads may share a Fuser.
+
+    Attributes:
+        name: as users write it; "" for a function.
+        uses_maps: it works in relative space, and is made of relative maps.
+        uses_recipe: recipe, learning rate, steps and relative temperature are its settings.
+        fewest_members: how many members it needs. 1: the main model writes alone, and others are not used.
+        assistants_need_logits: it reads the assistants' full logits; False: their top-k and tail are enough.
+        main_needs_logits: it reads the main model's full logits; False: its top-k is enough.
     """
+
+    name: ClassVar[str] = ""
+    uses_maps: ClassVar[bool] = False
+    uses_recipe: ClassVar[bool] = False
+    fewest_members: ClassVar[int] = 2
+    assistants_need_logits: ClassVar[bool] = True
+    main_needs_logits: ClassVar[bool] = True
+
+    @classmethod
+    def make(cls, given: Ingredients) -> Fuser:
+        """This fuser for the members of an ensemble.
+
+        Raises:
+            InputError: a setting out of range.
+        """
+        return cls(given.vocab_sizes, given.device, **given.common)
 
     def __init__(
         self,
@@ -60,6 +88,10 @@ class Fuser(ABC):
         self._shares: dict[object, torch.Tensor] = {}
         self._lock = threading.Lock()  # of what a step computes once and keeps
 
+    def search_bound(self) -> SearchBound | None:
+        """How far `fuse` can move the main model's logits, whatever the assistants say; None: not known."""
+        return None
+
     @abstractmethod
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """Write the fused logits into the main model's.
@@ -73,43 +105,45 @@ class Fuser(ABC):
             the argmax of the new logits, int32 [b], ties to the lower id.
         """
 
-    def top(self, member: int, logits: torch.Tensor, rows: Sequence[int] | None = None) -> Part:
-        """A member's most probable tokens, on the fusing device.
+    def part(self, member: int, said: Distribution, rows: Sequence[int] | None = None) -> Part:
+        """What a member says, its most probable tokens on the fusing device.
 
         Args:
-            member: its place, 0 for the main model.
-            logits: [n, V_i], on any device.
-            rows: which rows of the step they are; None for the first n.
+            member: its index, 0 for the main model.
+            said: of n positions.
+            rows: which rows of the step the positions are; None for the first n.
 
         Raises:
-            InputError: a shape that does not fit, or (on the CPU) a row that has no softmax.
+            InputError: a vocabulary that does not fit, or (on the CPU) a position that has no softmax.
         """
-        return self._tops([(member, logits, rows)])[0]
+        return self.parts([(member, said, rows)])[0]
 
-    def _tops(self, asked: Sequence[tuple[int, torch.Tensor, Sequence[int] | None]]) -> list[Part]:
-        """`top` of several members at once: (member, logits, rows) of each."""
-        given, names, spoken = [], [], []
-        for member, logits, rows in asked:
+    def parts(self, asked: Sequence[tuple[int, Distribution, Sequence[int] | None]]) -> list[Part]:
+        """`part` of several members at once, (member, said, rows) of each: one launch for all their top-k."""
+        found = []
+        for member, said, rows in asked:
             vocab_size = self.vocab_sizes[member]
-            name = f"logits of {self.names[member]}"
-            logits = logits_tensor(name, logits)
-            rows = range(len(logits)) if rows is None else rows
-            if logits.dim() != 2 or logits.shape[0] != len(rows) or logits.shape[1] != vocab_size:
+            rows = range(len(said)) if rows is None else rows
+            if len(said) != len(rows) or said.vocab_size != vocab_size:
                 raise InputError(
-                    f"{name} have shape {list(logits.shape)}; expected [{len(rows)}, {vocab_size}], "
-                    "one row for each and as many tokens as the member has"
+                    f"logits of {self.names[member]} have shape {[len(said), said.vocab_size]}; expected "
+                    f"[{len(rows)}, {vocab_size}], one row for each and as many tokens as the member has"
                 )
-            given.append(logits)
-            names.append(name)
-            spoken.append(rows)
-        parts = []
-        for i, topk in enumerate(launch_many(given, self.candidates, names)):
-            if topk.status.device != self.device:
-                topk = TopK(*(one.to(self.device) for one in topk))
-            if self.device.type == "cpu":
-                check_status(names[i], topk.status.tolist(), spoken[i])
-            parts.append(Part(asked[i][0], names[i], topk, spoken[i], given[i]))
-        return parts
+            found.append((member, said, rows))
+        take_topk([said for _, said, _ in found])
+        return [
+            Part(member, f"logits of {self.names[member]}", self._here(member, said, rows), rows, said)
+            for member, said, rows in found
+        ]
+
+    def _here(self, member: int, said: Distribution, rows: Sequence[int]) -> TopK:
+        """The member's top-k on the fusing device; on the CPU the status is looked at here."""
+        topk = said.topk
+        if topk.status.device != self.device:
+            topk = TopK(*(one.to(self.device) for one in topk))
+        if self.device.type == "cpu":
+            check_status(f"logits of {self.names[member]}", topk.status.tolist(), rows)
+        return topk
 
     def step(
         self,
@@ -117,9 +151,8 @@ class Fuser(ABC):
         weights: Sequence[float] | Sequence[Sequence[float]],
         *,
         rows: Sequence[Sequence[int] | None] | None = None,
-        main: Part | None = None,
     ) -> FusedStep:
-        """Fuse B rows.
+        """Fuse B rows, for a loop of your own.
 
         Args:
             logits: of each member, the main model first, [B, V_i]. None: the member sits out, and the others'
@@ -128,7 +161,6 @@ class Fuser(ABC):
                 rows.
             rows: where an assistant speaks for some of the B rows only: which ones its logits [n_i, V_i] are
                 of, in rising order; None for all of them.
-            main: what `top` gave for the main model's logits, where it is known already.
 
         Raises:
             InputError: see `fuse_logits`.
@@ -141,47 +173,51 @@ class Fuser(ABC):
             raise InputError(
                 f"there are {len(logits)} logits for {len(self.vocab_sizes)} members; give one for each"
             )
-        main_logits = logits[0]
-        if main_logits is None:
+        if logits[0] is None:
             raise InputError("the main model cannot sit out of a fusion step")
-        main_logits = logits_tensor(f"logits of {self.names[0]}", main_logits)
-        with self._lock:
-            every = range(len(main_logits))
-            asked: list[tuple[int, torch.Tensor, Sequence[int] | None]] = []
-            if main is None:
-                asked.append((0, main_logits, None))
-            for i, one in enumerate(logits[1:], start=1):
-                if one is not None:
-                    given = None if rows is None else rows[i]
-                    asked.append((i, one, every if given is None else given))
-            parts = self._tops(asked)
-            return self.step_parts(main_logits, parts if main is None else [main, *parts], weights)
+        asked: list[tuple[int, Distribution, Sequence[int] | None]] = []
+        every = range(len(logits_tensor(f"logits of {self.names[0]}", logits[0])))
+        for i, one in enumerate(logits):
+            if one is not None:
+                given = None if rows is None or i == 0 else rows[i]
+                asked.append((i, self._said_by(i, one), every if given is None else given))
+        return self.step_parts(self.parts(asked), weights)
 
     def step_parts(
-        self,
-        logits: torch.Tensor,
-        parts: Sequence[Part],
-        weights: Sequence[float] | Sequence[Sequence[float]],
+        self, parts: Sequence[Part], weights: Sequence[float] | Sequence[Sequence[float]]
     ) -> FusedStep:
-        """`step` from what `top` gave for the members that speak, the main model first."""
-        main_choice = parts[0].topk.ids[:, 0]
-        shares = self._shares_by_row(len(logits), parts, weights)
-        fused_rows = [row for row, own in enumerate(shares) if own]
-        if not fused_rows:
-            return FusedStep(logits, main_choice, main_choice, tuple(parts))
-        whole = len(fused_rows) == len(logits)
-        fused = plain_copy(logits)
-        ours = fused if whole else fused[self._index(fused_rows)]
-        said = [self._said(part, fused_rows) for part in parts]
-        by_row = self._share(tuple(shares[row] for row in fused_rows))
-        if self.confidence:
-            by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
-        chosen = self.fuse(ours, said, by_row)
-        if not whole:
-            there = self._index(fused_rows)
-            fused[there] = ours
-            chosen = main_choice.index_copy(0, there, chosen)
-        return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
+        """`step` from what `part` gave for the members that speak, the main model first."""
+        with self._lock:
+            logits = parts[0].said.scores()
+            main_choice = parts[0].topk.ids[:, 0]
+            shares = self._shares_by_row(len(logits), parts, weights)
+            fused_rows = [row for row, own in enumerate(shares) if own]
+            if not fused_rows:
+                return FusedStep(logits, main_choice, main_choice, tuple(parts))
+            whole = len(fused_rows) == len(logits)
+            fused = plain_copy(logits)
+            ours = fused if whole else fused[self._index(fused_rows)]
+            said = [self._said(part, fused_rows) for part in parts]
+            by_row = self._share(tuple(shares[row] for row in fused_rows))
+            if self.confidence:
+                by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
+            chosen = self.fuse(ours, said, by_row)
+            if not whole:
+                there = self._index(fused_rows)
+                fused[there] = ours
+                chosen = main_choice.index_copy(0, there, chosen)
+            return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
+
+    def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
+        """A member's logits [n, V_i] as what it says."""
+        name = f"logits of {self.names[member]}"
+        logits = logits_tensor(name, logits)
+        if logits.dim() != 2:
+            raise InputError(
+                f"{name} have shape {list(logits.shape)}; expected two dimensions, one row for each text and "
+                f"{self.vocab_sizes[member]} tokens"
+            )
+        return Distribution(self.names[member], logits.shape[1], self.candidates, logits)
 
     def _shares_by_row(
         self,

@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from deepen_ext.space.anchors import token_ids_of
-from deepen_ext.text.vocabulary import Vocabulary, whole_characters
+from deepen_ext.text.characters import whole_characters
+from deepen_ext.text.vocabulary import Vocabulary
 
 # Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
 _tables: WeakKeyDictionary[Vocabulary, WeakKeyDictionary[Vocabulary, torch.Tensor]] = WeakKeyDictionary()

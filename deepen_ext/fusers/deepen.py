@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from deepen_ext import ops
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
-from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.fusers.search_bound import SearchBound
+from deepen_ext.fusers.settings import check_learning_rate, check_min_probability, check_steps
 from deepen_ext.space.relative_map import RelativeMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DeepenFuser(Fuser):
@@ -26,17 +32,21 @@ class DeepenFuser(Fuser):
     step (or before, by `RelativeMap.fill`).
     """
 
+    name: ClassVar[str] = "deepen"
+    uses_maps: ClassVar[bool] = True
+    uses_recipe: ClassVar[bool] = True
+    assistants_need_logits: ClassVar[bool] = False
+    main_needs_logits: ClassVar[bool] = False
+
     def __init__(
         self,
         maps: Sequence[RelativeMap],
         *,
         learning_rate: float,
         steps: int = 5,
-        candidates: int = 128,
-        confidence: float = 0.0,
         min_probability: float = 0.0,
         log_probs: bool = True,
-        names: Sequence[str] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """Check the settings.
 
@@ -44,36 +54,40 @@ class DeepenFuser(Fuser):
             maps: of each member, the main model's first.
             learning_rate: eta of the inverse search, above 0 to 10.
             steps: T of the inverse search, 1 to 64.
-            candidates: see `Fuser`.
-            confidence: see `Fuser`.
             min_probability: see above.
             log_probs: search on the main model's log-probabilities: a constant added to its logits then
                 changes nothing. False: on its logits as they are, as in the paper.
-            names: see `Fuser`.
+            common: candidates, confidence, names: see `Fuser`.
 
         Raises:
             InputError: a setting out of range, or maps that do not fit together.
         """
         if not maps:
             raise InputError("there are no relative maps; give one for each member, the main model's first")
-        super().__init__(
-            [one.vocab_size for one in maps],
-            maps[0].device,
-            candidates=candidates,
-            confidence=confidence,
-            names=names,
-        )
+        super().__init__([one.vocab_size for one in maps], maps[0].device, **common)
         self.min_probability = check_min_probability(min_probability)
         check_maps(maps)
         self.maps = list(maps)
-        self.learning_rate = real_number(
-            "learning_rate",
-            learning_rate,
-            "above 0 to 10 (the paper uses 0.1 to 0.5)",
-            lambda x: 0 < x <= 10,
-        )
-        self.steps = whole_number("steps", steps, 1, 64)
+        self.learning_rate = check_learning_rate(learning_rate)
+        self.steps = check_steps(steps)
         self.log_probs = log_probs
+
+    @classmethod
+    def make(cls, given: Ingredients) -> DeepenFuser:
+        """See `Fuser.make`."""
+        settings = given.settings
+        return cls(
+            given.relative_maps.maps,
+            learning_rate=settings.learning_rate,
+            steps=settings.steps,
+            min_probability=settings.min_probability,
+            log_probs=settings.recipe != "paper",
+            **given.common,
+        )
+
+    def search_bound(self) -> SearchBound:
+        """See `Fuser.search_bound`."""
+        return SearchBound.of(self.learning_rate, self.steps, log_probs=self.log_probs)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """One fusion step; see `Fuser.fuse`."""
@@ -105,12 +119,7 @@ def check_maps(maps: Sequence[RelativeMap]) -> None:
         )
 
 
-def check_min_probability(value: float) -> float:
-    """The value, if it is one; InputError otherwise."""
-    return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)
-
-
-def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.Rows:
+def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.RelativeRows:
     """The map's rows, with those of every token said that counts computed."""
     if relative.device.type == "cuda":
         relative.fill()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from deepen_ext.fusers import DeepenFuser
+from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.space.relative_map import RelativeMap

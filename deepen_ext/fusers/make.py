@@ -3,35 +3,74 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
-from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
-from deepen_ext.fusers.others import FunctionFuser, FuseFunction, SingleFuser
+from deepen_ext.fusers.function import FunctionFuser
+from deepen_ext.fusers.ingredients import Ingredients
+from deepen_ext.fusers.settings import FuseFunction, FusionSettings
+from deepen_ext.fusers.single import SingleFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
-from deepen_ext.members.member import Member
-from deepen_ext.space.member_maps import MemberMaps
+from deepen_ext.space.member_maps import MapSettings
 
-FUSERS = ("deepen", "average", "union-topk", "union-vocab", "single")
+_CLASSES: tuple[type[Fuser], ...] = (
+    DeepenFuser,
+    AverageFuser,
+    UnionTopkFuser,
+    UnionVocabFuser,
+    SingleFuser,
+)
+FUSERS = {one.name: one for one in _CLASSES}
 
 
-def on_relative_maps(fuser: str | FuseFunction) -> bool:
-    """Whether the fuser works in relative space."""
-    return fuser in ("deepen", "average")
+def fuser_class(fuser: str | FuseFunction) -> type[Fuser]:
+    """The class of a fuser that is set by its name or as a function.
+
+    Raises:
+        InputError: no such fuser.
+    """
+    if not isinstance(fuser, str) and callable(fuser):
+        return FunctionFuser
+    if not isinstance(fuser, str) or fuser not in FUSERS:
+        raise InputError(f"fuser is {fuser!r}; use one of {', '.join(FUSERS)}, or a function")
+    return FUSERS[fuser]
+
+
+def make_fuser(given: Ingredients) -> Fuser:
+    """The fuser that the settings ask for.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+    return fuser_class(given.settings.fuser).make(given)
+
+
+def map_settings(settings: FusionSettings) -> MapSettings | None:
+    """What the relative rows of these settings are made by; None for a fuser without relative maps."""
+    kind = fuser_class(settings.fuser)
+    if not kind.uses_maps:
+        return None
+    if not kind.uses_recipe:
+        return MapSettings("bytes", None, settings.entries, settings.cache)
+    return MapSettings(settings.recipe, settings.relative_temperature, settings.entries, settings.cache)
 
 
 def method_name(fuser: str | FuseFunction, recipe: str) -> str:
     """What tables and records call it: "deepen:bytes", "average", or the function's name."""
     if not isinstance(fuser, str):
         return str(getattr(fuser, "__qualname__", type(fuser).__name__))
-    return f"deepen:{recipe}" if fuser == "deepen" else fuser
+    return f"{fuser}:{recipe}" if fuser_class(fuser).uses_recipe else fuser
+
+
+def recipe_of(spec: str) -> str | None:
+    """What stands behind the name of a fuser that has recipes, "bytes" of "deepen:bytes"; else None."""
+    name, colon, rest = spec.partition(":")
+    return rest if colon and name in FUSERS and FUSERS[name].uses_recipe else None
 
 
 def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
@@ -47,8 +86,8 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
     name, _, rest = spec.partition(":")
     if spec in FUSERS:
         return spec, recipe
-    if name == "deepen":
-        return "deepen", rest
+    if (own := recipe_of(spec)) is not None:
+        return name, own
     if not rest:
         raise InputError(f"fuser '{spec}': use one of {', '.join(FUSERS)}, deepen:RECIPE or module:function")
     if (here := str(Path.cwd())) not in sys.path:
@@ -60,44 +99,3 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
     if not callable(found):
         raise InputError(f"fuser '{spec}' is {found!r}; name a function")
     return found, recipe
-
-
-def make_fuser(
-    fuser: str | FuseFunction,
-    members: Sequence[Member],
-    maps: MemberMaps | None,
-    names: Sequence[str],
-    *,
-    recipe: str,
-    learning_rate: float,
-    steps: int,
-    candidates: int,
-    confidence: float,
-    min_probability: float,
-) -> Fuser:
-    """A fuser for these members, with their maps where it works in relative space.
-
-    Raises:
-        InputError: a setting out of range.
-    """
-    common: dict[str, Any] = {"candidates": candidates, "confidence": confidence, "names": names}
-    vocab_sizes, device = [member.vocab_size for member in members], members[0].device
-    if maps is not None and fuser == "deepen":
-        return DeepenFuser(
-            maps.maps,
-            learning_rate=learning_rate,
-            steps=steps,
-            min_probability=min_probability,
-            log_probs=recipe != "paper",
-            **common,
-        )
-    if maps is not None and fuser == "average":
-        return AverageFuser(maps.maps, maps.anchors.token_ids[0], min_probability=min_probability, **common)
-    if fuser == "single":
-        return SingleFuser(vocab_sizes, device, **common)
-    if not isinstance(fuser, str):
-        return FunctionFuser(fuser, vocab_sizes, device, **common)
-    bridge = TokenBridge([member.vocabulary for member in members], [member.eos_ids for member in members])
-    if fuser == "union-topk":
-        return UnionTopkFuser(vocab_sizes, bridge, device, **common)
-    return UnionVocabFuser(vocab_sizes, bridge, device, **common)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from deepen_ext.errors import InputError
+from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK, check_status
 
 
@@ -18,7 +20,18 @@ class Part:
     name: str
     topk: TopK  # [n, k], on the fusing device
     rows: Sequence[int]  # n rows of the step
-    logits: torch.Tensor  # [n, V_i], where the member is
+    said: Distribution  # of these rows, where the member is
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[n, V_i], where the member is.
+
+        Raises:
+            InputError: the member has only its most probable tokens.
+        """
+        if self.said.logits is None:
+            raise InputError(f"{self.said.name}: there are no full logits, only its most probable tokens")
+        return self.said.logits
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TOP = 10  # k, as the paper has it
 
@@ -25,19 +30,23 @@ class UnionTopkFuser(Fuser):
     On CUDA a step reads the top tokens on the host, and waits for them.
     """
 
+    name: ClassVar[str] = "union-topk"
+
     def __init__(
         self,
         vocab_sizes: Sequence[int],
         bridge: TokenBridge,
         device: torch.device,
-        *,
-        names: Sequence[str] | None = None,
-        candidates: int = 128,
-        confidence: float = 0.0,
+        **common: Unpack[Common],
     ) -> None:
         """See `Fuser`."""
-        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
+        super().__init__(vocab_sizes, device, **common)
         self._bridge = bridge
+
+    @classmethod
+    def make(cls, given: Ingredients) -> UnionTopkFuser:
+        """See `Fuser.make`."""
+        return cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
@@ -52,8 +61,8 @@ class UnionTopkFuser(Fuser):
                 average += shares[i] * self._distribution(said[i].member, own, union).to(self.device)
             main = torch.tensor([self._bridge.first(*token, 0) for token in union], device=self.device)
             kept = main >= 0
-            ids, place = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
-            mass = torch.zeros(len(ids), device=self.device).index_add_(0, place, average[kept])
+            ids, inverse = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            mass = torch.zeros(len(ids), device=self.device).index_add_(0, inverse, average[kept])
             logits[row, ids] = (logits[row, ids].float().logsumexp(0) + (mass / mass.sum()).log()).to(
                 logits.dtype
             )

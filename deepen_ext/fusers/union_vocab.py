@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class UnionVocabFuser(Fuser):
@@ -19,19 +24,23 @@ class UnionVocabFuser(Fuser):
     the next token of the main model under q. Special tokens other than EOS stay their own member's.
     """
 
+    name: ClassVar[str] = "union-vocab"
+
     def __init__(
         self,
         vocab_sizes: Sequence[int],
         bridge: TokenBridge,
         device: torch.device,
-        *,
-        candidates: int = 128,
-        confidence: float = 0.0,
-        names: Sequence[str] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """Look up every token of every assistant, some seconds for a large vocabulary."""
-        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
+        super().__init__(vocab_sizes, device, **common)
         self._tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
+
+    @classmethod
+    def make(cls, given: Ingredients) -> UnionVocabFuser:
+        """See `Fuser.make`."""
+        return cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""

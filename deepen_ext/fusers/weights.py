@@ -1,17 +1,14 @@
-"""How much each member counts: by given weights, by how well it reads the prompt, by how sure it is."""
+"""How much each member counts at a step: by given weights, and by how sure it is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from deepen_ext.decoding.shared_forwards import Session
-from deepen_ext.errors import InputError, failures_of
+from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import real_number
-from deepen_ext.members.member import Member, forbid
 from deepen_ext.ops.topk_softmax import TopK
 
 
@@ -31,93 +28,6 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     if abs(sum(weights) - 1) > 1e-4:
         raise InputError(f"weights sum to {sum(weights):.6g}; they must sum to 1")
     return weights
-
-
-SHARPNESS = 8.0  # of weights from the prompt, for each nat a byte; chosen on dev texts, see docs/results.md
-PROMPT_TOKENS = 256  # of a prompt's end, that count
-
-
-@dataclass(frozen=True)
-class PromptScore:
-    """How well a member reads the end of a prompt: each scored token's bytes and natural log probability."""
-
-    sizes: list[int]
-    logprobs: list[float]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes scored, counted from the prompt's end."""
-        return sum(self.sizes)
-
-    def nats_per_byte(self, nbytes: int) -> float:
-        """Negative log-likelihood of the last `nbytes` bytes; a token cut by their begin counts in part."""
-        left, total = nbytes, 0.0
-        for size, logprob in zip(reversed(self.sizes), reversed(self.logprobs), strict=True):
-            if left <= 0:
-                break
-            total -= logprob * (min(size, left) / size if size else 1.0)
-            left -= size
-        return total / nbytes
-
-
-def prompt_weights(
-    scores: Sequence[PromptScore], weights: Sequence[float], sharpness: float = SHARPNESS
-) -> list[float]:
-    """Weights from how well each member reads the prompt, over the bytes that all of them have scored.
-
-        w_i = lambda_i exp(-sharpness n_i) / sum,    n_i the member's nats a byte
-
-    PackLLM (Mavromatis et al., arXiv 2404.11531) has the idea; it weighs by perplexity a token, which
-    depends on the vocabulary. A prompt too short to tell leaves the weights as they are.
-
-    Args:
-        scores: of each member.
-        weights: lambda_i, what the members start from.
-        sharpness: 0 leaves the weights as they are.
-    """
-    shared = min(one.nbytes for one in scores)
-    if shared == 0:
-        return list(weights)
-    nats = [one.nats_per_byte(shared) for one in scores]
-    best = min(nats)
-    raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
-    total = math.fsum(raised)
-    return [one / total for one in raised]
-
-
-def read_prompts(
-    session: Session, member: Member, prompts: Mapping[int, Sequence[int]]
-) -> dict[int, PromptScore]:
-    """Bring rows to their prompts and score the last `PROMPT_TOKENS` tokens of each.
-
-    Args:
-        session: of the member; its rows then hold the prompts, and `sync` costs nothing.
-        member: whose tokens they are.
-        prompts: ids, with what stands before the text.
-
-    Raises:
-        InputError: see `BatchSession.sync`.
-        ModelError: the forward pass failed.
-    """
-    starts = {row: max(len(ids) - 1 - PROMPT_TOKENS, 0) for row, ids in prompts.items()}
-    heads = {row: prompts[row][:start] for row, start in starts.items() if start}
-    scores = {}
-    with failures_of(member.name):
-        if heads:  # together, and what they begin with alike only once
-            session.sync(heads)
-        for row, ids in prompts.items():
-            start, logprobs = starts[row], []
-            unwritable = member.unwritable(ids)  # but for the special tokens that the prompt has
-            for block in session.read(row, ids, start):
-                following = torch.tensor(ids[start + 1 : start + 1 + len(block)])
-                known = block[: len(following)].float()
-                picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
-                known = forbid(known, unwritable)
-                logprobs += (picked - known.logsumexp(-1)).tolist()
-                start += len(block)
-            sizes = [len(member.vocabulary.bytes_of(token)) for token in ids[starts[row] + 1 :]]
-            scores[row] = PromptScore(sizes, logprobs)
-    return scores
 
 
 def confident_weights(weights: torch.Tensor, tops: Sequence[TopK], confidence: float) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Distribution:
             assert self.known_topk is not None
         return self.known_topk
 
-    def log_probs(self) -> torch.Tensor:
+    def scores(self) -> torch.Tensor:
         """Scores [n, V] that a softmax takes: the logits as they are; without them log-probabilities.
 
         There the k most probable tokens have their natural logarithms in float32, all others -inf.
@@ -81,13 +81,7 @@ class Distribution:
             return self
         if self.logits is None:
             return replace(self, known_topk=_without(self.topk, ids))
-        with torch.inference_mode(in_place):  # what a session gives can be written to there alone
-            masked = (
-                self.logits.index_fill_(1, ids, -torch.inf)
-                if in_place
-                else self.logits.index_fill(1, ids, -torch.inf)
-            )
-        return replace(self, logits=masked, known_topk=None)
+        return replace(self, logits=forbid(self.logits, ids, in_place=in_place), known_topk=None)
 
     def at(self, positions: Sequence[int]) -> Distribution:
         """Some of the positions, in this order: a view where they follow one another, else a copy."""
@@ -102,6 +96,16 @@ class Distribution:
             known_topk=None if self.known_topk is None else TopK(*(one[rows] for one in self.known_topk)),
         )
 
+    def top(self, k: int) -> Distribution:
+        """The same with a `topk` of k tokens, or of all there are where the backend gave no more."""
+        if k == self.k:
+            return self
+        if self.logits is not None:
+            return replace(self, k=k, known_topk=None)
+        ids, probs, tail, status = self.topk
+        cut = TopK(ids[:, :k], probs[:, :k], tail + probs[:, k:].sum(dim=1), status)
+        return replace(self, k=min(k, self.k), known_topk=cut)
+
     def clone(self) -> Distribution:
         """A copy of what the backend gave, which nothing else holds on to."""
         if self.logits is not None:
@@ -113,13 +117,21 @@ class Distribution:
         return self.logits if self.logits is not None else self.topk.ids
 
 
+def forbid(logits: torch.Tensor, ids: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+    """Logits [n, V] with -inf for some ids (int64 [m]); a copy where there are any, unless `in_place`."""
+    if not len(ids):
+        return logits
+    with torch.inference_mode(in_place):  # what a session gives can be written to there alone
+        return logits.index_fill_(1, ids, -torch.inf) if in_place else logits.index_fill(1, ids, -torch.inf)
+
+
 def joined(parts: Sequence[Distribution]) -> Distribution:
     """The positions of one member's distributions, one after the other."""
     first = parts[0]
     if len(parts) == 1:
         return first
     if all(one.logits is not None for one in parts):
-        return replace(first, logits=torch.cat([one.log_probs() for one in parts]), known_topk=None)
+        return replace(first, logits=torch.cat([one.scores() for one in parts]), known_topk=None)
     tops = zip(*(one.topk for one in parts), strict=True)
     return replace(first, logits=None, known_topk=TopK(*(torch.cat(same) for same in tops)))
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.checkpoint import adapter_refusal, load_model
 from deepen_ext.members.hf.quiet import quiet
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
@@ -115,17 +116,23 @@ def load_member(
         tokenizer = load_tokenizer(target, name, trust_remote_code=trust_remote_code)
         model = load_model(target, name, torch_dtype, trust_remote_code=trust_remote_code)
     model = model.to(torch_device).eval().requires_grad_(False)  # type: ignore[arg-type]
-    head = model.get_output_embeddings()
-    rows = head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size
+    return member_of(model, tokenizer, name)
+
+
+def member_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Member:
+    """A member of a model and its tokenizer that are loaded already; the model stays where it is.
+
+    Raises:
+        ModelError: the tokenizer fails the byte round trip.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    size = int(head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size)
     return Member(
         name=name,
-        model=model,
+        backend=HFBackend(name, model, size, _context_length(model), model.device, model.dtype),
         tokenizer=tokenizer,
-        vocabulary=Vocabulary.from_tokenizer(tokenizer, int(rows), name=name),
-        eos_ids=_eos_ids(model, tokenizer, int(rows)),
-        context_length=_context_length(model),
-        device=torch_device,
-        dtype=torch_dtype,
+        vocabulary=Vocabulary.from_tokenizer(tokenizer, size, name=name),
+        eos_ids=_eos_ids(model, tokenizer, size),
     )
 
 

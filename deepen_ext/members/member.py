@@ -5,68 +5,81 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepen_ext.errors import InputError
+from deepen_ext.members.backend import Backend
 from deepen_ext.text.vocabulary import Vocabulary
 
-
-def inner_model(model: Any) -> Any:
-    """The model itself, where a wrapper stands around it: `torch.compile`, PEFT.
-
-    A wrapper's forward takes anything; only the model's says what it can do.
-    """
-    while True:
-        if isinstance(compiled := getattr(model, "_orig_mod", None), torch.nn.Module):
-            model = compiled
-        elif callable(base := getattr(model, "get_base_model", None)):
-            model = base()
-        else:
-            return model
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is its values in memory: no quantised or other special weight, no sparse layout."""
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-
-
-def dense(weight: torch.Tensor) -> torch.Tensor:
-    """A weight's values: itself, not copied, or what a quantised one stands for."""
-    if is_plain(weight) or not hasattr(weight, "dequantize"):
-        return weight
-    values: torch.Tensor = weight.dequantize()
-    return values
+if TYPE_CHECKING:  # transformers takes seconds to import, and fusion alone does not need it
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
 class Member:
     """A causal language model that can take part in an ensemble.
 
-    ``eos_ids`` are all token ids that end a text; ``context_length`` is the largest number of positions (None
-    when the config does not say); ``device`` and ``dtype`` are the model's. The model may stand in a wrapper
-    (`inner_model`), and its linear layers may be quantised.
+    Attributes:
+        name: for users.
+        backend: what computes its distributions.
+        tokenizer: transformers' tokenizer of it.
+        vocabulary: its tokens as bytes.
+        eos_ids: all token ids that end a text.
     """
 
     name: str
-    model: PreTrainedModel
+    backend: Backend
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     eos_ids: tuple[int, ...]
-    context_length: int | None
-    device: torch.device
-    dtype: torch.dtype
     _unwritable: dict[frozenset[int], torch.Tensor] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @property
+    def model(self) -> Any:
+        """The transformers model.
+
+        Raises:
+            InputError: the member is not computed by transformers in this process.
+        """
+        model = getattr(self.backend, "model", None)
+        if model is None:
+            raise InputError(
+                f"{self.name}: this needs a transformers model in this process, but "
+                f"{type(self.backend).__name__} computes the member; load the model's folder or hub name"
+            )
+        return model
+
+    @property
     def embedding(self) -> torch.Tensor:
-        """Input embeddings ``[rows, d]`` in the model's dtype, not copied unless they are quantised."""
-        weight = self.model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        return dense(weight)
+        """Input embeddings ``[rows, d]`` in the model's dtype.
+
+        Raises:
+            InputError: the backend has none.
+        """
+        found = self.backend.embedding()
+        if found is None:
+            raise InputError(
+                f"{self.name}: its embeddings are out of reach; use recipe='bytes', which needs none"
+            )
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where its distributions are."""
+        return self.backend.device
+
+    @property
+    def context_length(self) -> int | None:
+        """The largest number of tokens of a text; None when nothing says so."""
+        return self.backend.context_length
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a text of this many tokens fits the context."""
+        return self.context_length is None or tokens <= self.context_length
 
     @property
     def vocab_size(self) -> int:
@@ -102,14 +115,6 @@ class Member:
             ids = sorted(self._without_text - kept)
             self._unwritable[kept] = torch.tensor(ids, dtype=torch.long, device=self.device)
         return self._unwritable[kept]
-
-
-def forbid(logits: torch.Tensor, ids: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
-    """Logits [b, V] with -inf for `Member.unwritable` ids; a copy where there are any, unless `in_place`."""
-    if not len(ids):
-        return logits
-    with torch.inference_mode(in_place):  # what a session gives can be written to there alone
-        return logits.index_fill_(1, ids, -torch.inf) if in_place else logits.index_fill(1, ids, -torch.inf)
 
 
 def unique_names(members: Sequence[Member]) -> list[str]:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from deepen_ext.members.hf.graphs import free_idle, idle_bytes
-from deepen_ext.members.hf.kv_cache import CHUNK, cache_bytes, largest_head
 from deepen_ext.members.member import Member
-
-if TYPE_CHECKING:
-    from deepen_ext.decoding.shared_forwards import SharedForwards
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
@@ -42,63 +35,41 @@ class Shortage:
         )
 
 
-def find_shortage(
-    rows: int, lengths: Iterable[tuple[Member, int]], shared: SharedForwards | None = None
-) -> Shortage | None:
-    """The first device that lacks the memory for sessions of ``rows`` rows side by side, if one does.
+_givers: list[Callable[[torch.device], None]] = []
 
-    What idle rooms and shared caches of these members hold already is not asked for again; idle rooms of
-    other models are given back where they are in the way.
+
+def gives_back(function: Callable[[torch.device], None]) -> Callable[[torch.device], None]:
+    """Have this function called before a device is found short: it frees what a backend keeps there idle."""
+    _givers.append(function)
+    return function
+
+
+def find_shortage(
+    lanes: int,
+    lengths: Iterable[tuple[Member, int]],
+    held: Callable[[Member, int], Mapping[torch.device, int]] | None = None,
+) -> Shortage | None:
+    """The first device that lacks the memory for sessions of the members side by side, if there is one.
+
+    What backends keep idle for other models is given back where it is in the way.
 
     Args:
-        rows: of each session.
-        lengths: the members, and how many tokens a row of each is to hold.
-        shared: forwards that the sessions are taken from.
+        lanes: of each session.
+        lengths: the members, and how many tokens a lane of each is to hold.
+        held: bytes by device that the sessions of a member with so many lanes hold already.
     """
     wanted: dict[torch.device, int] = {}
     for member, tokens in lengths:
-        held = idle_bytes(member) + (0 if shared is None else shared.cache_bytes(member, rows))
-        more = max(estimate_bytes(member, rows, tokens) - held, 0)
-        wanted[member.device] = wanted.get(member.device, 0) + more
+        already = {} if held is None else held(member, lanes)
+        for device, size in member.backend.bytes_needed(lanes, tokens).items():
+            wanted[device] = wanted.get(device, 0) + max(size - already.get(device, 0), 0)
     for device, size in wanted.items():
         if size > available_bytes(device):
-            free_idle(device)
+            for give_back in _givers:
+                give_back(device)
         if size > (available := available_bytes(device)):
             return Shortage(device, size, available)
     return None
-
-
-def estimate_bytes(member: Member, rows: int, tokens: int) -> int:
-    """Bytes that a session of ``rows`` rows with ``tokens`` tokens each takes, beside the model's weights.
-
-    The cache, the logits of two steps, and the largest activations of one layer; on CUDA also cuBLAS's
-    workspace on the session's stream.
-    """
-    config = member.model.config.get_text_config()
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = largest_head(config)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    fed = min(rows * tokens, CHUNK)
-    activations = fed * (4 * hidden + 3 * inner + 4 * heads * head_dim)
-    # Masks, and keys and values repeated for every query head, where lanes are fed together.
-    attention = 2 * fed * tokens + 2 * rows * tokens * heads * head_dim if rows > 1 else fed * tokens
-    logits = 2 * rows * member.vocab_size
-    others = (activations + attention + logits) * member.dtype.itemsize
-    if member.device.type == "cuda":
-        others += _cublas_workspace(member.device)
-    return int(cache_bytes(member, rows, tokens) + others)
-
-
-def _cublas_workspace(device: torch.device) -> int:
-    """Bytes that torch takes for cuBLAS on each stream; captured steps use their stream's.
-
-    As `parseChosenWorkspaceSize` in torch's CublasHandlePool.cpp, where Blackwell's is as large as Hopper's
-    from some version on. torch before 2.13 does not tell.
-    """
-    if pairs := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
-        return 1024 * sum(int(size) * int(count) for size, count in pairs)
-    hopper = torch.cuda.get_device_capability(device)[0] >= 9
-    return 1024 * (8 * 4096 if hopper else 2 * 4096 + 8 * 16)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -7,13 +7,14 @@ runs.
 from deepen_ext.ops import library as _library  # noqa: F401  # registers torch.ops.deepen_ext
 from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search
-from deepen_ext.ops.relative_rows import relative_rows
-from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.relative_rows import Similarity, relative_rows
+from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK, topk_softmax, topk_softmax_many
 
 __all__ = [
     "FuseInput",
-    "Rows",
+    "RelativeRows",
+    "Similarity",
     "TopK",
     "fuse",
     "inverse_search",

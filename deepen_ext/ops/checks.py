@@ -78,6 +78,23 @@ def check_built_for(device: torch.device) -> None:
         )
 
 
+def largest_entries(
+    count: int, entries: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for the `entries` largest probabilities of each of `count` distributions, not initialised.
+
+    Returns:
+        which: int32 [count, entries]; their probabilities: float32 [count, entries]; the sum of all others:
+        float32 [count]; status: int32 [count].
+    """
+    return (
+        torch.empty(count, entries, dtype=torch.int32, device=device),
+        torch.empty(count, entries, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
+        torch.empty(count, dtype=torch.int32, device=device),
+    )
+
+
 def workspace(size: int, device: torch.device) -> torch.Tensor:
     """Scratch memory of `size` bytes."""
     return torch.empty(size, dtype=torch.uint8, device=device)

@@ -10,15 +10,15 @@ import torch
 from deepen_ext import _core
 from deepen_ext.errors import InputError
 from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
-from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK
 
 
 class FuseInput(NamedTuple):
-    """One member's part of a fusion step."""
+    """One member's part of a fusion step: its top-k tokens and its relative rows."""
 
     topk: TopK
-    rows: Rows
+    rows: RelativeRows
 
 
 def fuse(
@@ -31,14 +31,14 @@ def fuse(
     min_probability: float = 0.0,
     log_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One DeePEn step for each row, written into the main model's logits in place.
+    """One DeePEn step for each batch row, written into the main model's logits in place.
 
     Args:
         logits: float32, float16 or bfloat16 [B, V_main], contiguous. The candidates' logits are replaced.
         members: top-k tokens and relative rows of each member, the main model first.
-        weights: float32 [B, n], each row sums to 1. A weight of 0 leaves a member out of that row. A row that
-            only the main model speaks for has no gradient: its candidates move by rounding noise, which AdamW
-            makes as large as the learning rate.
+        weights: float32 [B, n], each batch row sums to 1. A weight of 0 leaves a member out of that batch
+            row. Where the main model alone has a weight there is no gradient: its candidates move by rounding
+            noise, which AdamW makes as large as the learning rate.
         learning_rate: AdamW's, above 0.
         steps: 0 to 64.
         min_probability: tokens less probable than this count as part of their member's tail.
@@ -53,9 +53,9 @@ def fuse(
 
     Raises:
         InputError: shapes, dtypes, devices or settings that do not fit, `logits` in the memory of another
-            tensor given, and on the CPU token ids outside a member's rows or columns that are no anchors. On
-            CUDA nothing waits for the device: such tokens and entries are left out, and a candidate's fused
-            logit is NaN.
+            tensor given, and on the CPU token ids outside a member's relative rows or columns that are no
+            anchors. On CUDA nothing waits for the device: such tokens and entries are left out, and a
+            candidate's fused logit is NaN.
     """
     if not members:
         raise InputError("there are no members to fuse")

@@ -6,7 +6,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.ops.checks import backend_of, check_tensor, workspace
-from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.rows import RelativeRows
 
 
 def inverse_search(
@@ -14,7 +14,7 @@ def inverse_search(
     ids: torch.Tensor,
     tail_logit: torch.Tensor,
     target: torch.Tensor,
-    rows: Rows,
+    rows: RelativeRows,
     *,
     learning_rate: float,
     steps: int = 5,
@@ -28,7 +28,7 @@ def inverse_search(
         logits: float32 [B, K], the candidates' logits.
         ids: int32 [B, K], their token ids.
         tail_logit: float32 [B], log of the summed exp(logit) of all other tokens; -inf if there are none.
-        target: float32 [B, A], rows sum to 1.
+        target: float32 [B, A], each batch row sums to 1.
         rows: the main model's relative rows.
         learning_rate: AdamW's, above 0.
         steps: 0 to 64.
@@ -37,9 +37,9 @@ def inverse_search(
         float32 [B, K], the new logits.
 
     Raises:
-        InputError: shapes, dtypes, devices or settings that do not fit, and on the CPU ids outside the rows
-            or columns that are no anchors. On CUDA nothing waits for the device: such a candidate's logit is
-            NaN, and a row ends before such a column.
+        InputError: shapes, dtypes, devices or settings that do not fit, and on the CPU ids outside the
+            relative rows or columns that are no anchors. On CUDA nothing waits for the device: such a
+            candidate's logit is NaN, and a relative row ends before such a column.
     """
     check_tensor("logits", logits, shape=[None, None], dtype=torch.float32)
     backend = backend_of("inverse_search", logits)

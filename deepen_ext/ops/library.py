@@ -12,10 +12,10 @@ which `deepen_ext.ops` does, registers them:
     fuse(logits!, ids[], probs[], tails[], columns[], values[], rest[], anchors, weights, learning_rate,
          steps, min_probability, log_probs=True) -> (fused, chosen)
 
-Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry a member, and dense
-rows no `columns` and `rest`. They never wait for a device: a row that has no result is reported in `status`,
-on the CPU too, and raises nothing. Ids and columns out of range are InputErrors on the CPU and left out on
-CUDA, as in the functions. None has a derivative.
+Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry for each member, and
+dense relative rows have no `columns` and `rest`. The operators never wait for a device: a batch row that has
+no result is reported in `status`, on the CPU too, and raises nothing. Ids and columns out of range are
+InputErrors on the CPU and left out on CUDA, as in the functions. No operator has a derivative.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from typing import Any
 
 import torch
 
+from deepen_ext.ops.checks import largest_entries
 from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search
+from deepen_ext.ops.relative_rows import Similarity
 from deepen_ext.ops.relative_rows import launch as launch_relative_rows
-from deepen_ext.ops.rows import Rows
+from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK, launch_many
 from deepen_ext.ops.topk_softmax import launch as launch_topk_softmax
 
@@ -50,13 +52,7 @@ def _topk_softmax(logits: torch.Tensor, k: int) -> _Four:
 
 
 def _topk_softmax_fake(logits: torch.Tensor, k: int) -> _Four:
-    batch = logits.shape[0]
-    return (
-        logits.new_empty(batch, k, dtype=torch.int32),
-        logits.new_empty(batch, k, dtype=torch.float32),
-        logits.new_empty(batch, dtype=torch.float32),
-        logits.new_empty(batch, dtype=torch.int32),
-    )
+    return largest_entries(logits.shape[0], k, logits.device)
 
 
 def _topk_softmax_many(logits: _Tensors, k: int) -> _FourLists:
@@ -73,45 +69,12 @@ def _turned(found: Sequence[_Four]) -> _FourLists:
     return ids, probs, tails, status
 
 
-def _relative_rows(
-    tokens: torch.Tensor,
-    embedding: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    anchor_inverse_norm: torch.Tensor,
-    mean: torch.Tensor | None,
-    temperature: float,
-    normalise: bool,
-    entries: int,
-) -> _Four:
-    return launch_relative_rows(
-        tokens,
-        embedding,
-        anchor_ids,
-        anchor_inverse_norm,
-        mean=mean,
-        temperature=temperature,
-        normalise=normalise,
-        entries=entries,
-    )
+def _relative_rows(tokens: torch.Tensor, *similarity: Any) -> _Four:
+    return launch_relative_rows(tokens, Similarity(*similarity))
 
 
-def _relative_rows_fake(
-    tokens: torch.Tensor,
-    embedding: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    anchor_inverse_norm: torch.Tensor,
-    mean: torch.Tensor | None,
-    temperature: float,
-    normalise: bool,
-    entries: int,
-) -> _Four:
-    count = tokens.shape[0]
-    return (
-        tokens.new_empty(count, entries, dtype=torch.int32),
-        tokens.new_empty(count, entries, dtype=torch.float32),
-        tokens.new_empty(count, dtype=torch.float32),
-        tokens.new_empty(count, dtype=torch.int32),
-    )
+def _relative_rows_fake(tokens: torch.Tensor, *similarity: Any) -> _Four:
+    return largest_entries(tokens.shape[0], Similarity(*similarity).entries, tokens.device)
 
 
 def _inverse_search(
@@ -126,7 +89,7 @@ def _inverse_search(
     learning_rate: float,
     steps: int,
 ) -> torch.Tensor:
-    rows = Rows(columns, values, rest, anchors)
+    rows = RelativeRows(columns, values, rest, anchors)
     return inverse_search(logits, ids, tail_logit, target, rows, learning_rate=learning_rate, steps=steps)
 
 
@@ -151,7 +114,7 @@ def _fuse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     members = []
     for i, top in enumerate(zip(ids, probs, tails, strict=True)):
-        rows = Rows(columns[i] if columns else None, values[i], rest[i] if rest else None, anchors)
+        rows = RelativeRows(columns[i] if columns else None, values[i], rest[i] if rest else None, anchors)
         members.append(FuseInput(TopK(*top, status=top[0]), rows))  # nobody looks at the status here
     return fuse(
         logits,

@@ -2,65 +2,56 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
+from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, largest_entries, workspace
+
+
+class Similarity(NamedTuple):
+    """What relative rows are computed from: a model's embedding, its anchors, and how similarity counts."""
+
+    embedding: torch.Tensor  # E: float32, float16 or bfloat16 [V, d], contiguous; read in place
+    anchor_ids: torch.Tensor  # int64 [A]
+    anchor_inverse_norm: torch.Tensor  # float32 [A], 1 / ||E[anchor_ids] - mean||_2
+    mean: torch.Tensor | None  # float32 [d], taken off every embedding; None: nothing is
+    temperature: float  # factor before the softmax, above 0
+    normalise: bool  # divide the cosines of a relative row by their 2-norm
+    entries: int  # m, 1 to A
 
 
 def relative_rows(
-    tokens: torch.Tensor,
-    embedding: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    anchor_inverse_norm: torch.Tensor,
-    *,
-    mean: torch.Tensor | None,
-    temperature: float,
-    normalise: bool,
-    entries: int,
+    tokens: torch.Tensor, similarity: Similarity
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Similarity rows of some tokens to all anchors, cut to their largest entries (DeePEn, section 3.2).
+    """Relative rows of some tokens by similarity, cut to their largest entries (DeePEn, section 3.2).
 
     Row n is `softmax(temperature * c)` over the anchors, with `c[a] = cos(E[tokens[n]] - mean,
     E[anchor_ids[a]] - mean)` and, with `normalise`, `c / ||c||_2` in place of `c` (the paper's recipe).
 
     Args:
         tokens: int64 [N].
-        embedding: float32, float16 or bfloat16 [V, d], contiguous; read in place.
-        anchor_ids: int64 [A].
-        anchor_inverse_norm: float32 [A], `1 / ||E[anchor_ids] - mean||_2`.
-        mean: float32 [d], or None for no centring.
-        temperature: factor before the softmax, above 0.
-        normalise: divide the cosines of a row by their 2-norm.
-        entries: m, 1 to A.
+        similarity: see `Similarity`.
 
     Returns:
         columns int32 [N, m] and values float32 [N, m], sorted down, ties to the lower column; rest float32
         [N].
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, ids outside the embedding, or an embedding with
-            NaN or infinite entries. On CUDA this waits for the device: rows are computed when a map is
-            filled, never inside a decoding step.
+        InputError: shapes, dtypes, devices or settings that do not fit, ids outside the embedding, or an
+            embedding with NaN or infinite entries. On CUDA this waits for the device: relative rows are
+            computed when a map is filled, never inside a decoding step.
     """
+    embedding = similarity.embedding
     if embedding.device.type == "cuda":  # on the CPU the core looks at the ids
         _check_ids("token", tokens, len(embedding))
-        _check_ids("anchor token", anchor_ids, len(embedding))
-    *rows, status = launch(
-        tokens,
-        embedding,
-        anchor_ids,
-        anchor_inverse_norm,
-        mean=mean,
-        temperature=temperature,
-        normalise=normalise,
-        entries=entries,
-    )
+        _check_ids("anchor token", similarity.anchor_ids, len(embedding))
+    columns, values, rest, status = launch(tokens, similarity)
     if bool(status.any()):
         token = int(tokens[status.nonzero()[0, 0]])
         raise InputError(f"the embedding of token {token} or of an anchor has NaN or infinite entries")
-    columns, values, rest = rows
     return columns, values, rest
 
 
@@ -73,17 +64,10 @@ def _check_ids(name: str, ids: torch.Tensor, vocab: int) -> None:
 
 
 def launch(
-    tokens: torch.Tensor,
-    embedding: torch.Tensor,
-    anchor_ids: torch.Tensor,
-    anchor_inverse_norm: torch.Tensor,
-    *,
-    mean: torch.Tensor | None,
-    temperature: float,
-    normalise: bool,
-    entries: int,
+    tokens: torch.Tensor, similarity: Similarity
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`relative_rows` without looking at the result: its three tensors, and status int32 [N]."""
+    embedding, anchor_ids, anchor_inverse_norm, mean, temperature, normalise, entries = similarity
     check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
     backend = backend_of("relative_rows", embedding)
     vocab, dim = embedding.shape
@@ -98,10 +82,7 @@ def launch(
         check_tensor("mean", mean, shape=[dim], dtype=torch.float32, device=device)
     if not 1 <= entries <= anchors:
         raise InputError(f"entries is {entries}; choose 1 to the number of anchors, {anchors}")
-    columns = torch.empty(count, entries, dtype=torch.int32, device=device)
-    values = torch.empty(count, entries, dtype=torch.float32, device=device)
-    rest = torch.empty(count, dtype=torch.float32, device=device)
-    status = torch.empty(count, dtype=torch.int32, device=device)
+    columns, values, rest, status = largest_entries(count, entries, device)
     scratch = workspace(_core.relative_rows_workspace(dim, anchors, entries, count, backend), device)
     _core.relative_rows(
         embedding.data_ptr(),

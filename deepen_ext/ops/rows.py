@@ -10,11 +10,11 @@ from deepen_ext.errors import InputError
 from deepen_ext.ops.checks import check_tensor
 
 
-class Rows(NamedTuple):
-    """Relative rows of a whole vocabulary, by token id (DESIGN: "Rows are sparse").
+class RelativeRows(NamedTuple):
+    """The relative row of each token of a vocabulary, by token id.
 
-    Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and `rest[t]` is spread evenly over the
-    anchors it does not name. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
+    Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and the anchors that its row does not name
+    share `rest[t]` evenly. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
     """
 
     columns: torch.Tensor | None  # int32 [V, m]

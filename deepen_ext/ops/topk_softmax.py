@@ -9,7 +9,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
+from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, largest_entries, workspace
 
 _DTYPES = tuple(FLOAT_CODES)
 # logits, dtype, batch, vocab, k, ids, probs, tail, status, as the core takes them
@@ -19,20 +19,26 @@ _ROW_STATUS = {1: "NaN or +inf among its logits", 2: "nothing but -inf among its
 
 
 class TopK(NamedTuple):
-    """The k most probable tokens of each row, sorted down, ties to the lower id."""
+    """The k most probable tokens of each batch row, sorted down, ties to the lower id."""
 
     ids: torch.Tensor  # int32 [B, k]
     probs: torch.Tensor  # float32 [B, k], of the full softmax
     tail: torch.Tensor  # float32 [B], what the other tokens have together
-    status: torch.Tensor  # int32 [B], 0 where the row has a softmax
+    status: torch.Tensor  # int32 [B], 0 where the batch row has a softmax
 
     def check(self, name: str) -> None:
-        """Raise InputError for a row that has no softmax. On CUDA this waits for the device."""
+        """Raise InputError for a batch row that has no softmax. On CUDA this waits for the device."""
         check_status(name, self.status.tolist())
 
 
 def check_status(name: str, status: Sequence[int], rows: Sequence[int] | None = None) -> None:
-    """Raise InputError for a row that has no softmax, by its status [B] on the host."""
+    """Raise InputError for a batch row that has no softmax, by its status.
+
+    Args:
+        name: what to call the logits.
+        status: [B], on the host.
+        rows: what to call each batch row in the error; None: 0 to B - 1.
+    """
     for row, code in zip(range(len(status)) if rows is None else rows, status, strict=True):
         if code:
             raise InputError(f"{name}: row {row} has no softmax, there is {_ROW_STATUS[code]}")
@@ -49,9 +55,9 @@ def topk_softmax(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
         name: what to call the logits in an error.
 
     Raises:
-        InputError: wrong shape, dtype, device or k; on the CPU also a row with NaN, +inf or nothing but
-            -inf. On CUDA nothing waits for the device: call `.check(name)` on the result when you read from
-            it anyway.
+        InputError: wrong shape, dtype, device or k; on the CPU also a batch row with NaN, +inf or nothing
+            but -inf. On CUDA nothing waits for the device: call `.check(name)` on the result when you
+            read from it anyway.
     """
     found = launch(logits, k, name=name)
     if logits.device.type == "cpu":
@@ -91,19 +97,17 @@ def launch_many(logits: Sequence[torch.Tensor], k: int, names: Sequence[str]) ->
 
 
 def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool) -> list[TopK]:
-    """`cut`: k may be above V, and stands for V then."""
+    """Check, allocate, and call the core once a device. `cut`: a k above V stands for V."""
     found = []
-    by_device: dict[torch.device, tuple[torch.Tensor, list[_Packed]]] = {}  # with one of the device's tensors
+    # By device: one of its tensors, and all tensors there as the core takes them.
+    by_device: dict[torch.device, tuple[torch.Tensor, list[_Packed]]] = {}
     for name, one in zip(names, logits, strict=True):
         check_tensor(name, one, shape=[None, None], dtype=_DTYPES)
         (batch, vocab), device = one.shape, one.device
         top = vocab if cut and k > vocab else k
         if not 1 <= top <= vocab:
             raise InputError(f"k is {k}; choose 1 to the vocabulary's {vocab}")
-        ids = torch.empty(batch, top, dtype=torch.int32, device=device)
-        probs = torch.empty(batch, top, dtype=torch.float32, device=device)
-        tail = torch.empty(batch, dtype=torch.float32, device=device)
-        status = torch.empty(batch, dtype=torch.int32, device=device)
+        ids, probs, tail, status = largest_entries(batch, top, device)
         found.append(TopK(ids, probs, tail, status))
         outputs = (ids.data_ptr(), probs.data_ptr(), tail.data_ptr(), status.data_ptr())
         packed = (one.data_ptr(), FLOAT_CODES[one.dtype], batch, vocab, top, *outputs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.text.vocabulary import Vocabulary, whole_characters
+from deepen_ext.text.characters import whole_characters
+from deepen_ext.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Anchors:
         token_ids: per member, int64 [A]: the token that stands for each anchor. Column `a` of all members is
             the same byte string, or the end of the text (EOS). Ascending in the main model's ids.
         columns: per member, int32 [V_i]: the column a token stands for, else -1. Tokens with equal bytes
-            (`<0x41>` and `A`) have one column, and so have all EOS ids of a member.
+            (`<0x41>` and `A`) have the same column, and so have all EOS ids of a member.
         eos_column: the column of EOS; None if some member has no EOS id.
-        fingerprint: sha256 (hex) of the above: keys caches.
+        fingerprint: sha256 (hex) of the above.
     """
 
     token_ids: tuple[torch.Tensor, ...]
@@ -39,13 +40,12 @@ def shared_anchors(
 ) -> Anchors:
     """The tokens that all members have, compared by bytes, plus EOS by its role.
 
-    Where several tokens of a member have the same bytes, the one its tokenizer itself gives for that text is
-    the anchor, and the lowest id where it gives none of them alone.
+    Where several tokens of a member have the same bytes, `token_ids_of` says which of them is the anchor.
 
     Args:
         vocabularies: main model first; two or more.
-        eos_ids: per member, the ids that end its text; may be empty. The first is the anchor.
-        minimum: with fewer anchors than this the relative space says too little.
+        eos_ids: per member, the ids that end its text; may be empty. The first id is the anchor.
+        minimum: fewer anchors than this are refused: the relative space would say too little.
 
     Raises:
         InputError: fewer than two members, fewer than `minimum` anchors, or EOS ids outside a vocabulary.
@@ -88,7 +88,8 @@ def shared_anchors(
     column_of = {text: column for column, text in enumerate(order) if text is not None}
     columns = []
     for vocabulary, ids in zip(vocabularies, eos_ids, strict=True):
-        column = torch.tensor(_look_up(column_of, vocabulary.tokens), dtype=torch.int32)
+        found = [column_of.get(text, -1) if text else -1 for text in vocabulary.tokens]
+        column = torch.tensor(found, dtype=torch.int32)
         column[list(ids)] = -1 if eos_column is None else eos_column
         columns.append(column)
 
@@ -105,10 +106,10 @@ def _texts(vocabulary: Vocabulary, eos_ids: Sequence[int]) -> set[bytes]:
 
 
 def token_ids_of(vocabulary: Vocabulary, eos_ids: Sequence[int], texts: set[bytes]) -> dict[bytes, int]:
-    """The token id of each of these byte strings that is a token, other than EOS.
+    """The id of the token of each of these byte strings; a byte string that is no token is left out.
 
-    Of several tokens with the same bytes (`<0x31>` and `1`) it is the one that the tokenizer itself gives for
-    that text, and the lowest id where it gives none of them alone.
+    EOS tokens do not count. Where several tokens have the same bytes (`<0x31>` and `1`), the id is that of
+    the token that the tokenizer itself gives for the text, or the lowest id if it gives none of them alone.
     """
     ends = set(eos_ids)
     ids: dict[bytes, int] = {}
@@ -126,26 +127,22 @@ def token_ids_of(vocabulary: Vocabulary, eos_ids: Sequence[int], texts: set[byte
     return ids
 
 
-def _look_up(column_of: dict[bytes, int], tokens: Iterable[bytes | None]) -> list[int]:
-    return [column_of.get(text, -1) if text else -1 for text in tokens]
-
-
 class PrefixColumns:
     """The anchor that a token begins with: what a token that is not shared says about the next main token.
 
-    For an assistant's token, the main model tokenises the token's bytes; the first of its tokens is what the
-    main model would have to produce next. If that is an anchor, it is the answer; if it is a token of the
-    main model's own, the answer is that token's.
+    A token of an assistant: the main model tokenises the token's bytes. The first token that comes out is
+    what the main model would have to produce next. If it is an anchor, its column is the answer; if it is not
+    shared either, the answer is the column of the anchor that it begins with.
 
-    The main model tokenises a token of its own as itself, so there the first assistant (member 1) tokenises
-    the bytes: the first of its tokens if that is an anchor, else the longest anchor that the bytes begin
-    with.
+    A token of the main model: the main model would tokenise its bytes as the token itself, so the first
+    assistant (member 1) tokenises them. If the first token that comes out is an anchor, its column is the
+    answer, otherwise the column of the longest anchor that the bytes begin with.
 
-    The longest anchor that the bytes begin with is also taken where they begin in the middle of a UTF-8
-    character, which no tokenizer can tokenise, or where the first token is not the beginning of the bytes (a
-    special token's name written as text). Special tokens have no bytes and no column.
+    The longest anchor that the bytes begin with is also the answer where no tokenizer can tell: the bytes
+    begin in the middle of a UTF-8 character, or the first token is not the beginning of the bytes (a special
+    token's name written as text). Special tokens have no bytes and no column.
 
-    One token at a time, 10 to 20 µs; nothing is computed ahead but a dictionary of the anchors (about 5 MB).
+    A column takes 10 to 20 µs. Nothing is computed ahead but a dictionary of the anchors (about 5 MB).
     """
 
     def __init__(self, anchors: Anchors, vocabularies: Sequence[Vocabulary]) -> None:
@@ -164,7 +161,7 @@ class PrefixColumns:
         return hashlib.sha256(" ".join(one.fingerprint for one in self._vocabularies).encode()).hexdigest()
 
     def column(self, member: int, token_id: int) -> int:
-        """The column a token of `member` begins with (an anchor's own), or -1 where there is none."""
+        """The column that a token begins with (an anchor's own), or -1; `member` is the member index."""
         own = int(self._columns[member][token_id])
         data = self._vocabularies[member].tokens[token_id]
         if own >= 0 or not data:
@@ -178,7 +175,7 @@ class PrefixColumns:
         return self._longest_prefix(data) if first is None else self.column(0, first)
 
     def _first_token(self, member: int, data: bytes) -> int | None:
-        """The first token of a member's tokenisation of the bytes; None if that does not begin them."""
+        """The first token of a member's tokenisation of the bytes; None if the bytes do not begin with it."""
         text = whole_characters(data)
         if not text:
             return None

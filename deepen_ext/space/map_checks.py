@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from deepen_ext.errors import shown
+from deepen_ext.space.recipes import DEFAULT_TEMPERATURES
+from deepen_ext.space.row_table import SUM_ERROR
 
 _MOST = 1 << 22  # tokens or anchors; the largest vocabularies have some 2 ** 18
 _CHUNK = 1 << 20  # entries looked at together: what the checks need beside the map stays small
-_SUM_ERROR = 1e-3  # of a row, as `RelativeMap.from_dense` allows
 _ROUNDING = 1e-5
 _DTYPES = {
     "matrix": "F32",
@@ -38,7 +39,7 @@ class Damaged(ValueError):
 
 
 def read_facts(text: str) -> dict[str, Any]:
-    """The facts as they stand in a file's metadata, each of the right type and range.
+    """The facts in a file's metadata, each of the right type and range.
 
     Raises:
         Damaged: they are not.
@@ -58,7 +59,7 @@ def read_facts(text: str) -> dict[str, Any]:
     if not 1 <= facts["entries"] <= facts["anchors"]:
         raise Damaged(f"entries is {shown(facts['entries'], 40)} with {facts['anchors']} anchors")
     recipe, temperature = facts["recipe"], facts["temperature"]
-    if recipe not in (None, "paper", "calibrated") or (recipe is None) != (temperature is None):
+    if recipe not in (None, *DEFAULT_TEMPERATURES) or (recipe is None) != (temperature is None):
         raise Damaged(f"recipe is {shown(recipe, 40)} with temperature {shown(temperature, 40)}")
     if temperature is not None and not 0 < temperature <= 1000:  # False for NaN
         raise Damaged(f"temperature is {shown(temperature, 40)}")
@@ -66,7 +67,7 @@ def read_facts(text: str) -> dict[str, Any]:
 
 
 def check_header(facts: Mapping[str, Any], tensors: Mapping[str, tuple[str, list[int]]]) -> None:
-    """That the file's tensors, by name their dtype and shape, are those of a map with these facts.
+    """Check that the file's tensors, by name their dtype and shape, are those of a map with these facts.
 
     Raises:
         Damaged: they are not.
@@ -90,7 +91,7 @@ def check_header(facts: Mapping[str, Any], tensors: Mapping[str, tuple[str, list
 
 
 def check_rows(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """That every row is a distribution over the anchors: kernels index with the columns unchecked.
+    """Check that every relative row is a distribution: kernels index with the columns unchecked.
 
     Args:
         facts: what `read_facts` returned.
@@ -98,7 +99,7 @@ def check_rows(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) ->
 
     Raises:
         Damaged: tokens that do not rise or are out of range, columns out of range, doubled or after an unused
-            entry, values negative or not finite, a row that does not sum to 1.
+            entry, values negative or not finite, a relative row that does not sum to 1.
     """
     if "matrix" in tensors:
         for rows in torch.split(tensors["matrix"], max(_CHUNK // facts["anchors"], 1)):
@@ -135,5 +136,5 @@ def _check_sums(values: torch.Tensor, sums: torch.Tensor) -> None:
     least = float(values.min())  # NaN where any value is
     if math.isnan(least) or least < 0:
         raise Damaged("a value is negative or no number")
-    if not bool(((sums - 1).abs() <= _SUM_ERROR).all()):
+    if not bool(((sums - 1).abs() <= SUM_ERROR).all()):
         raise Damaged("a row does not sum to 1")

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,8 @@ from safetensors.torch import save_file
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.space.map_checks import Damaged, check_header, check_rows, read_facts
+from deepen_ext.space.recipes import SimilarityRecipe
+from deepen_ext.space.row_sources import RowSource
 
 _FORMAT = "deepen-ext relative map 1"
 
@@ -25,15 +26,15 @@ _FORMAT = "deepen-ext relative map 1"
 class MapFacts:
     """What a saved map says of itself.
 
-    `source` is the fingerprint of what its rows were computed from; `recipe` and `temperature` are those of
-    pure similarity rows, None for rows that need tokenizers as well.
+    `source` is the fingerprint of what its relative rows were computed from. `recipe` and `temperature` are
+    set where they are similarity rows, and None where they need tokenizers as well.
     """
 
     vocab_size: int
     anchors: int
     entries: int
     source: str
-    recipe: Literal["paper", "calibrated"] | None
+    recipe: SimilarityRecipe | None
     temperature: float | None
 
 
@@ -49,7 +50,7 @@ def write_map(path: Path, facts: MapFacts, tensors: Mapping[str, torch.Tensor]) 
 
 
 def read_map(path: Path) -> tuple[MapFacts, dict[str, torch.Tensor]]:
-    """Read a map back: everything in it is checked, so that rows can be used as they are.
+    """Read a map back: everything in it is checked, so that its relative rows can be used as they are.
 
     Raises:
         InputError: there is no such file.
@@ -77,6 +78,21 @@ def read_map(path: Path) -> tuple[MapFacts, dict[str, torch.Tensor]]:
             f"the relative map {path} is damaged: it cannot be read ({error}); delete it"
         ) from error
     return MapFacts(**facts), tensors
+
+
+def check_source(facts: MapFacts, source: RowSource, fingerprint: str, path: str | Path) -> None:
+    """Check that a file is of this source: by its fingerprint, and by the sizes that index its rows."""
+    if facts.source != fingerprint:
+        raise InputError(
+            f"{path} was saved for another model, other anchors or other settings; delete it or use what "
+            "it was made with"
+        )
+    sizes = (facts.vocab_size, facts.anchors, facts.entries)
+    if sizes != (expected := (source.vocab_size, source.anchors, source.entries)):
+        raise ModelError(
+            f"the relative map {path} is damaged (vocab_size, anchors, entries are {sizes}, those of its "
+            f"source {expected}); delete it"
+        )
 
 
 def _checksum(facts: str, tensors: Mapping[str, torch.Tensor]) -> str:

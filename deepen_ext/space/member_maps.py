@@ -7,21 +7,24 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import cache_dir, sweep
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
-from deepen_ext.space.row_sources import PrefixRows, Recipe, RowSource, SimilarityRows
+from deepen_ext.space.row_sources import PrefixRows, RowSource, SimilarityRows
+
+if TYPE_CHECKING:
+    from deepen_ext.members.member import Member
 
 
 class MapSettings(NamedTuple):
-    """What the rows of an ensemble are made by."""
+    """How the relative rows of an ensemble are made; `cache`: kept on disk for the next run."""
 
     recipe: Recipe
     temperature: float | None
@@ -32,8 +35,8 @@ class MapSettings(NamedTuple):
 class MemberMaps:
     """Anchors of some members and a relative map for each, on the main model's device.
 
-    Rows of earlier runs are read from the cache folder; `save` keeps the new ones there. With the main model
-    on CUDA all rows are computed at once, so that no step ever waits for the device.
+    Relative rows of earlier runs are read from the cache folder; `save` keeps new ones there. With the main
+    model on CUDA all of them are computed at once, so that no step ever waits for the device.
     """
 
     def __init__(self, members: Sequence[Member], settings: MapSettings) -> None:
@@ -68,7 +71,7 @@ class MemberMaps:
         return same and settings == self._settings
 
     def save(self) -> None:
-        """Write newly computed rows to the cache folder, for the next run."""
+        """Write newly computed relative rows to the cache folder, for the next run."""
         with self._saving:
             for i, (relative, file) in enumerate(zip(self.maps, self._files, strict=False)):
                 if relative.rows_computed > self._saved[i]:
@@ -92,7 +95,7 @@ def _row_sources(
         return [PrefixRows(anchors, prefixes, i, device=device) for i in range(len(members))]
     similarity = []
     for member, ids in zip(members, anchors.token_ids, strict=True):
-        # All rows of a map on CUDA are computed at once: there, whatever device the member is on.
+        # A map on CUDA is filled at once: on its own device, whatever device the member is on.
         embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
         similarity.append(
             SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
@@ -104,7 +107,7 @@ def _row_sources(
 
 
 def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:
-    """Where the rows of each map are kept; [] with a warning where there is no such place."""
+    """The file of each map; [] with a warning where the cache folder cannot be made."""
     try:
         folder = cache_dir("relative-maps", "rows")
     except ModelError as error:
@@ -115,7 +118,7 @@ def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:
 
 
 def _read_rows(relative: RelativeMap, file: Path) -> None:
-    """Take over an earlier run's rows. A damaged file is reported and its rows are computed anew."""
+    """Take over an earlier run's relative rows. A damaged file is reported, and they are computed anew."""
     try:
         if file.is_file():
             relative.read(file)

@@ -1,9 +1,9 @@
 """Where a text may be cut so that its two parts, tokenised apart, give the tokens of the whole.
 
-Call `s` a cut of a text T when `encode(T) == encode(T[:s]) + encode(T[s:])`. A growing text needs only one:
-if `s` is a cut of the old text and of the new one, the old ids up to `s` stand and only `T[s:]` is encoded
+Call `s` a cut of a text T when `encode(T) == encode(T[:s]) + encode(T[s:])`. A growing text needs one cut: if
+`s` is a cut of the old text and of the new text, the old ids up to `s` stand and only `T[s:]` is encoded
 again. Both rules below look at the two characters around `s` alone, so a cut of the new text within the old
-one is a cut of the old one too.
+text is a cut of the old text too.
 
 Every tokenizer first matches its added tokens (`<|im_end|>`, but also Gemma's runs of newlines) in the raw
 text, leftmost and longest. If none of their occurrences has `s` inside, each side finds its own. An
@@ -17,7 +17,7 @@ alone, and *splits* at `s` where a piece surely ends there. Both follow from the
 transparent up to the first one that splits, the pieces left of `s` are those of `T[:s]`, and those right of
 it those of `T[s:]`; later splitters see these pieces one by one. Tokens never span two pieces.
 
-What remains slow is a text without a cut: each append encodes it again from its last one. With a byte-level
+What remains slow is a text without a cut: each append encodes it again from its last cut. With a byte-level
 tokenizer that is one endless piece, such as a letter repeated 10,000 times, or a run of digits under
 `\\p{N}{1,3}`, whose groups of three are counted from the run's beginning.
 
@@ -39,8 +39,10 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from deepen_ext.text.split_regex import NotUnderstood, SplitRegex
-from deepen_ext.text.token_bytes import SPACE_MARK, Encoder
+from deepen_ext.text.encoder import Encoder
+from deepen_ext.text.regex_syntax import NotUnderstood
+from deepen_ext.text.split_regex import SplitRegex
+from deepen_ext.text.token_bytes import SPACE_MARK
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in `ByteLevel` itself
 _KEPT = 1 << 16  # pairs of characters whose answers are kept
@@ -49,7 +51,7 @@ Rule = Callable[[str, str], bool]
 
 
 class CutFinder:
-    """Finds the last place at or before a position where a text may be cut. One per vocabulary; 2 MB."""
+    """Finds the cuts of texts. One per vocabulary; 2 MB."""
 
     def __init__(self, encoder: Encoder) -> None:
         contents = [token.content for token in encoder.added.values()]
@@ -76,9 +78,9 @@ class CutFinder:
             self._known[pair] = found = self._decide(left, right)
         return found
 
-    def last(self, text: str, limit: int) -> int:
-        """The largest cut of `text` in 1..limit (limit < len(text)), or 0 where there is none."""
-        for position in range(limit, 0, -1):
+    def last(self, text: str, after: int = 0) -> int:
+        """The last cut of `text` beyond `after` characters and before its end, or 0 where there is none."""
+        for position in range(len(text) - 1, after, -1):
             if self.at(text[position - 1], text[position]):
                 return position
         return 0
@@ -114,22 +116,22 @@ class CutFinder:
 
 
 class _Splitter(Protocol):
-    """One step of a pre-tokenizer, asked about the place between two characters."""
+    """One step of a pre-tokenizer, asked about the position between two characters."""
 
     def transparent(self, left: str, right: str) -> bool:
-        """Whether it finds on either side what it would find there alone."""
+        """Whether the step finds on either side what it would find there alone."""
         ...
 
     def splits(self, left: str, right: str) -> bool:
-        """Whether a piece surely ends there, where it is transparent."""
+        """Whether a piece surely ends at a position where the step is transparent."""
         ...
 
 
 class _RegexSplitter:
-    """`Split` by a regex. Where it is transparent, no match crosses the place.
+    """`Split` by a regex. Where the step is transparent, no match crosses the position.
 
-    So a match ends there if the character before is always part of a match (it is one by itself, should no
-    earlier match have it), and one begins there if the character after it is a match by itself.
+    So a match ends there if the character before is always part of a match: it is a match by itself, unless
+    an earlier match has it. And a match begins there if the character after it is a match by itself.
     """
 
     def __init__(self, pattern: str, behavior: str, invert: bool) -> None:
@@ -144,13 +146,13 @@ class _RegexSplitter:
             return regex.alone(left) or regex.alone(right)
         if self._contiguous:  # matches side by side are one piece, and so is what lies between matches
             return (regex.alone(left) and not regex.begins(right)) or (
-                not regex.members(left) and regex.alone(right)
+                not regex.matching(left) and regex.alone(right)
             )
         return False
 
 
 class _ClassSplitter:
-    """`Digits` and `Punctuation`: each character of the class apart, or in runs. It looks at no others."""
+    """`Digits` and `Punctuation`: each character of the class apart, or in runs. No neighbour matters."""
 
     def __init__(self, isolated: pre_tokenizers.PreTokenizer, behavior: str) -> None:
         self._isolated = isolated
@@ -170,13 +172,13 @@ class _ClassSplitter:
 
 
 def _between_pieces(parts: Iterable[dict[str, Any]]) -> Rule | None:
-    """The rule of *splitters*; None where one of them is not understood."""
+    """The rule of *splitters*; None where a splitter is not understood."""
     splitters: list[_Splitter] = []
     try:
         for part in parts:
             splitters += _splitters(part)
             if part["type"] == "ByteLevel":
-                break  # those after it see bytes in place of characters, but never two pieces at once
+                break  # later splitters see bytes, not characters, but never two pieces at once
     except NotUnderstood:
         return None
 
@@ -216,19 +218,17 @@ def _literal(character: str) -> str:
 _TABLE_BITS = 21
 
 
-def _no_token_spans(texts: Iterable[str]) -> Rule:
-    """The rule that no text has the two characters side by side, as a hashed table of 2 MB.
+def _no_token_spans(tokens: Iterable[str]) -> Rule:
+    """The rule of *no token spans*: no token has the two characters side by side. A hashed table of 2 MB.
 
-    Two pairs of the same hash only make a cut go unused (one place in ten for Gemma); they never make a wrong
-    one.
+    Two pairs of the same hash only make a cut go unused (one in ten for Gemma); they never make a wrong cut.
     """
     table = np.zeros(1 << _TABLE_BITS, dtype=np.uint8)
-    texts = iter(texts)
-    while batch := list(islice(texts, 8192)):  # a few MB at a time, where all at once would take 80
+    tokens = iter(tokens)
+    while batch := list(islice(tokens, 8192)):  # a few MB at a time; all at once would take 80
         joined = "\0".join(batch).encode("utf-32-le", "surrogatepass")
-        codes = np.frombuffer(joined, dtype=np.uint32).astype(
-            np.uint64
-        )  # uint64 wraps at a multiple of 2 ** 32
+        # uint64 wraps at a multiple of 2 ** 32.
+        codes = np.frombuffer(joined, dtype=np.uint32).astype(np.uint64)
         table[((codes[:-1] * 40503 + codes[1:]) * 2654435761 % (1 << 32)) >> (32 - _TABLE_BITS)] = 1
     seen = table.tobytes()
 

@@ -1,23 +1,24 @@
-"""Token ids and bytes: one tokenizer's vocabulary as bytes, and the token ids of a text that grows.
+"""One tokenizer's vocabulary as bytes.
 
 The members of an ensemble share text as bytes. The main model's tokens become bytes (`Vocabulary.bytes_of`),
-the bytes whole characters (`Utf8Stream`), and these an assistant's tokens (`GrowingText`).
+the bytes become whole characters (`characters.Utf8Stream`), and these an assistant's tokens
+(`growing_text.GrowingText`).
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import unicodedata
-from bisect import bisect_right
 from collections.abc import Iterable
-from copy import copy
 from functools import cached_property
 from typing import Any
 
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.text.characters import check_characters
 from deepen_ext.text.cuts import CutFinder
-from deepen_ext.text.token_bytes import SPACE_MARK, Encoder, Kind, build_encoder, without_padding
+from deepen_ext.text.encoder import Encoder, build_encoder
+from deepen_ext.text.token_bytes import SPACE_MARK, Kind
+from deepen_ext.text.tokenizer_parts import without_padding
 
 # Each breaks some tokenizer that changes text: lower-casing, accents, NFC, NFKC, stripped or folded
 # whitespace.
@@ -44,7 +45,7 @@ _PROBES = (
 class Vocabulary:
     """One tokenizer, seen as bytes.
 
-    Text is carried byte for byte. This asks for a departure from some tokenizers, always on a private view:
+    Text is carried byte for byte. For this some tokenizers are changed, always on a private view:
     Unicode NFC (in transformers' Qwen 2) is left out, the dummy space that SentencePiece puts before a text
     stands before the text only, never after a special token, and a literal `▁`, which SentencePiece would
     turn into a space, is spelt in byte tokens. A text that begins with a space keeps it behind the dummy
@@ -80,13 +81,13 @@ class Vocabulary:
         Args:
             tokenizer: what `AutoTokenizer.from_pretrained` returns. It is neither changed nor copied. The
                 padding and truncation of a `tokenizers.Tokenizer` are left out.
-            vocab_size: rows of the model's embedding or logits; default: one more than the largest id. A
-                special token beyond the rows is left out: its name in a text is read as any other text.
+            vocab_size: V, how many ids the model has logits for; default: one more than the largest id. A
+                special token beyond these is left out: its name in a text is read as any other text.
             name: for messages; default: the tokenizer's `name_or_path`.
 
         Raises:
-            ModelError: unsupported family; an id beyond the rows that text can give, or that stands before
-                every text; the first probe text that does not come back byte for byte.
+            ModelError: unsupported family; an id of `vocab_size` or more that text can give, or that stands
+                before every text; the first probe text that does not come back byte for byte.
         """
         name = name or str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
         tokenizer = without_padding(tokenizer)
@@ -109,17 +110,17 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's logits; `len(tokens)`."""
+        """V, how many ids the model has logits for; `len(tokens)`."""
         return len(self.tokens)
 
     @property
     def id_bound(self) -> int:
-        """One more than the tokenizer's largest id that the model has a row for; at most `vocab_size`."""
+        """One more than the tokenizer's largest id, the `unfit` ones left out; at most `vocab_size`."""
         return self._encoder.id_bound
 
     @property
     def unfit(self) -> dict[int, str]:
-        """Special tokens that the model has no row for: names by id. No text gives their ids."""
+        """Special tokens that the model has no logit for: names by id. No text gives their ids."""
         return dict(self._encoder.unfit)
 
     @property
@@ -236,148 +237,3 @@ def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start]
     raise ModelError(f"{name}: its special tokens change the ids of the text itself; use another model")
-
-
-def check_characters(text: str) -> None:
-    """Raise InputError for a text with lone surrogates, which has no bytes in UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text has a lone surrogate at character {error.start}, which is not a character; "
-            "decode it as UTF-8 first"
-        ) from error
-
-
-def whole_characters(data: bytes) -> str:
-    """The longest prefix of the bytes that is valid UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        return data[: error.start].decode()
-
-
-class GrowingText:
-    """A member's token ids for a text that only grows.
-
-    After any sequence of appends, `ids == prefix_ids + encode(whole text)`. An append encodes again only what
-    stands after the last cut before the old end (see `cuts.py`), most often the last word. Neither an append
-    nor a question looks at anything before that, so that both cost the same however long the text.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, text: str, *, prefix: bool = True) -> None:
-        """Encode the text; `prefix=False` leaves `prefix_ids` out (a chat template writes its own)."""
-        self._vocabulary = vocabulary
-        # `_ends`: where each id ends, in characters; without the prefix.
-        ids, self._ends = vocabulary.encode_spans(text)
-        self._start = len(vocabulary.prefix_ids) if prefix else 0
-        self.ids: list[int] = vocabulary.prefix_ids[: self._start] + ids
-        # The text is `_settled`, then `_tail`, which begins at the last cut before the text's last character.
-        self._cut = vocabulary.cuts.last(text, len(text) - 1)
-        self._settled = [text[: self._cut]]
-        self._tail = text[self._cut :]
-
-    @property
-    def text(self) -> str:
-        """The whole text so far."""
-        return "".join(self._settled) + self._tail
-
-    def copy(self) -> GrowingText:
-        """The same text, to go on in another way."""
-        twin = copy(self)
-        twin.ids, twin._ends, twin._settled = list(self.ids), list(self._ends), list(self._settled)
-        return twin
-
-    def keeps_ids(self, text: str) -> bool:
-        """Whether `append(text)` would leave all present ids as they are. Changes nothing.
-
-        Most often the text begins a new word, and two characters tell; else the last word is encoded again.
-        """
-        if not text or not self._tail or self._vocabulary.cuts.at(self._tail[-1], text[0]):
-            return True
-        present = self.ids[self._kept() + self._start :]
-        return self._encoded(self._tail + text)[0][: len(present)] == present
-
-    def append(self, text: str) -> int:
-        """Add text to the end; returns how many ids, from the start, are the same as before.
-
-        `ids` is changed in place, from that place on.
-
-        Raises:
-            InputError: a lone surrogate in the text; nothing was added.
-        """
-        if not text:
-            return len(self.ids)
-        check_characters(text)
-        cuts = self._vocabulary.cuts
-        old = len(self._tail)
-        if old and cuts.at(self._tail[-1], text[0]):
-            self._settle(old)
-            old = 0
-        tail = self._tail + text
-        kept = self._kept()
-        ids, ends = self._encoded(tail)
-        self._ends[kept:] = ends
-        self._tail = tail
-        start = kept + self._start
-        before = self.ids[start:]
-        same = 0
-        for one, other in zip(before, ids, strict=False):
-            if one != other:
-                break
-            same += 1
-        self.ids[start + same :] = ids[same:]
-        for place in range(len(tail) - 1, old, -1):
-            if cuts.at(tail[place - 1], tail[place]):
-                self._settle(place)
-                break
-        return start + same
-
-    def _kept(self) -> int:
-        """How many ids stand before the tail; the prefix is not among them."""
-        return bisect_right(self._ends, self._cut) if self._cut else 0
-
-    def _encoded(self, tail: str) -> tuple[list[int], list[int]]:
-        """Ids and ends of a text that begins where the tail does."""
-        return (
-            self._vocabulary.encode_part(tail, self._cut)
-            if self._cut
-            else self._vocabulary.encode_spans(tail)
-        )
-
-    def _settle(self, count: int) -> None:
-        """The tail's first characters stand: there is a cut after them."""
-        self._settled.append(self._tail[:count])
-        self._tail = self._tail[count:]
-        self._cut += count
-
-
-class Utf8Stream:
-    """Bytes of a stream of tokens -> whole characters. Invalid bytes become U+FFFD, as in `bytes.decode`."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def copy(self) -> Utf8Stream:
-        """The same stream, to go on in another way."""
-        twin = Utf8Stream()
-        twin._decoder.setstate(self._decoder.getstate())
-        return twin
-
-    def feed(self, data: bytes) -> str:
-        """The characters that `data` completes; "" while one is unfinished."""
-        return self._decoder.decode(data)
-
-    @property
-    def pending(self) -> bool:
-        """Whether an unfinished character waits for its other bytes."""
-        return bool(self.unfinished)
-
-    @property
-    def unfinished(self) -> bytes:
-        """What there is of an unfinished character."""
-        return self._decoder.getstate()[0]
-
-    def finish(self) -> str:
-        """The stream has ended: an unfinished character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)

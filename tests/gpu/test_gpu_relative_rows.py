@@ -7,7 +7,7 @@ import torch
 from oracle import random_embedding, similarity_rows
 
 from deepen_ext import InputError, RelativeMap
-from deepen_ext.ops import relative_rows
+from deepen_ext.ops import Similarity, relative_rows
 from deepen_ext.space.row_sources import SimilarityRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -111,13 +111,15 @@ def test_ids_outside_the_embedding(device, changes, message):
     with pytest.raises(InputError, match=message):
         relative_rows(
             torch.tensor(ids["tokens"], device=device),
-            torch.randn(9, 4, device=device),
-            torch.tensor(ids["anchor_ids"], device=device),
-            torch.ones(5, device=device),
-            mean=None,
-            temperature=20.0,
-            normalise=False,
-            entries=3,
+            Similarity(
+                torch.randn(9, 4, device=device),
+                torch.tensor(ids["anchor_ids"], device=device),
+                torch.ones(5, device=device),
+                mean=None,
+                temperature=20.0,
+                normalise=False,
+                entries=3,
+            ),
         )
 
 

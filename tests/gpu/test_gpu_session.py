@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sessions import open_session, sync
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepen_ext.members.hf import graphs
-from deepen_ext.members.hf.session import BatchSession
+from deepen_ext.members.hf import fixed_steps
+from deepen_ext.members.hf import rooms as idle_rooms
+from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.bytes_needed import estimate_bytes
 from deepen_ext.members.member import Member
-from deepen_ext.members.memory import available_bytes, estimate_bytes
+from deepen_ext.members.memory import available_bytes
 
 VOCAB = 32_000
 SHAPE = {
@@ -45,8 +48,8 @@ def random_member(family: str, device: str, dtype: torch.dtype = torch.float32) 
             weight.mul_(2)  # from the usual initialisation no token would depend on another
     model = model.to(device=device, dtype=dtype)
     vocabulary = SimpleNamespace(vocab_size=VOCAB)
-    where = torch.device(device)
-    return Member(family, model, None, vocabulary, (), 2048, where, dtype)  # type: ignore[arg-type]
+    backend = HFBackend(family, model, VOCAB, 2048, torch.device(device), dtype)
+    return Member(family, backend, None, vocabulary, ())  # type: ignore[arg-type]
 
 
 def fresh(member: Member, ids: list[int]) -> torch.Tensor:
@@ -74,7 +77,7 @@ def _exact_products():
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-    graphs._idle.clear()
+    idle_rooms._idle.clear()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,27 +85,27 @@ def _exact_products():
 def test_replayed_steps_equal_fresh_forwards(device: str, family: str, rows: int) -> None:
     """Over several widths and spans, rollbacks and rows that sit out."""
     member = random_member(family, device)
-    session = BatchSession(member, rows, capacity=600)
+    session = open_session(member, rows, capacity=600)
     for targets in steps(rows, 60, 400, seed=1):
-        logits = session.sync(targets)
+        logits = sync(session, targets)
         for ids, got in zip(targets.values(), logits, strict=True):
             torch.testing.assert_close(got, fresh(member, ids), atol=2e-3, rtol=1e-3)
     captured = session._room.steps.captured
     assert len(captured) >= 3
-    assert {width for width, _ in captured} <= set(graphs.WIDTHS)
+    assert {width for width, _ in captured} <= set(fixed_steps.WIDTHS)
 
 
 def test_graphs_equal_eager_to_the_bit(device: str) -> None:
     """The first step of a shape runs as it is, later ones are replayed: the same tokens, the same bits."""
     member = random_member("llama", device, torch.bfloat16)
-    session = BatchSession(member, 3, capacity=100)
+    session = open_session(member, 3, capacity=100)
     prompt = {row: list(range(5 + row, 40 + row)) for row in range(3)}
-    session.sync(prompt)
-    eager = session.sync({row: [*ids, 7] for row, ids in prompt.items()}).clone()
+    sync(session, prompt)
+    eager = sync(session, {row: [*ids, 7] for row, ids in prompt.items()}).clone()
     assert session._room.steps.captured == []
     for _ in range(3):
-        session.sync({row: [*ids, 8] for row, ids in prompt.items()})
-        replayed = session.sync({row: [*ids, 7] for row, ids in prompt.items()})
+        sync(session, {row: [*ids, 8] for row, ids in prompt.items()})
+        replayed = sync(session, {row: [*ids, 7] for row, ids in prompt.items()})
         assert torch.equal(eager, replayed)
     assert session._room.steps.captured == [(1, 256)]
 
@@ -110,12 +113,12 @@ def test_graphs_equal_eager_to_the_bit(device: str) -> None:
 def test_earlier_logits_outlive_later_steps(device: str) -> None:
     """A graph writes its output in the same place each time; what sync returned stays."""
     member = random_member("llama", device)
-    session = BatchSession(member, 2, capacity=100)
+    session = open_session(member, 2, capacity=100)
     ids = {0: [5, 6, 7], 1: [8, 9]}
     kept = []
     for i in range(6):
         ids = {row: [*one, 20 + i] for row, one in ids.items()}
-        kept.append((session.sync(ids), ids))
+        kept.append((sync(session, ids), ids))
     for logits, ids in kept:
         for row in ids:
             torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
@@ -124,10 +127,10 @@ def test_earlier_logits_outlive_later_steps(device: str) -> None:
 def test_members_side_by_side(device: str) -> None:
     """Two members on one card, each on its own stream: the caller's stream sees both done."""
     members = [random_member(family, device) for family in ("llama", "qwen2")]
-    sessions = [BatchSession(member, 4, capacity=500) for member in members]
+    sessions = [open_session(member, 4, capacity=500) for member in members]
     assert sessions[0]._room.stream != sessions[1]._room.stream
     for targets in steps(4, 40, 100, seed=2):
-        found = [session.sync(targets) for session in sessions]
+        found = [sync(session, targets) for session in sessions]
         sums = [logits.float().sum(dim=1) for logits in found]  # on the caller's stream, at once
         for member, logits, total in zip(members, found, sums, strict=True):
             expected = torch.stack([fresh(member, ids) for ids in targets.values()])
@@ -137,30 +140,30 @@ def test_members_side_by_side(device: str) -> None:
 
 def test_a_step_never_waits(device: str, no_waiting) -> None:
     member = random_member("gemma3_text", device, torch.bfloat16)
-    session = BatchSession(member, 4, capacity=100)
+    session = open_session(member, 4, capacity=100)
     ids = {row: list(range(5, 20 + row)) for row in range(4)}
     for i in range(3):  # once as it is, once captured, once replayed
         ids = {row: [*one, 30 + i] for row, one in ids.items()}
-        session.sync(ids)
+        sync(session, ids)
     ids = {row: [*one, 40] for row, one in ids.items()}
     with no_waiting():
-        session.sync(ids)
+        sync(session, ids)
 
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_capture_empties_the_cache_only_where_memory_is_short(device: str, monkeypatch, full: bool) -> None:
     member = random_member("llama", device)
-    session = BatchSession(member, 2, capacity=100)
+    session = open_session(member, 2, capacity=100)
     ids = {0: [5, 6, 7], 1: [8, 9]}
     called = []
     for module, name in ((gc, "collect"), (torch.cuda, "synchronize"), (torch.cuda, "empty_cache")):
         monkeypatch.setattr(module, name, lambda name=name: called.append(name))
     if full:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 1))
-    session.sync(ids)
+    sync(session, ids)
     for i in range(2):
         ids = {row: [*one, 30 + i] for row, one in ids.items()}
-        logits = session.sync(ids)
+        logits = sync(session, ids)
     assert session._room.steps.captured
     assert called == (["empty_cache"] if full else [])
     monkeypatch.undo()
@@ -170,23 +173,23 @@ def test_a_capture_empties_the_cache_only_where_memory_is_short(device: str, mon
 
 def test_the_next_session_replays_the_same_graphs(device: str) -> None:
     member = random_member("llama", device)
-    with BatchSession(member, 2, capacity=300) as first:
+    with open_session(member, 2, capacity=300) as first:
         for targets in steps(2, 20, 50, seed=3):
-            first.sync(targets)
+            sync(first, targets)
         room, captured = first._room, first._room.steps.captured
         assert captured
         for row in range(2):  # as a generation ends
             first.release(row)
-    assert graphs.idle_bytes(member) == room.cache.nbytes
-    second = BatchSession(member, 2, capacity=200)
+    assert idle_rooms.idle_bytes(member.backend) == room.cache.nbytes
+    second = open_session(member, 2, capacity=200)
     assert second._room is room
     for targets in steps(2, 20, 50, seed=4):
-        logits = second.sync(targets)
+        logits = sync(second, targets)
         for ids, got in zip(targets.values(), logits, strict=True):
             torch.testing.assert_close(got, fresh(member, ids), atol=2e-3, rtol=1e-3)
     assert set(captured) <= set(second._room.steps.captured)
     second.close()
-    third = BatchSession(member, 3)  # another room, on the same stream: cuBLAS keeps a workspace for each
+    third = open_session(member, 3)  # another room, on the same stream: cuBLAS keeps a workspace for each
     assert third._room is not room
     assert third._room.stream is room.stream
 
@@ -194,19 +197,19 @@ def test_the_next_session_replays_the_same_graphs(device: str) -> None:
 def test_room_that_grows_drops_its_graphs(device: str) -> None:
     """More tokens than were announced: the buffers move, and no graph over the old ones is replayed."""
     member = random_member("llama", device)
-    session = BatchSession(member, 2, capacity=10)
+    session = open_session(member, 2, capacity=10)
     ids = {0: list(range(5, 245)), 1: list(range(5, 250))}
     for i in range(30):
         ids = {row: [*one, 30 + i] for row, one in ids.items()}
-        logits = session.sync(ids)
+        logits = sync(session, ids)
         for row in ids:
             torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
 
 
 def test_a_failure_frees_the_buffers(device: str) -> None:
     member = random_member("llama", device)
-    session = BatchSession(member, 8, capacity=1500)
-    session.sync({row: [5, 6, 7] for row in range(8)})
+    session = open_session(member, 8, capacity=1500)
+    sync(session, {row: [5, 6, 7] for row in range(8)})
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated(device)
 
@@ -215,14 +218,14 @@ def test_a_failure_frees_the_buffers(device: str) -> None:
 
     hook = member.model.model.layers[2].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="planted"):
-        session.sync({0: [5, 6, 7, 8]})
+        sync(session, {0: [5, 6, 7, 8]})
     hook.remove()
     buffers = session._cache.nbytes
     session.close()
-    assert graphs.idle_bytes(member) == 0
+    assert idle_rooms.idle_bytes(member.backend) == 0
     assert torch.cuda.memory_allocated(device) <= held - buffers + (1 << 20)
-    with BatchSession(member, 8) as again:
-        logits = again.sync({3: [5, 6, 7, 8]})
+    with open_session(member, 8) as again:
+        logits = sync(again, {3: [5, 6, 7, 8]})
     torch.testing.assert_close(logits[0], fresh(member, [5, 6, 7, 8]), atol=2e-3, rtol=1e-3)
 
 
@@ -234,16 +237,16 @@ def test_a_model_that_cannot_be_captured_says_so(device: str) -> None:
         inputs[0].sum().item()
 
     hook = member.model.model.layers[1].register_forward_pre_hook(look)
-    session = BatchSession(member, 2, capacity=100)
+    session = open_session(member, 2, capacity=100)
     ids = {0: [5, 6], 1: [7, 8, 9]}
 
     def grow() -> torch.Tensor:
         for row in ids:
             ids[row] = [*ids[row], 30 + len(ids[row])]
-        return session.sync(ids)
+        return sync(session, ids)
 
     try:
-        session.sync(ids)
+        sync(session, ids)
         grow()
         with pytest.warns(UserWarning, match="llama: its steps cannot be captured as CUDA graphs"):
             grow()
@@ -252,9 +255,9 @@ def test_a_model_that_cannot_be_captured_says_so(device: str) -> None:
             torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
     finally:
         hook.remove()
-    other = BatchSession(random_member("qwen2", device), 2, capacity=100)
+    other = open_session(random_member("qwen2", device), 2, capacity=100)
     for i in range(3):  # the failure left nothing open that another member's capture would meet
-        other.sync({0: [*range(5, 9 + i)], 1: [*range(6, 12 + i)]})
+        sync(other, {0: [*range(5, 9 + i)], 1: [*range(6, 12 + i)]})
     assert other._room.steps.captured
 
 
@@ -263,12 +266,12 @@ def test_prefixes_that_rows_share_are_copied_and_graphs_go_on(device: str) -> No
     rng = random.Random(3)
     common = [rng.randrange(5, VOCAB) for _ in range(90)]
     rows = {row: common + [rng.randrange(5, VOCAB) for _ in range(4 + row)] for row in range(5)}
-    with BatchSession(member, 5, capacity=200) as session:
-        session.sync(rows)
+    with open_session(member, 5, capacity=200) as session:
+        sync(session, rows)
         assert session.tokens_fed < 90 + sum(map(len, rows.values())) - 5 * 90 + 50  # the prefix went in once
         for _ in range(4):  # the steps are captured on the way
             rows = {row: [*ids, rng.randrange(5, VOCAB)] for row, ids in rows.items()}
-            logits = session.sync(rows)
+            logits = sync(session, rows)
             for found, ids in zip(logits, rows.values(), strict=True):
                 torch.testing.assert_close(found, fresh(member, ids), atol=2e-3, rtol=2e-3)
         assert session._room.steps.captured
@@ -281,11 +284,11 @@ def test_the_estimate_covers_what_is_taken(device: str) -> None:
     free = available_bytes(member.device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    session = BatchSession(member, 8, capacity=1500)
-    session.sync({row: list(range(5 + row, 1400 + 2 * row)) for row in range(8)})  # none begins like another
+    session = open_session(member, 8, capacity=1500)
+    sync(session, {row: list(range(5 + row, 1400 + 2 * row)) for row in range(8)})  # none begins like another
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated(device) - before
-    estimate = estimate_bytes(member, 8, 1500)
+    estimate = estimate_bytes(member.backend, 8, 1500)
     assert session._cache.nbytes < taken < 1.2 * estimate
     assert estimate < 4 * taken
     assert available_bytes(member.device) < free

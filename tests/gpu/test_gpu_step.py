@@ -15,6 +15,8 @@ from test_inverse_search import SETTINGS, problem
 from deepen_ext import InputError, RelativeMap, fuse_logits
 from deepen_ext.fusers import DeepenFuser, reference
 from deepen_ext.ops import FuseInput, fuse, inverse_search, topk_softmax
+from deepen_ext.space.row_sources import SparseRows
+from deepen_ext.space.row_table import RowTable
 
 # Real vocabularies need more anchors than test_fuse's: rows that name many of them, in many buckets.
 PAIRS = [(32_000, 32_000), (49_152, 262_144), (128_256, 151_936)]
@@ -25,18 +27,18 @@ PAIRS = [(32_000, 32_000), (49_152, 262_144), (128_256, 151_936)]
 def random_map(vocab: int, anchors: int, entries: int, seed: int) -> RelativeMap:
     """Rows of a real shape: random columns, falling values, some rows short, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    relative = RelativeMap(vocab, anchors, entries)
     columns = torch.randint(anchors - entries, (vocab, 1), generator=generator) + torch.arange(entries)
-    relative.rows.columns.copy_(columns)  # all different within a row
     values = torch.rand(vocab, entries, generator=generator).sort(dim=1, descending=True).values ** 4
-    relative.rows.values.copy_(0.9 * values / values.sum(dim=1, keepdim=True))
+    values *= 0.9 / values.sum(dim=1, keepdim=True)
+    rest = torch.full((vocab,), 0.1)
     short = torch.arange(0, vocab, 3)  # like byte-prefix rows: one column, nothing left
-    relative.rows.columns[short, 1:] = -1
-    relative.rows.values[short, 0] = 1.0
-    relative.rows.values[short, 1:] = 0.0
-    relative.rows.rest.fill_(0.1)
-    relative.rows.rest[short] = 0.0
-    relative._known.fill_(True)
+    columns[short, 1:] = -1
+    values[short, 0] = 1.0
+    values[short, 1:] = 0.0
+    rest[short] = 0.0
+    table = RowTable.empty(vocab, anchors, entries)
+    table.keep(torch.arange(vocab), SparseRows(columns.int(), values, rest))
+    relative = RelativeMap(table)
     relative.fill()
     return relative
 

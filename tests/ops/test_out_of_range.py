@@ -8,7 +8,7 @@ import torch
 from oracle import random_embedding, random_logits
 
 from deepen_ext import InputError, RelativeMap
-from deepen_ext.ops import FuseInput, Rows, fuse, inverse_search, topk_softmax
+from deepen_ext.ops import FuseInput, RelativeRows, fuse, inverse_search, topk_softmax
 
 VOCAB, ANCHORS, K = 40, 24, 6
 BAD_IDS = (-1, 42, 10**6, -(2**31))
@@ -16,7 +16,7 @@ BAD_COLUMNS = (ANCHORS, 10**6, 2**31 - 1)
 CALLS = ("function", "operator")
 
 
-def rows_of(*, dense: bool) -> Rows:
+def rows_of(*, dense: bool) -> RelativeRows:
     relative = RelativeMap.from_embedding(random_embedding(VOCAB, 8, 0), torch.arange(ANCHORS), entries=5)
     relative.ensure(torch.arange(VOCAB))
     return RelativeMap.from_dense(relative.to_dense()).rows if dense else relative.rows
@@ -34,7 +34,7 @@ def with_id(one: FuseInput, place: tuple[int, int], bad: int) -> FuseInput:
     return one._replace(topk=one.topk._replace(ids=ids))
 
 
-def with_column(rows: Rows, token: int, place: int, bad: int) -> Rows:
+def with_column(rows: RelativeRows, token: int, place: int, bad: int) -> RelativeRows:
     assert rows.columns is not None
     columns = rows.columns.clone()
     columns[token, place] = bad

@@ -7,7 +7,7 @@ import torch
 from oracle import random_embedding, similarity_rows
 
 from deepen_ext import InputError
-from deepen_ext.ops import relative_rows
+from deepen_ext.ops import Similarity, relative_rows
 from deepen_ext.space.row_sources import SimilarityRows
 
 
@@ -148,7 +148,7 @@ def _call(**changes):
         "normalise": False,
         "entries": 3,
     } | changes
-    return relative_rows(**arguments)
+    return relative_rows(arguments.pop("tokens"), Similarity(**arguments))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ import torch
 from oracle import random_logits
 
 from deepen_ext.fusers import reference
-from deepen_ext.ops import FuseInput, Rows, fuse, inverse_search, topk_softmax
+from deepen_ext.ops import FuseInput, RelativeRows, fuse, inverse_search, topk_softmax
 
 VOCABS, ANCHORS, BATCH = (700, 800), 500, 2
 SHARED = (232_448, 166_912, 101_376)  # bytes a block may have on 90, 80 and 86
 
 
-def random_rows(vocab: int, entries: int, seed: int) -> Rows:
+def random_rows(vocab: int, entries: int, seed: int) -> RelativeRows:
     """Rows of 0 to `entries` anchors; some anchors are in most rows, as the hubs of real embeddings are."""
     generator = torch.Generator().manual_seed(seed)
     popular = torch.rand(ANCHORS, generator=generator) ** 4 + 1e-3
@@ -27,10 +27,10 @@ def random_rows(vocab: int, entries: int, seed: int) -> Rows:
     columns, values = columns.masked_fill(ended, -1), values.masked_fill(ended, 0)
     rest = torch.where(length[:, 0] == 0, 1.0, torch.rand(vocab, generator=generator))
     values *= ((1 - rest) / values.sum(dim=1).clamp(min=1e-6))[:, None]
-    return Rows(columns, values, rest, ANCHORS)
+    return RelativeRows(columns, values, rest, ANCHORS)
 
 
-def whole(rows: Rows) -> torch.Tensor:
+def whole(rows: RelativeRows) -> torch.Tensor:
     """[V, A] in float64."""
     named = rows.columns >= 0
     share = rows.rest.double() / (ANCHORS - named.sum(dim=1))

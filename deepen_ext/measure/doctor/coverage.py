@@ -1,6 +1,6 @@
 """How much of what members say the shared anchors can carry, and what their relative rows look like.
 
-Both are looked at where it counts: at the tokens that a member finds probable on a text.
+Both are measured at the tokens that a member finds probable on a text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from deepen_ext.space.anchors import Anchors, PrefixColumns
 from deepen_ext.space.row_sources import RowSource, SparseRows
 
-_OTHERS = 20_000  # of the tokens that are no anchors, how many are looked at, most probable first
-_SAMPLE = 128  # anchors, and other tokens, whose rows are computed, most probable first
+_OTHERS = 20_000  # tokens that are no anchors and are looked at, most probable first
+_SAMPLE = 128  # anchors, and other tokens, whose relative rows are computed, most probable first
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Coverage:
     Attributes:
         anchors: on tokens that all members share.
         prefixes: on other tokens whose text begins with an anchor, and so can speak for it.
-        rest: on tokens that mean nothing to the others: special ones, those that begin with no anchor, and
-            any beyond the 20,000 most probable that are no anchors.
+        rest: on tokens that mean nothing to the other members: special tokens, tokens that begin with no
+            anchor, and all beyond the 20,000 most probable that are no anchors.
     """
 
     anchors: float
@@ -39,11 +39,11 @@ class RowShape:
     """What a member's relative rows look like: mean over the tokens that it finds most probable on a text.
 
     Attributes:
-        tokens: how many rows this is the mean of.
+        tokens: how many relative rows this is the mean of.
         own: the mass that an anchor's row has on that anchor itself; None for tokens that are no anchors.
-        largest: the mass of the entries that are kept one by one (32 of similarity rows).
-        effective: among how many anchors a row spreads its mass, exp(mean entropy): 1 where it is one
-            anchor, all anchors where it is uniform.
+        largest: the mass of the entries that are kept (32 of similarity rows).
+        effective: among how many anchors a relative row spreads its mass, exp(mean entropy): 1 where all mass
+            is on one anchor, the number of anchors where the row is uniform.
     """
 
     tokens: int
@@ -62,7 +62,7 @@ def mean_distribution(logits: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def coverage(anchors: Anchors, prefixes: PrefixColumns, member: int, mean: torch.Tensor) -> Coverage:
-    """Where the mean distribution (float64 [V]) of the member, by its place, lies."""
+    """Where the mean distribution (float64 [V]) of a member lies; `member` is the member index."""
     shared = anchors.columns[member] >= 0
     others = _most_probable(mean, ~shared, _OTHERS)
     begins = [prefixes.column(member, token) >= 0 for token in others.tolist()]
@@ -74,7 +74,7 @@ def coverage(anchors: Anchors, prefixes: PrefixColumns, member: int, mean: torch
 def row_shapes(
     anchors: Anchors, source: RowSource, member: int, mean: torch.Tensor
 ) -> tuple[RowShape, RowShape | None]:
-    """The shape of the rows of anchors, and of other tokens (None where there are no others)."""
+    """The shape of the relative rows of anchors, and of other tokens (None where there are no others)."""
     columns = anchors.columns[member]
     shared = columns >= 0
     tokens = _most_probable(mean, shared, _SAMPLE)
@@ -101,7 +101,7 @@ def _shape(rows: SparseRows, anchors: int, own: torch.Tensor | None) -> RowShape
     on_itself = None
     if own is not None:
         named = columns == own[:, None]
-        # An anchor whose own entry is not among those kept has the share of any other.
+        # An anchor whose own entry was not kept has the share of any other anchor.
         share = torch.where(named.any(dim=1), (values * named).sum(dim=1), rest / left)
         on_itself = float(share.mean())
     return RowShape(len(rest), on_itself, float(values.sum(dim=1).mean()), math.exp(float(entropy.mean())))

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import torch
 
-from deepen_ext.ensemble import RECIPES, Ensemble
+from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
@@ -31,12 +31,13 @@ from deepen_ext.measure.likelihood.token_likelihoods import Difference, TokenLik
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.recipes import RECIPES
 
-MOST_CHARACTERS = 4000  # of a text that are read: more costs time and memory, and says little more
+MOST_CHARACTERS = 4000  # that are read of a text: more costs time and memory, and says little more
 PROMPT_CHARACTERS = 300
 _MAIN_WEIGHT = 0.8  # the weights tried beside the ensemble's own: the main model's; the others share the rest
 _HOPELESS = 2.0  # times the best member's bits a byte
-# A row that spreads over more than this share of the anchors says next to nothing of which one it is.
+# An anchor's relative row that spreads over more than this share of the anchors hardly says which it is.
 _UNIFORM = 0.1
 _LOW_COVERAGE = 0.5  # share of a member's probability that should be on anchors
 
@@ -163,7 +164,7 @@ def _with_main(members: Sequence[Member], anchors: Anchors) -> list[int]:
 
 def _rows(ensemble: Ensemble, means: Sequence[torch.Tensor]) -> Iterator[RowFacts]:
     for recipe in RECIPES:
-        # What is looked at here only is not kept on disk.
+        # Relative rows that only the doctor looks at are not kept on disk.
         same = recipe == ensemble.recipe
         maps = (ensemble if same else ensemble.variant(recipe=recipe, cache=False)).maps
         for i, (name, mean) in enumerate(zip(ensemble.names, means, strict=True)):
@@ -177,7 +178,7 @@ def _rows(ensemble: Ensemble, means: Sequence[torch.Tensor]) -> Iterator[RowFact
 def _fused(ensemble: Ensemble, reading: TextReading, alone: Sequence[TokenLikelihoods]) -> Iterator[Fused]:
     """With each member as the main model, by the ensemble's own weights and with more for the main model.
 
-    Another main model than the one named is tried where it is not hopelessly weak.
+    A member that is hopelessly weak by itself is not tried as the main model, unless it was named first.
     """
     members = ensemble.members
     single = min(alone, key=lambda own: own.bits_per_byte)

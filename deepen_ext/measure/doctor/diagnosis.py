@@ -21,11 +21,11 @@ class MemberFacts:
 
     Attributes:
         architecture: transformers' model type.
-        parameters: how many.
+        parameters: how many; as the dtype, the weights and the cache None where the backend cannot know.
         tokenizer: "byte_level" or "sentencepiece".
         vocab_size: logits, padding included.
         context_length: positions; None where the config does not say.
-        end_tokens: that end its text.
+        end_tokens: names of the tokens that end its text.
         weights_bytes: parameters and buffers.
         cache_bytes: KV cache of one text of 1,000 tokens.
         bytes_per_token: of the sample text.
@@ -35,15 +35,15 @@ class MemberFacts:
 
     name: str
     architecture: str
-    parameters: int
-    dtype: str
+    parameters: int | None
+    dtype: str | None
     device: str
     tokenizer: str
     vocab_size: int
     context_length: int | None
     end_tokens: tuple[str, ...]
-    weights_bytes: int
-    cache_bytes: int
+    weights_bytes: int | None
+    cache_bytes: int | None
     bytes_per_token: float
     bits_per_byte: float
     bits_per_byte_error: float | None
@@ -56,9 +56,9 @@ class AnchorFacts:
     """The tokens that all members share.
 
     Attributes:
-        shared: how many.
-        with_main: of each assistant, how many it shares with the main model alone.
-        end: whether the end of the text is one of them.
+        shared: how many tokens.
+        with_main: for each assistant, how many tokens it shares with the main model.
+        end: whether the end of the text is an anchor.
     """
 
     shared: int
@@ -86,8 +86,8 @@ class Fused:
         weights: of the members in the order they were named.
         as_named: whether this is the main model that was named, with the ensemble's own weights.
         bits_per_byte: of the sample text.
-        gain: bits a byte fewer than the best single member's, above 0 where fusing is better; the error is
-            that of the difference, text block by text block, and None where the text is too short for one.
+        gain: how many bits a byte fewer than the best single member, above 0 where fusing is better.
+        gain_error: standard error of the gain over blocks of text; None where the text is too short.
         beats_named: whether it needs fewer bits than the ensemble as named, beyond the error.
     """
 
@@ -146,7 +146,8 @@ class Diagnosis:
 
     Attributes:
         members: in the order they were named, the main model first.
-        characters: of the sample text, how many were read; `characters_given` were there.
+        characters: how many characters of the sample text were read.
+        characters_given: how many characters the sample text has.
         method: how the ensemble fuses.
         anchors: the shared tokens.
         rows: by recipe and member; empty where the members cannot be fused.
@@ -154,7 +155,7 @@ class Diagnosis:
             weaker than the best member; empty where the members cannot be fused.
         speed: None where the members cannot be fused.
         memory: by device.
-        same: pairs of members that are one and the same model.
+        same: pairs of members that are the same model.
         obstacle: why the members cannot be fused, or None.
         warnings: what to look at before a run.
         verdict: whether to fuse them.

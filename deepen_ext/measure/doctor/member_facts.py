@@ -1,4 +1,4 @@
-"""What one member is and takes by itself, and whether two of them are one model."""
+"""What a member is and takes by itself, and whether two members are the same model."""
 
 from __future__ import annotations
 
@@ -11,31 +11,29 @@ from deepen_ext.measure.doctor.coverage import Coverage
 from deepen_ext.measure.doctor.diagnosis import DeviceMemory, MemberFacts
 from deepen_ext.measure.doctor.tokenizer_traps import tokenizer_traps
 from deepen_ext.measure.likelihood.token_likelihoods import Score, TokenLikelihoods
-from deepen_ext.members.hf.kv_cache import cache_bytes
-from deepen_ext.members.member import Member, dense, inner_model
+from deepen_ext.members.member import Member
 from deepen_ext.members.memory import available_bytes
 from deepen_ext.space.relative_map import RelativeMap
 
-_CACHED_TOKENS = 1000
 # Nats a token by which the predictions of one model may differ: by rounding, and in two bytes.
 _ROUNDING, _ROUNDING_OF_TWO_BYTES = 1e-3, 0.05
 
 
 def member_facts(name: str, member: Member, own: TokenLikelihoods, share: Coverage) -> MemberFacts:
     """Everything about one member: `own` is its likelihood of the sample text."""
-    model = member.model
+    model = member.backend.describe()
     return MemberFacts(
         name=name,
-        architecture=str(model.config.get_text_config().model_type),
-        parameters=sum(one.numel() for one in model.parameters()),
-        dtype=str(member.dtype).removeprefix("torch."),
+        architecture=model.architecture,
+        parameters=model.parameters,
+        dtype=model.dtype,
         device=str(member.device),
         tokenizer=member.vocabulary.kind,
         vocab_size=member.vocab_size,
         context_length=member.context_length,
         end_tokens=tuple(str(member.tokenizer.convert_ids_to_tokens(i)) for i in member.eos_ids),
-        weights_bytes=_weights_bytes(member),
-        cache_bytes=cache_bytes(member, 1, _CACHED_TOKENS),
+        weights_bytes=model.weights_bytes,
+        cache_bytes=model.cache_bytes,
         bytes_per_token=own.nbytes / len(own.logprobs),
         bits_per_byte=own.bits_per_byte,
         bits_per_byte_error=Score.of([own]).bits_per_byte.error,
@@ -44,48 +42,41 @@ def member_facts(name: str, member: Member, own: TokenLikelihoods, share: Covera
     )
 
 
-def _weights_bytes(member: Member) -> int:
-    return sum(one.nbytes for one in (*member.model.parameters(), *member.model.buffers()))
-
-
 def device_memory(members: Sequence[Member], ensemble: Ensemble | None) -> Iterator[DeviceMemory]:
     """What is taken on each device; a member that is named twice as one object is there once."""
-    models = {id(member.model): member for member in members}.values()
+    each = {id(member.backend): member for member in members}.values()
+    facts = [(member.device, member.backend.describe()) for member in each]
     for device in dict.fromkeys(member.device for member in members):
         maps = ensemble.maps if ensemble is not None and ensemble.device == device else []
         yield DeviceMemory(
             device=str(device),
-            weights_bytes=sum(_weights_bytes(one) for one in models if one.device == device),
+            weights_bytes=sum(one.weights_bytes or 0 for where, one in facts if where == device),
             rows_bytes=sum(_rows_bytes(one) for one in maps),
-            cache_bytes=sum(cache_bytes(one, 1, _CACHED_TOKENS) for one in members if one.device == device),
+            cache_bytes=sum(one.cache_bytes or 0 for where, one in facts if where == device),
             available_bytes=available_bytes(device),
         )
 
 
 def _rows_bytes(relative: RelativeMap) -> int:
-    """Of the rows that are known: pages of others are not taken yet."""
+    """Bytes of the relative rows that are known: the pages of others are not taken yet."""
     rows = relative.rows
     parts = (part for part in (rows.columns, rows.values, rows.rest) if part is not None)
     return sum(part.nbytes for part in parts) * relative.rows_known // relative.vocab_size
 
 
 def is_same_model(a: Member, b: Member, of_a: TokenLikelihoods, of_b: TokenLikelihoods) -> bool:
-    """Whether two members are one model: the same tokenizer, weights and predictions.
+    """Whether two members are the same model: by tokenizer, weights and predictions.
 
     Weights are compared in the coarser dtype of the two, so that copies in other precisions are found, and
     predictions too, because a configuration can differ where all weights are equal.
     """
-    if a.model is b.model:
+    if a.backend is b.backend:
         return True
     if a.vocabulary.tokens != b.vocabulary.tokens or a.vocabulary.fingerprint != b.vocabulary.fingerprint:
         return False
-    coarse = min(a.dtype, b.dtype, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps))
+    dtypes = [getattr(torch, one.backend.describe().dtype or "", torch.float32) for one in (a, b)]
+    coarse = min(dtypes, key=lambda dtype: (dtype.itemsize, -torch.finfo(dtype).eps))
     apart = sum(abs(x - y) for x, y in zip(of_a.logprobs, of_b.logprobs, strict=True)) / len(of_a.logprobs)
     if apart > (_ROUNDING if coarse.itemsize > 2 else _ROUNDING_OF_TWO_BYTES):
         return False
-    ours, theirs = (dict(inner_model(member.model).named_parameters()) for member in (a, b))
-    return ours.keys() == theirs.keys() and all(
-        one.shape == theirs[name].shape
-        and torch.equal(dense(one).to("cpu", coarse), dense(theirs[name]).to("cpu", coarse))
-        for name, one in ours.items()
-    )
+    return a.backend.fingerprint(coarse) == b.backend.fingerprint(coarse)

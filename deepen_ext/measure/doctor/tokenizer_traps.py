@@ -73,20 +73,19 @@ def _prefix(member: Member) -> list[Trap]:
 
 
 def _sizes(member: Member) -> list[Trap]:
-    known, rows = member.vocabulary.id_bound, member.vocab_size
+    known, size = member.vocabulary.id_bound, member.vocab_size
     found = []
-    if rows > known:
-        text = f"{rows - known} of its {rows} logits have no token behind them; they never count as text"
+    if size > known:
+        text = f"{size - known} of its {size} logits have no token behind them; they never count as text"
         found.append(Trap("padding rows", text))
     if unfit := member.vocabulary.unfit:
         names = ", ".join(unfit.values())
-        text = f"its {rows} logits have none for {names}: left out, and their names are read as other text"
+        text = f"its {size} logits have none for {names}: left out, and their names are read as other text"
         found.append(Trap("missing rows", text))
-    if len(member.embedding) != rows:
-        text = (
-            f"its embedding has {len(member.embedding)} rows for {rows} logits; similarity rows need as many"
-        )
-        found.append(Trap("embedding rows", text, serious=len(member.embedding) < rows))
+    embedding = member.backend.embedding()
+    if embedding is not None and len(embedding) != size:
+        text = f"its embedding has {len(embedding)} rows for {size} logits; similarity rows need as many"
+        found.append(Trap("embedding rows", text, serious=len(embedding) < size))
     return found
 
 

@@ -1,7 +1,7 @@
 """What a model's output says: the last number, a letter, a short text; and whether that is right.
 
 The metrics are those of the benchmark data's README, read strictly: what counts is in the output, up to the
-stop, in the place where the metric looks for it. Nothing is searched for that would do as well.
+stop, where the metric looks for it. Nothing is searched for that would do as well.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def up_to_stop(output: str, stop_strings: Sequence[str]) -> str:
-    """The output before the first stop string in it; generations keep the one that ended them."""
-    places = [place for stop in stop_strings if (place := output.find(stop)) >= 0]
-    return output[: min(places, default=len(output))]
+    """The output before the first stop string in it; generations keep the stop string that ended them."""
+    found = [start for stop in stop_strings if (start := output.find(stop)) >= 0]
+    return output[: min(found, default=len(output))]
 
 
 def last_number(text: str) -> str | None:
@@ -145,7 +145,7 @@ class Letter:
 
     def references(self, answer: object) -> tuple[str, ...]:
         """The letter, or the number of an item that cannot be answered."""
-        numbers = [str(1 + place) for place in range(len(self.letters))]
+        numbers = [str(number) for number, _ in enumerate(self.letters, start=1)]
         if not isinstance(answer, str) or answer not in [*self.letters, *numbers]:
             raise ValueError(f"one of {', '.join(self.letters)}")
         return (answer,)

@@ -7,26 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepen_ext.errors import InputError
-from deepen_ext.measure.evaluation.records import Header, check_folder, output_folder, task_header
+from deepen_ext.measure.evaluation.headers import Header, task_header
+from deepen_ext.measure.evaluation.records import check_folder, output_folder
 from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
 
-# For the estimate of the time left, before a task has been timed: one new token costs about as much as
-# reading so many characters, and few answers take more tokens than this.
+# For the estimate of the time left, before a task has been timed: a new token costs about as much as reading
+# 16 characters, and few answers take more than 128 tokens.
 _CHARACTERS_A_TOKEN = 16
 _USUAL_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is; a row is one item of one configuration.
+    """How far an evaluation is. A record is what one configuration writes for one item.
 
     Attributes:
-        task: the one that runs.
-        number: its place among `tasks`, from 1.
-        tasks: how many there are.
-        configuration: the one whose rows were done last; "" at the beginning of a task.
-        done: rows done of the task, those of an earlier call included.
-        rows: of the task.
+        task: the task that runs.
+        number: which of the `tasks` it is, from 1.
+        tasks: how many tasks there are.
+        configuration: the configuration whose records were written last; "" at the beginning of a task.
+        done: records of the task that are written, in earlier calls too.
+        records: of the task, in all.
         share: of all work that is done, 0 to 1, by an estimate of what an item costs.
         seconds_left: about; None before anything has been timed.
     """
@@ -36,25 +37,25 @@ class Progress:
     tasks: int
     configuration: str
     done: int
-    rows: int
+    records: int
     share: float
     seconds_left: float | None
 
 
 @dataclass
 class Job:
-    """One task: its items, how many rows of it are left, and what was timed in this call."""
+    """One task: its items, how many records are left to write, and what was timed in this call."""
 
     task: Task
     items: list[Item]
     header: Header
     left: int = 0
-    timed_rows: int = 0
+    timed_records: int = 0
     timed_seconds: float = 0.0
 
     @property
     def guess(self) -> float:
-        """What a row costs, in characters to read."""
+        """What a record costs, in characters to read."""
         read = sum(len(item.prompt) for item in self.items) / len(self.items)
         return read + _CHARACTERS_A_TOKEN * min(self.task.max_new_tokens, _USUAL_TOKENS)
 
@@ -93,7 +94,7 @@ def prepare(
 
 
 class Clock:
-    """Counts rows, and estimates what the rest takes: by a task's own time a row once it has been timed."""
+    """Counts records, and estimates the time for the rest: by what a record of the task has taken so far."""
 
     def __init__(
         self, jobs: Sequence[Job], configurations: int, on_progress: Callable[[Progress], None] | None
@@ -103,17 +104,17 @@ class Clock:
         self._configurations = configurations
         self._on_progress = on_progress
 
-    def count(self, job: Job, rows: int, seconds: float) -> None:
-        """Note that so many rows are done, and how long they took."""
-        job.left -= rows
-        job.timed_rows += rows
+    def count(self, job: Job, records: int, seconds: float) -> None:
+        """Note how many records were written, and how long that took."""
+        job.left -= records
+        job.timed_records += records
         job.timed_seconds += seconds
 
     def tell(self, job: Job, configuration: str = "") -> None:
-        """Say how far it is."""
+        """Say how far the evaluation is."""
         if self._on_progress is None:
             return
-        rows = self._configurations * len(job.items)
+        records = self._configurations * len(job.items)
         whole = sum(self._configurations * len(one.items) * one.guess for one in self._jobs)
         left = sum(one.left * one.guess for one in self._jobs)
         progress = Progress(
@@ -121,19 +122,19 @@ class Clock:
             number=self._jobs.index(job) + 1,
             tasks=len(self._jobs),
             configuration=configuration,
-            done=rows - job.left,
-            rows=rows,
+            done=records - job.left,
+            records=records,
             share=1 - left / whole,
             seconds_left=self._seconds_left(),
         )
         self._on_progress(progress)
 
     def _seconds_left(self) -> float | None:
-        timed = sum(one.timed_rows * one.guess for one in self._jobs)
+        timed = sum(one.timed_records * one.guess for one in self._jobs)
         if not timed:
             return None if any(one.left for one in self._jobs) else 0.0
         pace = sum(one.timed_seconds for one in self._jobs) / timed
         return sum(
-            one.left * (one.timed_seconds / one.timed_rows if one.timed_rows else one.guess * pace)
+            one.left * (one.timed_seconds / one.timed_records if one.timed_records else one.guess * pace)
             for one in self._jobs
         )

@@ -11,12 +11,12 @@ from deepen_ext.members.memory import find_shortage
 
 
 def check_contexts(job: Job, members: Sequence[Member]) -> None:
-    """That every prompt with its new tokens fits every member.
+    """Check that every prompt with its new tokens fits the context of every member.
 
     No token has less than a byte, so most prompts need not be tokenised for that.
 
     Raises:
-        InputError: one does not.
+        InputError: a prompt does not fit.
     """
     for member in members:
         limit, prefix = member.context_length, len(member.vocabulary.prefix_ids)
@@ -34,13 +34,13 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
 
 
 def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
-    """That each group of members' caches fit the memory side by side, for the batch with the longest prompt.
+    """Check that the KV caches of each group of members fit the memory, for a batch of the longest prompt.
 
     Raises:
-        InputError: they do not; it says which batch size would.
+        InputError: they do not; the message says which batch size would.
     """
     longest = max(job.items, key=lambda item: len(item.prompt.encode()))
-    rows = min(batch_size, len(job.items))
+    prompts = min(batch_size, len(job.items))
     for members in groups:
         tokens = [
             len(one.vocabulary.prefix_ids)
@@ -49,13 +49,13 @@ def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) 
             for one in members
         ]
         lengths = list(zip(members, tokens, strict=True))
-        if (short := find_shortage(rows, lengths)) is None:
+        if (short := find_shortage(prompts, lengths)) is None:
             continue
-        fitting = next((n for n in range(rows - 1, 0, -1) if find_shortage(n, lengths) is None), None)
+        fitting = next((n for n in range(prompts - 1, 0, -1) if find_shortage(n, lengths) is None), None)
         advice = "leave out the task"
         if fitting is not None:
             advice = f"choose a batch size of {fitting} or less (--batch-size)"
         raise InputError(
-            f"{job.task.name}: {rows} prompts at a time, with their new tokens up to {max(tokens)} long, "
+            f"{job.task.name}: {prompts} prompts at a time, with their new tokens up to {max(tokens)} long, "
             f"{short}; {advice}"
         )

@@ -1,13 +1,11 @@
 """What an evaluation writes: one file for a task and a configuration, one line of JSON for an item.
 
-The first line is a header with everything that determines the results. The lines of a batch are appended
-together and flushed to the disk, so a killed run leaves whole batches and at most one torn line, which is cut
-off when the run goes on.
+The first line is a header (`headers.py`). The lines of a batch are appended together and flushed to the disk,
+so a killed run leaves whole batches and at most one torn line, which is cut off when the run goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,23 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deepen_ext import __version__
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.fusers.weights import PROMPT_TOKENS, SHARPNESS
 from deepen_ext.ground.cache_folder import locked
+from deepen_ext.measure.evaluation.headers import Header, check_same, damaged
 from deepen_ext.measure.evaluation.record_checks import is_header, is_record, read_line
-
-if TYPE_CHECKING:
-    from deepen_ext.ensemble import Ensemble
-    from deepen_ext.measure.evaluation.tasks import Item, Task
-    from deepen_ext.members.member import Member
-
-FORMAT = 1  # of the lines; a file of another format cannot be gone on with
-_SAMPLES = 1024  # values of each weight that stand for all of it
-
-Header = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,10 +39,10 @@ class ItemTiming:
 
 @dataclass(frozen=True)
 class ItemRecord:
-    """What one configuration wrote for one item; all but `timing` is the same in every run.
+    """One record: what a configuration wrote for an item. All but `timing` is the same in every run.
 
     Attributes:
-        index: the item's place in the split's file.
+        index: of the item in the split's file, from 0.
         output: the text that was written.
         answer: what it says, by the task's rule; None where no answer was found.
         correct: by the task's metric.
@@ -73,89 +60,6 @@ class ItemRecord:
     changed: int
     finish_reason: str
     timing: ItemTiming
-
-
-def task_header(task: Task, split: str, items: Sequence[Item]) -> Header:
-    """What determines the results on a task's side; known before a model is loaded.
-
-    The digest is over the items as they are read: data, which of them, templates, demos and references.
-    """
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(json.dumps([item.index, item.prompt, list(item.references)]).encode() + b"\n")
-    return {
-        "name": task.name,
-        "split": split,
-        "items": len(items),
-        "items_sha256": digest.hexdigest(),
-        "max_new_tokens": task.max_new_tokens,
-        "stop_strings": list(task.stop_strings),
-    }
-
-
-def configuration_header(
-    name: str, ensemble: Ensemble, *, certified_skip: bool, share_forwards: bool
-) -> Header:
-    """What determines the results, and what the times mean, on the models' side.
-
-    A batch's size is not in it: it may be made smaller when memory runs out.
-    """
-    fuser = {
-        key: value
-        for key, value in sorted(vars(ensemble.fuser).items())
-        if isinstance(value, bool | int | float | str)
-    }
-    return {
-        "name": name,
-        "method": ensemble.method,
-        "members": [_describe(member) for member in ensemble.members],
-        "weights": _weights(ensemble),
-        "fuser": fuser,
-        # Not `ensemble.maps`: a variant keeps maps that its fuser has no use for.
-        "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
-        "boundary_aware": ensemble.boundary_rule is not None,
-        "certified_skip": certified_skip,
-        "share_forwards": share_forwards,
-    }
-
-
-def make_header(task: Header, configuration: Header) -> Header:
-    """The first line of a file, as it reads after a round trip through JSON."""
-    header = {"format": FORMAT, "package": __version__, "task": task, "configuration": configuration}
-    read: Header = json.loads(json.dumps(header))
-    return read
-
-
-def _weights(ensemble: Ensemble) -> Any:
-    if not ensemble.weighs_prompts:
-        return list(ensemble.weights)
-    return {"prompt": list(ensemble.weights), "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
-
-
-def _describe(member: Member) -> dict[str, Any]:
-    return {
-        "name": member.name,
-        "vocabulary": member.vocabulary.fingerprint,
-        "weights": weights_fingerprint(member),
-        "eos_ids": list(member.eos_ids),
-        "dtype": str(member.dtype).removeprefix("torch."),
-        "device": member.device.type,
-    }
-
-
-def weights_fingerprint(member: Member) -> str:
-    """sha256 (hex) over names, shapes and up to 1,024 evenly spaced values of every weight.
-
-    All of a weight would be more certain and would read every byte of a model; any training changes samples.
-    """
-    from deepen_ext.members.member import dense, inner_model
-
-    digest = hashlib.sha256()
-    for name, weight in inner_model(member.model).named_parameters():
-        digest.update(f"{name} {list(weight.shape)} ".encode())
-        flat = dense(weight.detach()).flatten()
-        digest.update(flat[:: max(len(flat) // _SAMPLES, 1)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def record_path(folder: Path, task: str, configuration: str) -> Path:
@@ -189,34 +93,38 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 
 def check_folder(folder: Path, task: Header) -> None:
-    """That all files of a task in the folder are of these same items; for before a model is loaded.
+    """Check that all files of a task in the folder are of these same items; before a model is loaded.
 
     Raises:
-        InputError: one is not. The message says what differs.
+        InputError: a file is not. The message says what differs.
     """
     for path in sorted(folder.glob(f"{task['name']}.*.jsonl")):
         header = RecordFile.read(path)[0]
         if header is not None:
-            _check_same(path, {"task": header["task"]}, {"task": json.loads(json.dumps(task))})
+            check_same(path, {"task": header["task"]}, {"task": json.loads(json.dumps(task))})
 
 
 class RecordFile:
-    """The lines of one configuration on one task, to be gone on with; `done` are the items it has."""
+    """The file of one configuration on one task, open for more records.
+
+    Attributes:
+        done: the indices of the items that the file has.
+    """
 
     def __init__(self, path: Path, header: Header) -> None:
         """Open or begin the file; a torn last line is cut off.
 
         Args:
             path: see `record_path`.
-            header: what must agree with the file's own (`make_header`).
+            header: what the file's own header must agree with (`make_header`).
 
         Raises:
-            InputError: the file's header is another one, or its lines are damaged or not of this run.
+            InputError: the file's header differs, or its lines are damaged.
         """
         self.path = path
         found, records, size = self.read(path) if path.exists() else (None, [], 0)
         if found is not None:
-            _check_same(path, found, header)
+            check_same(path, found, header)
         self.done = {record.index for record in records}
         self._file = path.open("ab", buffering=0)
         if self._file.tell() > size:
@@ -260,7 +168,7 @@ class RecordFile:
 
     @staticmethod
     def read(path: Path) -> tuple[Header | None, list[ItemRecord], int]:
-        """A file's header (None where not even that is whole), its records, and how many bytes are whole.
+        """A file's header (None where not even it is whole), its records, and how many bytes are whole.
 
         Raises:
             InputError: it cannot be read, a line that is not the last one is damaged, a field is missing or
@@ -282,52 +190,15 @@ class RecordFile:
             except ValueError as error:  # UnicodeDecodeError is one too
                 if number == len(lines):  # of a power cut, which may leave zeros
                     break
-                raise _damaged(path, f"line {number} is damaged") from error
+                raise damaged(path, f"line {number} is damaged") from error
             size += len(line) + 1
         if not parsed:
             return None, [], 0
         if not is_header(parsed[0]):
-            raise _damaged(path, "its header has other fields")
+            raise damaged(path, "its header has other fields")
         if not all(map(is_record, parsed[1:])):
-            raise _damaged(path, "its lines have other fields")
+            raise damaged(path, "its lines have other fields")
         records = [ItemRecord(**{**one, "timing": ItemTiming(**one["timing"])}) for one in parsed[1:]]
         if len({record.index for record in records}) != len(records):
-            raise _damaged(path, "an item is there twice")
+            raise damaged(path, "an item is there twice")
         return parsed[0], records, size
-
-
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: {what}; remove the file, or begin it anew with fresh=True (--fresh)")
-
-
-def _check_same(path: Path, there: Header, now: Header) -> None:
-    try:
-        old, new = dict(_flat(there)), dict(_flat(now))
-    except RecursionError as error:
-        raise _damaged(path, "its header is nested too deeply") from error
-    differ = [
-        f"{key} is {_short(old.get(key))} there and {_short(new.get(key))} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if differ:
-        raise InputError(
-            f"{path} holds results of another run: {'; '.join(differ)}. Give the same settings to go on with "
-            "it, another folder (--json), or fresh=True (--fresh) to drop it and begin anew"
-        )
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        for number, inner in enumerate(value, start=1):
-            yield from _flat(inner, f"{name} {number}")
-    else:
-        yield name, value
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:36]}..."

@@ -11,18 +11,15 @@ from deepen_ext.decoding.generation import BatchGeneration
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import DeepenFuser
 from deepen_ext.ground.numbers import whole_number
+from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
 from deepen_ext.measure.evaluation.limits import check_contexts, check_memory
 from deepen_ext.measure.evaluation.records import (
-    Header,
     ItemRecord,
     ItemTiming,
     RecordFile,
     check_folder,
-    configuration_header,
-    make_header,
     output_folder,
     record_path,
 )
@@ -30,8 +27,8 @@ from deepen_ext.measure.evaluation.summary import Summary, summarise, write_summ
 from deepen_ext.measure.evaluation.tasks import Item, Task
 
 DEFAULT_BATCH = 16
-_LONG = 16  # new tokens: answers that may take more end at different times
-_BATCHES = 4  # run as one where answers are long: the next item begins where one ends
+_LONG = 16  # new tokens; answers that may take more end at different times
+_BATCHES = 4  # that are run as one where answers are long: the next item begins where an answer ends
 
 
 def evaluate(
@@ -50,20 +47,20 @@ def evaluate(
 ) -> Summary:
     """Let every ensemble answer the same items, greedily, and write and compare what it says.
 
-    A call that was ended half way, however that happened, goes on where it ended when it is given again.
-    Batches are the outer loop and configurations the inner one, so that they share forwards; what a
-    configuration wrote for a batch is on the disk before the next one begins.
+    A call that was ended half way, however that happened, goes on where it ended when it is given again. All
+    configurations run a batch before the next batch begins, so that they share forwards; what a configuration
+    wrote for a batch is on the disk before the next configuration begins.
 
     Args:
         ensembles: by the name of the configuration. A member alone is ``Ensemble([member], fuser="single")``;
-            fused ones are compared with the best single member where all of their members are there alone.
+            a fused ensemble is compared with its best member if each of its members is there alone.
         tasks: names in `TASKS`, one or more.
         data: folder with a folder for each task.
         out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
         split: "dev" or "test".
-        limit: at most so many items of each task, spread evenly over it; None for all.
+        limit: the most items of each task, spread evenly over it; None for all.
         batch_size: prompts written side by side. With long answers and shared forwards four batches are run
-            as one, in which the next item begins where one ends.
+            as one, in which the next item begins where an answer ends.
         certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
         share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
             own; False gives times that can be compared.
@@ -89,7 +86,7 @@ def evaluate(
         check_contexts(job, list(members.values()))
         if fresh or not _is_done(folder, job, ensembles):
             check_memory(job, at_once, batch_size)
-    skips = {name: certified_skip and isinstance(one.fuser, DeepenFuser) for name, one in ensembles.items()}
+    skips = {name: certified_skip and one.fuser.search_bound() is not None for name, one in ensembles.items()}
     configurations = {
         name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
         for name, one in ensembles.items()
@@ -151,10 +148,11 @@ def _open(
 def _batches(
     items: Sequence[Item], files: Mapping[str, RecordFile], size: int
 ) -> Iterator[tuple[Sequence[Item], bool]]:
-    """The batches in which something is missing, and whether all configurations are to run it.
+    """The batches in which a record is missing, each with whether all configurations are to run it.
 
-    The one that a killed run was in is run whole and by all, also by those that have it already: the rounding
-    of sums depends on the forwards that were shared, and so the rest comes out as it would have.
+    The batch that a killed run was in is run whole and by all configurations, also by those that have its
+    records: rounding depends on which forwards were shared, and so the missing records come out as they would
+    have without the kill.
     """
     everyone = True
     for start in range(0, len(items), size):
@@ -181,11 +179,11 @@ def _run(
         shared=shared,
         batch_size=batch_size,
     )
-    timings, rows = generations.timings, len(batch)
+    timings, count = generations.timings, len(batch)
     timing = ItemTiming(
-        prompt_ms=round(timings.prompt_ms / rows, 4),
-        decode_ms=round((timings.total_ms - timings.prompt_ms) / rows, 4),
-        rows=rows,
+        prompt_ms=round(timings.prompt_ms / count, 4),
+        decode_ms=round((timings.total_ms - timings.prompt_ms) / count, 4),
+        rows=count,
     )
     return [
         ItemRecord(

@@ -10,31 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 from deepen_ext.errors import InputError
-from deepen_ext.ground.numbers import whole_number
 
-_DRAWN_AT_ONCE = 1_000_000  # items resampled together by the bootstrap: 8 MB of indices
+_Z = NormalDist().inv_cdf(0.975)  # standard errors of a 95 % interval
 
 
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a share (Wilson 1927; without continuity correction).
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval for a share (Wilson 1927; without continuity correction).
 
     It stays inside [0, 1] and has a width also where all or none are correct.
 
     Raises:
-        InputError: not 0 <= correct <= total with a total of 1 or more, or a confidence outside (0, 1).
+        InputError: not 0 <= correct <= total with a total of 1 or more.
     """
     if total < 1 or not 0 <= correct <= total:
         raise InputError(f"{correct} of {total} is no share; give 0 <= correct <= total, and 1 item or more")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}; give a share between 0 and 1, such as 0.95")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, spread = correct / total, z * z / total
+    share, spread = correct / total, _Z * _Z / total
     centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    # The bounds at none and all are 0 and 1; rounding must not leave them beside that.
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # With none and with all correct a bound is 0 or 1 exactly, whatever rounding makes of it.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
 
@@ -115,38 +109,3 @@ def _two_sided(one: int, other: int) -> float:
         tail += ways
         ways = ways * (count - successes) // (successes + 1)
     return min(2 * tail / (1 << count), 1.0)
-
-
-def paired_bootstrap(
-    differences: Sequence[float], *, seed: int = 0, resamples: int = 10_000
-) -> tuple[float, float, float]:
-    """The mean of paired differences and its 95 % interval by the percentile bootstrap.
-
-    Args:
-        differences: one for each item, such as one system's negative log-likelihood minus another's on the
-            same text. Neighbouring tokens depend on one another, so a text or a block is an item, no token.
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: how many samples are drawn, with replacement and as large as the one given.
-
-    Returns:
-        mean, low, high.
-
-    Raises:
-        InputError: fewer than two differences, one that is not finite, or fewer than 1 resample.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    if values.ndim != 1 or values.size < 2:
-        raise InputError(f"{values.size} differences give no interval; give a list of two or more")
-    if not np.isfinite(values).all():
-        raise InputError(
-            "a difference is not finite; an item has likelihood 0 or none under one of the systems"
-        )
-    resamples = whole_number("resamples", resamples, 1)
-    generator = np.random.default_rng(whole_number("seed", seed, 0))
-    means = np.empty(resamples)
-    rows = max(_DRAWN_AT_ONCE // values.size, 1)
-    for start in range(0, resamples, rows):
-        size = (min(rows, resamples - start), values.size)
-        means[start : start + size[0]] = values[generator.integers(0, values.size, size)].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)

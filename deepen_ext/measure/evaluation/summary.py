@@ -1,6 +1,6 @@
 """The summary of a folder of results: scores with intervals, and comparisons with the best single member.
 
-It is a function of the files alone, so it is the same however often a run was ended and gone on with; what
+A summary depends on the files alone, so it is the same however often a run was ended and gone on with. What
 depends on the clock stands apart under `timing`.
 """
 
@@ -11,32 +11,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepen_ext import __version__
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.measure.evaluation.records import Header, ItemRecord, RecordFile, check_folder
+from deepen_ext.measure.evaluation.headers import Header
+from deepen_ext.measure.evaluation.records import ItemRecord, RecordFile, check_folder
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
 from deepen_ext.measure.evaluation.tasks import TASKS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A fused configuration beside the best of its members alone, on the same items.
 
-    The best is picked on these items themselves, which favours it: the comparison is a strict one.
+    The best member is picked on these items themselves, which favours it: the comparison is strict.
 
     Attributes:
-        configuration: the best single member's.
-        difference: accuracy of the fused one minus that of the single.
+        configuration: the best member's.
+        difference: accuracy of the fused configuration minus that of the best member.
         interval: 95 %, of the difference.
         p_value: of McNemar's exact test.
-        gained: items that only the fused one has right.
-        lost: items that only the single has right.
+        gained: items that only the fused configuration has right.
+        lost: items that only the best member has right.
     """
 
     configuration: str
@@ -53,9 +51,9 @@ class Timing:
 
     Attributes:
         seconds: in all.
-        ms_per_token: the time of all steps but those that read the prompts, by the tokens that they wrote in
-            all rows. None where there is one token a row.
-        shared_forwards: configurations had forwards in common. Then times say what the whole took, and not
+        ms_per_token: the time of all steps but those that read the prompts, divided by the tokens that these
+            steps wrote. None where every text has one token.
+        shared_forwards: configurations had forwards in common. Then times say what all of them took, and not
             what each would take.
     """
 
@@ -71,17 +69,17 @@ class Score:
     Attributes:
         method: how it fuses; "single" for a member alone.
         members: their names, the main model first.
-        weights: theirs; for weights from the prompt, the rule and what it starts from.
-        n: items.
-        correct: items that are right, by the task's metric.
+        weights: of the members; for weights from the prompt, the rule and what it starts from.
+        n: how many items.
+        correct: how many of them are right, by the task's metric.
         accuracy: correct / n.
         interval: 95 %, Wilson's.
-        tokens: written.
-        changed_share: of them not the main model's own first choice.
-        unanswered_share: items without an answer in their text.
-        finish_reasons: how many texts ended by what.
-        against_best_single: None for a single, and where not every member is there alone.
-        timing: apart from everything else, because no two runs have the same.
+        tokens: how many were written.
+        changed_share: share of the tokens that are not the main model's own first choice.
+        unanswered_share: share of the items without an answer in their text.
+        finish_reasons: how many texts ended for each reason.
+        against_best_single: None for a member alone, and where some member is not there alone.
+        timing: apart from everything else, because no two runs have the same times.
     """
 
     method: str
@@ -105,10 +103,10 @@ class TaskSummary:
 
     Attributes:
         split: of the data.
-        n: items.
+        n: how many items.
         items_sha256: over the items as they were read.
-        configurations: the finished ones by name, singles first.
-        unfinished: how many items the others have.
+        configurations: the finished ones by name, members alone first.
+        unfinished: the other configurations by name, and how many records they have.
     """
 
     split: str
@@ -210,7 +208,7 @@ def _score(
 ) -> Score:
     n, correct = len(records), sum(record.correct for record in records)
     tokens = sum(record.tokens for record in records)
-    later = tokens - n  # after each row's first
+    later = tokens - n  # after the first of each text
     decoding = sum(record.timing.decode_ms for record in records)
     milliseconds = sum(record.timing.prompt_ms for record in records) + decoding
     return Score(
@@ -242,7 +240,7 @@ def _compare(
     own = [_identity(member) for member in configuration["members"]]
     if _alone(configuration) or any(one not in singles for one in own):
         return None
-    # Of equally good ones the first: the main model before an assistant.
+    # Of equally good members the first: the main model before an assistant.
     name, best = max((singles[one] for one in own), key=lambda one: sum(r.correct for r in one[1]))
     paired = mcnemar([record.correct for record in records], [record.correct for record in best])
     return Comparison(
@@ -253,43 +251,3 @@ def _compare(
         gained=paired.only_a,
         lost=paired.only_b,
     )
-
-
-def summary_table(summary: Summary) -> Table:
-    """For a terminal: one row for a task and configuration."""
-    from rich.table import Table
-
-    table = Table(
-        show_edge=False,
-        pad_edge=False,
-        caption="points: paired with the best single member, which was picked on these same items",
-    )
-    table.add_column("task")
-    table.add_column("configuration", overflow="fold")
-    for column in ("n", "right, 95 %", "points, 95 %", "McNemar p", "changed", "no answer", "ms a token"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for task, of_task in summary.tasks.items():
-        table.add_section()
-        for name, score in of_task.configurations.items():
-            low, high = score.interval
-            paired, timing = score.against_best_single, score.timing
-            own_time = not timing.shared_forwards and timing.ms_per_token is not None
-            table.add_row(
-                task,
-                name,
-                str(score.n),
-                f"{score.accuracy:.1%} ({low:.1%} to {high:.1%})",
-                "" if paired is None else _difference(paired),
-                "" if paired is None else f"{paired.p_value:.2g}",
-                "" if len(score.members) == 1 else f"{score.changed_share:.1%}",
-                f"{score.unanswered_share:.1%}",
-                f"{timing.ms_per_token:.1f}" if own_time else "",
-            )
-        for name, done in of_task.unfinished.items():
-            table.add_row(task, name, f"{done} of {of_task.n}", "not finished")
-    return table
-
-
-def _difference(paired: Comparison) -> str:
-    low, high = paired.interval
-    return f"{100 * paired.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"

@@ -28,7 +28,7 @@ class Item:
     """One question.
 
     Attributes:
-        index: its place in the split's file, from 0.
+        index: of its line in the split's file, from 0.
         prompt: what the model reads.
         references: what is right: a number or a letter, or several texts of which each is right.
         fields: the item as the file has it, its `answer` included.
@@ -70,9 +70,9 @@ class Task:
         Args:
             data: the folder of all benchmarks.
             split: "dev" (for choosing settings) or "test" (for reporting).
-            limit: so many of the split's n items, those at i * n // limit for i = 0, 1, ...: spread evenly,
-                so that MMLU's domains are all there (with a limit of 300; it has 57). They are the same every
-                time, but need not be among those of another limit. None, or n or more, is all of them.
+            limit: how many of the split's n items: those at i * n // limit for i = 0, 1, ..., spread evenly,
+                so that MMLU's 57 domains are all there with a limit of 300. A limit gives the same items
+                every time; another limit may give others. None, or n or more, is all of them.
 
         Raises:
             InputError: no such split or file, a limit below 1, or a line that is no item of this task.
@@ -83,13 +83,11 @@ class Task:
             limit = whole_number("limit", limit, 1)
         folder = Path(data) / self.name
         file = folder / f"{split}.jsonl"
-        rows = _read(file)
+        lines = _read(file)
         demos = self._demos(folder / "demos.jsonl")
-        total = len(rows)
-        places = (
-            range(total) if limit is None or limit >= total else [i * total // limit for i in range(limit)]
-        )
-        return [self._item(file, place, rows[place], demos) for place in places]
+        total = len(lines)
+        count = total if limit is None else min(limit, total)
+        return [self._item(file, i, lines[i], demos) for i in (j * total // count for j in range(count))]
 
     def answer(self, output: str) -> str | None:
         """What the output says, up to the first stop string; None if no answer is found there."""
@@ -103,8 +101,8 @@ class Task:
     def gold(self, item: Item) -> str:
         """The right continuation of the prompt as text, in the format of the demos, for likelihood.
 
-        It is what a right output under the paper's setting is: a letter after a space (" A") where there is
-        one new token, otherwise the worked answer or the first reference, with the stop string that ends it.
+        It is a right output under the paper's setting: a letter after a space (" A") where there is one new
+        token, otherwise the worked answer or the first reference, with the stop string that ends it.
         """
         return self.answers.written(item.fields["answer"]) + "".join(self.stop_strings[:1])
 
@@ -116,8 +114,8 @@ class Task:
         """
         return self.correct(self.gold(item), item)
 
-    def _item(self, file: Path, place: int, fields: Mapping[str, Any], demos: Mapping[str, str]) -> Item:
-        where = f"{file}, line {1 + place}"
+    def _item(self, file: Path, index: int, fields: Mapping[str, Any], demos: Mapping[str, str]) -> Item:
+        where = f"{file}, line {1 + index}"
         question = _filled(self.question, fields, where)
         try:
             references = self.answers.references(fields.get("answer"))
@@ -131,15 +129,15 @@ class Task:
                 f"{where}: there are no demos for it in {file.parent / 'demos.jsonl'}"
                 + (f" (none has {self.demos_by} {key!r})" if self.demos_by else "")
             )
-        return Item(place, self.instruction + demos.get(key, "") + question, references, fields)
+        return Item(index, self.instruction + demos.get(key, "") + question, references, fields)
 
     def _demos(self, file: Path) -> dict[str, str]:
         """The demos' text for each value of `demos_by`."""
         if self.demo_answer is None:
             return {}
         template, demos = self.question + self.demo_answer, dict[str, str]()
-        for place, fields in enumerate(_read(file)):
-            text = _filled(template, fields, f"{file}, line {1 + place}")
+        for index, fields in enumerate(_read(file)):
+            text = _filled(template, fields, f"{file}, line {1 + index}")
             key = str(fields[self.demos_by]) if self.demos_by else ""
             demos[key] = demos.get(key, "") + text
         return demos
@@ -167,23 +165,23 @@ def _read(file: Path) -> Sequence[Mapping[str, Any]]:
                 else "give the folder that holds the tasks' folders"
             )
         )
-    rows = []
+    read: list[Mapping[str, Any]] = []
     try:
         # Lines end in "\n" alone: texts may hold the other line ends that splitlines() knows.
         for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
-            row = json.loads(line)
-            if not isinstance(row, dict):
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
                 raise InputError(f"{file}, line {number}: {line[:60]!r} is no JSON object")
-            rows.append(row)
+            read.append(fields)
     except InputError:
         raise
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:  # no JSON, too many digits, nested without end
-        raise InputError(f"{file}, line {len(rows) + 1} is no JSON: {error}") from error
+        raise InputError(f"{file}, line {len(read) + 1} is no JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    return rows
+    return read
 
 
 _OPTIONS = "A. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"

@@ -13,13 +13,16 @@ from types import TracebackType
 
 import torch
 
+from deepen_ext.decoding.prompt_weights import prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
-from deepen_ext.fusers.weights import check_weights, prompt_weights
-from deepen_ext.measure.likelihood.readings import Accompaniment, Reading
+from deepen_ext.fusers.weights import check_weights
+from deepen_ext.measure.likelihood.accompaniment import Accompaniment
+from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
+from deepen_ext.members.backend import require
 from deepen_ext.members.member import Member
 from deepen_ext.ops import topk_softmax
 
@@ -28,6 +31,7 @@ __all__ = ["TextReading", "TokenLikelihoods", "pieces"]
 # Logits of one fusion step: with more than the allocator keeps at hand (32 MB), each step waits for fresh
 # pages, which takes ten times as long as the copy itself.
 _STEP_BYTES = 16 << 20
+_USE = "the likelihood of a text"
 
 
 class TextReading:
@@ -109,13 +113,14 @@ class TextReading:
             ModelError: its forward pass failed.
         """
         if id(member) not in self._alone:
+            require(member.backend, "logits", _USE)
             reading = self._reading(member)
             reading.read()
             logprobs: list[float] = []
             greedy: list[bool] = []
             for rows in _blocks(len(reading.scored), member):
                 targets = reading.scored[rows.start : rows.stop]
-                found, top = _logprobs(reading.logits.take(rows, written=True), targets, member.name)
+                found, top = _logprobs(reading.said.take(rows, written=True).scores(), targets, member.name)
                 logprobs += found
                 greedy += [one == token for one, token in zip(top, targets, strict=True)]
             self._alone[id(member)] = self._likelihoods(reading, logprobs, greedy)
@@ -128,10 +133,11 @@ class TextReading:
             InputError: not one of the reading's members.
             ModelError: its forward pass failed.
         """
+        require(member.backend, "logits", _USE)
         reading = self._reading(member)
         reading.read()
         for rows in _blocks(len(reading.scored), member):
-            yield reading.logits.take(rows)
+            yield reading.said.take(rows).scores()
 
     def fused(self, ensemble: Ensemble, weights: Sequence[float] | None = None) -> TokenLikelihoods:
         """The ensemble's distribution, in the tokens of its main model.
@@ -150,6 +156,7 @@ class TextReading:
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
         if weights is None and ensemble.weighs_prompts:
             shares = prompt_weights([one.prompt_score() for one in (main, *assistants)], shares)
+        require(main.member.backend, "logits", _USE)
         main.read()
         fuser = ensemble.fuser
         speaks = [
@@ -159,15 +166,13 @@ class TextReading:
         logprobs: list[float] = []
         greedy: list[bool] = []
         for rows in _blocks(len(main.scored), *members):
-            logits = main.logits.take(rows, written=True)
-            top = main.logits.top(rows, fuser.candidates, ensemble.device, written=True)
-            parts = [Part(0, f"logits of {ensemble.names[0]}", top, range(len(rows)), logits)]
+            parts = [self._part(ensemble, 0, main, range(len(rows)), rows)]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
-                first, last = (bisect_left(said, (place,)) for place in (rows.start, rows.stop))
+                first, last = (bisect_left(said, (token,)) for token in (rows.start, rows.stop))
                 if here := said[first:last]:
-                    places = [place - rows.start for place, _ in here]
-                    parts.append(self._part(ensemble, i, reading, places, [row for _, row in here]))
-            step = fuser.step_parts(logits, parts, shares)
+                    spoken = [token - rows.start for token, _ in here]
+                    parts.append(self._part(ensemble, i, reading, spoken, [number for _, number in here]))
+            step = fuser.step_parts(parts, shares)
             targets = main.scored[rows.start : rows.stop]
             found, _ = _logprobs(step.logits, targets, f"{ensemble.method} of {main.member.name}")
             logprobs += found
@@ -175,12 +180,13 @@ class TextReading:
         return self._likelihoods(main, logprobs, greedy)
 
     def _part(
-        self, ensemble: Ensemble, i: int, reading: Reading, places: Sequence[int], rows: Sequence[int]
+        self, ensemble: Ensemble, i: int, reading: Reading, rows: Sequence[int], numbers: Sequence[int]
     ) -> Part:
-        """What assistant i says at these places of a step: these rows of what it has read."""
-        top = reading.logits.top(rows, ensemble.fuser.candidates, ensemble.device)
-        name = f"logits of {ensemble.names[i]}"
-        return Part(i, name, top, places, reading.logits.take(rows))
+        """What member i says of these rows of a step: these numbers of what it said."""
+        written = i == 0
+        top = reading.said.top(numbers, ensemble.fuser.candidates, ensemble.device, written=written)
+        said = reading.said.take(numbers, written=written)
+        return Part(i, f"logits of {ensemble.names[i]}", top, rows, said)
 
     def _reading(self, member: Member) -> Reading:
         try:
@@ -202,12 +208,12 @@ class TextReading:
         return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
 
 
-def _blocks(rows: int, *members: Member) -> Iterator[range]:
-    """Rows 0 to `rows` - 1 in blocks whose logits are not too large for any of the members."""
-    largest = max(member.vocab_size * member.dtype.itemsize for member in members)
-    step = max(_STEP_BYTES // largest, 1)
-    for begin in range(0, rows, step):
-        yield range(begin, min(begin + step, rows))
+def _blocks(count: int, *members: Member) -> Iterator[range]:
+    """Numbers 0 to `count` - 1 in blocks whose logits are not too large for any of the members."""
+    largest = max(member.vocab_size for member in members)
+    step = max(_STEP_BYTES // (4 * largest), 1)
+    for begin in range(0, count, step):
+        yield range(begin, min(begin + step, count))
 
 
 def _logprobs(logits: torch.Tensor, tokens: Sequence[int], name: str) -> tuple[list[float], list[int]]:

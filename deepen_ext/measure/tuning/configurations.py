@@ -1,7 +1,7 @@
 """What `tune` may choose, in which order it looks, and how it decides. Nothing here knows a model.
 
 A configuration is a point; a coordinate search moves it along one setting at a time, those first that are
-expected to gain most (measured for issue 5: weights far more than recipe, learning rate and temperature).
+expected to gain most (measured: weights far more than recipe, learning rate and temperature).
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from itertools import permutations
 from typing import Any
 
 from deepen_ext.measure.likelihood.token_likelihoods import ratio
-from deepen_ext.space.defaults import LEARNING_RATE
-from deepen_ext.space.row_sources import DEFAULT_TEMPERATURE, Recipe
+from deepen_ext.space.recipes import DEFAULT_LEARNING_RATE, DEFAULT_TEMPERATURES, RECIPES, Recipe
 
-RECIPES: tuple[Recipe, ...] = ("bytes", "calibrated", "paper")  # the default first
 LEARNING_RATES = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6)
 # The paper's recipe keeps its own: where its rows are all but even, another one only flattens the main
 # model's distribution, which pays in the likelihood of an overconfident model and in nothing else.
@@ -33,10 +31,10 @@ class Configuration:
     """One way to set an ensemble up.
 
     Attributes:
-        main: the main model's place among the members as named.
+        main: the main model's index among the members as named.
         weights: of the members as named, summing to 1.
-        recipe, learning_rate, temperature: of the fuser "deepen"; None for fusers without them (and for the
-            bytes recipe, which has no temperature).
+        recipe, learning_rate, temperature: of a fuser that uses recipes, else None; the bytes recipe has no
+            temperature either.
         confidence: of any fuser.
         source: where the weights come from, for readers: uniform, accuracy, likelihood or grid.
     """
@@ -50,7 +48,7 @@ class Configuration:
     source: str = field(default="uniform", compare=False)
 
     def order(self) -> list[int]:
-        """The members' places, the main model's first and the others as named."""
+        """Member indices, the main model's first and the others as named."""
         return [self.main, *(i for i in range(len(self.weights)) if i != self.main)]
 
     def ordered_weights(self) -> list[float]:
@@ -64,14 +62,14 @@ class Space:
 
     Attributes:
         members: how many.
-        recipes: those of the fuser "deepen", the default first; () for another fuser, of which only weights
-            and main model can be chosen.
+        recipes: those that may be chosen, the default first; () for a fuser that uses none, of which only
+            weights, confidence and main model can be chosen.
         learning_rate: the ensemble's default.
     """
 
     members: int
     recipes: tuple[Recipe, ...] = RECIPES
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float = DEFAULT_LEARNING_RATE
 
     def default(self, main: int) -> Configuration:
         """Uniform weights and the defaults."""
@@ -88,7 +86,7 @@ class Space:
         if one.learning_rate and default.learning_rate:
             steps.append(abs(math.log(one.learning_rate / default.learning_rate)))
         if one.temperature and one.recipe:
-            steps.append(abs(math.log(one.temperature / DEFAULT_TEMPERATURE[one.recipe])))
+            steps.append(abs(math.log(one.temperature / DEFAULT_TEMPERATURES[one.recipe])))
         steps.append(float(one.recipe != default.recipe))
         steps.append(one.confidence)
         return sum(step > 1e-9 for step in steps), sum(steps)
@@ -175,7 +173,7 @@ def _along(best: Configuration, setting: str, values: Sequence[float], bits: Mea
 
 
 def _with_recipe(one: Configuration, recipe: Recipe) -> Configuration:
-    return replace(one, recipe=recipe, temperature=DEFAULT_TEMPERATURE.get(recipe))
+    return replace(one, recipe=recipe, temperature=DEFAULT_TEMPERATURES.get(recipe))
 
 
 def proportional(scores: Sequence[float]) -> tuple[float, ...] | None:

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.fusers import FuseFunction
-from deepen_ext.fusers.weights import PromptScore, prompt_weights
 from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import Configuration, OutOfTime, Space, rounded
@@ -17,7 +17,7 @@ from deepen_ext.measure.tuning.dev_items import DevItem, DevSet
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member
 from deepen_ext.members.memory import available_bytes
-from deepen_ext.space.row_sources import Recipe
+from deepen_ext.space.recipes import Recipe
 
 READING_SHARE = 0.5  # of the budget, for reading the items and for the members' own accuracy
 _LIKELIHOOD_SHARE = 0.35  # of it for reading, where accuracy needs generations of its own

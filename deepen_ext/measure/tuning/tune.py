@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import FuseFunction
+from deepen_ext.fusers import FuseFunction, fuser_class
 from deepen_ext.ground.numbers import real_number
 from deepen_ext.measure.tuning.configurations import (
-    RECIPES,
     Configuration,
     OutOfTime,
     Space,
@@ -32,7 +31,7 @@ from deepen_ext.measure.tuning.dev_measurements import Clock, Measurements
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
-from deepen_ext.space.row_sources import Recipe
+from deepen_ext.space.recipes import RECIPES, Recipe
 
 
 @dataclass(frozen=True)
@@ -144,21 +143,22 @@ def tune(
         members: two or more, in any order.
         dev: the items.
         minutes: the budget, from this call on.
-        fuser: what is tuned; of "deepen" also recipe, learning rate and temperature.
+        fuser: what is tuned; where it uses recipes, also recipe, learning rate and temperature.
         recipes: those that may be chosen, the default first.
         progress: called with a line of text as each stage goes on.
 
     Raises:
-        InputError: fewer than two members, the fuser "single", no time; an item that exceeds a member's
-            context; and what `Ensemble` raises.
+        InputError: fewer than two members, a fuser of the main model alone, no time; an item that exceeds a
+            member's context; and what `Ensemble` raises.
         ModelError: a member's forward pass failed.
     """
     minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
-    if len(members) < 2 or fuser == "single":
+    kind = fuser_class(fuser)
+    if len(members) < 2 or kind.fewest_members < 2:
         raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
-    if fuser == "deepen" and not recipes:
+    if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
-    space = Space(len(members), tuple(recipes) if fuser == "deepen" else ())
+    space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())
     clock = Clock(minutes * 60)
     say = progress or (lambda _: None)
     work = Measurements(members, dev, space, fuser, clock, say)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from deepen_ext.errors import ModelError
-from deepen_ext.members.member import Member
+from deepen_ext.members.hf.loaded_model import LoadedModel
 
 BLOCK = 256  # slots the buffers grow by
 CHUNK = 1024  # most tokens of one forward
@@ -44,7 +44,7 @@ class ManyLanes:
 class _Shared:
     """What all layers of one cache share."""
 
-    rows: int
+    lanes: int
     slots: int
     feed: OneLane | ManyLanes
 
@@ -58,9 +58,9 @@ class LaneCache:
     state still meets the weights (0 times NaN is NaN).
     """
 
-    def __init__(self, member: Member, rows: int) -> None:
-        self._shared = _Shared(rows, slots=0, feed=OneLane(0, 0))
-        layers = _layers(member, self._shared)
+    def __init__(self, loaded: LoadedModel, lanes: int) -> None:
+        self._shared = _Shared(lanes, slots=0, feed=OneLane(0, 0))
+        layers = _layers(loaded, self._shared)
         self.cache = Cache(layers=layers)
         self._own = [layer for layer in layers if isinstance(layer, _LaneLayer)]
 
@@ -75,9 +75,9 @@ class LaneCache:
         return self._shared.slots
 
     @property
-    def rows(self) -> int:
+    def lanes(self) -> int:
         """Number of lanes."""
-        return self._shared.rows
+        return self._shared.lanes
 
     @property
     def windows(self) -> list[int | None]:
@@ -132,10 +132,10 @@ class LaneCache:
 
 
 class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook for subclasses
-    """Keys and values ``[rows, heads, slots, d]`` of one attention layer.
+    """Keys and values ``[lanes, heads, slots, d]`` of one attention layer.
 
-    transformers' own layers copy the whole cache at every token (``torch.cat``), crop all rows alike, and the
-    sliding-window layer drops states that a later rollback needs. Here every state stays where it was
+    transformers' own layers copy the whole cache at every token (``torch.cat``), crop all lanes alike, and
+    the sliding-window layer drops states that a later rollback needs. Here every state stays where it was
     written, and what a query sees is a view of the buffer (a copy where lanes in between take no part).
     """
 
@@ -156,9 +156,9 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows, slots = self._shared.rows, self._shared.slots
+        lanes, slots = self._shared.lanes, self._shared.slots
         self.keys, self.values = (
-            states.new_zeros((rows, states.shape[1], slots, states.shape[3]))
+            states.new_zeros((lanes, states.shape[1], slots, states.shape[3]))
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -207,12 +207,12 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
         return 0 if self.window is None else max(length - self.window + 1, 0)
 
 
-def cache_bytes(member: Member, rows: int, positions: int) -> int:
+def cache_bytes(loaded: LoadedModel, lanes: int, positions: int) -> int:
     """Bytes of a cache with room for so many positions in each of its lanes."""
-    config = member.model.config.get_text_config()
+    config = loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = len(LaneCache(member, rows)._own)
-    return int(layers * 2 * rows * heads * _slots(positions) * largest_head(config) * member.dtype.itemsize)
+    layers = len(LaneCache(loaded, lanes)._own)
+    return int(layers * 2 * lanes * heads * _slots(positions) * largest_head(config) * loaded.dtype.itemsize)
 
 
 def largest_head(config: Any) -> int:
@@ -238,17 +238,17 @@ def _grown(buffer: torch.Tensor, slots: int) -> torch.Tensor:
     return grown
 
 
-def _layers(member: Member, shared: _Shared) -> list[Any]:
+def _layers(loaded: LoadedModel, shared: _Shared) -> list[Any]:
     """A lane layer for each attention layer of the model, with the window that transformers would use."""
     layers: list[Any] = []
-    for layer in DynamicCache(config=member.model.config).layers:
+    for layer in DynamicCache(config=loaded.model.config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
             layers.append(_LaneLayer(layer.sliding_window, shared))
         elif type(layer) is DynamicLayer:
             layers.append(_LaneLayer(None, shared))
         elif not isinstance(layer, CacheLayerMixin) or type(layer).__name__ != "DummyLayer":
             raise ModelError(
-                f"{member.name}: its layers of kind {type(layer).__name__} cannot be rolled back by tokens; "
+                f"{loaded.name}: its layers of kind {type(layer).__name__} cannot be rolled back by tokens; "
                 "use a model with attention layers only"
             )
         else:

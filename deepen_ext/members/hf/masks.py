@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from deepen_ext.errors import ModelError
 from deepen_ext.members.hf import attention
 from deepen_ext.members.hf.kv_cache import ManyLanes
-from deepen_ext.members.member import Member, inner_model
+from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 
 
-def check_batches(member: Member, windows: Sequence[int | None]) -> None:
+def check_batches(loaded: LoadedModel, windows: Sequence[int | None]) -> None:
     """Raise ModelError unless the model can run sequences of different lengths in one forward, each exactly.
 
     They need positions and masks of their own. ``windows`` are those of the model's layers.
     """
-    model = inner_model(member.model)
+    model = inner_model(loaded.model)
     config = model.config.get_text_config()
     implementation = getattr(config, "_attn_implementation", None)
     types = getattr(config, "layer_types", None) or []
@@ -40,7 +40,7 @@ def check_batches(member: Member, windows: Sequence[int | None]) -> None:
     else:
         return
     raise ModelError(
-        f"{member.name}: this model ({type(model).__name__}) cannot run texts of different lengths "
+        f"{loaded.name}: this model ({type(model).__name__}) cannot run texts of different lengths "
         f"together: it {reason}. Generate one prompt at a time"
     )
 

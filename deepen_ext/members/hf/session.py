@@ -1,67 +1,67 @@
-"""Several sequences through one member: only what is new of each goes through the model."""
+"""Several texts through one transformers model: only what is new of each goes through it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.hf.attention import share_heads, states_in_common
-from deepen_ext.members.hf.feed_plan import SHARED, common_prefix, fed_first, groups, in_common
-from deepen_ext.members.hf.graphs import WIDTHS, leave_room, take_room
-from deepen_ext.members.hf.kv_cache import CHUNK, LaneCache, ManyLanes, OneLane
-from deepen_ext.members.hf.masks import attention_mask, check_batches
-from deepen_ext.members.hf.small_products import small_products
-from deepen_ext.members.member import Member, inner_model
+from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.hf.attention import share_heads
+from deepen_ext.members.hf.feed_plan import common_prefix, fed_first
+from deepen_ext.members.hf.forwards import Forwards, Known
+from deepen_ext.members.hf.kv_cache import CHUNK, LaneCache
+from deepen_ext.members.hf.lanes import Lanes
+from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
+from deepen_ext.members.hf.masks import check_batches
+from deepen_ext.members.hf.rooms import leave_room, take_room
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
 
 
-class BatchSession:
-    """Several sequences ("rows") through one member, each with a KV cache that rolls back exactly.
+class HFSession:
+    """See `members.backend.Session`. Each lane has a KV cache that rolls back exactly.
 
-    ``tokens_fed`` is the number of tokens that ever went through the model, over all rows.
+    A lane that holds its ids already costs nothing if its logits are known, else one token. Lanes with about
+    as much to feed go through the model together. A longer prefix that another lane holds is copied from
+    there, and one that several of the lanes asked for begin with is fed once (`feed_plan`).
     """
 
-    def __init__(self, member: Member, rows: int = 1, *, capacity: int = 0) -> None:
-        """Nothing is allocated before the first `sync`.
+    def __init__(self, loaded: LoadedModel, lanes: int = 1, *, capacity: int = 0) -> None:
+        """Nothing is allocated before the first `ask`.
 
         Args:
-            member: whose model is run; sessions of one member do not meet.
-            rows: number of sequences.
-            capacity: expected tokens of a row. More may come.
+            loaded: the model; its sessions do not meet.
+            lanes: number of texts.
+            capacity: expected tokens of a text. More may come.
 
         Raises:
-            ModelError: the model's cache cannot be rolled back by tokens, or with two or more rows, the model
-                cannot run sequences of different lengths in one forward.
+            ModelError: the model's cache cannot be rolled back by tokens, or with two or more lanes, the
+                model cannot run texts of different lengths in one forward.
         """
-        rows = whole_number(f"{member.name}: a session's number of rows", rows, 1)
-        self.member = member
-        self.rows = rows
-        self.tokens_fed = 0
-        self._ids: list[list[int]] = [[] for _ in range(rows)]
-        self._order = list(range(rows))  # the rows not released; a row's place is its lane in the cache
-        self._aside: set[int] = set()  # of these, rows that nobody feeds for now
-        # Logits after a row's ids: a forward's output [b, V] and the row's place in it.
-        self._logits: dict[int, tuple[torch.Tensor, int]] = {}
-        share_heads(inner_model(member.model))
-        self._room = take_room(member, rows, capacity)
+        lanes = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
+        self._loaded = loaded
+        share_heads(inner_model(loaded.model))
+        self._room = take_room(loaded, lanes, capacity)
         self._cache = self._room.cache
-        self._fixed = _on_fixed_buffers(member, self._cache)
+        self._fixed = _on_fixed_buffers(loaded, self._cache)
+        self._lanes = Lanes(loaded.name, lanes, self._cache)
+        self._forwards = Forwards(loaded, self._lanes, self._room, fixed=self._fixed)
+        self._known: dict[int, Known] = {}
         self._capacity = capacity if self._fixed else 0
         self._usable = True
-        self._closed = False  # not the same as all rows released, which is how a generation ends
+        self._closed = False  # not the same as all lanes released, which is how a generation ends
         if self._room.stream is not None:  # for the weights, should they still be on their way
-            self._room.stream.wait_stream(torch.cuda.current_stream(member.device))
+            self._room.stream.wait_stream(torch.cuda.current_stream(loaded.device))
         with self._on_own_stream():
             self._cache.zero()
 
-    def __enter__(self) -> BatchSession:
+    def __enter__(self) -> HFSession:
         return self
 
     def __exit__(
@@ -70,347 +70,205 @@ class BatchSession:
         self.close()
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes of its cache, as far as it was allocated."""
-        return self._cache.nbytes
+    def bytes_held(self) -> Mapping[torch.device, int]:
+        """See `Session`."""
+        return {self._loaded.device: self._cache.nbytes}
 
-    def ids(self, row: int) -> list[int]:
-        """Token ids that the row's cache holds."""
-        self._check_row(row)
-        return list(self._ids[row])
+    @property
+    def tokens_fed(self) -> int:
+        """Tokens that ever went through the model, over all lanes."""
+        return self._forwards.tokens_fed
 
-    def sync(self, targets: Mapping[int, Sequence[int]]) -> torch.Tensor:
-        """Bring rows to these ids and return the logits ``[len(targets), V]`` of the token after each.
+    def ids(self, lane: int) -> list[int]:
+        """Token ids that the lane's cache holds."""
+        self._lanes.check(lane)
+        return list(self._lanes.ids[lane])
 
-        Of each row the prefix shared with its present ids is kept, its cache rolled back to it, and the rest
-        fed; rows with about as much to feed go through the model together. A row that holds its ids already
-        costs nothing if its logits are known, else one token. A longer prefix that another row holds is
-        copied from there, and one that several of these rows begin with is fed once (see `feed_plan`). Rows
-        not named stay as they are. The logits are in the mapping's order, the model's dtype and on its
-        device; they are an inference tensor: read them, or clone before writing.
-
-        After any exception the session can go on: a row then holds what is surely in its cache.
-
-        Raises:
-            InputError: no ids, an id outside the vocabulary, more ids than the member's context holds, or a
-                row that does not exist or was released.
-        """
-        wanted = {row: list(ids) for row, ids in targets.items()}
-        for row, ids in wanted.items():
-            self._check_row(row)
-            self._check_ids(row, ids)
-        self._aside.difference_update(wanted)
+    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> HFAnswer:
+        """See `Session`. On CUDA the work goes on until `wait`; the logits are an inference tensor."""
+        loaded = self._loaded
+        wanted = {lane: list(ids) for lane, ids in targets.items()}
+        positions = whole_number(f"{loaded.name}: positions", positions, 1)
+        for lane, ids in wanted.items():
+            self._check(lane, ids)
+            if len(ids) < positions:
+                raise InputError(
+                    f"{loaded.name}: {positions} positions are asked for of a text of {len(ids)} tokens; ask "
+                    "for fewer"
+                )
         if not wanted:
-            member = self.member
-            return torch.empty((0, member.vocab_size), dtype=member.dtype, device=member.device)
-        unfed = dict(wanted)
-        for row, ids in wanted.items():
-            keep = common_prefix(self._ids[row], ids)
-            if keep == len(ids) == len(self._ids[row]) and row in self._logits:
-                del unfed[row]
-                continue
-            # The logits after a strict prefix are not kept: its last token goes through the model once more.
-            # Until that is done the row holds the kept prefix only: an interrupt leaves it usable.
-            self._logits.pop(row, None)
-            del self._ids[row][min(keep, len(ids) - 1) :]
+            logits = torch.empty((0, loaded.vocab_size), dtype=loaded.dtype, device=loaded.device)
+            return self._answer(logits, k)
+        self._lanes.take_back(list(wanted))
+        unfed = self._roll_back(wanted, positions)
         self._usable = False  # for another session, should this fail
-        with self._on_own_stream():
+        with failures_of(loaded.name), self._work():
             self._let_go(unfed)
             self._cache.reserve(max(*map(len, wanted.values()), self._capacity))
             while unfed:
-                self._copy_prefixes(unfed)
-                held = {row: len(self._ids[row]) for row in unfed}
-                now = fed_first(unfed, held, self.member.device.type)
-                self._feed({row: unfed.pop(row)[held[row] :] for row in now})
-            logits = self._joined(list(wanted))
-        if self._room.stream is not None:
-            logits.record_stream(torch.cuda.current_stream(self.member.device))
+                self._lanes.copy_prefixes(unfed, positions)
+                held = {lane: len(self._lanes.ids[lane]) for lane in unfed}
+                now = fed_first(unfed, held, loaded.device.type)
+                self._known |= self._forwards.feed(
+                    {lane: unfed.pop(lane)[held[lane] :] for lane in now}, positions
+                )
+            logits = self._joined(list(wanted), positions)
         self._usable = True
-        return logits
+        return self._answer(logits, k)
 
-    def read(self, row: int, ids: Sequence[int], start: int = 0) -> Iterator[torch.Tensor]:
-        """Bring a row to these ids, giving the logits ``[n, V]`` after ``ids[start]`` and every later id.
-
-        They come in blocks, in the order of the ids, in the model's dtype and on its device, as inference
-        tensors; each is the caller's to keep. Of the prefix shared with the row's present ids at most
-        ``ids[:start]`` is kept. Dropped half way, or after any exception, the row holds what was fed so far.
-
-        Raises:
-            InputError: see `sync`; a start that is no place in the ids; when the next block is asked for:
-                the row has been given other ids since the last one.
-        """
+    def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
+        """See `Session`; of the lane's present ids at most ``ids[:start]`` is kept."""
         wanted = list(ids)
-        self._check_row(row)
-        self._check_ids(row, wanted)
+        self._check(lane, wanted)
         if not 0 <= start < len(wanted):
             raise InputError(
-                f"{self.member.name}: cannot read from place {start} of {len(wanted)} ids; "
+                f"{self._loaded.name}: cannot read from position {start} of {len(wanted)} ids; "
                 f"choose 0 to {len(wanted) - 1}"
             )
-        return self._read(row, wanted, start)
+        return self._read(lane, wanted, start, k)
 
-    def _read(self, row: int, ids: list[int], start: int) -> Iterator[torch.Tensor]:
-        at = min(common_prefix(self._ids[row], ids), start)
-        self._logits.pop(row, None)
-        del self._ids[row][at:]
+    def _read(self, lane: int, ids: list[int], start: int, k: int) -> Iterator[Distribution]:
+        held = self._lanes.ids
+        at = min(common_prefix(held[lane], ids), start)
+        self._known.pop(lane, None)
+        del held[lane][at:]
         while at < len(ids):
-            self._check_row(row)
-            if self._ids[row] != ids[:at]:
+            self._lanes.check(lane)
+            if held[lane] != ids[:at]:
                 raise InputError(
-                    f"{self.member.name}: row {row} was given other ids while it was read; read it to its end"
+                    f"{self._loaded.name}: lane {lane} was given other ids while it was read; read it to its "
+                    "end"
                 )
             end = min(at + (CHUNK if at < start else READ_BLOCK), start if at < start else len(ids))
             self._usable = False
-            with self._on_own_stream():
+            with failures_of(self._loaded.name), self._work():
                 self._cache.reserve(max(len(ids), self._capacity))
-                fed = self._on_host([ids[at:end]]).to(self.member.device, non_blocking=True)
-                feed = OneLane(self._order.index(row), at)
-                wanted = end - at if at >= start else 1
-                logits = self._run(feed, input_ids=fed, logits_to_keep=wanted)[0]
-                self._ids[row].extend(ids[at:end])
-                self.tokens_fed += end - at
-                self._logits[row] = logits[-1:].clone(), 0  # a view would keep the whole block
-            if self._room.stream is not None:
-                logits.record_stream(torch.cuda.current_stream(self.member.device))
+                logits = self._forwards.run_lane(lane, ids[at:end], end - at if at >= start else 1)[0]
+                # A view would keep the whole block.
+                self._known[lane] = Known(logits[None, -1:].clone(), 0)
+            block = self._answer(logits, k).wait()
             self._usable = True
             if at >= start:
-                yield logits
+                yield block
             at = end
 
-    def release(self, row: int) -> None:
-        """Let a finished row go: its room is freed, and it is not fed any more."""
-        self._check_row(row)
-        lane = self._order.index(row)
-        # Lanes in use stay side by side, so that a forward reads them without copies.
-        self._ids[row] = []
-        self._logits.pop(row, None)
-        with self._moving(self._order[lane + 1 :]):
-            self._cache.close_gap(lane, len(self._order))
-            self._order.remove(row)
+    def release(self, lane: int) -> None:
+        """See `Session`."""
+        self._lanes.check(lane)
+        self._known.pop(lane, None)
+        self._lanes.release(lane, self._on_own_stream())
 
-    def set_aside(self, row: int) -> None:
-        """Keep a row that is not fed for a while out of the way. It holds its ids; any `sync` may name it.
-
-        On the CPU its lane changes places with the last one in use: those stay side by side.
-        """
-        self._check_row(row)
-        self._aside.add(row)
-        in_use = [other for other in self._order if other not in self._aside]
-        if not in_use or self._fixed:  # over fixed buffers all lanes are run at every step
-            return
-        lane, last = self._order.index(row), self._order.index(in_use[-1])
-        if lane > last:
-            return
-        end = max(len(self._ids[row]), len(self._ids[in_use[-1]]))
-        with self._moving([row, in_use[-1]]):
-            self._cache.exchange(lane, last, end)
-            self._order[lane], self._order[last] = self._order[last], self._order[lane]
+    def set_aside(self, lane: int) -> None:
+        """See `Session`. On the CPU the lanes that are still asked for stay side by side in the cache."""
+        self._lanes.check(lane)
+        if not self._fixed:  # over fixed buffers all lanes are run at every step
+            self._lanes.set_aside(lane, self._on_own_stream())
 
     def close(self) -> None:
-        """Release all rows and free the cache. A second call does nothing."""
+        """See `Session`."""
         if self._closed:
             return
         self._closed = True
         if self._fixed and self._usable:
-            leave_room(self.member, self._room)
+            leave_room(self._loaded, self._room)
         else:
             self._room.steps.forget()
             self._cache.clear()
-        self._order.clear()
-        self._logits.clear()
+        self._lanes.clear()
+        self._known.clear()
 
     @contextmanager
-    def _on_own_stream(self) -> Iterator[None]:
-        """On CUDA members work side by side: the caller's stream waits for this one, not the other way."""
+    def _work(self) -> Iterator[None]:
+        """On CUDA members work side by side, each on a stream of its own."""
         stream = self._room.stream
         with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
             yield
-        if stream is not None:
-            torch.cuda.current_stream(self.member.device).wait_stream(stream)
 
     @contextmanager
-    def _moving(self, rows: Sequence[int]) -> Iterator[None]:
-        """These rows' lanes move here; should that be interrupted, they hold nothing."""
-        held = {row: self._ids[row] for row in rows}
-        for row in held:
-            self._ids[row] = []
-        with self._on_own_stream():
+    def _on_own_stream(self) -> Iterator[None]:
+        """`_work` that the caller's stream waits for."""
+        with self._work():
             yield
-        for row, ids in held.items():
-            self._ids[row] = ids
+        if self._room.stream is not None:
+            torch.cuda.current_stream(self._loaded.device).wait_stream(self._room.stream)
 
-    def _copy_prefixes(self, wanted: Mapping[int, list[int]]) -> None:
-        """What another row holds of a row's ids need not be fed: the row takes its states."""
-        for row, ids in wanted.items():
-            start = len(self._ids[row])
-            if len(ids) - 1 - start < SHARED:  # the last token is fed in any case, for its logits
+    def _answer(self, logits: torch.Tensor, k: int) -> HFAnswer:
+        said = Distribution(self._loaded.name, self._loaded.vocab_size, k, logits)
+        return HFAnswer(said, self._room.stream)
+
+    def _roll_back(self, wanted: Mapping[int, list[int]], positions: int) -> dict[int, list[int]]:
+        """Keep of each lane what it shares with these ids; the lanes that are to be fed."""
+        unfed = dict(wanted)
+        for lane, ids in wanted.items():
+            held = self._lanes.ids[lane]
+            keep = common_prefix(held, ids)
+            known = self._known.get(lane)
+            if keep == len(ids) == len(held) and known is not None and known.logits.shape[1] >= positions:
+                del unfed[lane]
                 continue
-            common = {other: common_prefix(self._ids[other], ids) for other in self._order}
-            source = max(common, key=lambda other: common[other])
-            end = min(common[source], len(ids) - 1)
-            if end - start >= SHARED:
-                self._cache.copy_prefix(self._order.index(source), self._order.index(row), start, end)
-                self._ids[row].extend(ids[start:end])
+            # The logits after a strict prefix are not kept: its last tokens go through the model once more.
+            # Until that is done the lane holds the kept prefix only: an interrupt leaves it usable.
+            self._known.pop(lane, None)
+            del held[min(keep, len(ids) - positions) :]
+        return unfed
 
-    def _feed(self, new: dict[int, list[int]]) -> None:
-        waiting = {row: len(ids) for row, ids in new.items()}
-        if self._fixed and (short := [row for row in new if len(new[row]) <= WIDTHS[-1]]):
-            self._feed_fixed({row: new[row] for row in short})
-            waiting = {row: count for row, count in waiting.items() if row not in short}
-        for group in groups(waiting, self.member.device.type):
-            if len(group) == 1:
-                self._feed_one(group[0], new[group[0]])
-            else:
-                self._feed_many({row: new[row] for row in group})
-
-    def _feed_one(self, row: int, new: list[int]) -> None:
-        """One row by itself: its lane is read as it lies, and no mask is needed."""
-        held = self._ids[row]
-        lane = self._order.index(row)
-        for at in range(0, len(new), CHUNK):
-            piece = new[at : at + CHUNK]
-            fed = self._on_host([piece]).to(self.member.device, non_blocking=True)
-            logits = self._forward(OneLane(lane, len(held)), input_ids=fed, logits_to_keep=1)
-            held.extend(piece)
-            self.tokens_fed += len(piece)
-        self._logits[row] = logits, 0
-
-    def _feed_many(self, new: dict[int, list[int]]) -> None:
-        """Rows of different lengths in one forward."""
-        lanes = sorted(self._order.index(row) for row in new)
-        whole = range(lanes[0], lanes[-1] + 1)
-        if len(whole) <= 2 * len(lanes):
-            # Some rows in between are run for nothing, which is cheaper than a copy of all others' states.
-            lanes = list(whole)
-        lines = self._lines(new, lanes, width=max(map(len, new.values())))
-        ends = [line[-1] + 1 for line in lines[1]]
-        lowest = min(len(self._ids[row]) for row in new)
-        inputs = self._on_host(lines).to(self.member.device, non_blocking=True)
-        index = self._on_host(lanes).to(self.member.device, non_blocking=True)
-        feed = ManyLanes(
-            lanes=slice(lanes[0], lanes[-1] + 1) if len(lanes) == len(whole) else index,
-            lane_index=index[:, None],
-            slots=inputs[2],
-            first={w: 0 if w is None else max(lowest - w + 1, 0) for w in self._cache.windows},
-            end=max(ends),
-        )
-        on_cpu = self.member.device.type == "cpu"
-        with states_in_common(in_common([self._ids[row] for row in new]) if on_cpu else 0, feed.end):
-            self._fed(new, lanes, self._masked(feed, inputs))
-
-    def _feed_fixed(self, new: dict[int, list[int]]) -> None:
-        """Short pieces of any rows in one forward over all lanes, whose shape is one of a few."""
-        width = next(width for width in WIDTHS if width >= max(map(len, new.values())))
-        lanes = list(range(self.rows))
-        lines = self._lines(new, lanes, width)
-        end = max(line[-1] + 1 for line in lines[1])
-
-        def forward(inputs: torch.Tensor, end: int) -> torch.Tensor:
-            index = torch.arange(self.rows, device=inputs.device)[:, None]
-            first = dict.fromkeys(self._cache.windows, 0)
-            return self._masked(ManyLanes(slice(None), index, inputs[2], first, end), inputs)
-
-        logits = self._room.steps.run(self._on_host(lines), end, self._cache.slots, forward)
-        self._fed(new, lanes, logits.clone())  # the step's own are overwritten by the next
-
-    def _lines(self, new: dict[int, list[int]], lanes: list[int], width: int) -> list[list[list[int]]]:
-        """Ids, positions and slots ``[3][lanes][width]`` of a forward, padded on the left.
-
-        So that each row's last token is the last of its line. Padding repeats the row's first new token: it
-        attends to what that one attends to, and its states go to the slot that nothing ever reads. A lane
-        whose row is not fed has padding only.
-        """
-        unread = self._cache.slots - 1
-        lowest = min(len(self._ids[row]) for row in new)
-        filler = next(iter(new.values()))[0]
-        tokens, positions, slots = [], [], []
-        for lane in lanes:
-            row = self._order[lane] if lane < len(self._order) else -1
-            ids = new.get(row, [])
-            start = len(self._ids[row]) if ids else lowest
-            padding = width - len(ids)
-            following = list(range(start, start + len(ids)))
-            tokens.append([ids[0] if ids else filler] * padding + ids)
-            positions.append([start] * padding + following)
-            slots.append([unread] * padding + following)
-        return [tokens, positions, slots]
-
-    def _fed(self, new: dict[int, list[int]], lanes: list[int], logits: torch.Tensor) -> None:
-        """The forward over these lanes is done: the rows hold what they were fed."""
-        places = {lane: place for place, lane in enumerate(lanes)}
-        for row, ids in new.items():
-            self._ids[row].extend(ids)
-            self.tokens_fed += len(ids)
-            self._logits[row] = logits, places[self._order.index(row)]
-
-    def _on_host(self, values: list[Any]) -> torch.Tensor:
-        """An int64 tensor, in memory from which it can be sent without waiting."""
-        return torch.tensor(values, pin_memory=self.member.device.type == "cuda")
-
-    def _masked(self, feed: ManyLanes, inputs: torch.Tensor) -> torch.Tensor:
-        ids, positions, _ = inputs
-        mask = attention_mask(positions, feed, self.member.dtype)
-        # The last position as an index, not as the number 1: of a view with gaps, which that gives, the
-        # product with the vocabulary is taken row by row (80 ms for SmolLM2, 500 for Gemma, measured).
-        last = positions.new_full((1,), positions.shape[1] - 1)
-        return self._forward(
-            feed, input_ids=ids, position_ids=positions, attention_mask=mask, logits_to_keep=last
-        )
-
-    def _forward(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        return self._run(feed, **inputs)[:, -1, :]
-
-    def _run(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        with small_products(self.member.device, self.member.dtype):
-            output = self.member.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
-        logits: torch.Tensor = output.logits
-        return logits
-
-    def _joined(self, rows: list[int]) -> torch.Tensor:
-        """Logits of these rows; where they are one forward's output as it is, no copy is made."""
-        found = [self._logits[row] for row in rows]
-        whole = found[0][0]
-        if len(whole) == len(rows) and all(
-            logits is whole and place == i for i, (logits, place) in enumerate(found)
+    def _joined(self, lanes: list[int], positions: int) -> torch.Tensor:
+        """Logits of these lanes; where they are one forward's output as it is, no copy is made."""
+        found = [self._known[lane] for lane in lanes]
+        whole = found[0].logits
+        if whole.shape[:2] == (len(lanes), positions) and all(
+            one.logits is whole and one.at == i for i, one in enumerate(found)
         ):
-            return whole
-        return torch.stack([logits[place] for logits, place in found])
+            return whole.flatten(0, 1)
+        return torch.cat([one.logits[one.at, -positions:] for one in found])
 
     def _let_go(self, fed: Collection[int]) -> None:
-        """Logits of rows that are not fed now are kept, but not a whole batch's for the sake of a few."""
-        for row, (logits, place) in list(self._logits.items()):
-            if fed and row not in fed and len(logits) > 1:
-                self._logits[row] = logits[place : place + 1].clone(), 0
+        """Logits of lanes that are not fed now are kept, but not a whole batch's for the sake of a few."""
+        for lane, (logits, at) in list(self._known.items()):
+            if fed and lane not in fed and len(logits) > 1:
+                self._known[lane] = Known(logits[at : at + 1].clone(), 0)
 
-    def _check_row(self, row: int) -> None:
-        if row not in self._order:
-            state = "was released" if 0 <= row < self.rows else f"is not one of 0..{self.rows - 1}"
-            raise InputError(f"{self.member.name}: row {row} {state}")
-
-    def _check_ids(self, row: int, ids: list[int]) -> None:
-        member = self.member
-        where = member.name if self.rows == 1 else f"{member.name}, row {row}"
+    def _check(self, lane: int, ids: list[int]) -> None:
+        self._lanes.check(lane)
+        loaded = self._loaded
+        where = loaded.name if self._lanes.count == 1 else f"{loaded.name}, lane {lane}"
         if not ids:
             raise InputError(
                 f"{where}: nothing to feed; the text gives no tokens. Give a prompt that is not empty."
             )
-        if member.context_length is not None and len(ids) > member.context_length:
+        if not loaded.fits(len(ids)):
             raise InputError(
-                f"{where}: {len(ids)} tokens exceed its context of {member.context_length}; "
+                f"{where}: {len(ids)} tokens exceed its context of {loaded.context_length}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
-        if min(ids) < 0 or max(ids) >= member.vocab_size:
+        if min(ids) < 0 or max(ids) >= loaded.vocab_size:
             raise InputError(
-                f"{where}: token ids must lie in 0..{member.vocab_size - 1}, got {min(ids)}..{max(ids)}"
+                f"{where}: token ids must lie in 0..{loaded.vocab_size - 1}, got {min(ids)}..{max(ids)}"
             )
 
 
-def _on_fixed_buffers(member: Member, cache: LaneCache) -> bool:
+@dataclass(frozen=True)
+class HFAnswer:
+    """See `members.backend.Answer`."""
+
+    said: Distribution
+    stream: torch.cuda.Stream | None
+
+    def wait(self) -> Distribution:
+        """The distributions; on CUDA the caller's stream waits for the member's, the host does not."""
+        if self.stream is not None and self.said.logits is not None:
+            current = torch.cuda.current_stream(self.said.device)
+            current.wait_stream(self.stream)
+            self.said.logits.record_stream(current)
+        return self.said
+
+
+def _on_fixed_buffers(loaded: LoadedModel, cache: LaneCache) -> bool:
     """Whether short pieces go over fixed buffers: on CUDA, where the model can."""
     try:
-        check_batches(member, cache.windows)
+        check_batches(loaded, cache.windows)
     except ModelError:
-        if cache.rows > 1:
+        if cache.lanes > 1:
             raise
         return False
-    return member.device.type == "cuda"
+    return loaded.device.type == "cuda"

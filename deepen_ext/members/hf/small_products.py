@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from deepen_ext.members.member import is_plain
+from deepen_ext.members.hf.loaded_model import is_plain
 
 _LINEAR = torch.nn.functional.linear
 _MOST_ROWS = 16  # at 32 both ways take the same time

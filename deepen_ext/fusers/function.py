@@ -1,49 +1,31 @@
-"""Two small fusers: the main model alone, and a function of the caller's."""
+"""A function of the caller's in place of a fuser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
-from deepen_ext.fusers.parts import FusedStep, Part, Said
+from deepen_ext.fusers.ingredients import Common, Ingredients
+from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.settings import FuseFunction
 
-# (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
-FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
-
-
-class SingleFuser(Fuser):
-    """The main model alone, on the same loop: what every ensemble is compared with."""
-
-    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
-        """Nothing to fuse."""
-        return said[0].topk.ids[:, 0]
-
-    def step_parts(
-        self,
-        logits: torch.Tensor,
-        parts: Sequence[Part],
-        weights: Sequence[float] | Sequence[Sequence[float]],
-    ) -> FusedStep:
-        """The main model's logits as they are."""
-        choice = parts[0].topk.ids[:, 0]
-        return FusedStep(logits, choice, choice, tuple(parts[:1]))
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class FunctionFuser(Fuser):
-    """A function of the caller's in the place of the fusion."""
+    """Calls a function of the caller's: (logits, said, weights) -> new logits."""
 
     def __init__(
         self,
         function: FuseFunction,
         vocab_sizes: Sequence[int],
         device: torch.device,
-        *,
-        candidates: int = 128,
-        confidence: float = 0.0,
-        names: Sequence[str] | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """See `Fuser`.
 
@@ -52,10 +34,19 @@ class FunctionFuser(Fuser):
                 which some assistant speaks. `said` is what each member says (`Said`), the main model first;
                 a member with weight 0 says nothing of that row. Its logits may be written to. What they have
                 as -inf cannot be written and stays so, whatever the function gives.
-            vocab_sizes: see `Fuser`, as the rest.
+            vocab_sizes: see `Fuser`.
+            device: see `Fuser`.
+            common: candidates, confidence, names: see `Fuser`.
         """
-        super().__init__(vocab_sizes, device, candidates=candidates, confidence=confidence, names=names)
+        super().__init__(vocab_sizes, device, **common)
         self._function = function
+
+    @classmethod
+    def make(cls, given: Ingredients) -> FunctionFuser:
+        """See `Fuser.make`."""
+        function = given.settings.fuser
+        assert not isinstance(function, str)
+        return cls(function, given.vocab_sizes, given.device, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`.

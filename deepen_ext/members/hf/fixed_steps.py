@@ -7,17 +7,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
-from transformers import PreTrainedModel
 
-from deepen_ext.members.hf.kv_cache import BLOCK, LaneCache
-from deepen_ext.members.member import Member
+from deepen_ext.members.hf.kv_cache import BLOCK
 
-WIDTHS = (1, 2, 4, 8)  # tokens a row of the chunks that graphs are made for
+WIDTHS = (1, 2, 4, 8)  # tokens a lane of the pieces that graphs are made for
 
-_lock = threading.Lock()  # of the idle rooms
 _capturing = threading.Lock()  # torch allows one capture at a time in a process
 # Graphs whose capture did not end well. torch's allocator of pinned memory goes on asking them whether a
 # stream is theirs, and no call from Python ends that: they must stay.
@@ -35,8 +31,9 @@ class _Step:
 
 
 class FixedSteps:
-    """Forwards of one shape each, by width and by slots looked at; on CUDA captured when they come again.
+    """Forwards of one shape each: by width, slots looked at and positions wanted.
 
+    On CUDA they are captured when they come again.
     All read their inputs from buffers of their own, so what is captured holds for every later step. They
     share one memory pool: a step's logits last until the next step.
     """
@@ -46,20 +43,31 @@ class FixedSteps:
         self._captures = device.type == "cuda"
         self._device = device
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._steps: dict[tuple[int, int, int], _Step] = {}
         self._slots = 0
 
-    def run(self, inputs: torch.Tensor, end: int, slots: int, forward: Forward) -> torch.Tensor:
-        """The logits of these inputs (on the host); slots 0 to ``end - 1`` of ``slots`` are needed."""
+    def run(
+        self, inputs: torch.Tensor, end: int, slots: int, positions: int, forward: Forward
+    ) -> torch.Tensor:
+        """The logits [lanes, positions, V] of these inputs (on the host).
+
+        Args:
+            inputs: see `Forward`.
+            end: slots 0 to ``end - 1`` are needed.
+            slots: of the cache.
+            positions: how many of the last positions have logits.
+            forward: what to run.
+        """
         if slots != self._slots:  # the cache has grown: its buffers are others
             self.forget()
             self._slots = slots
         end = min(max(BLOCK, 1 << (end - 1).bit_length()), slots)
-        step = self._steps.get((inputs.shape[2], end))
+        key = (inputs.shape[2], end, positions)
+        step = self._steps.get(key)
         if step is None:  # runs as it is: nothing is captured that comes once, and capture finds all warm
             step = _Step(inputs.to(self._device, non_blocking=True))
             logits = forward(step.inputs, end)  # every layer has its buffers now: none is made in a capture
-            self._steps[inputs.shape[2], end] = step
+            self._steps[key] = step
             return logits
         step.inputs.copy_(inputs, non_blocking=True)
         if step.graph is None and self._captures:
@@ -77,7 +85,7 @@ class FixedSteps:
     @property
     def captured(self) -> list[tuple[int, int]]:
         """Width and end of the steps that are graphs by now."""
-        return [key for key, step in self._steps.items() if step.graph is not None]
+        return [key[:2] for key, step in self._steps.items() if step.graph is not None]
 
     def _capture(self, step: _Step, end: int, forward: Forward) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -118,51 +126,3 @@ def _free_for_a_capture(device: torch.device) -> None:
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if torch.cuda.mem_get_info(device)[0] < unused:
         torch.cuda.empty_cache()
-
-
-@dataclass
-class Room:
-    """What a session works in; on CUDA the next session of the member takes it over, graphs and all."""
-
-    cache: LaneCache
-    steps: FixedSteps
-    stream: torch.cuda.Stream | None
-    weights: int  # where they lie: graphs hold their addresses
-
-
-_idle: WeakKeyDictionary[PreTrainedModel, Room] = WeakKeyDictionary()  # no room refers to its model
-
-
-def take_room(member: Member, rows: int, capacity: int) -> Room:
-    """The member's idle room if it fits, else a new one; what does not fit is freed."""
-    with _lock:
-        room = _idle.pop(member.model, None)
-    weights = hash(tuple(one.data_ptr() for one in member.model.parameters()))
-    stays = room is not None and room.weights == weights
-    if room is not None and stays and room.cache.rows == rows and room.cache.slots > capacity:
-        return room
-    if room is not None and stays:  # cuBLAS keeps a workspace for each stream that was ever used
-        stream = room.stream
-    else:
-        stream = torch.cuda.Stream(member.device) if member.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    return Room(LaneCache(member, rows), FixedSteps(member.name, member.device), stream, weights)
-
-
-def leave_room(member: Member, room: Room) -> None:
-    """Keep the room for the member's next session; one room is kept."""
-    with _lock:
-        _idle[member.model] = room
-
-
-def idle_bytes(member: Member) -> int:
-    """Bytes of the member's idle room: its next session takes it over, or gives it back."""
-    with _lock:
-        room = _idle.get(member.model)
-    return 0 if room is None else room.cache.nbytes
-
-
-def free_idle(device: torch.device) -> None:
-    """Give back all idle rooms on the device, graphs and all."""
-    with _lock:
-        for model in [model for model in _idle if model.device == device]:
-            del _idle[model]

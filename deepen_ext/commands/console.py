@@ -1,0 +1,118 @@
+"""What the commands write where: progress, output, errors and exit codes.
+
+Exit codes: 0 done, 1 a model or the run failed, 2 wrong input, 130 interrupted, 141 closed pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from deepen_ext.errors import DeepenError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A moving bar on a terminal's standard error; elsewhere one line for each thing that takes long."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen: set[str] = set()
+
+        def line(message: str) -> None:
+            stage = message.split(",")[0]  # without the counts
+            if stage.startswith(("Downloading", "Converting", "Waiting")) and stage not in seen:
+                seen.add(stage)
+                print(stage, file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda message: bars.update(task, description=message)
+
+
+def tables() -> Console:
+    """Standard output for tables; a file or a pipe, which has no width, is 140 wide."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def check_output() -> None:
+    """Raise InputError where the caller has closed standard output (`>&-`)."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise InputError("standard output is closed; send it to a file, or to /dev/null")
+
+
+def write(text: str) -> None:
+    """To standard output, at once.
+
+    Raises:
+        InputError: standard output is closed.
+    """
+    check_output()
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+@contextmanager
+def exit_codes(debug: bool) -> Iterator[None]:
+    """Turn what goes wrong into one message on standard error and an exit code."""
+
+    def fail(message: str, code: int, error: BaseException) -> typer.Exit:
+        if debug:
+            traceback.print_exception(error)
+        if sys.stderr is not None:
+            print(message, file=sys.stderr)
+        return typer.Exit(code)
+
+    if not debug:
+        warnings.showwarning = _own_warnings
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that cannot show a character must not end the text
+    try:
+        check_output()
+        yield
+    except KeyboardInterrupt as error:
+        raise fail("\ninterrupted", 130, error) from None
+    except BrokenPipeError as error:
+        # The reader has gone, as in `| head`. Python would complain once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if debug:
+            traceback.print_exception(error)
+        raise typer.Exit(141) from None
+    except InputError as error:
+        raise fail(f"error: {error}", 2, error) from None
+    except DeepenError as error:
+        raise fail(f"error: {error}", 1, error) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        message = f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)"
+        raise fail(message, 1, error) from None
+
+
+def _own_warnings(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Our warnings as one line; those of the libraries beneath are for developers (--debug)."""
+    if Path(__file__).parent.parent in Path(filename).parents:
+        print(f"warning: {message}", file=sys.stderr)

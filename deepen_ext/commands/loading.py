@@ -1,0 +1,146 @@
+"""From options to members and ensembles. torch is imported where a model is needed, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deepen_ext.commands.console import progress
+from deepen_ext.commands.options import Dtype, RecipeName
+from deepen_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+    from deepen_ext.presets import Preset
+
+_DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
+_ONE_WAY = (
+    "name the models with --model, two or more, or take the embedded pair with --demo, or a --preset's: "
+    "one of the three"
+)
+
+
+class Named(NamedTuple):
+    """The models that the options name, the main model first; and the preset, where they name one."""
+
+    members: Sequence[str]
+    preset: Preset | None
+
+
+def named_members(models: list[str] | None, demo: bool, preset: Path | None = None) -> Named:
+    """What --model, --demo and --preset name; nothing is loaded.
+
+    Raises:
+        InputError: no models, or more than one way of naming them; a preset that cannot be read.
+    """
+    loaded = None
+    if preset is not None:
+        from deepen_ext.presets import load_preset
+
+        loaded = load_preset(preset)
+    if demo and (models or preset is not None):
+        raise InputError(_ONE_WAY)
+    members = models or (_DEMO if demo else loaded.members if loaded is not None else None)
+    if members is None:
+        raise InputError(_ONE_WAY)
+    return Named(members, loaded)
+
+
+def placed(dtypes: list[Dtype] | None, devices: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Keywords of `load_members`, from --dtype, --device and --trust-remote-code."""
+    return {
+        "dtype": _one_or_more([one.value for one in dtypes or []], "float32"),
+        "device": _one_or_more(devices, "cpu"),
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def load_ensemble(
+    named: Named,
+    placing: dict[str, Any],
+    fuser: str | None,
+    weights: list[str] | None,
+    recipe: RecipeName | None,
+    learning_rate: float | None,
+) -> Ensemble:
+    """The ensemble that the options ask for.
+
+    Args:
+        named: see `named_members`.
+        placing: see `placed`.
+        fuser: --fuser; None, as below, where the option is not given: the preset's counts, or the default.
+        weights: --weight.
+        recipe: --recipe.
+        learning_rate: --learning-rate.
+
+    Raises:
+        InputError: a setting out of range.
+        ModelError: a model cannot be loaded.
+    """
+    shares = _read_weights(weights)
+    with progress() as say:
+        say("Starting")
+        from deepen_ext.ensemble import Ensemble
+
+        settings = _settings(
+            named.preset, weights=shares, fuser=fuser, recipe=recipe, learning_rate=learning_rate
+        )
+        return Ensemble.from_pretrained(named.members, progress=say, **placing, **settings)
+
+
+def ways_of_fusing(
+    named: Named, fusers: Sequence[str] | None, recipe: RecipeName | None
+) -> list[dict[str, Any]]:
+    """What each --fuser sets of an ensemble; where none is given, the preset's or the default.
+
+    Raises:
+        InputError: a fuser that there is not.
+    """
+    from deepen_ext.fusers import FusionSettings
+
+    defaults = FusionSettings()
+    ways = []
+    given: Sequence[str | None] = fusers or [None]
+    for fuser in given:
+        own = _settings(named.preset, fuser=fuser, recipe=recipe)
+        keys = ("fuser", "recipe", "relative_temperature")
+        ways.append({key: own.get(key, getattr(defaults, key)) for key in keys})
+    return ways
+
+
+def writes_alone(fuser: str) -> bool:
+    """Whether a --fuser is the main model alone."""
+    from deepen_ext.fusers import FUSERS
+
+    return fuser in FUSERS and FUSERS[fuser].fewest_members == 1
+
+
+def _settings(preset: Preset | None, *, recipe: RecipeName | None, **options: Any) -> dict[str, Any]:
+    from deepen_ext.presets import Preset
+
+    named = None if recipe is None else recipe.value
+    return (preset or Preset([])).settings(recipe=named, **options)
+
+
+def _read_weights(given: list[str] | None) -> list[float] | str | None:
+    """The weights as `Ensemble` takes them.
+
+    Raises:
+        InputError: something that is no number.
+    """
+    if not given:
+        return None
+    if given == ["prompt"]:
+        return "prompt"
+    try:
+        return [float(one) for one in given]
+    except ValueError:
+        raise InputError(
+            f"--weight {' '.join(given)}: give a number for each member, or prompt once"
+        ) from None
+
+
+def _one_or_more(values: list[str] | None, default: str) -> str | list[str]:
+    """A repeated option: one value for all members, or a list for each."""
+    return values if values and len(values) > 1 else values[0] if values else default

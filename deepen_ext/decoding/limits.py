@@ -1,0 +1,78 @@
+"""What a run can be seen to lack before anything is computed: context, memory, a member's capabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.decoding.team import Team
+from deepen_ext.decoding.text_in_progress import TextInProgress
+from deepen_ext.errors import InputError
+from deepen_ext.members.memory import find_shortage
+
+
+def check_main_model(team: Team, settings: Settings) -> None:
+    """That what picks the tokens can do with what the main model says.
+
+    Of a main model without logits only its most probable tokens are known: greedy decoding works, and
+    sampling among those.
+
+    Raises:
+        InputError: it cannot; the message says what to change.
+    """
+    capabilities = team.main.backend.capabilities
+    if capabilities.logits:
+        return
+    name = team.main.name
+    known = min(team.fuser.candidates, capabilities.max_topk or team.fuser.candidates)
+    if (unfit := settings.processors_of_all_scores()) is not None:
+        raise InputError(
+            f"{name}: {unfit} needs the capability 'logits' of the main model, and its backend has only the "
+            "most probable tokens; leave the setting out, or run this member in process"
+        )
+    if settings.do_sample and not 0 < settings.top_k <= known:
+        raise InputError(
+            f"{name}: sampling from all tokens needs the capability 'logits' of the main model, and its "
+            f"backend has only the {known} most probable tokens; set top_k to 1 to {known}"
+        )
+
+
+def check_lengths(
+    team: Team,
+    texts: Sequence[TextInProgress],
+    tokens: Sequence[Sequence[int]],
+    at_once: int,
+    shared: SharedForwards | None,
+) -> None:
+    """That every prompt with its new tokens fits every member's context, and the batch the memory.
+
+    Args:
+        team: the members.
+        texts: of the run.
+        tokens: of each text, how many tokens its prompt has for each assistant.
+        at_once: how many texts are written side by side.
+        shared: forwards that the run goes on from.
+
+    Raises:
+        InputError: one does not.
+    """
+    longest = [0] * len(team.members)
+    for number, (text, own) in enumerate(zip(texts, tokens, strict=True)):
+        new = text.new_tokens
+        for i, (member, length) in enumerate(zip(team.members, [text.prompt_length, *own], strict=True)):
+            longest[i] = max(longest[i], length + new)
+            if not member.fits(length + new):
+                which = f"the prompt's {length}" if len(texts) == 1 else f"prompt {number}'s {length}"
+                limit = member.context_length or 0
+                raise InputError(
+                    f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
+                    f"shorten the prompt or ask for at most {max(limit - length, 0)}"
+                )
+    held = None if shared is None else shared.bytes_held
+    if (short := find_shortage(at_once, zip(team.members, longest, strict=True), held)) is not None:
+        fewer = "choose a smaller batch_size, or " if at_once > 1 else ""
+        raise InputError(
+            f"{at_once} prompts at a time, with their new tokens up to {max(longest)} long, {short}; "
+            f"{fewer}ask for fewer new tokens"
+        )

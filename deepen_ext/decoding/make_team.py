@@ -1,0 +1,66 @@
+"""From members and settings to a team that can write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.decoding.team import Team
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, make_fuser, map_settings, method_name
+from deepen_ext.fusers.capabilities import check_capabilities
+from deepen_ext.members.member import Member, unique_names
+from deepen_ext.ops.checks import check_built_for
+from deepen_ext.space.member_maps import MemberMaps
+
+
+def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberMaps | None = None) -> Team:
+    """The team of these members, or of those among them that the fuser uses.
+
+    Args:
+        members: the main model first.
+        settings: the ensemble's.
+        maps: relative maps of another team, used where they are of the same members by the same settings. A
+            fuser without maps keeps them for a later team.
+
+    Raises:
+        InputError: see `Ensemble`.
+    """
+    weights = team_weights(settings, len(members))
+    members = members[: len(weights)]
+    for member in members:
+        check_built_for(member.device)
+    check_capabilities([member.backend for member in members], fuser_class(settings.fuser), settings)
+    rows = map_settings(settings)
+    if rows is not None and (maps is None or not maps.made_with(members, rows)):
+        maps = MemberMaps(members, rows)
+    names = unique_names(members)
+    assisted = len(members) > 1
+    bounded = settings.boundary_aware and assisted
+    return Team(
+        members=tuple(members),
+        names=tuple(names),
+        fuser=make_fuser(Ingredients(members, names, None if rows is None else maps, settings)),
+        method=method_name(settings.fuser, settings.recipe),
+        weights=tuple(weights),
+        weighs_prompts=settings.weighs_prompts and assisted,
+        boundary_rule=BoundaryRule(members[0].vocabulary) if bounded else None,
+        maps=maps,
+    )
+
+
+def team_weights(settings: FusionSettings, members: int, advice: str = "") -> list[float]:
+    """The weights of so many members, or of those among them that the fuser uses. Needs no model.
+
+    Args:
+        settings: the ensemble's.
+        members: how many there are.
+        advice: for too few of them.
+
+    Raises:
+        InputError: an unknown fuser, too few members for it, or weights that do not go with them.
+    """
+    fewest = fuser_class(settings.fuser).fewest_members
+    if members < fewest:
+        raise InputError(f"an ensemble needs two or more members, not {members}{advice}")
+    return [1.0] if fewest == 1 else settings.member_weights(members)

@@ -1,0 +1,100 @@
+"""Weights from the prompt: how much each member counts, by how well it reads what was there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepen_ext.members.backend import Session, require
+from deepen_ext.members.distribution import forbid
+from deepen_ext.members.member import Member
+
+SHARPNESS = 8.0  # of weights from the prompt, for each nat a byte; chosen on dev texts, see docs/results.md
+PROMPT_TOKENS = 256  # of a prompt's end, that count
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """How well a member reads the end of a prompt: each scored token's bytes and natural log probability."""
+
+    sizes: list[int]
+    logprobs: list[float]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes scored, counted from the prompt's end."""
+        return sum(self.sizes)
+
+    def nats_per_byte(self, nbytes: int) -> float:
+        """Negative log-likelihood of the last `nbytes` bytes; a token cut by their begin counts in part."""
+        left, total = nbytes, 0.0
+        for size, logprob in zip(reversed(self.sizes), reversed(self.logprobs), strict=True):
+            if left <= 0:
+                break
+            total -= logprob * (min(size, left) / size if size else 1.0)
+            left -= size
+        return total / nbytes
+
+
+def prompt_weights(
+    scores: Sequence[PromptScore], weights: Sequence[float], sharpness: float = SHARPNESS
+) -> list[float]:
+    """Weights from how well each member reads the prompt, over the bytes that all of them have scored.
+
+        w_i = lambda_i exp(-sharpness n_i) / sum,    n_i the member's nats a byte
+
+    PackLLM (Mavromatis et al., arXiv 2404.11531) has the idea; it weighs by perplexity a token, which
+    depends on the vocabulary. A prompt too short to tell leaves the weights as they are.
+
+    Args:
+        scores: of each member.
+        weights: lambda_i, what the members start from.
+        sharpness: 0 leaves the weights as they are.
+    """
+    shared = min(one.nbytes for one in scores)
+    if shared == 0:
+        return list(weights)
+    nats = [one.nats_per_byte(shared) for one in scores]
+    best = min(nats)
+    raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
+    total = math.fsum(raised)
+    return [one / total for one in raised]
+
+
+def read_prompts(
+    session: Session, member: Member, prompts: Mapping[int, Sequence[int]]
+) -> dict[int, PromptScore]:
+    """Bring lanes to their prompts and score the last `PROMPT_TOKENS` tokens of each.
+
+    Args:
+        session: of the member, whose backend has full logits; its lanes then hold the prompts, and asking for
+            them costs nothing.
+        member: whose tokens they are.
+        prompts: ids by lane, with what stands before the text.
+
+    Raises:
+        InputError: see `Session.ask`.
+        ModelError: the forward pass failed.
+    """
+    require(member.backend, "logits", "weights='prompt'")
+    starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
+    heads = {lane: prompts[lane][:start] for lane, start in starts.items() if start}
+    scores = {}
+    if heads:  # together, and what they begin with alike only once
+        session.ask(heads, 1).wait()
+    for lane, ids in prompts.items():
+        start, logprobs = starts[lane], []
+        unwritable = member.unwritable(ids)  # but for the special tokens that the prompt has
+        for block in session.read(lane, ids, start, 1):
+            following = torch.tensor(ids[start + 1 : start + 1 + len(block)])
+            known = block.scores()[: len(following)].float()
+            picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
+            known = forbid(known, unwritable)
+            logprobs += (picked - known.logsumexp(-1)).tolist()
+            start += len(block)
+        sizes = [len(member.vocabulary.bytes_of(token)) for token in ids[starts[lane] + 1 :]]
+        scores[lane] = PromptScore(sizes, logprobs)
+    return scores

@@ -1,0 +1,64 @@
+"""Which tokens need no assistant: those that none can change, and those the main model is sure enough of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepen_ext.decoding.assistants import Reason
+from deepen_ext.decoding.certificate import Certificate
+from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.team import Team
+from deepen_ext.errors import InputError
+from deepen_ext.fusers import Part
+from deepen_ext.ground.numbers import real_number
+
+
+class Skips:
+    """The certified skip (`Certificate`) and the confidence gate of one run."""
+
+    def __init__(
+        self, team: Team, chooser: Chooser, *, certified_skip: bool, confidence_gate: float | None
+    ) -> None:
+        """Check that they fit the run.
+
+        Args:
+            team: whose assistants may be spared.
+            chooser: picks the tokens.
+            certified_skip: ask the assistants only where they can change a greedy token.
+            confidence_gate: nor where the main model's first choice has at least this probability.
+
+        Raises:
+            InputError: a certified skip while sampling, or of a fuser that has no bound; a gate out of range.
+        """
+        self._certificate = None
+        self._gate = confidence_gate
+        if confidence_gate is not None:
+            real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
+        if not certified_skip:
+            return
+        if chooser.settings.do_sample:
+            raise InputError(
+                "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
+                "which is not exact"
+            )
+        bound = team.fuser.search_bound()
+        if bound is None:
+            raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
+        self._certificate = Certificate(bound, chooser)
+
+    def reasons(self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]) -> list[Reason | None]:
+        """Of each text, why its next token needs no assistant, or None.
+
+        Args:
+            main: what the main model says of them.
+            texts: their numbers.
+            ids: of each of them, prompt and new tokens so far.
+        """
+        reasons: list[Reason | None] = [None] * len(texts)
+        if self._gate is not None:
+            sure = (main.topk.probs[:, 0] >= self._gate).tolist()
+            reasons = ["gated" if one else None for one in sure]
+        if self._certificate is not None:
+            settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk).tolist()
+            reasons = ["settled" if one else old for one, old in zip(settled, reasons, strict=True)]
+        return reasons

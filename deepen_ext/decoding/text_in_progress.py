@@ -1,0 +1,44 @@
+"""A text while it is being written, and what one step adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from deepen_ext.decoding.generation import FinishReason, Generation, Timings
+
+
+@dataclass(frozen=True)
+class Written:
+    """A token that was written, and the characters it completed ("" while one is unfinished)."""
+
+    number: int  # of its text in the batch
+    token: int
+    text: str
+
+
+@dataclass
+class TextInProgress:
+    """One text of a run."""
+
+    ids: list[int]  # the main model's: prompt and what was chosen; only assistants re-tokenise
+    prompt_length: int
+    new_tokens: int  # at most so many
+    pieces: list[str] = field(default_factory=list)
+    recent: str = ""  # the end of the new text with special tokens' names, for stop strings
+    changed: int = 0  # tokens that are not the main model's own first choice
+    finish_reason: FinishReason | None = None
+
+    @property
+    def written(self) -> int:
+        """Number of new tokens."""
+        return len(self.ids) - self.prompt_length
+
+    def result(self, timings: Timings) -> Generation:
+        """What was written so far."""
+        return Generation(
+            text="".join(self.pieces),
+            token_ids=self.ids[self.prompt_length :],
+            finish_reason=self.finish_reason or "cancelled",
+            changed_tokens=self.changed,
+            timings=timings,
+        )

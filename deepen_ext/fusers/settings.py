@@ -1,0 +1,126 @@
+"""The settings of an ensemble: each name, default and range in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.weights import check_weights
+from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_LEARNING_RATE, DEFAULT_RECIPE, RECIPES, Recipe
+
+# (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
+FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """What `Ensemble(members, **settings)` takes.
+
+    A range holds whether or not the fuser uses the setting. Whether the settings go with the members is seen
+    later: the number of weights by `member_weights`, the members' backends by `check_capabilities`.
+
+    Attributes:
+        weights: lambda_i, one for each member, summing to 1. None: equal weights. "prompt": found for each
+            prompt, from how well each member reads it (see `prompt_weights`).
+        fuser: a name of `FUSERS`: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single"
+            (the main model alone: one member is enough, and others are not used). Or a function of your own
+            (see `FunctionFuser`).
+        recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
+        learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
+        relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
+            40, paper 100; bytes has none). Of "deepen".
+        confidence: how much more a member counts at a token where it is sure, 0 to 10: its weight is scaled
+            by exp(-confidence H), H the entropy of its distribution in nats. 0: the weights as they are.
+        steps: T of the inverse search, 1 to 64. Of "deepen".
+        candidates: how many of a member's most probable tokens are looked at one by one, 1 or more.
+        entries: how many of a relative row's largest entries are kept, 1 or more.
+        min_probability: less probable tokens are not worth a relative row, 0 to below 1 (see `DeepenFuser`).
+        boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
+            token (see `BoundaryRule`).
+        cache: keep computed relative rows on disk, and use the rows of earlier runs.
+
+    Raises:
+        InputError: a value that is none of these.
+    """
+
+    # "preset": a preset file may have the setting, with a value such as this.
+    weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
+    fuser: str | FuseFunction = field(default="deepen", metadata={"preset": "deepen"})
+    recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
+    learning_rate: float = field(default=DEFAULT_LEARNING_RATE, metadata={"preset": 0.25})
+    relative_temperature: float | None = field(default=None, metadata={"preset": 40.0})
+    confidence: float = field(default=0.0, metadata={"preset": 0.5})
+    steps: int = 5
+    candidates: int = 128
+    entries: int = DEFAULT_ENTRIES
+    min_probability: float = 1e-4
+    boundary_aware: bool = True
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise InputError(f"recipe is '{self.recipe}'; use one of {', '.join(RECIPES)}")
+        if isinstance(self.weights, str) and self.weights != "prompt":
+            raise InputError(f"weights are '{self.weights}'; give a list of numbers, or 'prompt'")
+        check_learning_rate(self.learning_rate)
+        check_steps(self.steps)
+        check_min_probability(self.min_probability)
+        if self.relative_temperature is not None:
+            real_number(
+                "relative_temperature", self.relative_temperature, "above 0 to 1000", lambda x: 0 < x <= 1000
+            )
+        real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
+        whole_number("candidates", self.candidates, 1)
+        whole_number("entries", self.entries, 1)
+
+    def changed(self, **given: Any) -> FusionSettings:
+        """The same settings but for these.
+
+        Raises:
+            InputError: a name that is no setting, or a value out of range.
+        """
+        names = [one.name for one in fields(self)]
+        if unknown := [name for name in given if name not in names]:
+            near = get_close_matches(unknown[0], names, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise InputError(f"{', '.join(unknown)}: no setting of an ensemble; {advice}")
+        return replace(self, **given)
+
+    @property
+    def weighs_prompts(self) -> bool:
+        """Whether the weights are found for each prompt."""
+        return isinstance(self.weights, str)
+
+    def member_weights(self, members: int) -> list[float]:
+        """lambda_i for so many members; with weights from the prompt, those to start from.
+
+        Raises:
+            InputError: see `check_weights`.
+        """
+        if self.weights is None or isinstance(self.weights, str):
+            return [1 / members] * members
+        return check_weights(self.weights, members)
+
+
+def check_learning_rate(value: Any) -> float:
+    """The value as a float; InputError where it is out of range."""
+    return real_number(
+        "learning_rate", value, "above 0 to 10 (the paper uses 0.1 to 0.5)", lambda x: 0 < x <= 10
+    )
+
+
+def check_steps(value: Any) -> int:
+    """The value as an int; InputError where it is out of range."""
+    return whole_number("steps", value, 1, 64)
+
+
+def check_min_probability(value: Any) -> float:
+    """The value as a float; InputError where it is out of range."""
+    return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)

@@ -1,0 +1,134 @@
+"""The first line of a result file: everything that determines the results, and how two headers differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepen_ext import __version__
+from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, SHARPNESS
+from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.tasks import Item, Task
+from deepen_ext.members.member import Member
+
+if TYPE_CHECKING:
+    from deepen_ext.ensemble import Ensemble
+
+_FORMAT = 1  # of the lines; a file of another format cannot be continued
+
+Header = dict[str, Any]
+
+
+def task_header(task: Task, split: str, items: Sequence[Item]) -> Header:
+    """The part of a header that a task determines; known before a model is loaded.
+
+    The digest is over the items as they are read: which items, their prompts and their references.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.index, item.prompt, list(item.references)]).encode() + b"\n")
+    return {
+        "name": task.name,
+        "split": split,
+        "items": len(items),
+        "items_sha256": digest.hexdigest(),
+        "max_new_tokens": task.max_new_tokens,
+        "stop_strings": list(task.stop_strings),
+    }
+
+
+def configuration_header(
+    name: str, ensemble: Ensemble, *, certified_skip: bool, share_forwards: bool
+) -> Header:
+    """The part of a header that an ensemble and its settings determine.
+
+    The batch size is not in it: it may be made smaller when memory runs out.
+    """
+    fuser = {
+        key: value
+        for key, value in sorted(vars(ensemble.fuser).items())
+        if isinstance(value, bool | int | float | str)
+    }
+    return {
+        "name": name,
+        "method": ensemble.method,
+        "members": [_describe(member) for member in ensemble.members],
+        "weights": _weights(ensemble),
+        "fuser": fuser,
+        # Not `ensemble.maps`: a variant may have maps that its fuser does not use.
+        "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
+        "boundary_aware": ensemble.boundary_rule is not None,
+        "certified_skip": certified_skip,
+        "share_forwards": share_forwards,
+    }
+
+
+def make_header(task: Header, configuration: Header) -> Header:
+    """The whole header, as it reads after a round trip through JSON."""
+    header = {"format": _FORMAT, "package": __version__, "task": task, "configuration": configuration}
+    read: Header = json.loads(json.dumps(header))
+    return read
+
+
+def _weights(ensemble: Ensemble) -> Any:
+    if not ensemble.weighs_prompts:
+        return list(ensemble.weights)
+    return {"prompt": list(ensemble.weights), "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
+
+
+def _describe(member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "vocabulary": member.vocabulary.fingerprint,
+        "weights": member.backend.fingerprint(),
+        "eos_ids": list(member.eos_ids),
+        "dtype": member.backend.describe().dtype,
+        "device": member.device.type,
+    }
+
+
+def check_same(path: Path, there: Header, now: Header) -> None:
+    """Check that the header of a file agrees with that of this run.
+
+    Raises:
+        InputError: it does not; the message says what differs.
+    """
+    try:
+        old, new = dict(_flat(there)), dict(_flat(now))
+    except RecursionError as error:
+        raise damaged(path, "its header is nested too deeply") from error
+    differ = [
+        f"{key} is {_short(old.get(key))} there and {_short(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differ:
+        raise InputError(
+            f"{path} holds results of another run: {'; '.join(differ)}. Give the same settings to go on with "
+            "it, another folder (--json), or fresh=True (--fresh) to drop it and begin anew"
+        )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value in a header with its name, such as `configuration.members 1.weights`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        for number, inner in enumerate(value, start=1):
+            yield from _flat(inner, f"{name} {number}")
+    else:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]}..."
+
+
+def damaged(path: Path, what: str) -> InputError:
+    """The error for a file of results that cannot be read."""
+    return InputError(f"{path}: {what}; remove the file, or begin it anew with fresh=True (--fresh)")

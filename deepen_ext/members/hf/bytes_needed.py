@@ -1,0 +1,44 @@
+"""What a session of a transformers model takes."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from deepen_ext.members.hf.kv_cache import CHUNK, cache_bytes, largest_head
+from deepen_ext.members.hf.loaded_model import LoadedModel
+
+
+def estimate_bytes(loaded: LoadedModel, lanes: int, tokens: int) -> int:
+    """Bytes that a session of ``lanes`` lanes with ``tokens`` tokens each takes, beside the model's weights.
+
+    The cache, the logits of two steps, and the largest activations of one layer; on CUDA also cuBLAS's
+    workspace on the session's stream.
+    """
+    config = loaded.model.config.get_text_config()
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = largest_head(config)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    fed = min(lanes * tokens, CHUNK)
+    activations = fed * (4 * hidden + 3 * inner + 4 * heads * head_dim)
+    # Masks, and keys and values repeated for every query head, where lanes are fed together.
+    attention = 2 * fed * tokens + 2 * lanes * tokens * heads * head_dim if lanes > 1 else fed * tokens
+    logits = 2 * lanes * loaded.vocab_size
+    others = (activations + attention + logits) * loaded.dtype.itemsize
+    if loaded.device.type == "cuda":
+        others += _cublas_workspace(loaded.device)
+    return int(cache_bytes(loaded, lanes, tokens) + others)
+
+
+def _cublas_workspace(device: torch.device) -> int:
+    """Bytes that torch takes for cuBLAS on each stream; captured steps use their stream's.
+
+    As `parseChosenWorkspaceSize` in torch's CublasHandlePool.cpp, where Blackwell's is as large as Hopper's
+    from some version on. torch before 2.13 does not tell.
+    """
+    if pairs := re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")):
+        return 1024 * sum(int(size) * int(count) for size, count in pairs)
+    hopper = torch.cuda.get_device_capability(device)[0] >= 9
+    return 1024 * (8 * 4096 if hopper else 2 * 4096 + 8 * 16)

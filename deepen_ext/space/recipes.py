@@ -1,0 +1,20 @@
+"""The recipes that relative rows are made by, and what the package and its command line set by default.
+
+How the defaults were chosen: docs/results.md. No torch is imported here: the command line reads this first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+Recipe = Literal["bytes", "calibrated", "paper"]
+SimilarityRecipe = Literal["calibrated", "paper"]  # rows by the similarity of embeddings
+
+RECIPES: Final[tuple[Recipe, ...]] = ("bytes", "calibrated", "paper")  # the default first
+DEFAULT_RECIPE: Final = "bytes"
+
+# Of the softmax over cosines: the paper's own, and one at which an anchor of today's models keeps its mass.
+DEFAULT_TEMPERATURES: Final[Mapping[str, float]] = {"calibrated": 40.0, "paper": 100.0}
+DEFAULT_ENTRIES: Final = 32  # how many of a similarity row's largest entries are kept
+DEFAULT_LEARNING_RATE: Final = 0.15  # of the inverse search

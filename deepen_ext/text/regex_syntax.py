@@ -1,0 +1,246 @@
+"""A tokenizer's splitting regex as a tree of nodes, and what a node can match.
+
+The syntax is Oniguruma's (Ruby), which `tokenizers` uses. What a character class means is left to the engine:
+an `Atom` keeps the class as it is written.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_ONE_CHARACTER = frozenset("sSdDwWhHrntfvae")  # escapes that stand for one character
+_QUANTIFIER = re.compile(r"\{(\d*)(,?)(\d*)\}")
+
+
+class NotUnderstood(Exception):
+    """The regex has something that `SplitRegex` does not cover."""
+
+
+@dataclass(frozen=True)
+class Atom:
+    """Matches one character; `fold`: in upper and lower case alike."""
+
+    number: int  # its index among the atoms of the regex
+    pattern: str
+    fold: bool
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """All items, one after the other."""
+
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Alternation:
+    """The first of the items that lets the rest of the regex match."""
+
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """The item `least` times or more; with `once_at_most`, no more than once."""
+
+    item: Node
+    least: int
+    once_at_most: bool
+    gives_back: bool  # False: possessive
+
+
+@dataclass(frozen=True)
+class Atomic:
+    """`(?>...)`: the item, which gives nothing back."""
+
+    item: Node
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """`(?=...)` or `(?!...)`; without an item, the end of the line or of the text."""
+
+    item: Node | None
+
+
+Node = Atom | Concatenation | Alternation | Repetition | Atomic | LookAhead
+
+
+def parse(pattern: str) -> tuple[Node, list[Atom]]:
+    """The regex as a tree, and the atoms in it by their number.
+
+    Raises:
+        NotUnderstood: the regex looks left (`^`, a look-behind, `\\b`), refers back, or is not well formed.
+    """
+    parser = _Parser(pattern)
+    return parser.parse(), parser.atoms
+
+
+class _Parser:
+    """Recursive descent, one method for each construct. `fold`: inside `(?i:...)`, where case is ignored."""
+
+    def __init__(self, pattern: str) -> None:
+        self._text, self._at = pattern, 0
+        self.atoms: list[Atom] = []
+
+    def parse(self) -> Node:
+        node = self._alternation(fold=False)
+        if self._at < len(self._text):
+            raise NotUnderstood(f"')' at {self._at}")
+        return node
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _take(self, count: int = 1) -> str:
+        taken = self._text[self._at : self._at + count]
+        if len(taken) < count:
+            raise NotUnderstood("the regex ends early")
+        self._at += count
+        return taken
+
+    def _alternation(self, *, fold: bool) -> Node:
+        branches = [self._concatenation(fold=fold)]
+        while self._peek() == "|":
+            self._take()
+            branches.append(self._concatenation(fold=fold))
+        return branches[0] if len(branches) == 1 else Alternation(tuple(branches))
+
+    def _concatenation(self, *, fold: bool) -> Node:
+        items: list[Node] = []
+        while self._peek() not in ("", "|", ")"):
+            items.append(self._repetition(self._item(fold=fold)))
+        return items[0] if len(items) == 1 else Concatenation(tuple(items))
+
+    def _repetition(self, item: Node) -> Node:
+        while True:
+            sign = self._peek()
+            counted = _QUANTIFIER.match(self._text, self._at) if sign == "{" else None
+            if counted is not None and (counted[1] or counted[3]):
+                self._take(len(counted[0]))
+                least = int(counted[1] or 0)
+                most = least if not counted[2] else int(counted[3]) if counted[3] else None
+                # Ruby's {n}? is a choice between n times and nothing; {n,m}+ is a repeated repetition.
+                if self._peek() == "?":
+                    self._take()
+                    least = least if counted[2] else 0
+                item = Repetition(item, least, most is not None and most <= 1, gives_back=True)
+            elif sign and sign in "*+?":
+                self._take()
+                suffix = self._take() if self._peek() and self._peek() in "+?" else ""
+                item = Repetition(item, int(sign == "+"), sign == "?", gives_back=suffix != "+")
+            else:
+                return item
+
+    def _item(self, *, fold: bool) -> Node:
+        sign = self._take()
+        if sign == "(":
+            return self._group(fold=fold)
+        if sign == "[":
+            return self._atom(self._class(), fold=fold)
+        if sign == "\\":
+            return self._escape(fold=fold)
+        if sign == "$":
+            return LookAhead(None)
+        if sign == "^":
+            raise NotUnderstood("'^' looks left")
+        return self._atom(sign if sign == "." else re.escape(sign), fold=fold, literal=sign != ".")
+
+    def _atom(self, pattern: str, *, fold: bool, literal: bool = False) -> Atom:
+        if fold and not (pattern.isascii() and (literal or pattern[1:-1].isalpha())):
+            raise NotUnderstood(f"{pattern!r} with case ignored")
+        self.atoms.append(Atom(len(self.atoms), pattern, fold))
+        return self.atoms[-1]
+
+    def _escape(self, *, fold: bool) -> Node:
+        start = self._at - 1
+        sign = self._take()
+        if sign in "zZ":
+            return LookAhead(None)
+        if (sign in "pP" and self._peek() == "{") or sign in "xu":
+            closed = re.compile(r"\{[^}]*\}|[0-9a-fA-F]{1,4}").match(self._text, self._at)
+            if closed is None or (sign == "x" and len(closed[0]) > 2 and closed[0][0] != "{"):
+                raise NotUnderstood(f"'\\{sign}' at {start}")
+            self._take(len(closed[0]))
+            return self._atom(self._text[start : self._at], fold=fold)
+        if sign in _ONE_CHARACTER:
+            return self._atom(f"\\{sign}", fold=fold)
+        if sign.isalnum():
+            raise NotUnderstood(f"'\\{sign}'")
+        return self._atom(re.escape(sign), fold=fold, literal=True)
+
+    def _class(self) -> str:
+        """A character class as it is written, with the classes inside it: the engine reads it."""
+        start, depth = self._at - 1, 1
+        self._after_bracket()
+        while depth:
+            sign = self._take()
+            if sign == "\\":
+                self._take()
+            elif sign == "[":
+                depth += 1
+                self._after_bracket()
+            elif sign == "]":
+                depth -= 1
+        return self._text[start : self._at]
+
+    def _after_bracket(self) -> None:
+        """Pass over what has no meaning of its own right after a `[`."""
+        if self._peek() == "^":
+            self._take()
+        if self._peek() == "]":  # the first one in a class is a character
+            self._take()
+
+    def _group(self, *, fold: bool) -> Node:
+        kind = ""
+        if self._peek() == "?":
+            found = re.compile(r"\?(?:i:|:|>|=|!)").match(self._text, self._at)
+            if found is None:
+                raise NotUnderstood(f"the group at {self._at - 1}")
+            kind = self._take(len(found[0]))
+        item = self._alternation(fold=fold or kind == "?i:")
+        if self._peek() != ")":
+            raise NotUnderstood("a group is not closed")
+        self._take()
+        if kind in ("?=", "?!"):
+            return LookAhead(item)
+        return Atomic(item) if kind == "?>" else item
+
+
+def can_be_empty(node: Node, *, looks: bool = True) -> bool:
+    """Whether the node may match without reading a character; `looks`: a look-ahead may."""
+    if isinstance(node, Concatenation):
+        return all(can_be_empty(item, looks=looks) for item in node.items)
+    if isinstance(node, Alternation):
+        return any(can_be_empty(item, looks=looks) for item in node.items)
+    if isinstance(node, Repetition):
+        return node.least == 0 or can_be_empty(node.item, looks=looks)
+    if isinstance(node, Atomic):
+        return can_be_empty(node.item, looks=looks)
+    return looks and isinstance(node, LookAhead)
+
+
+def can_be_left_out(node: Node) -> bool:
+    """Whether the node matches the empty text anywhere: `a*` does, `a` and `(?=a)` do not."""
+    return can_be_empty(node, looks=False)
+
+
+def gives_back(node: Node) -> bool:
+    """Whether no part of the node is possessive or atomic."""
+    if isinstance(node, Repetition):
+        return node.gives_back and gives_back(node.item)
+    if isinstance(node, Concatenation | Alternation):
+        return all(map(gives_back, node.items))
+    return not isinstance(node, Atomic)
+
+
+def atoms_of(node: Node | None) -> list[Atom]:
+    """All atoms of the node, those of look-aheads included."""
+    if node is None:
+        return []
+    if isinstance(node, Atom):
+        return [node]
+    if isinstance(node, Concatenation | Alternation):
+        return [atom for item in node.items for atom in atoms_of(item)]
+    return atoms_of(node.item)
