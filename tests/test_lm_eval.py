@@ -27,6 +27,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
+from sessions import changed
 from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import Ensemble, InputError
@@ -284,20 +285,18 @@ def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, m
     assert other.token_ids
 
 
-def test_a_context_too_long_for_a_member_loses_its_beginning(model: DeepenLM, monkeypatch: Any) -> None:
+def test_a_context_too_long_for_a_member_loses_its_beginning(ensemble: Ensemble) -> None:
     long = "".join(f"Line {i} of a long text.\n" for i in range(12)) + "One, two,"
-    for member in model.ensemble.members:
-        monkeypatch.setattr(member, "context_length", 40)
+    members = ensemble.members
+    model = DeepenLM(Ensemble([changed(one, context_length=40) for one in members]), batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1 contexts were too long"):
         found = model.loglikelihood([asked(long, " three")], disable_tqdm=True)
     with pytest.warns(UserWarning, match="1 of 2 contexts were too long"):
         written = model.generate_until([asked(one, {"max_gen_toks": 4}) for one in (long, "One, two,")])
-    monkeypatch.undo()
 
     # The longest end of the text that has no more tokens than that for any member.
     def kept(room: int, text: str) -> str:
         def most(start: int) -> int:
-            members = model.ensemble.members
             counts = [
                 len(m.vocabulary.prefix_ids) + len(m.vocabulary.encode(long[start:] + text)) for m in members
             ]
@@ -306,9 +305,9 @@ def test_a_context_too_long_for_a_member_loses_its_beginning(model: DeepenLM, mo
         return next(long[start:] for start in range(len(long)) if most(start) <= room)
 
     assert len(kept(40, " three")) < len(long) - 100
-    assert found == [scored(model.ensemble, kept(40, " three"), " three")]
-    assert written[0] == model.ensemble.generate(kept(36, ""), max_new_tokens=4).text
-    monkeypatch.setattr(model.ensemble.members[1], "context_length", 10)
+    assert found == [scored(ensemble, kept(40, " three"), " three")]
+    assert written[0] == ensemble.generate(kept(36, ""), max_new_tokens=4).text
+    model = DeepenLM(Ensemble([members[0], changed(members[1], context_length=10)]))
     with pytest.raises(InputError, match=r"tiny-gemma.*context of 10 tokens is too short for the text"):
         model.loglikelihood([asked("One", " two" * 12)], disable_tqdm=True)
 
