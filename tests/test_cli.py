@@ -176,6 +176,20 @@ def test_no_prompt_on_a_terminal_is_an_error_not_a_wait() -> None:
     assert "no prompt: give --prompt" in done.stderr
 
 
+def test_a_preset_names_the_models(tmp_path: Path) -> None:
+    """Of every command that takes one: what is wrong here is then the next thing."""
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]\n", encoding="utf-8")
+    for command, message in (
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["nll", "--text", str(tmp_path / "nowhere")], "No such file or directory"),
+        (["eval", "--task", "nq", "--data", str(tmp_path), "--json", str(tmp_path / "out")], "there is no"),
+    ):
+        done = run(*command, "--preset", str(preset))
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
 def test_debug_shows_the_traceback() -> None:
     done = run("generate", "--debug", "--prompt", "x", "--model", "/no/a", "--model", "/no/b")
     assert done.returncode == 2

@@ -19,6 +19,7 @@ from deepen_ext.fusers import (
     UnionTopkFuser,
     parse_fuser,
 )
+from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.members.member import Member
 
 PROMPT = "The capital of France is"
@@ -64,6 +65,9 @@ def test_only_the_papers_recipe_searches_on_logits_as_they_are(smollm2, gemma, r
     fuser = Ensemble([smollm2, gemma], recipe=recipe, cache=False).fuser
     assert isinstance(fuser, DeepenFuser)
     assert fuser.log_probs == (recipe != "paper")
+    assert fuser.search_bound() == SearchBound.of(
+        fuser.learning_rate, fuser.steps, log_probs=recipe != "paper"
+    )
 
 
 class TestAverage:
@@ -365,5 +369,5 @@ def test_a_variant_shares_what_stays_the_same(smollm2, gemma) -> None:
     assert base.variant(entries=16).maps is not base.maps
     assert isinstance(base.variant(fuser="union-topk").fuser, UnionTopkFuser)
     assert base.weights == [0.5, 0.5]
-    with pytest.raises(InputError, match="speed: no setting"):
+    with pytest.raises(InputError, match="speed: no setting of an ensemble; there are weights"):
         base.variant(speed=3)

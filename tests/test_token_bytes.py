@@ -95,14 +95,18 @@ def test_a_special_token_beyond_the_rows_is_left_out() -> None:
 
 
 def test_the_doctor_tells_of_rows_and_ids() -> None:
+    def with_rows(vocabulary: Vocabulary, rows: int) -> SimpleNamespace:
+        backend = SimpleNamespace(embedding=lambda: range(rows))
+        return SimpleNamespace(vocabulary=vocabulary, vocab_size=rows, backend=backend)
+
     tokenizer = byte_level({"<eos>": True, "<image>": True})
     for rows, names in ((257, ["missing rows"]), (258, []), (300, ["padding rows"])):
         vocabulary = Vocabulary.from_tokenizer(tokenizer, rows)
-        member = SimpleNamespace(vocabulary=vocabulary, vocab_size=rows, embedding=range(rows))
+        member = with_rows(vocabulary, rows)
         assert [trap.name for trap in _sizes(member)] == names  # type: ignore[arg-type]
     padded = Vocabulary.from_tokenizer(with_a_gap(), 320)
-    member = SimpleNamespace(vocabulary=padded, vocab_size=320, embedding=range(320))
-    assert _sizes(member)[0].text.startswith("19 of its 320 logits")  # type: ignore[arg-type]
+    member = with_rows(padded, 320)
+    assert next(_sizes(member)).text.startswith("19 of its 320 logits")  # type: ignore[arg-type]
 
 
 def test_a_prefix_beyond_the_rows_is_refused() -> None:

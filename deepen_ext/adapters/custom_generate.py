@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from deepen_ext.adapters.generate_call import GENERATE
 from deepen_ext.adapters.logits_processor import DeepenLogitsProcessor
-from deepen_ext.adapters.prompt_texts import AssistantsPrompts
+from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.prompts import Messages, Prompt
 from deepen_ext.decoding.setting_rules import SAMPLING, callables, stop_list
@@ -58,11 +59,15 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
             _check_call(main, model, given, model_inputs)
             if generation_config.do_sample and seed is None:
                 seed = int(torch.randint(2**31, ()))  # so that transformers.set_seed counts
+            criteria = callables("stopping_criteria", given["stopping_criteria"])
+            if stops := stop_list(stop_strings):
+                # transformers' own criterion: it looks at the prompt too, and at special tokens' names.
+                criteria.append(StopStringCriteria(main.tokenizer, stops))
             settings = Settings.read(
                 main,
                 _settings_for_rows(generation_config, input_ids.shape[1]),
                 logits_processor=given["logits_processor"],
-                stopping_criteria=_with_stop_strings(given["stopping_criteria"], stop_strings, main),
+                stopping_criteria=criteria,
                 prefix_allowed_tokens_fn=given.get("prefix_allowed_tokens_fn"),
                 seed=seed,
             )
@@ -84,7 +89,10 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 run.close()
             elif streamer is not None:
                 streamer.end()  # whoever reads from it must not wait for ever
-        sequences = _sequences(input_ids, run, _padding(generation_config, main))
+        padding = generation_config.pad_token_id
+        if padding is None:
+            padding = next(iter(main.eos_ids), 0)
+        sequences = _sequences(input_ids, run, int(padding))
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=cast("torch.LongTensor", sequences))
         return sequences
@@ -102,28 +110,11 @@ def _given_to_generate(logits_processor: Any, stopping_criteria: Any) -> dict[st
     caller = sys._getframe(2)
     if caller.f_code is not GENERATE:
         return {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-    return {
-        name: caller.f_locals.get(name)
-        for name in (
-            "streamer",
-            "logits_processor",
-            "stopping_criteria",
-            "prefix_allowed_tokens_fn",
-            "assistant_model",
-            "negative_prompt_ids",
-            "negative_prompt_attention_mask",
-        )
-    }
+    names = ("streamer", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", *_REFUSED)
+    return {name: caller.f_locals.get(name) for name in names}
 
 
-def _with_stop_strings(criteria: Any, stop_strings: str | list[str] | None, main: Member) -> list[Any]:
-    """transformers' own criterion for them: it looks at the prompt too, and at special tokens' names."""
-    found = callables("stopping_criteria", criteria)
-    if stops := stop_list(stop_strings):
-        found.append(StopStringCriteria(main.tokenizer, stops))
-    return found
-
-
+_REFUSED = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask")
 # What `generate` prepares for the main model's forward pass. The ensemble's own loop has no use for it.
 _PREPARED = {
     "attention_mask",
@@ -146,11 +137,7 @@ def _check_call(main: Member, model: Any, given: dict[str, Any], model_inputs: d
     unknown = [name for name, value in model_inputs.items() if name not in _PREPARED and value is not None]
     if cache is not None and cache.get_seq_length() > 0:
         unknown.append("past_key_values")
-    unknown += [
-        name
-        for name in ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask")
-        if given.get(name) is not None
-    ]
+    unknown += [name for name in _REFUSED if given.get(name) is not None]
     if unknown:
         raise InputError(f"custom_generate has no use for {', '.join(unknown)}; leave it out")
     if any(isinstance(one, DeepenLogitsProcessor) for one in given["logits_processor"] or ()):
@@ -177,16 +164,8 @@ def _unmasked(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[list[i
     """Each row's ids without its padding."""
     kept = torch.ones_like(input_ids) if mask is None else mask
     rows = [row[keep != 0].tolist() for row, keep in zip(input_ids, kept, strict=True)]
-    for i, row in enumerate(rows):
-        if not row:
-            raise InputError(f"prompt {i} is empty; give some text to continue")
+    check_not_empty(rows)
     return rows
-
-
-def _padding(config: GenerationConfig, main: Member) -> int:
-    if config.pad_token_id is not None:
-        return int(config.pad_token_id)
-    return main.eos_ids[0] if main.eos_ids else 0
 
 
 def _sequences(input_ids: torch.Tensor, run: Run, padding: int) -> torch.Tensor:
@@ -195,9 +174,8 @@ def _sequences(input_ids: torch.Tensor, run: Run, padding: int) -> torch.Tensor:
     for i, one in enumerate(results):
         if one.finish_reason == "context":
             warnings.warn(f"row {i} ended early, because a member's context is full", stacklevel=2)
-    longest = max(len(one.token_ids) for one in results)
-    new = [one.token_ids + [padding] * (longest - len(one.token_ids)) for one in results]
-    return torch.cat([input_ids, torch.tensor(new, dtype=torch.long, device=input_ids.device)], dim=1)
+    new = [torch.tensor(one.token_ids, dtype=torch.long, device=input_ids.device) for one in results]
+    return torch.cat([input_ids, pad_sequence(new, batch_first=True, padding_value=padding)], dim=1)
 
 
 class _AfterPrompt:

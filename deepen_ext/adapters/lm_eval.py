@@ -117,9 +117,7 @@ class DeepenLM(LM):  # type: ignore[misc]
         before: TextReading | None = None
         # Contexts that are the same stand together; the longest come first, so that estimates fall.
         pairs = sorted({request.args for request in requests}, key=lambda pair: (-len(pair[0]), pair))
-        for context, continuation in tqdm(
-            pairs, desc="Running loglikelihood requests", disable=disable_tqdm or self.rank != 0
-        ):
+        for context, continuation in self._bar("loglikelihood", pairs, disable_tqdm):
             if read_chat(context):
                 raise InputError(
                     "log-likelihoods after a chat are not supported: each member reads the chat in a "
@@ -133,10 +131,8 @@ class DeepenLM(LM):  # type: ignore[misc]
                 before.close()
             scored = reading.fused(self.ensemble)
             before = reading
-            answers[context, continuation] = (scored.total, all(scored.greedy))
-            self.cache_hook.add_partial(
-                "loglikelihood", (context, continuation), answers[context, continuation]
-            )
+            answer = answers[context, continuation] = (scored.total, all(scored.greedy))
+            self.cache_hook.add_partial("loglikelihood", (context, continuation), answer)
         self.ensemble.save_rows()
         _warn_of_cuts(cut, len(pairs))
         return [answers[request.args] for request in requests]
@@ -147,9 +143,7 @@ class DeepenLM(LM):  # type: ignore[misc]
         A long text is read in the pieces that `deepen-ext nll` reads it in.
         """
         answers = []
-        for request in tqdm(
-            requests, desc="Running loglikelihood_rolling requests", disable=disable_tqdm or self.rank != 0
-        ):
+        for request in self._bar("loglikelihood_rolling", requests, disable_tqdm):
             (text,) = request.args
             total = 0.0
             cut = pieces(text, length=self._piece, context=self._context) if text else []
@@ -178,11 +172,7 @@ class DeepenLM(LM):  # type: ignore[misc]
             group_fn=lambda one: one[1],
         )
         texts: list[str] = []
-        bar = tqdm(
-            total=len(requests),
-            desc="Running generate_until requests",
-            disable=disable_tqdm or self.rank != 0,
-        )
+        bar = self._bar("generate_until", requests, disable_tqdm)
         for batch in order.get_batched(n=self.batch_size):
             contexts, settings = [one[0] for one in batch], batch[0][1]
             for context, text in zip(contexts, self._write(contexts, settings, len(texts)), strict=True):
@@ -192,6 +182,9 @@ class DeepenLM(LM):  # type: ignore[misc]
         bar.close()
         answers: list[str] = order.get_original(texts)
         return answers
+
+    def _bar(self, kind: str, requests: Sequence[Any], hidden: bool) -> Any:
+        return tqdm(requests, desc=f"Running {kind} requests", disable=hidden or self.rank != 0)
 
     def _write(self, contexts: Sequence[str], given: Mapping[str, Any], done: int) -> list[str]:
         """The new texts of one batch; `done` texts were written before it."""

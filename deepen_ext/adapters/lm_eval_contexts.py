@@ -55,13 +55,12 @@ def fitting(members: Sequence[Member], context: str, text: str, new_tokens: int 
         InputError: the text alone is too long.
     """
     for member in members:
-        if member.context_length is None:
-            continue
-        room = member.context_length - len(member.vocabulary.prefix_ids) - new_tokens
+        others = len(member.vocabulary.prefix_ids) + new_tokens
+        room = (member.context_length or 0) - others
         # No token is shorter than a byte, but for a dummy space: most texts need not be encoded to be sure.
-        while len(context.encode()) + len(text.encode()) >= room:
+        while not member.fits(len((context + text).encode()) + 1 + others):
             ends = member.vocabulary.encode_spans(context + text)[1]
-            if len(ends) <= room:
+            if member.fits(len(ends) + others):
                 break
             if room < 1 or ends[-room - 1] > len(context) or not context:
                 raise InputError(

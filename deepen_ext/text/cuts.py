@@ -32,9 +32,11 @@ False, and `deepen-ext doctor` says so).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tokenizers import pre_tokenizers
@@ -42,7 +44,7 @@ from tokenizers import pre_tokenizers
 from deepen_ext.text.encoder import Encoder
 from deepen_ext.text.regex_syntax import NotUnderstood
 from deepen_ext.text.split_regex import SplitRegex
-from deepen_ext.text.token_bytes import SPACE_MARK
+from deepen_ext.text.tokenizer_parts import SPACES_REPLACED
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # in `ByteLevel` itself
 _KEPT = 1 << 16  # pairs of characters whose answers are kept
@@ -51,7 +53,11 @@ Rule = Callable[[str, str], bool]
 
 
 class CutFinder:
-    """Finds the cuts of texts. One per vocabulary; 2 MB."""
+    """Finds the cuts of texts. One per vocabulary; 2 MB.
+
+    Attributes:
+        at: whether a text may be cut between two characters, `at(left, right)`.
+    """
 
     def __init__(self, encoder: Encoder) -> None:
         contents = [token.content for token in encoder.added.values()]
@@ -61,22 +67,12 @@ class CutFinder:
         self._strips = bool(strips)
         self._strip_ends = frozenset(token.content[-1:] for token in strips)
         self._rule = self._choose_rule(encoder)
-        self._known: dict[str, bool] = {}
+        self.at = lru_cache(_KEPT)(self._decide)
 
     @property
     def incremental(self) -> bool:
         """False where no cut is ever found: every append encodes the whole text again."""
         return any(self.at(pair[0], pair[1]) for pair in ("a ", " a", "a,", ",a", ".\n"))
-
-    def at(self, left: str, right: str) -> bool:
-        """Whether a text may be cut between these two characters."""
-        pair = left + right
-        found = self._known.get(pair)
-        if found is None:
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            self._known[pair] = found = self._decide(left, right)
-        return found
 
     def last(self, text: str, after: int = 0) -> int:
         """The last cut of `text` beyond `after` characters and before its end, or 0 where there is none."""
@@ -98,33 +94,16 @@ class CutFinder:
             return None  # matched or not depending on its neighbours
         if encoder.kind == "byte_level":
             return None if encoder.normalizer_parts else _between_pieces(encoder.pre_tokenizer_parts)
-        plain_normalizer = all(
-            part == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
-            for part in encoder.normalizer_parts
-        )
-        plain_splits = all(
-            part["type"] == "Metaspace" or (part["type"] == "Split" and part["pattern"] == {"String": " "})
+        replaced = encoder.normalizer_parts == [SPACES_REPLACED]
+        # A Split at " " finds nothing where the normalizer has already made every space a ▁.
+        splits_nothing = all(
+            part["type"] == "Metaspace"
+            or (replaced and part["type"] == "Split" and part["pattern"] == {"String": " "})
             for part in encoder.pre_tokenizer_parts
         )
-        # A Split at " " finds nothing where the normalizer has already made every space a ▁.
-        splits_nothing = encoder.normalizer_parts or all(
-            part["type"] == "Metaspace" for part in encoder.pre_tokenizer_parts
-        )
-        if plain_normalizer and plain_splits and splits_nothing and not encoder.ignores_merges:
+        if (replaced or not encoder.normalizer_parts) and splits_nothing and not encoder.ignores_merges:
             return _no_token_spans(encoder.token_texts())
         return None
-
-
-class _Splitter(Protocol):
-    """One step of a pre-tokenizer, asked about the position between two characters."""
-
-    def transparent(self, left: str, right: str) -> bool:
-        """Whether the step finds on either side what it would find there alone."""
-        ...
-
-    def splits(self, left: str, right: str) -> bool:
-        """Whether a piece surely ends at a position where the step is transparent."""
-        ...
 
 
 class _RegexSplitter:
@@ -173,7 +152,7 @@ class _ClassSplitter:
 
 def _between_pieces(parts: Iterable[dict[str, Any]]) -> Rule | None:
     """The rule of *splitters*; None where a splitter is not understood."""
-    splitters: list[_Splitter] = []
+    splitters: list[_RegexSplitter | _ClassSplitter] = []
     try:
         for part in parts:
             splitters += _splitters(part)
@@ -193,7 +172,7 @@ def _between_pieces(parts: Iterable[dict[str, Any]]) -> Rule | None:
     return rule
 
 
-def _splitters(part: dict[str, Any]) -> list[_Splitter]:
+def _splitters(part: dict[str, Any]) -> list[_RegexSplitter | _ClassSplitter]:
     kind = part["type"]
     if kind == "ByteLevel":
         if part["add_prefix_space"]:
@@ -201,7 +180,7 @@ def _splitters(part: dict[str, Any]) -> list[_Splitter]:
         return [_RegexSplitter(_GPT2, "Isolated", False)] if part["use_regex"] else []
     if kind == "Split":
         pattern = part["pattern"]
-        regex = pattern["Regex"] if "Regex" in pattern else "".join(map(_literal, pattern["String"]))
+        regex = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
         return [_RegexSplitter(regex, part["behavior"], part["invert"])]
     if kind == "Digits":
         behavior = "Isolated" if part["individual_digits"] else "Contiguous"
@@ -209,10 +188,6 @@ def _splitters(part: dict[str, Any]) -> list[_Splitter]:
     if kind == "Punctuation":
         return [_ClassSplitter(pre_tokenizers.Punctuation("isolated"), part["behavior"])]
     raise NotUnderstood(f"the pre-tokenizer {kind}")
-
-
-def _literal(character: str) -> str:
-    return character if character.isalnum() or not character.isascii() else f"\\x{{{ord(character):x}}}"
 
 
 _TABLE_BITS = 21
@@ -229,10 +204,11 @@ def _no_token_spans(tokens: Iterable[str]) -> Rule:
         joined = "\0".join(batch).encode("utf-32-le", "surrogatepass")
         # uint64 wraps at a multiple of 2 ** 32.
         codes = np.frombuffer(joined, dtype=np.uint32).astype(np.uint64)
-        table[((codes[:-1] * 40503 + codes[1:]) * 2654435761 % (1 << 32)) >> (32 - _TABLE_BITS)] = 1
+        table[_hashed(codes[:-1], codes[1:])] = 1
     seen = table.tobytes()
 
-    def rule(left: str, right: str) -> bool:
-        return not seen[((ord(left) * 40503 + ord(right)) * 2654435761 % (1 << 32)) >> (32 - _TABLE_BITS)]
+    return lambda left, right: not seen[_hashed(ord(left), ord(right))]
 
-    return rule
+
+def _hashed(left: Any, right: Any) -> Any:
+    return ((left * 40503 + right) * 2654435761 % (1 << 32)) >> (32 - _TABLE_BITS)

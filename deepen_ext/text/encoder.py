@@ -79,7 +79,12 @@ def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> E
     original = _bpe_tokenizer(tokenizer, name)
     kind = tokenizer_parts.family(original, name)
     every = dict(sorted(original.get_added_tokens_decoder().items()))
-    unfit = {i: token.content for i, token in every.items() if _is_unfit(i, token, original.model, size)}
+    # The view does without these: special, without a logit, and not a word of BPE's as well.
+    unfit = {
+        i: token.content
+        for i, token in every.items()
+        if i >= size and token.special and original.model.token_to_id(token.content) is None
+    }
     added = {i: _kept_apart(token) for i, token in every.items() if i not in unfit}
     _refuse_beyond(((i, token.content) for i, token in added.items()), size, name)
 
@@ -97,14 +102,13 @@ def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> E
     _refuse_beyond(((i, token) for i in range(size, bound) if (token := view.id_to_token(i))), size, name)
     byte_ids = tuple(id_of_byte(view, kind, byte) for byte in range(256))
     special = {i for i, token in added.items() if token.special}
-    if original is not tokenizer:
-        special |= set(tokenizer.all_special_ids)
+    special.update(getattr(tokenizer, "all_special_ids", ()))
     return Encoder(
         kind=kind,
         view=view,
         dummy_prefix=normalizer_dummy or pre_tokenizer_dummy,
-        normalizer_parts=tokenizer_parts.normalizer_parts(view),
-        pre_tokenizer_parts=tokenizer_parts.pre_tokenizer_parts(view),
+        normalizer_parts=tokenizer_parts.parts(view.normalizer),
+        pre_tokenizer_parts=tokenizer_parts.parts(view.pre_tokenizer),
         added=added,
         special_ids=frozenset(special),
         byte_ids=byte_ids,
@@ -128,11 +132,6 @@ def _bpe_tokenizer(tokenizer: Any, name: str) -> Tokenizer:
     if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
         raise ModelError(f"{name}: BPE with dropout or with subword prefixes or suffixes is not supported")
     return found
-
-
-def _is_unfit(token_id: int, token: AddedToken, model: BPE, size: int) -> bool:
-    """Whether the view does without a token: special, without a logit, and not a word of BPE's as well."""
-    return token_id >= size and token.special and model.token_to_id(token.content) is None
 
 
 def _kept_apart(token: AddedToken) -> AddedToken:

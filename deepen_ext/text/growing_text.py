@@ -74,11 +74,8 @@ class GrowingText:
         self._tail = tail
         start = kept + self._start
         before = self.ids[start:]
-        same = 0
-        for one, other in zip(before, ids, strict=False):
-            if one != other:
-                break
-            same += 1
+        differ = (i for i, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other)
+        same = next(differ, min(len(before), len(ids)))
         self.ids[start + same :] = ids[same:]
         if cut := cuts.last(tail, after=old):
             self._settle(cut)

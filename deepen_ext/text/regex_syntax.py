@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 _ONE_CHARACTER = frozenset("sSdDwWhHrntfvae")  # escapes that stand for one character
-_QUANTIFIER = re.compile(r"\{(\d*)(,?)(\d*)\}")
+_QUANTIFIER = re.compile(r"\{(?=,?\d)(\d*)(,?)(\d*)\}(\??)")
 
 
 class NotUnderstood(Exception):
@@ -42,19 +42,12 @@ class Alternation:
 
 @dataclass(frozen=True)
 class Repetition:
-    """The item `least` times or more; with `once_at_most`, no more than once."""
+    """The item `least` times or more; with `once_at_most`, no more than once. `(?>...)` is the item once."""
 
     item: Node
     least: int
     once_at_most: bool
-    gives_back: bool  # False: possessive
-
-
-@dataclass(frozen=True)
-class Atomic:
-    """`(?>...)`: the item, which gives nothing back."""
-
-    item: Node
+    gives_back: bool  # False: possessive or atomic
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class LookAhead:
     item: Node | None
 
 
-Node = Atom | Concatenation | Alternation | Repetition | Atomic | LookAhead
+Node = Atom | Concatenation | Alternation | Repetition | LookAhead
 
 
 def parse(pattern: str) -> tuple[Node, list[Atom]]:
@@ -100,10 +93,14 @@ class _Parser:
         self._at += count
         return taken
 
+    def _taken(self, pattern: str) -> str:
+        """Take what a regex of Python finds here; "" where it finds nothing."""
+        found = re.compile(pattern).match(self._text, self._at)
+        return self._take(len(found[0])) if found else ""
+
     def _alternation(self, *, fold: bool) -> Node:
         branches = [self._concatenation(fold=fold)]
-        while self._peek() == "|":
-            self._take()
+        while self._taken(r"\|"):
             branches.append(self._concatenation(fold=fold))
         return branches[0] if len(branches) == 1 else Alternation(tuple(branches))
 
@@ -115,20 +112,15 @@ class _Parser:
 
     def _repetition(self, item: Node) -> Node:
         while True:
-            sign = self._peek()
-            counted = _QUANTIFIER.match(self._text, self._at) if sign == "{" else None
-            if counted is not None and (counted[1] or counted[3]):
-                self._take(len(counted[0]))
-                least = int(counted[1] or 0)
-                most = least if not counted[2] else int(counted[3]) if counted[3] else None
+            if counted := _QUANTIFIER.match(self._text, self._at):
+                self._at = counted.end()
+                fewest, comma, most, lazy = counted.groups()
                 # Ruby's {n}? is a choice between n times and nothing; {n,m}+ is a repeated repetition.
-                if self._peek() == "?":
-                    self._take()
-                    least = least if counted[2] else 0
-                item = Repetition(item, least, most is not None and most <= 1, gives_back=True)
-            elif sign and sign in "*+?":
-                self._take()
-                suffix = self._take() if self._peek() and self._peek() in "+?" else ""
+                least = 0 if lazy and not comma else int(fewest or 0)
+                once_at_most = int((most or 2) if comma else fewest) <= 1
+                item = Repetition(item, least, once_at_most, gives_back=True)
+            elif sign := self._taken("[*+?]"):
+                suffix = self._taken("[+?]")
                 item = Repetition(item, int(sign == "+"), sign == "?", gives_back=suffix != "+")
             else:
                 return item
@@ -159,10 +151,9 @@ class _Parser:
         if sign in "zZ":
             return LookAhead(None)
         if (sign in "pP" and self._peek() == "{") or sign in "xu":
-            closed = re.compile(r"\{[^}]*\}|[0-9a-fA-F]{1,4}").match(self._text, self._at)
-            if closed is None or (sign == "x" and len(closed[0]) > 2 and closed[0][0] != "{"):
+            closed = self._taken(r"\{[^}]*\}|[0-9a-fA-F]{1,4}")
+            if not closed or (sign == "x" and len(closed) > 2 and closed[0] != "{"):
                 raise NotUnderstood(f"'\\{sign}' at {start}")
-            self._take(len(closed[0]))
             return self._atom(self._text[start : self._at], fold=fold)
         if sign in _ONE_CHARACTER:
             return self._atom(f"\\{sign}", fold=fold)
@@ -172,58 +163,40 @@ class _Parser:
 
     def _class(self) -> str:
         """A character class as it is written, with the classes inside it: the engine reads it."""
-        start, depth = self._at - 1, 1
-        self._after_bracket()
+        start, depth, sign = self._at - 1, 1, "["
         while depth:
+            if sign == "[":
+                self._taken(r"\^?\]?")  # a ] right after the [ is a character
             sign = self._take()
             if sign == "\\":
                 self._take()
-            elif sign == "[":
-                depth += 1
-                self._after_bracket()
-            elif sign == "]":
-                depth -= 1
+            depth += (sign == "[") - (sign == "]")
         return self._text[start : self._at]
 
-    def _after_bracket(self) -> None:
-        """Pass over what has no meaning of its own right after a `[`."""
-        if self._peek() == "^":
-            self._take()
-        if self._peek() == "]":  # the first one in a class is a character
-            self._take()
-
     def _group(self, *, fold: bool) -> Node:
-        kind = ""
-        if self._peek() == "?":
-            found = re.compile(r"\?(?:i:|:|>|=|!)").match(self._text, self._at)
-            if found is None:
-                raise NotUnderstood(f"the group at {self._at - 1}")
-            kind = self._take(len(found[0]))
+        kind = self._taken(r"\?(?:i:|:|>|=|!)")
+        if not kind and self._peek() == "?":
+            raise NotUnderstood(f"the group at {self._at - 1}")
         item = self._alternation(fold=fold or kind == "?i:")
-        if self._peek() != ")":
+        if not self._taken(r"\)"):
             raise NotUnderstood("a group is not closed")
-        self._take()
         if kind in ("?=", "?!"):
             return LookAhead(item)
-        return Atomic(item) if kind == "?>" else item
+        return Repetition(item, 1, once_at_most=True, gives_back=False) if kind == "?>" else item
 
 
-def can_be_empty(node: Node, *, looks: bool = True) -> bool:
-    """Whether the node may match without reading a character; `looks`: a look-ahead may."""
+def can_be_left_out(node: Node, *, looks: bool = False) -> bool:
+    """Whether the node matches the empty text anywhere: `a*` does, `a` and `(?=a)` do not.
+
+    `looks`: count a look-ahead as such a node, because it may match without reading a character.
+    """
     if isinstance(node, Concatenation):
-        return all(can_be_empty(item, looks=looks) for item in node.items)
+        return all(can_be_left_out(item, looks=looks) for item in node.items)
     if isinstance(node, Alternation):
-        return any(can_be_empty(item, looks=looks) for item in node.items)
+        return any(can_be_left_out(item, looks=looks) for item in node.items)
     if isinstance(node, Repetition):
-        return node.least == 0 or can_be_empty(node.item, looks=looks)
-    if isinstance(node, Atomic):
-        return can_be_empty(node.item, looks=looks)
+        return node.least == 0 or can_be_left_out(node.item, looks=looks)
     return looks and isinstance(node, LookAhead)
-
-
-def can_be_left_out(node: Node) -> bool:
-    """Whether the node matches the empty text anywhere: `a*` does, `a` and `(?=a)` do not."""
-    return can_be_empty(node, looks=False)
 
 
 def gives_back(node: Node) -> bool:
@@ -232,7 +205,7 @@ def gives_back(node: Node) -> bool:
         return node.gives_back and gives_back(node.item)
     if isinstance(node, Concatenation | Alternation):
         return all(map(gives_back, node.items))
-    return not isinstance(node, Atomic)
+    return True
 
 
 def atoms_of(node: Node | None) -> list[Atom]:

@@ -10,30 +10,20 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from deepen_ext.errors import ModelError
 from deepen_ext.text.token_bytes import SPACE_MARK, Kind
 
-
-def normalizer_parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The settings of each normalizer, in their order; [] where there is none."""
-    return _parts(tokenizer.normalizer, "normalizers")
+# The normalizer of SentencePiece, as `parts` gives it.
+SPACES_REPLACED = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
 
 
-def pre_tokenizer_parts(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The settings of each pre-tokenizer, in their order; [] where there is none."""
-    return _parts(tokenizer.pre_tokenizer, "pretokenizers")
+def parts(component: Any) -> list[dict[str, Any]]:
+    """The settings of each normalizer, pre-tokenizer or decoder, in their order; [] for None."""
+    return [] if component is None else _flat(json.loads(component.__getstate__()))
 
 
-def _parts(component: Any, children: str) -> list[dict[str, Any]]:
-    """A component (or None) as a flat list of its settings, `Sequence` opened up."""
-    if component is None:
-        return []
-    parts: list[dict[str, Any]] = []
-    pending = [json.loads(component.__getstate__())]
-    while pending:
-        part = pending.pop(0)
-        if part["type"] == "Sequence":
-            pending = [*part[children], *pending]
-        else:
-            parts.append(part)
-    return parts
+def _flat(part: dict[str, Any]) -> list[dict[str, Any]]:
+    if part["type"] != "Sequence":
+        return [part]
+    (children,) = (value for value in part.values() if isinstance(value, list))
+    return [one for child in children for one in _flat(child)]
 
 
 def family(tokenizer: Tokenizer, name: str) -> Kind:
@@ -42,14 +32,12 @@ def family(tokenizer: Tokenizer, name: str) -> Kind:
     Raises:
         ModelError: in neither of the two ways that are read.
     """
-    if any(part["type"] == "ByteLevel" for part in pre_tokenizer_parts(tokenizer)):
+    if any(part["type"] == "ByteLevel" for part in parts(tokenizer.pre_tokenizer)):
         return "byte_level"
     marks = any(
         part["type"] == "Metaspace"
-        or (
-            part["type"] == "Replace" and part["pattern"] == {"String": SPACE_MARK} and part["content"] == " "
-        )
-        for part in _parts(tokenizer.decoder, "decoders")
+        or part == {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+        for part in parts(tokenizer.decoder)
     )
     if marks and tokenizer.model.byte_fallback:
         return "sentencepiece"
@@ -67,8 +55,7 @@ def without_padding(tokenizer: Any) -> Any:
     plain.add_tokens([token for _, token in sorted(tokenizer.get_added_tokens_decoder().items())])
     plain.encode_special_tokens = tokenizer.encode_special_tokens
     for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (component := getattr(tokenizer, part)) is not None:
-            setattr(plain, part, component)
+        setattr(plain, part, getattr(tokenizer, part))
     return plain
 
 
@@ -78,29 +65,27 @@ def set_exact_normalizer(view: Tokenizer, original: Tokenizer, kind: Kind) -> bo
     A normalizer with any other step is kept whole: if it changes text, the round trip that follows refuses
     it.
     """
-    parts = normalizer_parts(original)
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK}
+    steps = parts(original.normalizer)
     dummy = {"type": "Prepend", "prepend": SPACE_MARK}
-    if any(part not in (spaces, dummy, {"type": "NFC"}) for part in parts):
+    if any(step not in (SPACES_REPLACED, dummy, {"type": "NFC"}) for step in steps):
         view.normalizer = original.normalizer
         return False
-    if spaces in parts and kind == "sentencepiece":
+    if SPACES_REPLACED in steps and kind == "sentencepiece":
         view.normalizer = normalizers.Replace(" ", SPACE_MARK)
-    return dummy in parts
+    return dummy in steps
 
 
 def set_exact_pre_tokenizer(view: Tokenizer, original: Tokenizer) -> bool:
     """Give the view the original's pre-tokenizer without its dummy space; True if there was a dummy space."""
-    if original.pre_tokenizer is None:
-        return False
-    parts = pre_tokenizer_parts(original)
-    if len(parts) == 1 and parts[0]["type"] == "Metaspace" and parts[0]["replacement"] == SPACE_MARK:
+    steps = parts(original.pre_tokenizer)
+    kind = steps[0]["type"] if len(steps) == 1 else None
+    if kind == "Metaspace" and steps[0]["replacement"] == SPACE_MARK:
         view.pre_tokenizer = pre_tokenizers.Metaspace(
-            SPACE_MARK, prepend_scheme="never", split=parts[0]["split"]
+            SPACE_MARK, prepend_scheme="never", split=steps[0]["split"]
         )
-        return bool(parts[0]["prepend_scheme"] != "never")
-    if len(parts) == 1 and parts[0]["type"] == "ByteLevel":
-        view.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=parts[0]["use_regex"])
-        return bool(parts[0]["add_prefix_space"])
+        return bool(steps[0]["prepend_scheme"] != "never")
+    if kind == "ByteLevel":
+        view.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=steps[0]["use_regex"])
+        return bool(steps[0]["add_prefix_space"])
     view.pre_tokenizer = original.pre_tokenizer
     return False

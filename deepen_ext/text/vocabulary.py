@@ -59,6 +59,12 @@ class Vocabulary:
             the tokenizer). A token of part of a UTF-8 character holds that part.
         prefix_ids: what the tokenizer puts before every text (BOS); [] where it puts nothing.
         name: the tokenizer's name in messages.
+        kind: the family, "byte_level" or "sentencepiece".
+        vocab_size: V, how many ids the model has logits for; `len(tokens)`.
+        id_bound: one more than the tokenizer's largest id, the `unfit` ones left out; at most `vocab_size`.
+        unfit: special tokens that the model has no logit for: names by id. No text gives their ids.
+        lost_bytes: bytes the tokenizer has no token for and drops from text (21 in SmolLM2, of no printable
+            text).
     """
 
     def __init__(
@@ -67,6 +73,11 @@ class Vocabulary:
         self.tokens = tokens
         self.prefix_ids = prefix_ids
         self.name = name
+        self.kind: Kind = encoder.kind
+        self.vocab_size = len(tokens)
+        self.id_bound = encoder.id_bound
+        self.unfit = encoder.unfit
+        self.lost_bytes = encoder.lost_bytes
         self._encoder = encoder
         self._view = encoder.view
         self._mark_ids: list[int] = []  # SentencePiece only: `▁` spelt in byte tokens
@@ -102,31 +113,6 @@ class Vocabulary:
         vocabulary = cls(encoder, encoder.token_bytes(size), prefix_ids, name)
         vocabulary._check(tokenizer)
         return vocabulary
-
-    @property
-    def kind(self) -> Kind:
-        """The family: "byte_level" or "sentencepiece"."""
-        return self._encoder.kind
-
-    @property
-    def vocab_size(self) -> int:
-        """V, how many ids the model has logits for; `len(tokens)`."""
-        return len(self.tokens)
-
-    @property
-    def id_bound(self) -> int:
-        """One more than the tokenizer's largest id, the `unfit` ones left out; at most `vocab_size`."""
-        return self._encoder.id_bound
-
-    @property
-    def unfit(self) -> dict[int, str]:
-        """Special tokens that the model has no logit for: names by id. No text gives their ids."""
-        return dict(self._encoder.unfit)
-
-    @property
-    def lost_bytes(self) -> frozenset[int]:
-        """Bytes the tokenizer has no token for and drops from text (21 in SmolLM2, of no printable text)."""
-        return self._encoder.lost_bytes
 
     @cached_property
     def fingerprint(self) -> str:
@@ -190,12 +176,9 @@ class Vocabulary:
 
     def encode_part(self, text: str, offset: int) -> tuple[list[int], list[int]]:
         """`encode_spans` for a text that goes on from an earlier one at a cut, `offset` characters in."""
-        if not (self._mark_ids and SPACE_MARK in text):
-            encoding = self._view.encode(text, add_special_tokens=False)
-            return encoding.ids, [end + offset for _, end in encoding.offsets]
         ids: list[int] = []
         ends: list[int] = []
-        for i, piece in enumerate(text.split(SPACE_MARK)):
+        for i, piece in enumerate(text.split(SPACE_MARK) if self._mark_ids else [text]):
             if i:
                 offset += 1
                 ids += self._mark_ids
@@ -217,22 +200,20 @@ class Vocabulary:
                     f"{back.decode(errors='replace')!r}; use a model whose tokenizer keeps text byte for byte"
                 )
             apart = SPACE_MARK in text or text[0].isspace() or unicodedata.normalize("NFC", text) != text
-            if not apart and ids != _plain_ids(tokenizer, text):
+            if not apart and ids != _ids(tokenizer, text, special=False):
                 raise ModelError(
                     f"{self.name}: this tokenizer encodes {text!r} in a way that is not understood "
                     "(an unusual normalizer or pre-tokenizer); use another model"
                 )
 
 
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    encoded = tokenizer.encode(text, add_special_tokens=False)
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    encoded = tokenizer.encode(text, add_special_tokens=special)
     return list(getattr(encoded, "ids", encoded))
 
 
 def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
-    text = "Hello world"
-    encoded = tokenizer.encode(text, add_special_tokens=True)
-    whole, plain = list(getattr(encoded, "ids", encoded)), _plain_ids(tokenizer, text)
+    whole, plain = (_ids(tokenizer, "Hello world", special=special) for special in (True, False))
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]

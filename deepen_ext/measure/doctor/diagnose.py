@@ -75,9 +75,8 @@ def diagnose(
     whole = SAMPLE_TEXT if text is None else text
     sample = _fitting(members, whole)
     say("Matching vocabularies")
-    vocabularies = [member.vocabulary for member in members]
-    anchors = shared_anchors(vocabularies, [member.eos_ids for member in members], minimum=0)
-    prefixes = PrefixColumns(anchors, vocabularies)
+    anchors = _anchors(members)
+    prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
     rows: tuple[RowFacts, ...] = ()
     fused: tuple[Fused, ...] = ()
     speed = ensemble = obstacle = None
@@ -145,10 +144,10 @@ def _split(text: str) -> tuple[str, str]:
     Raises:
         InputError: there are no two words.
     """
-    begin = len(text) - len(text.lstrip())
-    at = next((i for i in range(begin, len(text)) if text[i].isspace()), len(text))
-    if not text[at:].strip():
+    words = text.split(maxsplit=1)
+    if len(words) < 2:
         raise InputError("the sample text has fewer than two words; give a text of a few hundred characters")
+    at = text.index(words[0]) + len(words[0])
     return text[:at], text[at:]
 
 
@@ -156,10 +155,12 @@ def _with_main(members: Sequence[Member], anchors: Anchors) -> list[int]:
     """How many tokens each assistant shares with the main model."""
     if len(members) == 2:
         return [len(anchors)]
-    pairs = ((members[0], assistant) for assistant in members[1:])
-    return [
-        len(shared_anchors([a.vocabulary, b.vocabulary], [a.eos_ids, b.eos_ids], minimum=0)) for a, b in pairs
-    ]
+    return [len(_anchors([members[0], assistant])) for assistant in members[1:]]
+
+
+def _anchors(members: Sequence[Member]) -> Anchors:
+    """The tokens that these members share, however few."""
+    return shared_anchors([one.vocabulary for one in members], [one.eos_ids for one in members], minimum=0)
 
 
 def _rows(ensemble: Ensemble, means: Sequence[torch.Tensor]) -> Iterator[RowFacts]:

@@ -226,9 +226,10 @@ def give_verdict(
     hint = ""
     if first.beats_named:
         hint = f" Better, at {first.bits_per_byte:.3f}: {_setting(first, members)}."
-    if named.gains and _is_worthwhile(named, best):
+    enough = WORTHWHILE * best.bits_per_byte
+    if named.gains and named.gain >= enough:
         return Verdict("worth fusing", f"Worth fusing: {_measured(named, best)}.{hint}")
-    if first.gains and _is_worthwhile(first, best):
+    if first.gains and first.gain >= enough:
         text = f"Worth fusing with {_setting(first, members)}: {_measured(first, best)}."
         return Verdict(
             "worth fusing", f"{text} As named it is {named.bits_per_byte:.3f}, {_compared(named)}."
@@ -237,10 +238,6 @@ def give_verdict(
         text = f"Not worth fusing: {_measured(named, best)}. Use {best.name} alone.{hint}"
         return Verdict("not worth fusing", text)
     return Verdict("little to gain", f"Little to gain: {_measured(named, best)}.{hint}")
-
-
-def _is_worthwhile(one: Fused, best: MemberFacts) -> bool:
-    return one.gain >= WORTHWHILE * best.bits_per_byte
 
 
 def _measured(one: Fused, best: MemberFacts) -> str:

@@ -9,7 +9,7 @@ import torch
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.measure.doctor.coverage import Coverage
 from deepen_ext.measure.doctor.diagnosis import DeviceMemory, MemberFacts
-from deepen_ext.measure.doctor.tokenizer_traps import tokenizer_traps
+from deepen_ext.measure.doctor.tokenizer_traps import token_names, tokenizer_traps
 from deepen_ext.measure.likelihood.token_likelihoods import Score, TokenLikelihoods
 from deepen_ext.members.member import Member
 from deepen_ext.members.memory import available_bytes
@@ -31,7 +31,7 @@ def member_facts(name: str, member: Member, own: TokenLikelihoods, share: Covera
         tokenizer=member.vocabulary.kind,
         vocab_size=member.vocab_size,
         context_length=member.context_length,
-        end_tokens=tuple(str(member.tokenizer.convert_ids_to_tokens(i)) for i in member.eos_ids),
+        end_tokens=tuple(token_names(member, member.eos_ids)),
         weights_bytes=model.weights_bytes,
         cache_bytes=model.cache_bytes,
         bytes_per_token=own.nbytes / len(own.logprobs),

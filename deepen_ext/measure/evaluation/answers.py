@@ -10,7 +10,6 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 # Commas group three digits each; a decimal point needs a digit after it, so that a sentence may end in "12.".
 _NUMBER = re.compile(
@@ -88,8 +87,8 @@ def normalised(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
-class Answers(Protocol):
-    """How one kind of answer is read, compared and written. Implementations hold no state."""
+class Answers:
+    """How one kind of answer is read, compared and written. Kinds hold no state."""
 
     def references(self, answer: object) -> tuple[str, ...]:
         """What is right, from the data's `answer`.
@@ -97,19 +96,22 @@ class Answers(Protocol):
         Raises:
             ValueError: it is not an answer of this kind; the message says what it should be.
         """
+        raise NotImplementedError
 
     def find(self, text: str) -> str | None:
         """What the text (up to the stop) says; None if it holds no answer."""
+        raise NotImplementedError
 
     def matches(self, found: str, reference: str) -> bool:
-        """Whether they are the same answer."""
+        """Whether they are the same answer: equal, where `find` writes an answer in one way only."""
+        return found == reference
 
     def written(self, answer: object) -> str:
         """The data's `answer` as a right output would write it, without the stop."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class LastNumber:
+class LastNumber(Answers):
     """A worked answer, of which the last number counts."""
 
     def references(self, answer: object) -> tuple[str, ...]:
@@ -123,17 +125,13 @@ class LastNumber:
         """The last number of the text."""
         return last_number(text)
 
-    def matches(self, found: str, reference: str) -> bool:
-        """Whether they are equal; both are written by `last_number`."""
-        return found == reference
-
     def written(self, answer: object) -> str:
         """The worked answer, directly after "Answer:" as in the demos."""
         return str(answer).rstrip("\n")
 
 
 @dataclass(frozen=True)
-class Letter:
+class Letter(Answers):
     """The letter of one of several options.
 
     ARC has items whose options are numbered, not lettered (9 of `test`, 23 of `dev`), and in the data their
@@ -145,7 +143,7 @@ class Letter:
 
     def references(self, answer: object) -> tuple[str, ...]:
         """The letter, or the number of an item that cannot be answered."""
-        numbers = [str(number) for number, _ in enumerate(self.letters, start=1)]
+        numbers = (str(number) for number, _ in enumerate(self.letters, start=1))
         if not isinstance(answer, str) or answer not in [*self.letters, *numbers]:
             raise ValueError(f"one of {', '.join(self.letters)}")
         return (answer,)
@@ -154,17 +152,12 @@ class Letter:
         """The letter that the text begins with."""
         return first_letter(text, self.letters)
 
-    def matches(self, found: str, reference: str) -> bool:
-        """Whether they are the same letter."""
-        return found == reference
-
     def written(self, answer: object) -> str:
         """The letter after a space, as in MMLU's demos."""
         return f" {answer}"
 
 
-@dataclass(frozen=True)
-class ShortText:
+class ShortText(Answers):
     """A name, a date, a few words: exact match with any reference after SQuAD's normalisation."""
 
     def references(self, answer: object) -> tuple[str, ...]:

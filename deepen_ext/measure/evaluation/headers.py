@@ -12,7 +12,6 @@ from deepen_ext import __version__
 from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, SHARPNESS
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.tasks import Item, Task
-from deepen_ext.members.member import Member
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -52,11 +51,24 @@ def configuration_header(
         for key, value in sorted(vars(ensemble.fuser).items())
         if isinstance(value, bool | int | float | str)
     }
+    weights: Any = list(ensemble.weights)
+    if ensemble.weighs_prompts:
+        weights = {"prompt": weights, "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
     return {
         "name": name,
         "method": ensemble.method,
-        "members": [_describe(member) for member in ensemble.members],
-        "weights": _weights(ensemble),
+        "members": [
+            {
+                "name": member.name,
+                "vocabulary": member.vocabulary.fingerprint,
+                "weights": member.backend.fingerprint(),
+                "eos_ids": list(member.eos_ids),
+                "dtype": member.backend.describe().dtype,
+                "device": member.device.type,
+            }
+            for member in ensemble.members
+        ],
+        "weights": weights,
         "fuser": fuser,
         # Not `ensemble.maps`: a variant may have maps that its fuser does not use.
         "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
@@ -67,27 +79,8 @@ def configuration_header(
 
 
 def make_header(task: Header, configuration: Header) -> Header:
-    """The whole header, as it reads after a round trip through JSON."""
-    header = {"format": _FORMAT, "package": __version__, "task": task, "configuration": configuration}
-    read: Header = json.loads(json.dumps(header))
-    return read
-
-
-def _weights(ensemble: Ensemble) -> Any:
-    if not ensemble.weighs_prompts:
-        return list(ensemble.weights)
-    return {"prompt": list(ensemble.weights), "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
-
-
-def _describe(member: Member) -> dict[str, Any]:
-    return {
-        "name": member.name,
-        "vocabulary": member.vocabulary.fingerprint,
-        "weights": member.backend.fingerprint(),
-        "eos_ids": list(member.eos_ids),
-        "dtype": member.backend.describe().dtype,
-        "device": member.device.type,
-    }
+    """The whole header. Everything in it reads the same after a round trip through JSON."""
+    return {"format": _FORMAT, "package": __version__, "task": task, "configuration": configuration}
 
 
 def check_same(path: Path, there: Header, now: Header) -> None:

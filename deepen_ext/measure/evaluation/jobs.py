@@ -93,16 +93,19 @@ def prepare(
             check_folder(out, job.header)
 
 
+@dataclass(frozen=True)
 class Clock:
-    """Counts records, and estimates the time for the rest: by what a record of the task has taken so far."""
+    """Counts records, and estimates the time for the rest: by what a record of the task has taken so far.
 
-    def __init__(
-        self, jobs: Sequence[Job], configurations: int, on_progress: Callable[[Progress], None] | None
-    ) -> None:
-        """``job.left`` of each job is known; ``on_progress`` is told."""
-        self._jobs = jobs
-        self._configurations = configurations
-        self._on_progress = on_progress
+    Attributes:
+        jobs: with the records that are `left` of each.
+        configurations: how many there are.
+        on_progress: is told.
+    """
+
+    jobs: Sequence[Job]
+    configurations: int
+    on_progress: Callable[[Progress], None] | None
 
     def count(self, job: Job, records: int, seconds: float) -> None:
         """Note how many records were written, and how long that took."""
@@ -112,29 +115,29 @@ class Clock:
 
     def tell(self, job: Job, configuration: str = "") -> None:
         """Say how far the evaluation is."""
-        if self._on_progress is None:
+        if self.on_progress is None:
             return
-        records = self._configurations * len(job.items)
-        whole = sum(self._configurations * len(one.items) * one.guess for one in self._jobs)
-        left = sum(one.left * one.guess for one in self._jobs)
+        records = self.configurations * len(job.items)
+        whole = sum(self.configurations * len(one.items) * one.guess for one in self.jobs)
+        left = sum(one.left * one.guess for one in self.jobs)
         progress = Progress(
             task=job.task.name,
-            number=self._jobs.index(job) + 1,
-            tasks=len(self._jobs),
+            number=self.jobs.index(job) + 1,
+            tasks=len(self.jobs),
             configuration=configuration,
             done=records - job.left,
             records=records,
             share=1 - left / whole,
             seconds_left=self._seconds_left(),
         )
-        self._on_progress(progress)
+        self.on_progress(progress)
 
     def _seconds_left(self) -> float | None:
-        timed = sum(one.timed_records * one.guess for one in self._jobs)
+        timed = sum(one.timed_records * one.guess for one in self.jobs)
         if not timed:
-            return None if any(one.left for one in self._jobs) else 0.0
-        pace = sum(one.timed_seconds for one in self._jobs) / timed
+            return None if any(one.left for one in self.jobs) else 0.0
+        pace = sum(one.timed_seconds for one in self.jobs) / timed
         return sum(
             one.left * (one.timed_seconds / one.timed_records if one.timed_records else one.guess * pace)
-            for one in self._jobs
+            for one in self.jobs
         )

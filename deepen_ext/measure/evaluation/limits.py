@@ -19,18 +19,17 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
         InputError: a prompt does not fit.
     """
     for member in members:
-        limit, prefix = member.context_length, len(member.vocabulary.prefix_ids)
-        if limit is None:
-            continue
-        room = limit - prefix - job.task.max_new_tokens
+        prefix, new = len(member.vocabulary.prefix_ids), job.task.max_new_tokens
         for item in job.items:
-            if len(item.prompt.encode()) <= room or (n := len(member.vocabulary.encode(item.prompt))) <= room:
+            if member.fits(prefix + len(item.prompt.encode()) + new):
                 continue
-            raise InputError(
-                f"{job.task.name}, item {item.index}: the prompt's {prefix + n} tokens of {member.name} and "
-                f"{job.task.max_new_tokens} new ones exceed its context of {limit}; leave out the task, or "
-                "take another model"
-            )
+            tokens = prefix + len(member.vocabulary.encode(item.prompt))
+            if not member.fits(tokens + new):
+                raise InputError(
+                    f"{job.task.name}, item {item.index}: the prompt's {tokens} tokens of {member.name} and "
+                    f"{new} new ones exceed its context of {member.context_length}; leave out the task, or "
+                    "take another model"
+                )
 
 
 def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
@@ -42,20 +41,17 @@ def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) 
     longest = max(job.items, key=lambda item: len(item.prompt.encode()))
     prompts = min(batch_size, len(job.items))
     for members in groups:
-        tokens = [
-            len(one.vocabulary.prefix_ids)
-            + len(one.vocabulary.encode(longest.prompt))
-            + job.task.max_new_tokens
-            for one in members
-        ]
-        lengths = list(zip(members, tokens, strict=True))
+        vocabularies = [one.vocabulary for one in members]
+        prompt = [len(one.prefix_ids) + len(one.encode(longest.prompt)) for one in vocabularies]
+        lengths = [(one, own + job.task.max_new_tokens) for one, own in zip(members, prompt, strict=True)]
         if (short := find_shortage(prompts, lengths)) is None:
             continue
         fitting = next((n for n in range(prompts - 1, 0, -1) if find_shortage(n, lengths) is None), None)
         advice = "leave out the task"
         if fitting is not None:
             advice = f"choose a batch size of {fitting} or less (--batch-size)"
+        most = max(prompt) + job.task.max_new_tokens
         raise InputError(
-            f"{job.task.name}: {prompts} prompts at a time, with their new tokens up to {max(tokens)} long, "
+            f"{job.task.name}: {prompts} prompts at a time, with their new tokens up to {most} long, "
             f"{short}; {advice}"
         )

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
-
-
-def read_line(line: bytes) -> Any:
-    """A line's value.
-
-    Raises:
-        ValueError: it is no JSON, or no UTF-8, or nested without end.
-    """
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
 
 
 def is_header(value: Any) -> bool:
@@ -34,12 +20,13 @@ def is_record(value: Any) -> bool:
     )
 
 
-def _fits(value: Any, rules: Mapping[str, Any]) -> bool:
-    if not isinstance(value, dict) or not rules.keys() <= value.keys():
-        return False
-    return all(
-        _fits(value[key], rule) if isinstance(rule, dict) else rule(value[key]) for key, rule in rules.items()
-    )
+def _fits(value: Any, rule: Any) -> bool:
+    """By a type, by a function, or by rules for the keys of a dict, which may have more."""
+    if isinstance(rule, dict):
+        return isinstance(value, dict) and all(
+            key in value and _fits(value[key], inner) for key, inner in rule.items()
+        )
+    return isinstance(value, rule) if isinstance(rule, type) else bool(rule(value))
 
 
 def _count(value: Any) -> bool:
@@ -54,36 +41,28 @@ def _milliseconds(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e12  # False for NaN
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _truth(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _members(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_fits(one, _MEMBER) for one in value)
 
 
-_MEMBER: dict[str, Any] = {"name": _text, "vocabulary": _text, "weights": _text}
+_MEMBER = {"name": str, "vocabulary": str, "weights": str}
 _HEADER: dict[str, Any] = {
-    "task": {"name": _text, "split": _text, "items": _at_least_one, "items_sha256": _text},
+    "task": {"name": str, "split": str, "items": _at_least_one, "items_sha256": str},
     "configuration": {
-        "name": _text,
-        "method": _text,
+        "name": str,
+        "method": str,
         "members": _members,
         "weights": lambda value: isinstance(value, list | dict),
-        "share_forwards": _truth,
+        "share_forwards": bool,
     },
 }
 _RECORD: dict[str, Any] = {
     "index": _count,
-    "output": _text,
-    "answer": lambda value: value is None or _text(value),
-    "correct": _truth,
+    "output": str,
+    "answer": lambda value: value is None or isinstance(value, str),
+    "correct": bool,
     "tokens": _at_least_one,
     "changed": _count,
-    "finish_reason": _text,
+    "finish_reason": str,
     "timing": {"prompt_ms": _milliseconds, "decode_ms": _milliseconds, "rows": _at_least_one},
 }

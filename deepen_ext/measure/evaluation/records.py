@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import locked
 from deepen_ext.measure.evaluation.headers import Header, check_same, damaged
-from deepen_ext.measure.evaluation.record_checks import is_header, is_record, read_line
+from deepen_ext.measure.evaluation.record_checks import is_header, is_record
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def check_folder(folder: Path, task: Header) -> None:
     for path in sorted(folder.glob(f"{task['name']}.*.jsonl")):
         header = RecordFile.read(path)[0]
         if header is not None:
-            check_same(path, {"task": header["task"]}, {"task": json.loads(json.dumps(task))})
+            check_same(path, {"task": header["task"]}, {"task": task})
 
 
 class RecordFile:
@@ -149,9 +148,7 @@ class RecordFile:
     def __enter__(self) -> RecordFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -183,11 +180,11 @@ class RecordFile:
         size = 0
         for number, line in enumerate(lines, start=1):
             try:
-                read = read_line(line)
+                read = json.loads(line)
                 if not isinstance(read, dict) or ("format" in read) != (number == 1):
                     raise ValueError
                 parsed.append(read)
-            except ValueError as error:  # UnicodeDecodeError is one too
+            except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested without end
                 if number == len(lines):  # of a power cut, which may leave zeros
                     break
                 raise damaged(path, f"line {number} is damaged") from error

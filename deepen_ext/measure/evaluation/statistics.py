@@ -83,7 +83,9 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> Paired:
     phi = _correlation(both, only_a, only_b, neither)
     below = _third_side(share_a - low_a, high_b - share_b, phi)
     above = _third_side(high_a - share_a, share_b - low_b, phi)
-    p_value = _two_sided(only_a, only_b)
+    differ = only_a + only_b
+    tail = sum(math.comb(differ, count) for count in range(min(only_a, only_b) + 1))
+    p_value = min(2 * tail / (1 << differ), 1.0)  # whole numbers: neither overflows
     return Paired(difference, difference - below, difference + above, p_value, only_a, only_b, total)
 
 
@@ -100,12 +102,3 @@ def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
 
 def _third_side(one: float, other: float, cosine: float) -> float:
     return math.sqrt(max(one * one - 2 * cosine * one * other + other * other, 0.0))
-
-
-def _two_sided(one: int, other: int) -> float:
-    """min(1, 2 P(X <= min(one, other))) for X of Binomial(one + other, 1/2), in whole numbers."""
-    count, ways, tail = one + other, 1, 0
-    for successes in range(min(one, other) + 1):
-        tail += ways
-        ways = ways * (count - successes) // (successes + 1)
-    return min(2 * tail / (1 << count), 1.0)

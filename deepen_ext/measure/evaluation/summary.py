@@ -165,12 +165,12 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 def _task_summary(read: Sequence[tuple[Header, list[ItemRecord]]]) -> TaskSummary:
     task = read[0][0]["task"]
-    ordered = sorted(read, key=lambda one: (not _alone(one[0]["configuration"]), _name(one[0])))
-    finished = [
+    found = [
         (header["configuration"], sorted(records, key=lambda record: record.index))
-        for header, records in ordered
-        if len(records) == task["items"]
+        for header, records in read
     ]
+    found.sort(key=lambda one: (not _alone(one[0]), one[0]["name"]))
+    finished = [one for one in found if len(one[1]) == task["items"]]
     singles = {
         _identity(configuration["members"][0]): (configuration["name"], records)
         for configuration, records in finished
@@ -181,15 +181,8 @@ def _task_summary(read: Sequence[tuple[Header, list[ItemRecord]]]) -> TaskSummar
         n=task["items"],
         items_sha256=task["items_sha256"],
         configurations={one["name"]: _score(one, records, singles) for one, records in finished},
-        unfinished={
-            _name(header): len(records) for header, records in ordered if len(records) < task["items"]
-        },
+        unfinished={one["name"]: len(records) for one, records in found if len(records) < task["items"]},
     )
-
-
-def _name(header: Header) -> str:
-    name: str = header["configuration"]["name"]
-    return name
 
 
 def _alone(configuration: Header) -> bool:

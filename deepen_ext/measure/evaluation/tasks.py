@@ -85,9 +85,9 @@ class Task:
         file = folder / f"{split}.jsonl"
         lines = _read(file)
         demos = self._demos(folder / "demos.jsonl")
-        total = len(lines)
-        count = total if limit is None else min(limit, total)
-        return [self._item(file, i, lines[i], demos) for i in (j * total // count for j in range(count))]
+        count = len(lines) if limit is None else min(limit, len(lines))
+        chosen = (i * len(lines) // count for i in range(count))
+        return [self._item(file, i, lines[i], demos) for i in chosen]
 
     def answer(self, output: str) -> str | None:
         """What the output says, up to the first stop string; None if no answer is found there."""
@@ -156,31 +156,25 @@ def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
 def _read(file: Path) -> Sequence[Mapping[str, Any]]:
     """The objects of a file of JSON lines."""
     if not file.is_file():
-        there = sorted(one.name for one in file.parent.glob("*.jsonl"))
-        raise InputError(
-            f"there is no {file}; "
-            + (
-                f"that folder has {', '.join(there)}"
-                if there
-                else "give the folder that holds the tasks' folders"
-            )
-        )
-    read: list[Mapping[str, Any]] = []
+        there = ", ".join(sorted(one.name for one in file.parent.glob("*.jsonl")))
+        advice = f"that folder has {there}" if there else "give the folder that holds the tasks' folders"
+        raise InputError(f"there is no {file}; {advice}")
     try:
-        # Lines end in "\n" alone: texts may hold the other line ends that splitlines() knows.
-        for number, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
-            fields = json.loads(line)
-            if not isinstance(fields, dict):
-                raise InputError(f"{file}, line {number}: {line[:60]!r} is no JSON object")
-            read.append(fields)
-    except InputError:
-        raise
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, too many digits, nested without end
-        raise InputError(f"{file}, line {len(read) + 1} is no JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    read: list[Mapping[str, Any]] = []
+    # Lines end in "\n" alone: texts may hold the other line ends that splitlines() knows.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:  # no JSON, too many digits, nested without end
+            raise InputError(f"{file}, line {number} is no JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InputError(f"{file}, line {number}: {line[:60]!r} is no JSON object")
+        read.append(fields)
     return read
 
 

@@ -6,6 +6,7 @@ Nothing here depends on how members are fused: what is read once serves every en
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
@@ -22,7 +23,7 @@ class Reading:
         ids: of context and text together, after what the member's tokenizer puts before every text; where
             that is nothing and there is no context, after its BOS or else EOS id (lm-eval's convention). A
             text that begins with these ids gets no second ones.
-        first: the first scored token's place in `ids`: scored are those beyond the context's own.
+        first: the first scored token's position in `ids`: scored are those beyond the context's own.
         ends: where each scored token ends, in bytes of context and text.
         begin: where the first of them begins.
     """
@@ -61,8 +62,8 @@ class Reading:
         self.begin = ends[before - 1] if before else 0
         self.ends = ends[before:]
         self._session: _TwoLanes | None = None
-        self._score: PromptScore | None = None
-        self._elsewhere: dict[tuple[int, ...], int] = {}  # after ids that the text has not
+        # Numbers in `said` after ids that the text does not begin with.
+        self._elsewhere: dict[tuple[int, ...], int] = {}
 
     def after_prefix(self, ids: list[int]) -> list[int]:
         """The ids of a text's begin, after `prefix` unless they begin with it."""
@@ -81,17 +82,13 @@ class Reading:
         """
         if len(self.said):
             return
-        opened = self._session or _open(self.member, len(self.ids) - 1)
         try:
             # Without the last token: what follows it is not scored.
-            for block in opened.session.read(0, self.ids[:-1], self.first - 1, self._most):
+            for block in self._lanes().session.read(0, self.ids[:-1], self.first - 1, self._most):
                 self.said.add(block)
         except BaseException:
-            opened.session.close()
-            self._session = None
-            self.said = SaidRows(self._unwritable)
+            self.close()
             raise
-        self._session = opened
 
     def go_on_from(self, other: Reading) -> None:
         """Take another reading's cache over: what both begin with is not fed again. It keeps its logits."""
@@ -114,56 +111,48 @@ class Reading:
         """Numbers in `said` after each of these ids; those that the text does not begin with are read now."""
         self.read()
         keys = [tuple(ids) for ids in all_ids]
-        missing = {ids for ids in keys if self._number_in_text(ids) is None} - self._elsewhere.keys()
+        numbers = {}
         # The longest first: each then only rolls back what the one before has left.
-        for ids in sorted(missing, key=len, reverse=True):
-            session, lane = self._beside()
-            said = session.ask({lane: list(ids)}, self._most).wait()
-            self._elsewhere[ids] = self.said.add(said)[0]
-        numbers = [self._number_in_text(ids) for ids in keys]
-        return [
-            self._elsewhere[ids] if number is None else number
-            for ids, number in zip(keys, numbers, strict=True)
-        ]
+        for ids in sorted(set(keys), key=len, reverse=True):
+            if self.first <= len(ids) < len(self.ids) and list(ids) == self.ids[: len(ids)]:
+                numbers[ids] = len(ids) - self.first
+                continue
+            if ids not in self._elsewhere:
+                session, lane = self._lanes()
+                said = session.ask({lane: list(ids)}, self._most).wait()
+                self._elsewhere[ids] = self.said.add(said)[0]
+            numbers[ids] = self._elsewhere[ids]
+        return [numbers[ids] for ids in keys]
 
+    @cached_property
     def prompt_score(self) -> PromptScore:
         """How well the member reads the context, as a prompt: for weights that come from it."""
-        if self._score is None:
-            context = self.ids[: self.first]
-            if context == self.prefix:
-                self._score = PromptScore([], [])
-            else:
-                self.read()
-                session, lane = self._beside()
-                self._score = read_prompts(session, self.member, {lane: context})[lane]
-        return self._score
+        context = self.ids[: self.first]
+        if context == self.prefix:
+            return PromptScore([], [])
+        self.read()
+        session, lane = self._lanes()
+        return read_prompts(session, self.member, {lane: context})[lane]
 
-    def _beside(self) -> tuple[Session, int]:
-        """The session, and a lane of it for something else than the text; where it can, another lane."""
+    def _lanes(self) -> _TwoLanes:
+        """The session, opened when it is first needed."""
         if self._session is None:
-            self._session = _open(self.member, len(self.ids) - 1)
-        return self._session.session, self._session.beside
+            backend, tokens = self.member.backend, len(self.ids) - 1
+            try:
+                self._session = _TwoLanes(backend.open(2, tokens), 1)
+            except ModelError:  # a model that cannot run two lanes in one forward: one lane serves both
+                self._session = _TwoLanes(backend.open(1, tokens), 0)
+        return self._session
 
     @property
     def _most(self) -> int:
         """How many tokens a backend without logits is asked for; of logits any top-k is taken later."""
         return self.member.backend.capabilities.max_topk or 1
 
-    def _number_in_text(self, ids: tuple[int, ...]) -> int | None:
-        here = self.first <= len(ids) < len(self.ids) and ids == tuple(self.ids[: len(ids)])
-        return len(ids) - self.first if here else None
-
 
 class _TwoLanes(NamedTuple):
-    session: Session
-    beside: int  # the lane for other endings of the text's beginning
-
-
-def _open(member: Member, tokens: int) -> _TwoLanes:
-    try:
-        return _TwoLanes(member.backend.open(2, tokens), 1)
-    except ModelError:  # a model that cannot run two lanes in one forward: one serves both, with more work
-        return _TwoLanes(member.backend.open(1, tokens), 0)
+    session: Session  # the text is in lane 0
+    beside: int  # the lane for other endings of the text's beginning; 0 where there is one lane only
 
 
 def _first_id(member: Member) -> list[int]:

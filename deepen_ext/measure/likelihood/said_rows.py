@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -13,7 +14,7 @@ from deepen_ext.ops.topk_softmax import TopK, check_status
 
 
 class SaidRows:
-    """A member's distributions, by number, and their most probable tokens.
+    """A member's distributions, numbered from 0 as they were added, and their most probable tokens.
 
     As a main model's, `written`, they have probability 0 for what cannot be written.
     """
@@ -23,7 +24,7 @@ class SaidRows:
         self._blocks: list[Distribution] = []
         self._begins: list[int] = []
         # By k, device and `written`: of how many blocks, and their top-k one after the other.
-        self._top: dict[tuple[int, torch.device, bool], tuple[int, TopK]] = {}
+        self._top: dict[tuple[int, torch.device, bool], tuple[int, Distribution]] = {}
         self._count = 0
 
     def __len__(self) -> int:
@@ -54,11 +55,9 @@ class SaidRows:
                 topk = (said.without(self._unwritable) if written else said).topk
                 status = topk.status.tolist()
                 check_status(f"logits of {block.name}", status, range(begin, begin + len(status)))
-                parts.append(TopK(*(one.to(device) for one in topk)))
-            found = TopK(*(torch.cat(same) for same in zip(*parts, strict=True)))
+                moved = TopK(*(one.to(device) for one in topk))
+                parts.append(replace(said, logits=None, known_topk=moved))
+            found = joined(parts)
             self._top[k, device, written] = len(self._blocks), found
         assert found is not None
-        if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
-            return TopK(*(one[numbers[0] : numbers[0] + len(numbers)] for one in found))
-        chosen = torch.tensor(numbers).to(device)
-        return TopK(*(one[chosen] for one in found))
+        return found.at(numbers).topk

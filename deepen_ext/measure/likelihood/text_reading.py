@@ -8,17 +8,19 @@ compared between them; bits a byte can.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Sequence
+from operator import eq
 
 import torch
 
+from deepen_ext.decoding.boundary import CANDIDATES, BoundaryRule
 from deepen_ext.decoding.prompt_weights import prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
 from deepen_ext.fusers.weights import check_weights
-from deepen_ext.measure.likelihood.accompaniment import Accompaniment
+from deepen_ext.ground.closing import Closing
+from deepen_ext.measure.likelihood.accompaniment import where_it_speaks
 from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
@@ -34,7 +36,7 @@ _STEP_BYTES = 16 << 20
 _USE = "the likelihood of a text"
 
 
-class TextReading:
+class TextReading(Closing):
     """One text, read once by some members; any number of ensembles of them are measured on it.
 
     A member reads `context` and `text` together, in its own tokens. Scored are the tokens beyond those that
@@ -70,15 +72,8 @@ class TextReading:
         self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
         self._begin = len(self.context.encode())
         self._alone: dict[int, TokenLikelihoods] = {}
-        self._accompaniments: dict[tuple[int, int], Accompaniment] = {}
-
-    def __enter__(self) -> TextReading:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        # By main model, assistant, rule and how many candidates it looks at: see `where_it_speaks`.
+        self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int], list[tuple[int, int]]] = {}
 
     def release(self) -> None:
         """Free the caches, keep the logits.
@@ -103,7 +98,7 @@ class TextReading:
         """Free caches and logits."""
         for reading in self._readings.values():
             reading.close()
-        self._accompaniments.clear()
+        self._speaks.clear()
 
     def member(self, member: Member) -> TokenLikelihoods:
         """The member alone, in its own tokens.
@@ -116,14 +111,12 @@ class TextReading:
             require(member.backend, "logits", _USE)
             reading = self._reading(member)
             reading.read()
-            logprobs: list[float] = []
-            greedy: list[bool] = []
-            for rows in _blocks(len(reading.scored), member):
-                targets = reading.scored[rows.start : rows.stop]
-                found, top = _logprobs(reading.said.take(rows, written=True).scores(), targets, member.name)
-                logprobs += found
-                greedy += [one == token for one, token in zip(top, targets, strict=True)]
-            self._alone[id(member)] = self._likelihoods(reading, logprobs, greedy)
+            said = (
+                reading.said.take(tokens, written=True) for tokens in _blocks(len(reading.scored), member)
+            )
+            self._alone[id(member)] = self._likelihoods(
+                reading, member.name, ((one.scores(), None) for one in said)
+            )
         return self._alone[id(member)]
 
     def logits(self, member: Member) -> Iterator[torch.Tensor]:
@@ -136,8 +129,8 @@ class TextReading:
         require(member.backend, "logits", _USE)
         reading = self._reading(member)
         reading.read()
-        for rows in _blocks(len(reading.scored), member):
-            yield reading.said.take(rows).scores()
+        for tokens in _blocks(len(reading.scored), member):
+            yield reading.said.take(tokens).scores()
 
     def fused(self, ensemble: Ensemble, weights: Sequence[float] | None = None) -> TokenLikelihoods:
         """The ensemble's distribution, in the tokens of its main model.
@@ -155,34 +148,37 @@ class TextReading:
         main, *assistants = [self._reading(member) for member in members]
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
         if weights is None and ensemble.weighs_prompts:
-            shares = prompt_weights([one.prompt_score() for one in (main, *assistants)], shares)
+            shares = prompt_weights([one.prompt_score for one in (main, *assistants)], shares)
         require(main.member.backend, "logits", _USE)
         main.read()
-        fuser = ensemble.fuser
-        speaks = [
-            self._accompaniment(main, one).speaks(ensemble.boundary_rule, fuser.candidates)
-            for one in assistants
-        ]
-        logprobs: list[float] = []
-        greedy: list[bool] = []
-        for rows in _blocks(len(main.scored), *members):
-            parts = [self._part(ensemble, 0, main, range(len(rows)), rows)]
+        steps = self._steps(ensemble, main, assistants, shares)
+        return self._likelihoods(main, f"{ensemble.method} of {main.member.name}", steps)
+
+    def _steps(
+        self, ensemble: Ensemble, main: Reading, assistants: Sequence[Reading], shares: Sequence[float]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Fused logits [n, V] of the scored tokens in their order, and the tokens [n] that fusion chooses."""
+        rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
+        speaks = []
+        for reading in assistants:
+            key = main, reading, rule, min(candidates, CANDIDATES) if rule is not None else 0
+            if key not in self._speaks:
+                self._speaks[key] = where_it_speaks(main, reading, rule, candidates)
+            speaks.append(self._speaks[key])
+        for tokens in _blocks(len(main.scored), *ensemble.members):
+            parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens)]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
-                first, last = (bisect_left(said, (token,)) for token in (rows.start, rows.stop))
+                first, last = (bisect_left(said, (token,)) for token in (tokens.start, tokens.stop))
                 if here := said[first:last]:
-                    spoken = [token - rows.start for token, _ in here]
-                    parts.append(self._part(ensemble, i, reading, spoken, [number for _, number in here]))
-            step = fuser.step_parts(parts, shares)
-            targets = main.scored[rows.start : rows.stop]
-            found, _ = _logprobs(step.logits, targets, f"{ensemble.method} of {main.member.name}")
-            logprobs += found
-            greedy += [one == token for one, token in zip(step.chosen.tolist(), targets, strict=True)]
-        return self._likelihoods(main, logprobs, greedy)
+                    rows = [token - tokens.start for token, _ in here]
+                    parts.append(self._part(ensemble, i, reading, rows, [number for _, number in here]))
+            step = ensemble.fuser.step_parts(parts, shares)
+            yield step.logits, step.chosen
 
     def _part(
         self, ensemble: Ensemble, i: int, reading: Reading, rows: Sequence[int], numbers: Sequence[int]
     ) -> Part:
-        """What member i says of these rows of a step: these numbers of what it said."""
+        """What member i says for these batch rows of a step: these numbers of what it said."""
         written = i == 0
         top = reading.said.top(numbers, ensemble.fuser.candidates, ensemble.device, written=written)
         said = reading.said.take(numbers, written=written)
@@ -197,13 +193,17 @@ class TextReading:
                 "all ensembles"
             ) from None
 
-    def _accompaniment(self, main: Reading, assistant: Reading) -> Accompaniment:
-        key = id(main), id(assistant)
-        if key not in self._accompaniments:
-            self._accompaniments[key] = Accompaniment(main, assistant)
-        return self._accompaniments[key]
-
-    def _likelihoods(self, reading: Reading, logprobs: list[float], greedy: list[bool]) -> TokenLikelihoods:
+    def _likelihoods(
+        self, reading: Reading, name: str, steps: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
+    ) -> TokenLikelihoods:
+        """Of the scored tokens, from logits [n, V] and greedy choices [n]; None: the most probable tokens."""
+        logprobs: list[float] = []
+        greedy: list[bool] = []
+        for logits, chosen in steps:
+            scored = reading.scored[len(logprobs) : len(logprobs) + len(logits)]
+            found, best = _logprobs(logits, scored, name)
+            logprobs += found
+            greedy += map(eq, scored, best if chosen is None else chosen.tolist())
         ends = [max(end - self._begin, 0) for end in reading.ends]
         return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import whole_number
@@ -122,14 +121,14 @@ class Score:
     def of(cls, texts: Sequence[TokenLikelihoods]) -> Score:
         """The score of one or more texts."""
         tokens = sum(len(one.logprobs) for one in texts)
-        nats = [-one for one in _blocks(texts)]
+        nats_per_token, bits_per_byte = _estimates(texts, _nats(texts))
         return cls(
             tokens=tokens,
             nbytes=sum(one.nbytes for one in texts),
             impossible=sum(one.logprobs.count(-math.inf) for one in texts),
             greedy=sum(sum(one.greedy) for one in texts) / tokens,
-            nats_per_token=ratio(nats, _tokens(texts)),
-            bits_per_byte=ratio([one / math.log(2) for one in nats], _sizes(texts)),
+            nats_per_token=nats_per_token,
+            bits_per_byte=bits_per_byte,
         )
 
 
@@ -149,21 +148,17 @@ class Difference:
         """
         if [one.nbytes for one in texts] != [one.nbytes for one in others]:
             raise InputError("the two are not of the same texts; score both on the same ones")
-        nats = [b - a for a, b in zip(_blocks(texts), _blocks(others), strict=True)]
-        return cls(
-            nats_per_token=ratio(nats, _tokens(texts)),
-            bits_per_byte=ratio([one / math.log(2) for one in nats], _sizes(texts)),
-        )
+        more = [a - b for a, b in zip(_nats(texts), _nats(others), strict=True)]
+        return cls(*_estimates(texts, more))
 
 
-def _blocks(texts: Sequence[TokenLikelihoods]) -> list[float]:
-    return list(chain.from_iterable(one.by_blocks(BLOCK) for one in texts))
+def _nats(texts: Sequence[TokenLikelihoods]) -> list[float]:
+    """Negative log-likelihood of each block."""
+    return [-logprob for one in texts for logprob in one.by_blocks(BLOCK)]
 
 
-def _tokens(texts: Sequence[TokenLikelihoods]) -> list[float]:
-    return list(chain.from_iterable(one.tokens_by_blocks(BLOCK) for one in texts))
-
-
-def _sizes(texts: Sequence[TokenLikelihoods]) -> list[float]:
-    """Bytes of each block."""
-    return [min(BLOCK, one.nbytes - begin) for one in texts for begin in range(0, one.nbytes, BLOCK)]
+def _estimates(texts: Sequence[TokenLikelihoods], nats: Sequence[float]) -> tuple[Estimate, Estimate]:
+    """Nats of each block of the texts: for each of their tokens, and as bits for each byte."""
+    tokens = [count for one in texts for count in one.tokens_by_blocks(BLOCK)]
+    sizes = [min(BLOCK, one.nbytes - begin) for one in texts for begin in range(0, one.nbytes, BLOCK)]
+    return ratio(nats, tokens), ratio([one / math.log(2) for one in nats], sizes)

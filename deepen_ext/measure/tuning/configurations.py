@@ -64,20 +64,17 @@ class Space:
         members: how many.
         recipes: those that may be chosen, the default first; () for a fuser that uses none, of which only
             weights, confidence and main model can be chosen.
-        learning_rate: the ensemble's default.
     """
 
     members: int
     recipes: tuple[Recipe, ...] = RECIPES
-    learning_rate: float = DEFAULT_LEARNING_RATE
 
     def default(self, main: int) -> Configuration:
         """Uniform weights and the defaults."""
-        even = (1 / self.members,) * self.members
+        even = Configuration(main, (1 / self.members,) * self.members)
         if not self.recipes:
-            return Configuration(main, even)
-        start = Configuration(main, even, learning_rate=self.learning_rate)
-        return _with_recipe(start, self.recipes[0])
+            return even
+        return _with_recipe(replace(even, learning_rate=DEFAULT_LEARNING_RATE), self.recipes[0])
 
     def distance(self, one: Configuration) -> tuple[int, float]:
         """How far from the defaults: how many settings differ, then by how much. The main model is none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
@@ -25,76 +27,69 @@ _CONFIGURATIONS = 30  # as many the search should have time for
 _AT_ONCE = 8  # items whose answers are generated together
 
 
-class Clock:
-    """The budget, in seconds."""
-
-    def __init__(self, budget: float) -> None:
-        self.budget = budget
-        self._began = time.monotonic()
-
-    def spent(self) -> float:
-        """Since the clock was made."""
-        return time.monotonic() - self._began
-
-    def left(self) -> float:
-        """Below 0 when the budget is over."""
-        return self.budget - self.spent()
-
-
+@dataclass
 class Measurements:
-    """What is measured on the dev items: the members alone, and every configuration that is tried."""
+    """What is measured on the dev items: the members alone, and every configuration that is tried.
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        dev: DevSet,
-        space: Space,
-        fuser: str | FuseFunction,
-        clock: Clock,
-        say: Progress,
-    ) -> None:
-        self._members = list(members)
-        self._dev = dev
-        self._space = space
-        self._fuser = fuser
-        self._clock = clock
-        self._say = say
+    Attributes:
+        members: as named.
+        dev: the items.
+        space: the configurations there are.
+        fuser: what is tuned.
+        seconds: the budget, from now on.
+        say: called with a line of text as each stage goes on.
+        sizes: bytes of each item that was read.
+        alone: of each member, the bits of each of these items by itself.
+        tried: bits of each of these items by configuration.
+    """
+
+    members: Sequence[Member]
+    dev: DevSet
+    space: Space
+    fuser: str | FuseFunction
+    seconds: float
+    say: Progress
+
+    def __post_init__(self) -> None:
+        self._began = time.monotonic()
         self._ensembles: dict[tuple[int, Recipe | None, float | None], Ensemble] = {}
         self._readings: list[TextReading] = []
         self._timed = (0.0, 0)  # seconds that fusion took for so many bytes that had been read
-        self._first_choice = [0] * len(members)  # items whose continuation a member alone would write
+        self._first_choice = [0] * len(self.members)  # items whose continuation a member alone would write
         self.sizes: list[int] = []
-        self.alone: list[list[float]] = [[] for _ in members]
-        self.tried: dict[Configuration, list[float]] = {
-            space.default(main): [] for main in range(len(members))
-        }
+        self.alone: list[list[float]] = [[] for _ in self.members]
+        uniform = map(self.space.default, range(len(self.members)))
+        self.tried: dict[Configuration, list[float]] = {one: [] for one in uniform}
 
     def read(self) -> None:
         """Read items and measure the uniform configurations, until that share of the budget is spent."""
         share = _LIKELIHOOD_SHARE if self._writes_answers() else READING_SHARE
-        until = share * self._clock.budget
         memory = self._memory()
-        for number, item in enumerate(self._dev.items):
+        for number, item in enumerate(self.dev.items):
             if number >= 2 and (
-                self._clock.spent() > until
-                or self._search_seconds() > self._clock.left()
+                self._spent() > share * self.seconds
+                or self._search_seconds() > self.seconds - self._spent()
                 or self._memory() < memory / 2
             ):
                 break
-            self._say(f"Reading dev items, {number} of {len(self._dev.items)}")
+            self.say(f"Reading dev items, {number} of {len(self.dev.items)}")
             self._read(item, time_it=number & (number - 1) == 0)
         self._readings[-1].release()  # every row that a configuration can ask for is known now
 
+    def _spent(self) -> float:
+        """Seconds of the budget."""
+        return time.monotonic() - self._began
+
     def _writes_answers(self) -> bool:
         """Whether a member's answer is more than the token that reading an item has settled already."""
-        return self._dev.task is not None and self._dev.task.max_new_tokens > 1
+        return self.dev.task is not None and self.dev.task.max_new_tokens > 1
 
     def _read(self, item: DevItem, *, time_it: bool) -> None:
-        reading = TextReading(self._members, item.context, item.text)
+        reading = TextReading(self.members, item.context, item.text)
         if self._readings:
             reading.go_on_from(self._readings[-1])  # items of a task often begin alike
         size = len(reading.text.encode())
-        for i, member in enumerate(self._members):
+        for i, member in enumerate(self.members):
             found = reading.member(member)
             self.alone[i].append(-found.total / math.log(2))
             self._first_choice[i] += all(found.greedy)
@@ -115,46 +110,51 @@ class Measurements:
         return _CONFIGURATIONS * sum(self.sizes) * seconds / timed
 
     def _memory(self) -> int:
-        return min(available_bytes(device) for device in {one.device for one in self._members})
+        return min(available_bytes(device) for device in {one.device for one in self.members})
 
     def likelihood_weights(self) -> tuple[float, ...]:
         """Weights from each member's own likelihood of the items, by the rule for prompts."""
         scores = [PromptScore([sum(self.sizes)], [-sum(bits) * math.log(2)]) for bits in self.alone]
-        return rounded(prompt_weights(scores, self._space.default(0).weights))
+        return rounded(prompt_weights(scores, self.space.default(0).weights))
 
     def accuracy(self) -> tuple[list[float], int]:
         """Of each member the share of items it answers right, and of how many: as many as time allows."""
-        task, answered = self._dev.task, 0
+        task = self.dev.task
         if task is None:
             return [], 0
-        if not self._writes_answers():
-            return _shares(self._first_choice, len(self.sizes))
-        right = [0] * len(self._members)
-        alone = [Ensemble([member], fuser="single") for member in self._members]
-        items = [one.item for one in self._dev.items[: len(self._readings)] if one.item is not None]
+        right, answered = self._first_choice, len(self.sizes)
+        if self._writes_answers():
+            right, answered = self._answered(task)
+        return [count / answered for count in right] if answered else [], answered
+
+    def _answered(self, task: Task) -> tuple[list[int], int]:
+        """How many items each member answers right, and of how many."""
+        right, answered = [0] * len(self.members), 0
+        alone = [Ensemble([member], fuser="single") for member in self.members]
+        items = [one.item for one in self.dev.items[: len(self._readings)] if one.item is not None]
         for begin in range(0, len(items), _AT_ONCE):
             batch = items[begin : begin + _AT_ONCE]
-            self._say(f"Answering dev items, {begin} of {len(items)}")
-            found = []
-            for one in alone:
-                outputs = self._answers(task, one, batch)
-                if outputs is None:
-                    return _shares(right, answered)
-                found.append(sum(map(task.correct, outputs, batch)))
+            self.say(f"Answering dev items, {begin} of {len(items)}")
+            try:
+                found = [sum(map(task.correct, self._answers(task, one, batch), batch)) for one in alone]
+            except OutOfTime:
+                break
             right = [a + b for a, b in zip(right, found, strict=True)]
             answered += len(batch)
-        return _shares(right, answered)
+        return right, answered
 
-    def _answers(self, task: Task, alone: Ensemble, items: Sequence[Item]) -> list[str] | None:
-        """What a member writes after the prompts; None where the time for that is up before its end."""
+    def _answers(self, task: Task, alone: Ensemble, items: Sequence[Item]) -> list[str]:
+        """What a member writes after the prompts.
+
+        Raises:
+            OutOfTime: the time for answers is up before its end.
+        """
         prompts, stops = [one.prompt for one in items], list(task.stop_strings)
         run = alone.start(prompts, max_new_tokens=task.max_new_tokens, stop_strings=stops or None)
-        try:
+        with closing(run):
             for _ in run:
-                if self._clock.spent() > READING_SHARE * self._clock.budget:
-                    return None
-        finally:
-            run.close()
+                if self._spent() > READING_SHARE * self.seconds:
+                    raise OutOfTime
         return [one.text for one in run.results()]
 
     def measure(self, one: Configuration) -> float:
@@ -164,10 +164,10 @@ class Measurements:
             OutOfTime: the budget ended before the last item; then it counts as not tried.
         """
         if one not in self.tried:
-            self._say(f"Trying configuration {len(self.tried) + 1}")
+            self.say(f"Trying configuration {len(self.tried) + 1}")
             bits = []
             for reading in self._readings:
-                if self._clock.left() <= 0:
+                if self._spent() >= self.seconds:
                     raise OutOfTime
                 bits.append(self._bits(reading, self.ensemble(one), one))
             self.tried[one] = bits
@@ -183,18 +183,10 @@ class Measurements:
 
     def ensemble(self, one: Configuration) -> Ensemble:
         """An ensemble with the configuration's main model and settings; its weights are left out."""
-        settings: dict[str, Any] = {}
-        if one.recipe is not None:
-            settings = {"recipe": one.recipe, "relative_temperature": one.temperature}
         key = one.main, one.recipe, one.temperature
         if key not in self._ensembles:
-            order = [self._members[i] for i in one.order()]
-            self._ensembles[key] = Ensemble(order, fuser=self._fuser, **settings)
-        settings = {"confidence": one.confidence}
-        if one.learning_rate is not None:
-            settings["learning_rate"] = one.learning_rate
-        return self._ensembles[key].variant(**settings)
-
-
-def _shares(right: list[int], answered: int) -> tuple[list[float], int]:
-    return [count / answered for count in right] if answered else [], answered
+            order = [self.members[i] for i in one.order()]
+            given: dict[str, Any] = {"recipe": one.recipe, "relative_temperature": one.temperature}
+            self._ensembles[key] = Ensemble(order, fuser=self.fuser, **(given if one.recipe else {}))
+        rate = {} if one.learning_rate is None else {"learning_rate": one.learning_rate}
+        return self._ensembles[key].variant(confidence=one.confidence, **rate)

@@ -27,7 +27,7 @@ from deepen_ext.measure.tuning.configurations import (
     search,
 )
 from deepen_ext.measure.tuning.dev_items import DevSet
-from deepen_ext.measure.tuning.dev_measurements import Clock, Measurements
+from deepen_ext.measure.tuning.dev_measurements import Measurements
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
@@ -159,9 +159,7 @@ def tune(
     if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
     space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())
-    clock = Clock(minutes * 60)
-    say = progress or (lambda _: None)
-    work = Measurements(members, dev, space, fuser, clock, say)
+    work = Measurements(list(members), dev, space, fuser, minutes * 60, progress or (lambda _: None))
     work.read()
     accuracy, answered = work.accuracy()
     informed = {"likelihood": work.likelihood_weights()}

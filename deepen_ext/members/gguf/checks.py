@@ -38,24 +38,22 @@ def check_gguf(path: Path, *, weights: bool) -> None:
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        size = path.stat().st_size
-        if size < 24:
+        if path.stat().st_size < 24:
             raise Damaged("it ends inside its header")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Reader(data, size).check(weights)
+            _Reader(data).check(weights)
 
 
 class _Reader:
     """Walks the header; every step is checked against the file's size before it is made."""
 
-    def __init__(self, data: mmap.mmap, size: int) -> None:
-        self._data, self._size, self._at = data, size, 0
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._size, self._at = data, len(data), 0
 
     def check(self, weights: bool) -> None:
-        if self._data[:4] != b"GGUF":
+        magic, version, tensors, pairs = self._numbers("4sIQQ")
+        if magic != b"GGUF":
             raise Damaged("it does not begin with GGUF")
-        self._at = 4
-        version, tensors, pairs = self._numbers("IQQ")
         if version not in _VERSIONS:
             raise Damaged(f"its version is {version}; versions 2 and 3 are read")
         # The least that a tensor's entry and a key with its value take.
@@ -64,8 +62,7 @@ class _Reader:
         settings: dict[str, Any] = {}
         for _ in range(pairs):
             key = self._text()
-            (kind,) = self._numbers("I")
-            settings[key] = self._value(key, kind)
+            settings[key] = self._value(key, *self._numbers("I"))
         shapes = self._tensors(tensors, settings.get("general.alignment", 32))
         if not isinstance(settings.get("general.architecture"), str):
             raise Damaged("it names no architecture")

@@ -13,7 +13,7 @@ from typing import Any
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, kept_in, locked, write_failure
 from deepen_ext.members.gguf.checks import check_finite, check_gguf
-from deepen_ext.members.gguf.pre_tokenizers import SplitRule, split_rule
+from deepen_ext.members.gguf.pre_tokenizers import split_rule
 
 Progress = Callable[[str], None]
 
@@ -48,26 +48,28 @@ def convert_gguf(
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the spelling of the path")
     target = converted_folder(sha256 or file_sha256(path), name or path.stem)
-    if target.is_dir():
-        return target
     say = progress or (lambda _: None)
-    waiting = f"Waiting for another process that converts {target.name}"
-    with kept_in(target.parent), locked(target, on_wait=lambda: say(waiting)):
-        if not target.is_dir():  # it may have come while we waited
-            with atomic_directory(target) as temporary:
-                _convert(path, temporary, target.name, say)
-    return target
+    return _once(target, lambda folder: _convert(path, folder, target.name, say), say)
 
 
 def convert_tokenizer(path: Path, *, sha256: str, name: str) -> Path:
     """The tokenizer of a ``.gguf`` file alone, as a folder in the cache; errors as `convert_gguf`."""
-    target = converted_folder(sha256, f"{name}-tokenizer")
-    if target.is_dir():
-        return target
-    with kept_in(target.parent), locked(target):
-        if not target.is_dir():
-            with atomic_directory(target) as temporary, _reading(path, weights=False):
-                _tokenizer(path).save_pretrained(temporary)
+
+    def fill(folder: Path) -> None:
+        with _reading(path, weights=False):
+            _tokenizer(path).save_pretrained(folder)
+
+    return _once(converted_folder(sha256, f"{name}-tokenizer"), fill, lambda _: None)
+
+
+def _once(target: Path, fill: Callable[[Path], None], say: Progress) -> Path:
+    """The folder, filled by the first process that asks for it."""
+    waiting = f"Waiting for another process that converts {target.name}"
+    if not target.is_dir():
+        with kept_in(target.parent), locked(target, on_wait=lambda: say(waiting)):
+            if not target.is_dir():  # it may have come while we waited
+                with atomic_directory(target) as temporary:
+                    fill(temporary)
     return target
 
 
@@ -91,15 +93,18 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
     from deepen_ext.members.hf.checkpoint import check_weights
     from deepen_ext.members.hf.quiet import quiet
 
+    def stage(what: str) -> None:
+        say(f"Converting {name}, once: {what}")
+
     with _reading(path, weights=True), quiet(), read_once():
-        say(f"Converting {name}, once: tokenizer")
+        stage("tokenizer")
         tokenizer = _tokenizer(path)
-        say(f"Converting {name}, once: settings")
+        stage("settings")
         # Parsing the file's vocabulary in Python is what takes long. The tokenizer above uses transformers'
         # quick reader, and the config and the weights share a parse (`read_once`).
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        say(f"Converting {name}, once: weights")
-        with _bar_to(lambda done, total: say(f"Converting {name}, once: weights, {done} of {total} tensors")):
+        stage("weights")
+        with _bar_to(lambda done, total: stage(f"weights, {done} of {total} tensors")):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -117,7 +122,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
             model.hf_quantizer.remove_quantization_config(model)
         _all_eos(model, path)
         tokenizer.save_pretrained(folder)
-        say(f"Converting {name}, once: saving the weights")
+        stage("saving the weights")
         model.save_pretrained(folder)
 
 
@@ -127,6 +132,7 @@ def _tokenizer(path: Path) -> Any:
     For byte-level BPE, transformers 5.23 knows a third of the names of how text is split, takes GPT-2's rule
     for all others, and never takes a word that is a token whole.
     """
+    from tokenizers import Regex, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -138,7 +144,9 @@ def _tokenizer(path: Path) -> Any:
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     backend = tokenizer.backend_tokenizer
     if rule is not None:
-        backend.pre_tokenizer = _pre_tokenizer(rule)
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
         backend.model.ignore_merges = rule.ignore_merges
     bos = tokenizer.bos_token
     wanted = metadata.get("tokenizer.ggml.add_bos_token", True if rule is not None and rule.add_bos else None)
@@ -148,15 +156,6 @@ def _tokenizer(path: Path) -> Any:
             single=f"{first}$A", pair=f"{first}$A {first}$B", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return tokenizer
-
-
-def _pre_tokenizer(rule: SplitRule) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
-    return pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
 
 
 def _all_eos(model: Any, path: Path) -> None:
@@ -171,8 +170,7 @@ def _all_eos(model: Any, path: Path) -> None:
 def _metadata(path: Path) -> dict[str, Any]:
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    metadata, _ = read_gguf_metadata(str(path))
-    return dict(metadata)
+    return dict(read_gguf_metadata(str(path))[0])
 
 
 @contextmanager

@@ -43,10 +43,8 @@ def _cl100k(
 
 def _o200k(digits: str, *, endings: str = rf"{_ENDINGS}?", marks: str = r"[\r\n/]*", but: str = "") -> str:
     """The pattern of o200k, which also divides at a change from lower to upper case."""
-    upper, lower = (
-        rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]",
-        rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]",
-    )
+    upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]"
+    lower = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]"
     before = r"[^\r\n\p{L}\p{N}]?"
     words = f"{before}{upper}*{lower}+{endings}|{before}{upper}+{lower}*{endings}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+{marks}{_REST}"
@@ -74,10 +72,8 @@ _LATIN_LETTERS = (
     "\U0001e900-\U0001e943"
 )
 _ASCII_MARKS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-_DEEPSEEK3 = (
-    rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*{_REST}"
-)
+_DEEPSEEK3_WORDS = rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
+_DEEPSEEK3 = rf"{_DEEPSEEK3_WORDS}| ?[\p{{P}}\p{{S}}]+[\r\n]*{_REST}"
 _DIGITS_FROM_THE_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"  # noqa: RUF001
 _SOUTHEAST_ASIAN = (
@@ -148,8 +144,7 @@ _BY_RULE: dict[SplitRule, str] = {
         (
             r"\p{N}{1,3}",
             _CJK,
-            rf"{_ASCII_MARKS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
-            r"| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+            rf"{_DEEPSEEK3_WORDS}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+",
             r"\p{N}",
         )
     ): "spark2_5",

@@ -145,10 +145,7 @@ def _inside(model: PreTrainedModel, key: str) -> bool:
     modules = dict(model.named_modules())
     for full in (key, f"{prefix}.{key}"):
         parts = full.split(".")
-        deepest = max(
-            (i for i in range(1, len(parts)) if ".".join(parts[:i]) in modules),
-            default=0,
-        )
+        deepest = max((i for i in range(1, len(parts)) if ".".join(parts[:i]) in modules), default=0)
         owner = ".".join(parts[:deepest])
         if not owner or owner == prefix:
             continue
@@ -207,12 +204,12 @@ def failures_of_loading(target: Path | str, name: str) -> Iterator[None]:
 
 def _code_named_by(target: Path | str) -> str:
     """Which files a folder's configs name as code."""
-    found = {}
-    for file in ("config.json", "tokenizer_config.json"):
-        path = Path(target) / file
-        if path.is_file() and (code := json.loads(path.read_text()).get("auto_map")):
-            found[file] = code
-    return "; ".join(f"its {file} names {code}" for file, code in found.items()) or "its config names some"
+    found = [
+        f"its {path.name} names {code}"
+        for path in (Path(target) / "config.json", Path(target) / "tokenizer_config.json")
+        if path.is_file() and (code := json.loads(path.read_text()).get("auto_map"))
+    ]
+    return "; ".join(found) or "its config names some"
 
 
 def _first_line(error: BaseException) -> str:

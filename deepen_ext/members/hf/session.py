@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
 from deepen_ext.errors import InputError, ModelError, failures_of
+from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf.attention import share_heads
@@ -24,7 +24,7 @@ from deepen_ext.members.hf.rooms import leave_room, take_room
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
 
 
-class HFSession:
+class HFSession(Closing):
     """See `members.backend.Session`. Each lane has a KV cache that rolls back exactly.
 
     A lane that holds its ids already costs nothing if its logits are known, else one token. Lanes with about
@@ -60,14 +60,6 @@ class HFSession:
             self._room.stream.wait_stream(torch.cuda.current_stream(loaded.device))
         with self._on_own_stream():
             self._cache.zero()
-
-    def __enter__(self) -> HFSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:

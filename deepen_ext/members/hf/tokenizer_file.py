@@ -49,14 +49,13 @@ def load_tokenizer(
             target, trust_remote_code=trust_remote_code
         )
         # The plain class reads the file as it is; code that the caller trusts has its own rules.
-        if type(tokenizer) is PreTrainedTokenizerFast or not _of_transformers(tokenizer):
+        if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.__module__.startswith("transformers."):
             return tokenizer
         file = cached_file(str(target), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file is None or not hasattr(tokenizer, "backend_tokenizer"):
             return tokenizer
         right = Tokenizer.from_file(file)
-        text = _difference(right, tokenizer)
-        if text is None:
+        if (text := _difference(right, tokenizer)) is None:
             return tokenizer
         plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(target)
         if (still := _difference(right, plain)) is not None:
@@ -73,22 +72,16 @@ def load_tokenizer(
     return plain
 
 
-def _of_transformers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return type(tokenizer).__module__.startswith("transformers.")
-
-
 def _difference(right: Tokenizer, tokenizer: Any) -> str | None:
     """A text that the file and the tokenizer encode differently, of `_PROBES` and a sample of the tokens."""
-    other = tokenizer.backend_tokenizer
+    both = right, tokenizer.backend_tokenizer
     size = right.get_vocab_size(with_added_tokens=False)
     tokens = [right.decode([i]).strip() for i in range(0, size, size // _SAMPLES + 1)]
     sample = (
         text for text in tokens if text and unicodedata.is_normalized("NFC", text) and "\ufffd" not in text
     )
     for text in (*_PROBES, *sample):
-        if (
-            right.encode(text, add_special_tokens=False).ids
-            != other.encode(text, add_special_tokens=False).ids
-        ):
+        ours, theirs = (one.encode(text, add_special_tokens=False).ids for one in both)
+        if ours != theirs:
             return text
     return None

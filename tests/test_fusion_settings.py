@@ -1,0 +1,76 @@
+"""The settings of an ensemble: known by name, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.fusers import FUSERS, Fuser, FusionSettings, map_settings
+from deepen_ext.members.member import Member
+from deepen_ext.space.member_maps import MapSettings
+
+
+def test_every_setting_is_documented() -> None:
+    attributes = (FusionSettings.__doc__ or "").partition("Attributes:")[2]
+    for one in fields(FusionSettings):
+        assert f"\n        {one.name}: " in attributes
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"weigths": [0.5, 0.5]}, "weigths: no setting of an ensemble; did you mean weights?"),
+    ({"learning_rat": 0.1}, "did you mean learning_rate?"),
+    ({"zzz": 1}, "zzz: no setting of an ensemble; there are weights, fuser, recipe"),
+    ({"fuser": "mean"}, "fuser is 'mean'; use one of deepen, average"),
+    ({"fuser": 3}, "fuser is 3; use one of deepen, .*, or a function"),
+    ({"recipe": "byte"}, "recipe is 'byte'; use one of bytes, calibrated, paper"),
+    ({"weights": "equal"}, "weights are 'equal'; give a list of numbers, or 'prompt'"),
+    ({"weights": [0.5, 0.3, 0.2]}, "3 weights for 2 members"),
+    ({"weights": [0.9, 0.9]}, "weights sum to 1.8"),
+    ({"learning_rate": 11}, "learning_rate is 11; choose above 0 to 10"),
+    ({"steps": 65}, "steps is 65; choose 1 to 64"),
+    ({"confidence": -1}, "confidence is -1; choose 0 to 10"),
+    ({"candidates": 0}, "candidates is 0"),
+    ({"entries": 0}, "entries is 0"),
+    ({"min_probability": 1}, "min_probability is 1"),
+    ({"relative_temperature": 0, "recipe": "calibrated"}, "relative_temperature is 0; choose above 0"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG)
+def test_wrong_settings_are_told_before_a_model_is_loaded(settings: dict[str, Any], message: str) -> None:
+    """Or the missing models would be what is told."""
+    with pytest.raises(InputError, match="no/such"):
+        Ensemble.from_pretrained(["no/such/model", "no/where/at/all"])
+    with pytest.raises(InputError, match=message):
+        Ensemble.from_pretrained(["no/such/model", "no/where/at/all"], **settings)
+
+
+def test_what_relative_rows_are_made_by() -> None:
+    settings = FusionSettings(recipe="calibrated", relative_temperature=20, entries=8, cache=False)
+    assert map_settings(settings) == MapSettings("calibrated", 20, 8, False)
+    assert map_settings(settings.changed(fuser="average")) == MapSettings("bytes", None, 8, False)
+    assert map_settings(settings.changed(fuser="union-topk")) is None
+    assert map_settings(settings.changed(fuser=print)) is None
+
+
+def test_a_new_fuser_is_one_class(smollm2: Member, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Favourite(Fuser):
+        """Always writes token 7."""
+
+        name = "favourite"
+
+        def fuse(self, logits, said, weights):
+            logits[:, 7] = 1000.0
+            return logits.argmax(dim=-1).int()
+
+    monkeypatch.setitem(FUSERS, Favourite.name, Favourite)
+    ensemble = Ensemble([smollm2, gemma], fuser="favourite", confidence=0.5)
+    assert (ensemble.method, ensemble.fuser.confidence, ensemble.maps) == ("favourite", 0.5, [])
+    logits = [torch.randn(2, member.vocab_size) for member in (smollm2, gemma)]
+    assert ensemble.fuser.step(logits, [0.5, 0.5]).chosen.tolist() == [7, 7]
+    with pytest.raises(InputError, match="two or more members, not 1"):
+        Ensemble([smollm2], fuser="favourite")
