@@ -16,6 +16,8 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and tests of operations do not need it
+    from transformers import PreTrainedTokenizerBase
+
     from deepen_ext.members.member import Member
 
 
@@ -57,6 +59,17 @@ def gemma(gemma_dir: Path) -> Member:
     from deepen_ext.members.loading import load_member
 
     return load_member(gemma_dir)
+
+
+@pytest.fixture(scope="session")
+def tokenizers(
+    smollm2: Member, gemma: Member, qwen_tokenizer_dir: Path
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Of "smollm2", "gemma" and "qwen"; Gemma's takes two seconds to read. Read only."""
+    from transformers import AutoTokenizer
+
+    qwen = AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
+    return {"smollm2": smollm2.tokenizer, "gemma": gemma.tokenizer, "qwen": qwen}
 
 
 @pytest.fixture(scope="session")

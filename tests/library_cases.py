@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from oracle import random_embedding, random_logits, similarity_rows
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext import RelativeMap
-from deepen_ext.decoding.sampler import Chooser
-from deepen_ext.decoding.settings import Settings
 from deepen_ext.ops import topk_softmax
 from deepen_ext.space.row_sources import SimilarityRows
 
@@ -21,6 +18,12 @@ VOCABS, ANCHORS, K = (400, 520), 120, 40
 
 def chooser(rows: int, vocab_size: int, device: str = "cpu", **settings: Any) -> Callable[..., torch.Tensor]:
     """A `Chooser` of rows without prompts: scores [rows, V] and their argmax, if known -> tokens [rows]."""
+    # Here, since they take seconds to import and most of these cases do without.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from deepen_ext.decoding.sampler import Chooser
+    from deepen_ext.decoding.settings import Settings
+
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
@@ -18,18 +16,18 @@ SMOL_EOS, GEMMA_EOS, QWEN_EOS = (2, 0), (1, 106), (151645, 151643)
 
 
 @pytest.fixture(scope="module")
-def smol(smollm2_dir: Path) -> Vocabulary:
-    return Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(smollm2_dir), name="smol")
+def smol(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Vocabulary:
+    return Vocabulary.from_tokenizer(tokenizers["smollm2"], name="smol")
 
 
 @pytest.fixture(scope="module")
-def gem(gemma_dir: Path) -> Vocabulary:
-    return Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(gemma_dir), name="gem")
+def gem(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Vocabulary:
+    return Vocabulary.from_tokenizer(tokenizers["gemma"], name="gem")
 
 
 @pytest.fixture(scope="module")
-def qwen(qwen_tokenizer_dir: Path) -> Vocabulary:
-    return Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(qwen_tokenizer_dir), name="qwen")
+def qwen(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Vocabulary:
+    return Vocabulary.from_tokenizer(tokenizers["qwen"], name="qwen")
 
 
 @pytest.fixture(scope="module")

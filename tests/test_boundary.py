@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
 from deepen_ext.text.characters import Utf8Stream
@@ -14,12 +14,8 @@ from deepen_ext.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
-def vocabularies(smollm2_dir: Path, gemma_dir: Path, qwen_tokenizer_dir: Path) -> dict[str, Vocabulary]:
-    folders = {"smollm2": smollm2_dir, "gemma": gemma_dir, "qwen": qwen_tokenizer_dir}
-    return {
-        name: Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(folder))
-        for name, folder in folders.items()
-    }
+def vocabularies(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, Vocabulary]:
+    return {name: Vocabulary.from_tokenizer(tokenizer) for name, tokenizer in tokenizers.items()}
 
 
 def token(vocabulary: Vocabulary, text: bytes) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from deepen_ext import InputError
 from deepen_ext.members.chat import chat_texts
@@ -40,11 +39,10 @@ SYSTEM = [{"role": "system", "content": "Be brief."}, *TURNS]
 PREFILLED = [*QUESTION, {"role": "assistant", "content": "The capital of Fr"}]
 
 
-def member(folder: Path) -> Member:
+def member(name: str, tokenizer: PreTrainedTokenizerBase) -> Member:
     """A member without its model: chats need the tokenizer alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     return Member(
-        name=folder.name,
+        name=name,
         backend=cast("Any", None),
         tokenizer=tokenizer,
         vocabulary=Vocabulary.from_tokenizer(tokenizer),
@@ -59,18 +57,18 @@ def with_template(one: Member, template: str) -> Member:
 
 
 @pytest.fixture(scope="module")
-def smol(smollm2_dir) -> Member:
-    return member(smollm2_dir)
+def smol(smollm2_dir, tokenizers) -> Member:
+    return member(smollm2_dir.name, tokenizers["smollm2"])
 
 
 @pytest.fixture(scope="module")
-def qwen(qwen_tokenizer_dir) -> Member:
-    return member(qwen_tokenizer_dir)
+def qwen(qwen_tokenizer_dir, tokenizers) -> Member:
+    return member(qwen_tokenizer_dir.name, tokenizers["qwen"])
 
 
 @pytest.fixture(scope="module")
-def gemma_base(gemma_dir) -> Member:
-    return member(gemma_dir)
+def gemma_base(gemma_dir, tokenizers) -> Member:
+    return member(gemma_dir.name, tokenizers["gemma"])
 
 
 @pytest.fixture(scope="module")

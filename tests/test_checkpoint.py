@@ -89,32 +89,20 @@ def generate(model, **_):
 """
 LOAD = """
 import sys
+from pathlib import Path
 from deepen_ext.errors import ModelError
 from deepen_ext.members.loading import load_member
-for folder in sys.argv[2:]:
-    try:
-        load_member(folder, trust_remote_code=sys.argv[1] == "trust")
-        print("loaded")
-    except ModelError as error:
-        print(error)
+for trust in (False, True):
+    for folder in sys.argv[1:]:
+        try:
+            load_member(folder, trust_remote_code=trust)
+            print("loaded")
+        except ModelError as error:
+            print(error)
+    print(sum((Path(folder).parent / "ran").exists() for folder in sys.argv[1:]), "ran")
+    print(*(file.name for file in Path(sys.argv[1]).parents[1].rglob("modules/**/*.py")))
 print("left on standard input:", *sys.stdin.read().split())
 """
-
-
-def run_load(trust: str, *folders: Path) -> list[str]:
-    """Load in a process that has consent waiting on its standard input; what it says, a line a folder."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, trust, *map(str, folders)],
-        input="y\n" * 5,
-        env={**os.environ, "HF_MODULES_CACHE": str(folders[0].parent / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    *lines, left = done.stdout.splitlines()
-    assert left == "left on standard input: y y y y y"
-    return lines
 
 
 def bring_code(folder: Path, where: str) -> Path:
@@ -143,7 +131,18 @@ def test_code_of_a_folder_runs_only_where_the_caller_trusts_it(whole: Path, tmp_
         shutil.copytree(whole, tmp_path / where / where) for where in ("model", "tokenizer", "generation")
     ]
     markers = [bring_code(folder, folder.name) for folder in folders]
-    of_model, of_tokenizer, of_generation = run_load("refuse", *folders)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, folders)],
+        input="y\n" * 5,  # consent, should anything ask for it
+        env={**os.environ, "HF_MODULES_CACHE": str(folders[0].parent / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *refused, ran, copied = done.stdout.splitlines()[:5]
+    *trusted, all_ran, all_copied, left = done.stdout.splitlines()[5:]
+    of_model, of_tokenizer, of_generation = refused
     for message, named in (
         (of_model, "model: .*own.OwnModel"),
         (of_tokenizer, "tokenizer: .*own.OwnTokenizer"),
@@ -152,13 +151,14 @@ def test_code_of_a_folder_runs_only_where_the_caller_trusts_it(whole: Path, tmp_
         assert "needs code that is no part of transformers and is not run" in message
         assert "trust_remote_code=True" in message
     assert of_generation == "loaded"  # it needs no code: its generate.py is left alone
-    assert not any(marker.exists() for marker in markers)
-    assert not list(tmp_path.rglob("modules/**/*.py"))
+    assert (ran, copied) == ("0 ran", "")
 
-    assert run_load("trust", *folders) == ["loaded"] * 3
+    assert trusted == ["loaded"] * 3
     # So the files would have run, and been copied.
+    assert all_ran == "3 ran"
     assert all(marker.exists() for marker in markers)
-    assert list(tmp_path.rglob("modules/**/own.py"))
+    assert "own.py" in all_copied
+    assert left == "left on standard input: y y y y y"
 
 
 def test_the_class_of_transformers_comes_before_code_of_the_folder(folder: Path, whole: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from sessions import changed, open_session, read, sync
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.ensemble import Ensemble
@@ -499,14 +499,12 @@ class TestPieces:
                 begin += len(piece)
             assert len(found) == 1 or length < len(text)
 
-    def test_no_token_reaches_across_a_cut(
-        self, tiny_smollm2: Member, tiny_gemma: Member, qwen_tokenizer_dir: Path
-    ) -> None:
-        qwen = Vocabulary.from_tokenizer(AutoTokenizer.from_pretrained(qwen_tokenizer_dir))
+    def test_no_token_reaches_across_a_cut(self, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
+        vocabularies = [Vocabulary.from_tokenizer(one) for one in tokenizers.values()]
         for name in ("page", "source"):
             found = pieces(TEXTS[name], length=300, context=150)
             assert len(found) > 20
-            for vocabulary in (tiny_smollm2.vocabulary, tiny_gemma.vocabulary, qwen):
+            for vocabulary in vocabularies:
                 for context, piece in found:
                     own = vocabulary.encode(context)
                     assert vocabulary.encode(context + piece)[: len(own)] == own

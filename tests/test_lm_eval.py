@@ -1,4 +1,5 @@
-"""lm-evaluation-harness itself, on tasks of tests/lm_eval_task/, with the ensemble as its model."""
+"""lm-evaluation-harness itself, on tasks of tests/lm_eval_task/, with an ensemble as its model: the demo pair
+where answers must be right, tiny models elsewhere."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
 import lm_eval
 import pytest
 import torch
+from command_line import ROOT, run, run_process
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM, hash_args
@@ -25,22 +27,29 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import simple_parse_args_string
+from sessions import changed
+from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.adapters.lm_eval import DeepenLM
 from deepen_ext.measure.likelihood.scoring import score_texts
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
-ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "tests" / "lm_eval_task"
 TEXTS = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def ensemble(smollm2: Member, gemma: Member) -> Ensemble:
+def demo_pair(smollm2: Member, gemma: Member) -> Ensemble:
     return Ensemble([smollm2, gemma])
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
+    return Ensemble([tiny_smollm2, tiny_gemma])
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +58,13 @@ def model(ensemble: Ensemble) -> DeepenLM:
 
 
 @pytest.fixture(scope="module")
-def evaluated(model: DeepenLM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the harness makes of the three tasks, in this process."""
+def evaluated(demo_pair: Ensemble, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the harness makes of the three tasks and the demo pair, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the tasks name their data from here
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         return lm_eval.simple_evaluate(
-            model=model,
+            model=DeepenLM(demo_pair, batch_size=2),
             tasks=["deepen_text", "deepen_choice", "deepen_write"],
             task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
             bootstrap_iters=0,
@@ -67,9 +76,10 @@ def scored(ensemble: Ensemble, context: str, text: str) -> tuple[float, bool]:
     return found.total, all(found.greedy)
 
 
-def test_whole_texts_score_as_in_nll(evaluated: dict[str, Any], ensemble: Ensemble) -> None:
+@pytest.mark.slow
+def test_whole_texts_score_as_in_nll(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     """Acceptance 6 of issue 5: bits a byte as `deepen-ext nll` computes them, to 1e-3."""
-    scores = score_texts([piece for text in TEXTS for piece in pieces(text)], {"fused": ensemble})
+    scores = score_texts([piece for text in TEXTS for piece in pieces(text)], {"fused": demo_pair})
     fused, nbytes = sum(one.total for one in scores.fused["fused"]), scores.score("fused").nbytes
     bits = scores.score("fused").bits_per_byte.value
     results = evaluated["results"]["deepen_text"]
@@ -95,11 +105,12 @@ def test_a_long_text_is_read_in_pieces(ensemble: Ensemble) -> None:
     assert abs(expected - scored(ensemble, "", text)[0]) > 0.1
 
 
-def test_choices_score_as_in_nll(evaluated: dict[str, Any], ensemble: Ensemble) -> None:
+@pytest.mark.slow
+def test_choices_score_as_in_nll(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     samples = evaluated["samples"]["deepen_choice"]
     assert len(samples) == 3
     for sample in samples[1:2]:
-        expected = [scored(ensemble, *pair) for pair in sample["arguments"]]
+        expected = [scored(demo_pair, *pair) for pair in sample["arguments"]]
         found = sample["filtered_resps"]
         assert [one[0] for one in found] == pytest.approx([one[0] for one in expected], abs=1e-3)
         assert [one[1] for one in found] == [one[1] for one in expected]
@@ -109,21 +120,22 @@ def test_choices_score_as_in_nll(evaluated: dict[str, Any], ensemble: Ensemble) 
     assert evaluated["results"]["deepen_choice"]["acc,none"] >= 2 / 3
 
 
-def test_written_texts_are_the_ensembles(evaluated: dict[str, Any], ensemble: Ensemble) -> None:
+@pytest.mark.slow
+def test_written_texts_are_the_ensembles(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     """They end before the stop string, in batches as alone."""
     samples = evaluated["samples"]["deepen_write"]
     assert len(samples) == 3
     stopped = 0
     for sample in samples:
         context, settings = sample["arguments"][0]
-        alone = ensemble.generate(context, max_new_tokens=8, stop_strings=settings["until"])
+        alone = demo_pair.generate(context, max_new_tokens=8, stop_strings=settings["until"])
         stopped += alone.finish_reason == "stop_string"
         assert sample["resps"] == [[re.split(r"[\n.]", alone.text)[0]]]
         assert sample["resps"][0][0].strip()
     assert stopped
     assert evaluated["results"]["deepen_write"]["exact_match,last-word"] >= 2 / 3
-    assert evaluated["config"]["method"] == ensemble.method
-    assert [one["name"] for one in evaluated["config"]["members"]] == ensemble.names
+    assert evaluated["config"]["method"] == demo_pair.method
+    assert [one["name"] for one in evaluated["config"]["members"]] == demo_pair.names
 
 
 def asked(*arguments: Any) -> Instance:
@@ -133,7 +145,8 @@ def asked(*arguments: Any) -> Instance:
 def test_answers_come_in_order_and_are_cached(model: DeepenLM, tmp_path: Path) -> None:
     """Doubled requests are answered twice; the harness's cache has each answer as soon as it is there."""
     pairs = [("One, two,", " three"), ("The capital of France is", " Paris"), ("One, two,", " three")]
-    settings = {"until": [","], "max_gen_toks": 4}
+    first = model.ensemble.generate("One, two,", max_new_tokens=4).text
+    settings = {"until": [first[-3:]], "max_gen_toks": 4}
     texts = [("One, two,", settings), ("The capital of France is", settings), ("One, two,", settings)]
     try:
         cache = CachingLM(model, str(tmp_path / "answers.db"))
@@ -146,7 +159,7 @@ def test_answers_come_in_order_and_are_cached(model: DeepenLM, tmp_path: Path) -
     assert [one[0] for one in answers] == pytest.approx([one[0] for one in expected], abs=1e-4)
     assert [one[1] for one in answers] == [one[1] for one in expected]
     assert answers[0] == answers[2] != answers[1]
-    assert written[0] == written[2] == " three"
+    assert written[0] == written[2] == first[:-3]
     assert written[1] != written[0]
     assert rolled == pytest.approx(scored(model.ensemble, "", "One, two,")[0], abs=1e-4)
     assert model.loglikelihood_rolling([asked("")], disable_tqdm=True) == [0.0]
@@ -222,10 +235,10 @@ def test_settings_of_generation_are_honoured_or_refused(model: DeepenLM) -> None
         write("")
 
 
-def test_a_context_that_begins_with_bos_gets_no_second(gemma: Member, smollm2: Member) -> None:
+def test_a_context_that_begins_with_bos_gets_no_second(tiny_gemma: Member, tiny_smollm2: Member) -> None:
     """As in the harness's own models; each member has its own BOS."""
-    own = HFLM(pretrained=gemma.model, tokenizer=gemma.tokenizer, batch_size=1)
-    model = DeepenLM(Ensemble([gemma], fuser="single"))
+    own = HFLM(pretrained=tiny_gemma.model, tokenizer=tiny_gemma.tokenizer, batch_size=1)
+    model = DeepenLM(Ensemble([tiny_gemma], fuser="single"))
     pairs = [("<bos>The sky is", " blue"), ("The sky is", " blue"), ("", "<bos>The sky is")]
     expected = own.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
     found = model.loglikelihood([asked(*pair) for pair in pairs], disable_tqdm=True)
@@ -236,14 +249,16 @@ def test_a_context_that_begins_with_bos_gets_no_second(gemma: Member, smollm2: M
     written = model.generate_until(texts, disable_tqdm=True)
     assert written == own.generate_until(texts, disable_tqdm=True)
     assert written[0] == written[1]
-    assisted = DeepenLM(Ensemble([smollm2, gemma]))  # for SmolLM2 `<bos>` is text, which Gemma then reads
+    assisted = DeepenLM(
+        Ensemble([tiny_smollm2, tiny_gemma])
+    )  # for SmolLM2 `<bos>` is text, which Gemma then reads
     (answer,) = assisted.loglikelihood([asked("", "<bos>The sky")], disable_tqdm=True)
     assert math.isfinite(answer[0])
 
 
 def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, monkeypatch: Any) -> None:
-    """It has no text, so that no stop string could be found: of SmolLM2's chats the token before a turn.
-    Where it does not end the text it is never written."""
+    """It has no text, so that no stop string could be found: of SmolLM2's chats the token before a turn. The
+    main model wants it most here; where it does not end the text it is never written."""
     written, generate = [], model.ensemble.generate
 
     def listened(*arguments: Any, **settings: Any) -> Any:
@@ -253,30 +268,35 @@ def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, m
     monkeypatch.setattr(model.ensemble, "generate", listened)
     chat = "<|im_start|>system\nYou are helpful.<|im_end|>\n"
     start = model.ensemble.members[0].tokenizer.convert_tokens_to_ids("<|im_start|>")
-    settings = {"max_gen_toks": 3, "until": ["<|im_start|>"]}
-    assert model.generate_until([asked(chat, settings)], disable_tqdm=True) == [""]
-    settings["until"] = ["@@"]
-    model.generate_until([asked(chat, settings)], disable_tqdm=True)
+    wanted = torch.zeros(model.ensemble.members[0].vocab_size).index_fill_(0, torch.tensor(start), 50.0)
+    hook = model.ensemble.members[0].model.register_forward_hook(
+        lambda _, inputs, output: replace(output, logits=output.logits + wanted)
+    )
+    try:
+        settings = {"max_gen_toks": 3, "until": ["<|im_start|>"]}
+        assert model.generate_until([asked(chat, settings)], disable_tqdm=True) == [""]
+        settings["until"] = ["@@"]
+        model.generate_until([asked(chat, settings)], disable_tqdm=True)
+    finally:
+        hook.remove()
     (stopped,), (other,) = written
     assert stopped.token_ids == [start]
     assert start not in other.token_ids
     assert other.token_ids
 
 
-def test_a_context_too_long_for_a_member_loses_its_beginning(model: DeepenLM, monkeypatch: Any) -> None:
+def test_a_context_too_long_for_a_member_loses_its_beginning(ensemble: Ensemble) -> None:
     long = "".join(f"Line {i} of a long text.\n" for i in range(12)) + "One, two,"
-    for member in model.ensemble.members:
-        monkeypatch.setattr(member, "context_length", 40)
+    members = ensemble.members
+    model = DeepenLM(Ensemble([changed(one, context_length=40) for one in members]), batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1 contexts were too long"):
         found = model.loglikelihood([asked(long, " three")], disable_tqdm=True)
     with pytest.warns(UserWarning, match="1 of 2 contexts were too long"):
         written = model.generate_until([asked(one, {"max_gen_toks": 4}) for one in (long, "One, two,")])
-    monkeypatch.undo()
 
     # The longest end of the text that has no more tokens than that for any member.
     def kept(room: int, text: str) -> str:
         def most(start: int) -> int:
-            members = model.ensemble.members
             counts = [
                 len(m.vocabulary.prefix_ids) + len(m.vocabulary.encode(long[start:] + text)) for m in members
             ]
@@ -285,10 +305,10 @@ def test_a_context_too_long_for_a_member_loses_its_beginning(model: DeepenLM, mo
         return next(long[start:] for start in range(len(long)) if most(start) <= room)
 
     assert len(kept(40, " three")) < len(long) - 100
-    assert found == [scored(model.ensemble, kept(40, " three"), " three")]
-    assert written[0] == model.ensemble.generate(kept(36, ""), max_new_tokens=4).text
-    monkeypatch.setattr(model.ensemble.members[1], "context_length", 10)
-    with pytest.raises(InputError, match=r"Gemma.*context of 10 tokens is too short for the text"):
+    assert found == [scored(ensemble, kept(40, " three"), " three")]
+    assert written[0] == ensemble.generate(kept(36, ""), max_new_tokens=4).text
+    model = DeepenLM(Ensemble([members[0], changed(members[1], context_length=10)]))
+    with pytest.raises(InputError, match=r"tiny-gemma.*context of 10 tokens is too short for the text"):
         model.loglikelihood([asked("One", " two" * 12)], disable_tqdm=True)
 
 
@@ -296,7 +316,7 @@ MESSAGES = [{"role": "user", "content": "What is the capital of Australia?"}]
 
 
 def test_chats_reach_each_member_in_its_own_template(ensemble: Ensemble, model: DeepenLM) -> None:
-    with pytest.raises(InputError, match=r"Gemma.*no chat template"):
+    with pytest.raises(InputError, match=r"tiny-gemma.*no chat template"):
         model.apply_chat_template(MESSAGES)
     plain = DeepenLM(ensemble, without_template="plain", max_gen_toks=4)
     context = plain.apply_chat_template(MESSAGES)
@@ -392,44 +412,40 @@ def test_the_harness_finds_the_model() -> None:
     assert get_model("dummy").__module__.startswith("lm_eval.")
 
 
-def command(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "deepen_ext.commands.cli", "lm-eval", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        **settings,
-    )
-
-
+@pytest.mark.slow
 def test_help_of_the_command_needs_no_model() -> None:
-    done = command("--help", env={**os.environ, "HF_HUB_CACHE": "/nowhere"})
+    done = run_process("lm-eval", "--help", env={**os.environ, "HF_HUB_CACHE": "/nowhere"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("deepen-ext lm-eval: ")
     assert "usage: lm-eval" in done.stdout
-    assert "--model_args" in command("run", "--help").stdout
+    assert "--model_args" in run("lm-eval", "run", "--help").stdout
 
 
 def test_exit_codes_are_the_harnesss() -> None:
-    assert command("run", "--no-such-option", "1").returncode == 2
+    assert run_process("lm-eval", "run", "--no-such-option", "1").returncode == 2
 
 
+@pytest.mark.slow
 def test_the_command_agrees_with_the_library(
-    smollm2_dir: Path, gemma_dir: Path, smollm2: Member, gemma: Member, tmp_path: Path
+    tiny_smollm2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the command line to the results file, with members, weights and fuser of its own."""
-    done = command(
-        *("run", "--model", "deepen", "--tasks", "deepen_text", "--include_path", str(TASKS)),
-        *("--model_args", f"pretrained={smollm2_dir}|{gemma_dir},weights=0.7|0.3,recipe=calibrated"),
+    other_dir = save_model(tmp_path / "bytes", one_byte_tokens(), seed=1)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    # Its own tasks, some ten thousand files, are not looked through.
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    done = run(
+        *("lm-eval", "run", "--model", "deepen", "--tasks", "deepen_text", "--include_path", str(TASKS)),
+        *("--model_args", f"pretrained={tiny_smollm2_dir}|{other_dir},weights=0.7|0.3,recipe=calibrated"),
         *("--limit", "1", "--output_path", str(tmp_path)),
-        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")},
     )
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("**/results_*.json")
     results = json.loads(file.read_text())
     assert results["config"]["method"] == "deepen:calibrated"
     assert results["config"]["weights"] == [0.7, 0.3]
-    same = Ensemble([smollm2, gemma], weights=[0.7, 0.3], recipe="calibrated")
-    bits = TextReading([smollm2, gemma], "", TEXTS[0]).fused(same).bits_per_byte
+    members = [load_member(tiny_smollm2_dir), load_member(other_dir)]
+    same = Ensemble(members, weights=[0.7, 0.3], recipe="calibrated")
+    bits = TextReading(members, "", TEXTS[0]).fused(same).bits_per_byte
     assert results["results"]["deepen_text"]["bits_per_byte,none"] == pytest.approx(bits, abs=1e-3)

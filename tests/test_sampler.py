@@ -191,18 +191,18 @@ class TestChoice:
     ],
     ids=lambda one: "-".join(one),
 )
-def test_greedy_as_transformers_generates(smollm2, settings):
+def test_greedy_as_transformers_generates(tiny_smollm2, settings):
     """One real model alone: prompt lengths, EOS ids and ends mean the same as in its own generate()."""
-    ids = smollm2.vocabulary.prefix_ids + smollm2.vocabulary.encode("The history of tea begins in")
+    ids = tiny_smollm2.vocabulary.prefix_ids + tiny_smollm2.vocabulary.encode("The history of tea begins in")
     prompt = torch.tensor([ids])
-    expected = smollm2.model.generate(
+    expected = tiny_smollm2.model.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=2, **settings
     )
-    read = Settings.read(smollm2, **settings)
+    read = Settings.read(tiny_smollm2, **settings)
     chooser, now = Chooser(read, [ids], "cpu"), list(ids)
     for _ in range(read.new_tokens(len(ids))):
         with torch.inference_mode():
-            logits = smollm2.model(torch.tensor([now])).logits[:, -1]
+            logits = tiny_smollm2.model(torch.tensor([now])).logits[:, -1]
         now += chooser.choose(logits, [0], [now]).tolist()
         if now[-1] in read.eos_ids:
             break

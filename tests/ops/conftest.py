@@ -59,9 +59,9 @@ def backend(request, monkeypatch):
         if name.startswith("deepen_ext.") and getattr(module, "backend_of", None) is real:
             monkeypatch.setattr(module, "backend_of", backend_of)
     # What torch.empty gives (outputs and workspace) is then NaN, or the largest integer.
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     yield backend
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
     emulated.LAUNCHED.update(line.split(" grid ")[0] for line in emulator.take_launches())
     emulator.set_max_shared_bytes()
     emulator.set_multiprocessors()
