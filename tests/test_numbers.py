@@ -120,7 +120,7 @@ def test_counts_elsewhere(pair: Ensemble, smollm2: Member, value) -> None:
         pair.generate("One", max_new_tokens=value)
     with pytest.raises(InputError, match=f"entries is {value!r}"):
         SimilarityRows(torch.randn(VOCAB, 4), torch.arange(8), entries=value)
-    with pytest.raises(InputError, match=f"number of rows is {value!r}"):
+    with pytest.raises(InputError, match=f"number of lanes is {value!r}"):
         open_session(smollm2, value)
     with pytest.raises(InputError, match=f"length is {value!r}"):
         pieces("a text", length=value)
