@@ -18,13 +18,7 @@ from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
-_CLASSES: tuple[type[Fuser], ...] = (
-    DeepenFuser,
-    AverageFuser,
-    UnionTopkFuser,
-    UnionVocabFuser,
-    SingleFuser,
-)
+_CLASSES: list[type[Fuser]] = [DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser, SingleFuser]
 FUSERS = {one.name: one for one in _CLASSES}
 
 
