@@ -67,19 +67,20 @@ class Preset:
         """
         options = {key: value for key, value in options.items() if value is not None}
         found = self.given | options
-        if "fuser" not in options:
-            _refuse_code(str(found.get("fuser", "")))
+        own = str(self.given.get("fuser", ""))
+        if "fuser" not in options and ":" in own and recipe_of(own) is None:
+            raise InputError(
+                f"the preset's fuser {shown(own)} is code, which a file cannot choose; if you trust it, "
+                f"name it yourself with --fuser {own}, or in Python with preset.settings(fuser={own!r})"
+            )
         if "fuser" in found:
             found["fuser"], recipe = parse_fuser(found["fuser"], found.get("recipe", ""))
             if recipe:
                 found["recipe"] = recipe
-        if found.get("recipe") != self._recipe() and "relative_temperature" not in options:
+        own_recipe = recipe_of(own) or self.given.get("recipe")  # it may stand behind the fuser: deepen:bytes
+        if found.get("recipe") != own_recipe and "relative_temperature" not in options:
             found.pop("relative_temperature", None)
         return found
-
-    def _recipe(self) -> str | None:
-        """The file's, which may also stand behind the fuser's name (deepen:bytes)."""
-        return recipe_of(str(self.given.get("fuser", ""))) or self.given.get("recipe")
 
 
 def load_preset(path: str | Path) -> Preset:
@@ -142,14 +143,6 @@ def write_preset(path: str | Path, preset: Preset) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place") from error
-
-
-def _refuse_code(fuser: str) -> None:
-    if ":" in fuser and recipe_of(fuser) is None:
-        raise InputError(
-            f"the preset's fuser {shown(fuser)} is code, which a file cannot choose; if you trust it, "
-            f"name it yourself with --fuser {fuser}, or in Python with preset.settings(fuser={fuser!r})"
-        )
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
@@ -224,21 +217,16 @@ def _member(name: str, file: Path) -> str:
         if "\0" in name:
             raise ValueError("it has a zero byte")
         name.encode()  # half a surrogate pair has no bytes
-        return _found(name, file)
-    except InputError:
-        raise
+        if name.startswith("demo:"):
+            return name
+        path = Path(name).expanduser()
+        beside = file.absolute().parent / path  # an absolute path stays as it is
+        if path.is_absolute() or beside.exists() or name.startswith("."):
+            return str(beside)
+        is_here = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~ of no user
         raise InputError(f"{shown(name)} is no model's name or path: {error}") from error
-
-
-def _found(name: str, file: Path) -> str:
-    if name.startswith("demo:"):
-        return name
-    path = Path(name).expanduser()
-    beside = file.absolute().parent / path  # an absolute path stays as it is
-    if path.is_absolute() or beside.exists() or name.startswith("."):
-        return str(beside)
-    if path.exists():
+    if is_here:
         raise InputError(
             f"{name} is in the current folder, but a preset's paths start from its own, "
             f"{beside.parent}; write {path.absolute()}"

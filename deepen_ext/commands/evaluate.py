@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes
+from deepen_ext.commands.console import exit_codes, tables
 from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 
@@ -122,10 +122,7 @@ def evaluate(
             print(f"\nwhat is done is kept in {out}; {same} goes on from there", file=sys.stderr)
             raise
 
-        from rich.console import Console
-
-        wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no width
-        Console(width=wide, highlight=False).print(summary_table(summary))
+        tables(160).print(summary_table(summary))
         print(f"written to {out / 'summary.json'}", file=sys.stderr)
 
 
@@ -133,10 +130,8 @@ def _configurations(base: Ensemble, fused: list[dict[str, Any]], singles: bool) 
     """By name: the members alone, then each way of fusing them."""
     from deepen_ext.ensemble import Ensemble
 
-    found: dict[str, Ensemble] = {}
-    if singles:
-        for name, member in zip(base.names, base.members, strict=True):
-            found[name] = Ensemble([member], fuser="single")
+    named = zip(base.names, base.members, strict=True) if singles else ()
+    found = {name: Ensemble([member], fuser="single") for name, member in named}
     for settings in fused:
         one = base.variant(**settings)
         if one.method in found:

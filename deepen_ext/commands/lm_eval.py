@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
 
 import typer
 
@@ -36,10 +35,10 @@ model_args of deepen:
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with the ensemble as its model `deepen`; all arguments are the harness's."""
     with exit_codes(False):
-        run_harness(context.args)
+        _run_harness(context.args)
 
 
-def run_harness(arguments: Sequence[str]) -> None:
+def _run_harness(arguments: list[str]) -> None:
     """The harness's command line with these arguments; it ends the process where it would.
 
     Raises:
@@ -55,7 +54,7 @@ def run_harness(arguments: Sequence[str]) -> None:
         ) from error
     if "deepen" not in model_registry:  # versions that read entry points have it
         model_registry.register("deepen", target="deepen_ext.adapters.lm_eval:DeepenLM")
-    if list(arguments) in ([], ["-h"], ["--help"]):
+    if arguments in ([], ["-h"], ["--help"]):
         write(_HELP)
     before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:

@@ -99,14 +99,10 @@ def ways_of_fusing(
     """
     from deepen_ext.fusers import FusionSettings
 
-    defaults = FusionSettings()
-    ways = []
+    defaults = {key: getattr(FusionSettings, key) for key in ("fuser", "recipe", "relative_temperature")}
     given: Sequence[str | None] = fusers or [None]
-    for fuser in given:
-        own = _settings(named.preset, fuser=fuser, recipe=recipe)
-        keys = ("fuser", "recipe", "relative_temperature")
-        ways.append({key: own.get(key, getattr(defaults, key)) for key in keys})
-    return ways
+    ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in given]
+    return [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]
 
 
 def writes_alone(fuser: str) -> bool:

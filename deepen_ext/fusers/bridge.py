@@ -7,8 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from deepen_ext.space.anchors import token_ids_of
-from deepen_ext.text.characters import whole_characters
+from deepen_ext.space.anchors import first_token, token_ids_of
 from deepen_ext.text.vocabulary import Vocabulary
 
 # Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
@@ -69,15 +68,10 @@ class TokenBridge:
         ids = _by_text(vocabulary)
         if (same := ids.get(data)) is not None:
             return same
-        if text := whole_characters(data):
-            begins = vocabulary.encode_part(text, 0)[0]
-            token = vocabulary.tokens[begins[0]] if begins else None
-            if token and data.startswith(token):
-                return begins[0]
-        for length in range(len(data) - 1, 0, -1):
-            if (shorter := ids.get(data[:length])) is not None:
-                return shorter
-        return -1
+        if (begins := first_token(vocabulary, data)) is not None:
+            return begins
+        shorter = (data[:length] for length in range(len(data) - 1, 0, -1))
+        return next((ids[text] for text in shorter if text in ids), -1)
 
 
 def _by_text(vocabulary: Vocabulary) -> dict[bytes, int]:

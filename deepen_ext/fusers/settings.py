@@ -13,7 +13,13 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import real_number, whole_number
-from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_LEARNING_RATE, DEFAULT_RECIPE, RECIPES, Recipe
+from deepen_ext.space.recipes import (
+    DEFAULT_ENTRIES,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_RECIPE,
+    Recipe,
+    check_recipe,
+)
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
@@ -65,8 +71,7 @@ class FusionSettings:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise InputError(f"recipe is '{self.recipe}'; use one of {', '.join(RECIPES)}")
+        check_recipe(self.recipe)
         if isinstance(self.weights, str) and self.weights != "prompt":
             raise InputError(f"weights are '{self.weights}'; give a list of numbers, or 'prompt'")
         check_learning_rate(self.learning_rate)

@@ -6,7 +6,9 @@ How the defaults were chosen: docs/results.md. No torch is imported here: the co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from deepen_ext.errors import InputError
 
 Recipe = Literal["bytes", "calibrated", "paper"]
 SimilarityRecipe = Literal["calibrated", "paper"]  # rows by the similarity of embeddings
@@ -18,3 +20,9 @@ DEFAULT_RECIPE: Final = "bytes"
 DEFAULT_TEMPERATURES: Final[Mapping[str, float]] = {"calibrated": 40.0, "paper": 100.0}
 DEFAULT_ENTRIES: Final = 32  # how many of a similarity row's largest entries are kept
 DEFAULT_LEARNING_RATE: Final = 0.15  # of the inverse search
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raise InputError unless the recipe is one of `RECIPES`."""
+    if recipe not in RECIPES:
+        raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
