@@ -149,25 +149,21 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines()
+        last = -_LINE_SECONDS
+
+        def line(one: Progress) -> None:
+            nonlocal last
+            finished = one.done == one.records and bool(one.configuration)
+            if finished or monotonic() - last >= _LINE_SECONDS:
+                last = monotonic()
+                print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
+
+        yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("", total=1.0)
         yield lambda one: bars.update(bar, description=_describe(one), completed=one.share)
-
-
-def _lines() -> Callable[[Progress], None]:
-    last = -_LINE_SECONDS
-
-    def line(one: Progress) -> None:
-        nonlocal last
-        finished = one.done == one.records and bool(one.configuration)
-        if finished or monotonic() - last >= _LINE_SECONDS:
-            last = monotonic()
-            print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
-
-    return line
 
 
 def _describe(one: Progress) -> str:

@@ -130,19 +130,14 @@ class Fuser(ABC):
                     f"[{len(rows)}, {vocab_size}], one row for each and as many tokens as the member has"
                 )
         take_topk([said for _, said, _ in asked])
-        return [
-            Part(member, f"logits of {self.names[member]}", self._here(member, said, rows), rows, said)
-            for member, said, rows in asked
-        ]
-
-    def _here(self, member: int, said: Distribution, rows: Sequence[int]) -> TopK:
-        """The member's top-k on the fusing device; on the CPU the status is looked at here."""
-        topk = said.topk
-        if topk.status.device != self.device:
-            topk = TopK(*(one.to(self.device) for one in topk))
-        if self.device.type == "cpu":
-            check_status(f"logits of {self.names[member]}", topk.status.tolist(), rows)
-        return topk
+        parts = []
+        for member, said, rows in asked:
+            name = f"logits of {self.names[member]}"
+            topk = TopK(*(one.to(self.device) for one in said.topk))
+            if self.device.type == "cpu":
+                check_status(name, topk.status.tolist(), rows)
+            parts.append(Part(member, name, topk, rows, said))
+        return parts
 
     def step(
         self,

@@ -19,6 +19,7 @@ from deepen_ext.space.recipes import (
     DEFAULT_RECIPE,
     Recipe,
     check_recipe,
+    check_temperature,
 )
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
@@ -78,9 +79,7 @@ class FusionSettings:
         check_steps(self.steps)
         check_min_probability(self.min_probability)
         if self.relative_temperature is not None:
-            real_number(
-                "relative_temperature", self.relative_temperature, "above 0 to 1000", lambda x: 0 < x <= 1000
-            )
+            check_temperature("relative_temperature", self.relative_temperature)
         real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
         whole_number("candidates", self.candidates, 1)
         whole_number("entries", self.entries, 1)

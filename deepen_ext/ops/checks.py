@@ -25,7 +25,9 @@ def check_tensor(
     """Raise InputError unless `tensor` is contiguous and has this shape (None: any), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if not _fits(tensor.shape, shape):
+    if len(tensor.shape) != len(shape) or any(
+        want not in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{wanted}]")
     allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
@@ -38,15 +40,6 @@ def check_tensor(
         )
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
-
-
-def _fits(have: Sequence[int], shape: Sequence[int | None]) -> bool:
-    if len(have) != len(shape):
-        return False
-    for size, want in zip(have, shape, strict=True):  # noqa: SIM110  # a step checks a dozen tensors
-        if want is not None and size != want:
-            return False
-    return True
 
 
 def backend_of(operation: str, device: torch.device) -> tuple[int, int, int]:

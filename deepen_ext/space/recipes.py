@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import real_number
 
 Recipe = Literal["bytes", "calibrated", "paper"]
 SimilarityRecipe = Literal["calibrated", "paper"]  # rows by the similarity of embeddings
@@ -26,3 +27,8 @@ def check_recipe(recipe: Any) -> None:
     """Raise InputError unless the recipe is one of `RECIPES`."""
     if recipe not in RECIPES:
         raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+
+
+def check_temperature(name: str, value: Any) -> float:
+    """The temperature of similarity rows as a float; InputError where it is out of range."""
+    return real_number(name, value, "above 0 to 1000", lambda x: 0 < x <= 1000)
