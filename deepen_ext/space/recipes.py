@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number
 
 Recipe = Literal["bytes", "calibrated", "paper"]
@@ -26,7 +26,7 @@ DEFAULT_LEARNING_RATE: Final = 0.15  # of the inverse search
 def check_recipe(recipe: Any) -> None:
     """Raise InputError unless the recipe is one of `RECIPES`."""
     if recipe not in RECIPES:
-        raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+        raise InputError(f"recipe is {shown(recipe)}; use one of {', '.join(RECIPES)}")
 
 
 def check_temperature(name: str, value: Any) -> float:
