@@ -88,10 +88,10 @@ def write(text: str) -> None:
 def exit_codes(debug: bool) -> Iterator[None]:
     """Turn what goes wrong into one message on standard error and an exit code."""
 
-    def fail(message: str, code: int, error: BaseException) -> typer.Exit:
+    def fail(message: str | None, code: int, error: BaseException) -> typer.Exit:
         if debug:
             traceback.print_exception(error)
-        if sys.stderr is not None:
+        if message is not None and sys.stderr is not None:
             print(message, file=sys.stderr)
         return typer.Exit(code)
 
@@ -107,9 +107,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
     except BrokenPipeError as error:
         # The reader has gone, as in `| head`. Python would complain once more when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if debug:
-            traceback.print_exception(error)
-        raise typer.Exit(141) from None
+        raise fail(None, 141, error) from None
     except DeepenError as error:
         raise fail(f"error: {error}", 2 if isinstance(error, InputError) else 1, error) from None
     except typer.Exit:

@@ -78,14 +78,12 @@ def load_ensemble(
         InputError: a setting out of range.
         ModelError: a model cannot be loaded.
     """
-    shares = _read_weights(weights)
+    given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
     with progress() as say:
         say("Starting")
         from deepen_ext.ensemble import Ensemble
 
-        settings = _settings(
-            named.preset, weights=shares, fuser=fuser, recipe=recipe, learning_rate=learning_rate
-        )
+        settings = _settings(named.preset, recipe=recipe, **given)
         return Ensemble.from_pretrained(named.members, progress=say, **placing, **settings)
 
 

@@ -62,9 +62,7 @@ def shared_anchors(
                 "correct eos_token_id in its generation_config.json"
             )
 
-    shared = _texts(vocabularies[0], eos_ids[0])
-    for vocabulary, ids in zip(vocabularies[1:], eos_ids[1:], strict=True):
-        shared &= _texts(vocabulary, ids)
+    shared = set.intersection(*map(_texts, vocabularies, eos_ids))
     has_eos = all(eos_ids)
     count = len(shared) + has_eos
     if count < minimum:
