@@ -77,7 +77,7 @@ def _on_the_emulator() -> None:
     real = checks.backend_of
     for name, module in list(sys.modules.items()):
         if name.startswith("deepen_ext.") and getattr(module, "backend_of", None) is real:
-            module.backend_of = lambda operation, tensor: (1, 0, 0)  # type: ignore[attr-defined]
+            module.backend_of = lambda operation, device: (1, 0, 0)  # type: ignore[attr-defined]
 
 
 def _largest_k(fits: Any) -> int:

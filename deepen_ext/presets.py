@@ -29,7 +29,7 @@ from deepen_ext.fusers.make import parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.space.recipes import RECIPES
+from deepen_ext.space.recipes import check_recipe
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
@@ -67,19 +67,20 @@ class Preset:
         """
         options = {key: value for key, value in options.items() if value is not None}
         found = self.given | options
-        if "fuser" not in options:
-            _refuse_code(str(found.get("fuser", "")))
+        own = str(self.given.get("fuser", ""))
+        if "fuser" not in options and ":" in own and recipe_of(own) is None:
+            raise InputError(
+                f"the preset's fuser {shown(own)} is code, which a file cannot choose; if you trust it, "
+                f"name it yourself with --fuser {own}, or in Python with preset.settings(fuser={own!r})"
+            )
         if "fuser" in found:
             found["fuser"], recipe = parse_fuser(found["fuser"], found.get("recipe", ""))
             if recipe:
                 found["recipe"] = recipe
-        if found.get("recipe") != self._recipe() and "relative_temperature" not in options:
+        own_recipe = recipe_of(own) or self.given.get("recipe")  # it may stand behind the fuser: deepen:bytes
+        if found.get("recipe") != own_recipe and "relative_temperature" not in options:
             found.pop("relative_temperature", None)
         return found
-
-    def _recipe(self) -> str | None:
-        """The file's, which may also stand behind the fuser's name (deepen:bytes)."""
-        return recipe_of(str(self.given.get("fuser", ""))) or self.given.get("recipe")
 
 
 def load_preset(path: str | Path) -> Preset:
@@ -103,15 +104,13 @@ def load_preset(path: str | Path) -> Preset:
     members = values["members"]
     if not isinstance(members, list) or not members or not all(isinstance(m, str) and m for m in members):
         raise wrong("members", f"members is {shown(members)}; give a list of models, the main model first")
-    for key in _SETTINGS:
-        if key in values and (expected := _problem(key, values[key])):
-            raise wrong(key, f"{key} is {shown(values[key])}; {expected}")
-    if isinstance(weights := values.get("weights"), list):
+    given = {key: values[key] for key in _SETTINGS if values.get(key) is not None}  # null is not given
+    for key, value in given.items():
         try:
-            check_weights(weights, len(members))
+            _check_setting(key, value, len(members))
         except InputError as error:
-            raise wrong("weights", str(error)) from None
-    if values.get("recipe") == "bytes" and values.get("relative_temperature") is not None:
+            raise wrong(key, str(error)) from None
+    if given.get("recipe") == "bytes" and "relative_temperature" in given:
         raise wrong("relative_temperature", "the bytes recipe has no temperature; take this line out")
     if not isinstance(measured := values.get("measured", {}), dict):
         raise wrong("measured", f"measured is {shown(measured)}; give keys and values, or leave it out")
@@ -119,7 +118,6 @@ def load_preset(path: str | Path) -> Preset:
         found = [_member(name, file) for name in members]
     except InputError as error:
         raise wrong("members", str(error)) from None
-    given = {key: values[key] for key in _SETTINGS if values.get(key) is not None}
     return Preset(members=found, given=given, measured=measured)
 
 
@@ -142,14 +140,6 @@ def write_preset(path: str | Path, preset: Preset) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: cannot be written: {error.strerror}; choose another place") from error
-
-
-def _refuse_code(fuser: str) -> None:
-    if ":" in fuser and recipe_of(fuser) is None:
-        raise InputError(
-            f"the preset's fuser {shown(fuser)} is code, which a file cannot choose; if you trust it, "
-            f"name it yourself with --fuser {fuser}, or in Python with preset.settings(fuser={fuser!r})"
-        )
 
 
 def _read(file: Path) -> tuple[Mapping[str, Any], dict[str, int]]:
@@ -204,18 +194,18 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # False for NaN
 
 
-def _problem(key: str, value: Any) -> str | None:
-    """What to write instead; None where the value is right. Ranges are the ensemble's own to check."""
-    if value is None:  # as `relative_temperature:`, which leaves it to the default
-        return None
-    if key == "weights":
-        numbers = isinstance(value, list) and all(map(_is_number, value))
-        return None if numbers or value == "prompt" else "give a list of numbers, or prompt"
-    if _is_number(example := _SETTINGS[key]):
-        return None if _is_number(value) else f"give a number such as {example}"
+def _check_setting(key: str, value: Any, members: int) -> None:
+    """Raise InputError unless the value has the right type. Ranges are the ensemble's own to check."""
     if key == "recipe":
-        return None if value in RECIPES else f"use one of {', '.join(RECIPES)}"
-    return None if isinstance(value, str) and value else "give a fuser's name, such as deepen"
+        check_recipe(value)
+    elif key == "weights" and isinstance(value, list) and all(map(_is_number, value)):
+        check_weights(value, members)
+    elif key == "weights" and value != "prompt":
+        raise InputError(f"weights is {shown(value)}; give a list of numbers, or prompt")
+    elif _is_number(example := _SETTINGS[key]) and not _is_number(value):
+        raise InputError(f"{key} is {shown(value)}; give a number such as {example}")
+    elif key == "fuser" and not (isinstance(value, str) and value):
+        raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
 
 
 def _member(name: str, file: Path) -> str:
@@ -224,21 +214,16 @@ def _member(name: str, file: Path) -> str:
         if "\0" in name:
             raise ValueError("it has a zero byte")
         name.encode()  # half a surrogate pair has no bytes
-        return _found(name, file)
-    except InputError:
-        raise
+        if name.startswith("demo:"):
+            return name
+        path = Path(name).expanduser()
+        beside = file.absolute().parent / path  # an absolute path stays as it is
+        if path.is_absolute() or beside.exists() or name.startswith("."):
+            return str(beside)
+        is_here = path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~ of no user
         raise InputError(f"{shown(name)} is no model's name or path: {error}") from error
-
-
-def _found(name: str, file: Path) -> str:
-    if name.startswith("demo:"):
-        return name
-    path = Path(name).expanduser()
-    beside = file.absolute().parent / path  # an absolute path stays as it is
-    if path.is_absolute() or beside.exists() or name.startswith("."):
-        return str(beside)
-    if path.exists():
+    if is_here:
         raise InputError(
             f"{name} is in the current folder, but a preset's paths start from its own, "
             f"{beside.parent}; write {path.absolute()}"

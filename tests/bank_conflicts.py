@@ -141,7 +141,7 @@ def _run() -> None:
     from deepen_ext.space.row_sources import SimilarityRows
 
     for name in ("topk_softmax", "relative_rows", "inverse_search", "fuse"):
-        vars(sys.modules[f"deepen_ext.ops.{name}"])["backend_of"] = lambda operation, tensor: (1, 0, 0)
+        vars(sys.modules[f"deepen_ext.ops.{name}"])["backend_of"] = lambda operation, device: (1, 0, 0)
 
     embedding, anchors = random_embedding(1200, 64, seed=0), torch.arange(0, 1200, 2)
     for recipe in ("calibrated", "paper"):

@@ -46,12 +46,25 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: bars.update(task, description=message)
 
 
-def tables() -> Console:
-    """Standard output for tables; a file or a pipe, which has no width, is 140 wide."""
+def tables(width: int = 140) -> Console:
+    """Standard output for tables; `width` is that of a file or a pipe, which has none of its own."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=140)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else width)
+
+
+def read_stdin(missing: str) -> str:
+    """The text that is piped to standard input.
+
+    Raises:
+        InputError: nothing is piped, which `missing` says with what to do; it is not UTF-8 text.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(missing)
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: {error}") from error
 
 
 def check_output() -> None:
@@ -75,19 +88,17 @@ def write(text: str) -> None:
 def exit_codes(debug: bool) -> Iterator[None]:
     """Turn what goes wrong into one message on standard error and an exit code."""
 
-    def fail(message: str, code: int, error: BaseException) -> typer.Exit:
+    def fail(message: str | None, code: int, error: BaseException) -> typer.Exit:
         if debug:
             traceback.print_exception(error)
-        if sys.stderr is not None:
+        if message is not None and sys.stderr is not None:
             print(message, file=sys.stderr)
         return typer.Exit(code)
 
     if not debug:
         warnings.showwarning = _own_warnings
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a terminal that cannot show a character must not end the text
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character must not end the text
+        sys.stdout.reconfigure(errors="replace")
     try:
         check_output()
         yield
@@ -96,13 +107,9 @@ def exit_codes(debug: bool) -> Iterator[None]:
     except BrokenPipeError as error:
         # The reader has gone, as in `| head`. Python would complain once more when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if debug:
-            traceback.print_exception(error)
-        raise typer.Exit(141) from None
-    except InputError as error:
-        raise fail(f"error: {error}", 2, error) from None
+        raise fail(None, 141, error) from None
     except DeepenError as error:
-        raise fail(f"error: {error}", 1, error) from None
+        raise fail(f"error: {error}", 2 if isinstance(error, InputError) else 1, error) from None
     except typer.Exit:
         raise
     except Exception as error:

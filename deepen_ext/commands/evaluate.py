@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes
+from deepen_ext.commands.console import exit_codes, tables
 from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 
@@ -122,10 +122,7 @@ def evaluate(
             print(f"\nwhat is done is kept in {out}; {same} goes on from there", file=sys.stderr)
             raise
 
-        from rich.console import Console
-
-        wide = None if sys.stdout.isatty() else 160  # a file or a pipe has no width
-        Console(width=wide, highlight=False).print(summary_table(summary))
+        tables(160).print(summary_table(summary))
         print(f"written to {out / 'summary.json'}", file=sys.stderr)
 
 
@@ -133,10 +130,8 @@ def _configurations(base: Ensemble, fused: list[dict[str, Any]], singles: bool) 
     """By name: the members alone, then each way of fusing them."""
     from deepen_ext.ensemble import Ensemble
 
-    found: dict[str, Ensemble] = {}
-    if singles:
-        for name, member in zip(base.names, base.members, strict=True):
-            found[name] = Ensemble([member], fuser="single")
+    named = zip(base.names, base.members, strict=True) if singles else ()
+    found = {name: Ensemble([member], fuser="single") for name, member in named}
     for settings in fused:
         one = base.variant(**settings)
         if one.method in found:
@@ -154,25 +149,21 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines()
+        last = -_LINE_SECONDS
+
+        def line(one: Progress) -> None:
+            nonlocal last
+            finished = one.done == one.records and bool(one.configuration)
+            if finished or monotonic() - last >= _LINE_SECONDS:
+                last = monotonic()
+                print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
+
+        yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("", total=1.0)
         yield lambda one: bars.update(bar, description=_describe(one), completed=one.share)
-
-
-def _lines() -> Callable[[Progress], None]:
-    last = -_LINE_SECONDS
-
-    def line(one: Progress) -> None:
-        nonlocal last
-        finished = one.done == one.records and bool(one.configuration)
-        if finished or monotonic() - last >= _LINE_SECONDS:
-            last = monotonic()
-            print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
-
-    return line
 
 
 def _describe(one: Progress) -> str:

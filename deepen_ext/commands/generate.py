@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes, write
+from deepen_ext.commands.console import exit_codes, read_stdin, write
 from deepen_ext.commands.loading import load_ensemble, named_members, placed
 from deepen_ext.errors import InputError
 
@@ -114,12 +114,7 @@ def generate(
 
 def _prompt(prompt: str | None) -> str:
     if prompt is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise InputError('no prompt: give --prompt "some text", or pipe a text to standard input')
-        try:
-            prompt = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not UTF-8 text: {error}") from error
+        prompt = read_stdin('no prompt: give --prompt "some text", or pipe a text to standard input')
         prompt = prompt.removesuffix("\n")  # what `echo` adds is no part of the text
     if not prompt:
         raise InputError("the prompt is empty; give some text to continue")
@@ -169,10 +164,7 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
         f"{len(result.token_ids)} tokens by {main}, {result.changed_tokens} of them changed by "
         f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of "
         f"it fusion (ended by {result.finish_reason})"
-        + (
-            f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
-            if timings.skipped_share
-            else ""
-        )
     )
+    if timings.skipped_share:
+        line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
 
 import typer
 
@@ -36,34 +35,25 @@ model_args of deepen:
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with the ensemble as its model `deepen`; all arguments are the harness's."""
     with exit_codes(False):
-        run_harness(context.args)
-
-
-def run_harness(arguments: Sequence[str]) -> None:
-    """The harness's command line with these arguments; it ends the process where it would.
-
-    Raises:
-        InputError: the harness is not installed; and what the model raises.
-    """
-    try:
-        import lm_eval.models  # noqa: F401  # fills the registry, which it does only while that is empty
-        from lm_eval.__main__ import cli_evaluate
-        from lm_eval.api.registry import model_registry
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"lm-evaluation-harness is not installed ({error}): pip install 'deepen-ext[lm-eval]'"
-        ) from error
-    if "deepen" not in model_registry:  # versions that read entry points have it
-        model_registry.register("deepen", target="deepen_ext.adapters.lm_eval:DeepenLM")
-    if list(arguments) in ([], ["-h"], ["--help"]):
-        write(_HELP)
-    before, sys.argv = sys.argv, ["lm-eval", *arguments]
-    try:
-        cli_evaluate()
-    except (DeepenError, KeyboardInterrupt, BrokenPipeError):
-        raise
-    except Exception:  # as the harness's own command shows it
-        traceback.print_exc()
-        sys.exit(1)
-    finally:
-        sys.argv = before
+        try:
+            import lm_eval.models  # noqa: F401  # fills the registry, which it does only while that is empty
+            from lm_eval.__main__ import cli_evaluate
+            from lm_eval.api.registry import model_registry
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"lm-evaluation-harness is not installed ({error}): pip install 'deepen-ext[lm-eval]'"
+            ) from error
+        if "deepen" not in model_registry:  # versions that read entry points have it
+            model_registry.register("deepen", target="deepen_ext.adapters.lm_eval:DeepenLM")
+        if context.args in ([], ["-h"], ["--help"]):
+            write(_HELP)
+        before, sys.argv = sys.argv, ["lm-eval", *context.args]
+        try:
+            cli_evaluate()
+        except (DeepenError, KeyboardInterrupt, BrokenPipeError):
+            raise
+        except Exception:  # as the harness's own command shows it
+            traceback.print_exc()
+            sys.exit(1)
+        finally:
+            sys.argv = before

@@ -78,14 +78,12 @@ def load_ensemble(
         InputError: a setting out of range.
         ModelError: a model cannot be loaded.
     """
-    shares = _read_weights(weights)
+    given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
     with progress() as say:
         say("Starting")
         from deepen_ext.ensemble import Ensemble
 
-        settings = _settings(
-            named.preset, weights=shares, fuser=fuser, recipe=recipe, learning_rate=learning_rate
-        )
+        settings = _settings(named.preset, recipe=recipe, **given)
         return Ensemble.from_pretrained(named.members, progress=say, **placing, **settings)
 
 
@@ -99,14 +97,10 @@ def ways_of_fusing(
     """
     from deepen_ext.fusers import FusionSettings
 
-    defaults = FusionSettings()
-    ways = []
+    defaults = {key: getattr(FusionSettings, key) for key in ("fuser", "recipe", "relative_temperature")}
     given: Sequence[str | None] = fusers or [None]
-    for fuser in given:
-        own = _settings(named.preset, fuser=fuser, recipe=recipe)
-        keys = ("fuser", "recipe", "relative_temperature")
-        ways.append({key: own.get(key, getattr(defaults, key)) for key in keys})
-    return ways
+    ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in given]
+    return [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]
 
 
 def writes_alone(fuser: str) -> bool:

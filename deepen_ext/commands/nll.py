@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes, progress, write
+from deepen_ext.commands.console import exit_codes, progress, read_stdin, write
 from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
@@ -76,17 +75,14 @@ def nll(
 
 def _read(file: str) -> str:
     """Raises InputError for what is not there, or is not UTF-8 text."""
-    if file == "-" and (sys.stdin is None or sys.stdin.isatty()):
-        raise InputError("no text: pipe one to standard input, or name a file with --text")
+    if file == "-":
+        return read_stdin("no text: pipe one to standard input, or name a file with --text")
     try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return Path(file).read_bytes().decode()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name a text file with --text") from error
-    try:
-        return data.decode()
     except UnicodeDecodeError as error:
-        where = "standard input" if file == "-" else file
-        raise InputError(f"{where} is not UTF-8 text: {error}") from error
+        raise InputError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
@@ -100,8 +96,8 @@ def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
                 "method": name,
                 "weights": "prompt" if one.weighs_prompts else one.weights,
                 **_facts(scores.score(name)),
-                "against_main": _gain(scores.against(name, scores.main)),
-                "against_best_single": _gain(scores.against(name, scores.best_single)),
+                "against_main": _estimates(scores.against(name, scores.main)),
+                "against_best_single": _estimates(scores.against(name, scores.best_single)),
             }
             for name, one in ensembles.items()
         ],
@@ -114,21 +110,16 @@ def _facts(score: Score) -> dict[str, Any]:
         "bytes": score.nbytes,
         "impossible": score.impossible,
         "greedy_share": score.greedy,
-        "nats_per_token": _estimate(score.nats_per_token),
-        "bits_per_byte": _estimate(score.bits_per_byte),
+        **_estimates(score),
     }
 
 
-def _gain(difference: Difference) -> dict[str, Any]:
+def _estimates(of: Score | Difference) -> dict[str, Any]:
+    found = {"nats_per_token": of.nats_per_token, "bits_per_byte": of.bits_per_byte}
     return {
-        "nats_per_token": _estimate(difference.nats_per_token),
-        "bits_per_byte": _estimate(difference.bits_per_byte),
+        name: {"value": one.value if math.isfinite(one.value) else None, "standard_error": one.error}
+        for name, one in found.items()
     }
-
-
-def _estimate(one: Estimate) -> dict[str, float | None]:
-    value = one.value if math.isfinite(one.value) else None
-    return {"value": value, "standard_error": one.error}
 
 
 def show(scores: Scores, methods: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.loading import named_members, placed, writes_alone
 from deepen_ext.errors import InputError
-from deepen_ext.space.recipes import RECIPES
+from deepen_ext.space.recipes import RECIPES, check_recipe
 
 if TYPE_CHECKING:
     from deepen_ext.measure.tuning.configurations import Configuration
@@ -74,8 +74,8 @@ def tune(
                 dev = DevSet.from_task(task, data, limit)
             spec = fuser or "deepen"
             way, recipe = parse_fuser(spec, "")
-            if recipe and recipe not in RECIPES:
-                raise InputError(f"recipe is '{recipe}'; use one of {', '.join(RECIPES)}")
+            if recipe:
+                check_recipe(recipe)
             members = load_members(named, progress=say, **placed(dtype, device, trust_remote_code))
             tuning = tune_members(
                 members,

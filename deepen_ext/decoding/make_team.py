@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, make_fuser, map_settings, method_name
+from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, map_settings, method_name
 from deepen_ext.fusers.capabilities import check_capabilities
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
@@ -30,7 +30,8 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     members = members[: len(weights)]
     for member in members:
         check_built_for(member.device)
-    check_capabilities([member.backend for member in members], fuser_class(settings.fuser), settings)
+    kind = fuser_class(settings.fuser)
+    check_capabilities([member.backend for member in members], kind, settings)
     rows = map_settings(settings)
     if rows is not None and (maps is None or not maps.made_with(members, rows)):
         maps = MemberMaps(members, rows)
@@ -40,7 +41,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     return Team(
         members=tuple(members),
         names=tuple(names),
-        fuser=make_fuser(Ingredients(members, names, None if rows is None else maps, settings)),
+        fuser=kind.make(Ingredients(members, names, None if rows is None else maps, settings)),
         method=method_name(settings.fuser, settings.recipe),
         weights=tuple(weights),
         weighs_prompts=settings.weighs_prompts and assisted,

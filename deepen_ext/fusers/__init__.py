@@ -21,7 +21,7 @@ from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.ingredients import Ingredients
-from deepen_ext.fusers.make import FUSERS, fuser_class, make_fuser, map_settings, method_name, parse_fuser
+from deepen_ext.fusers.make import FUSERS, fuser_class, map_settings, method_name, parse_fuser
 from deepen_ext.fusers.parts import FusedStep, Part, Said
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
@@ -45,7 +45,6 @@ __all__ = [
     "UnionTopkFuser",
     "UnionVocabFuser",
     "fuser_class",
-    "make_fuser",
     "map_settings",
     "method_name",
     "parse_fuser",

@@ -21,7 +21,6 @@ from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.weights import confident_weights
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.members.distribution import Distribution, take_topk
-from deepen_ext.ops.checks import logits_tensor
 from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status
 
@@ -105,45 +104,40 @@ class Fuser(ABC):
             the argmax of the new logits, int32 [b], ties to the lower id.
         """
 
-    def part(self, member: int, said: Distribution, rows: Sequence[int] | None = None) -> Part:
-        """What a member says, its most probable tokens on the fusing device.
+    def part(self, member: int, said: Distribution) -> Part:
+        """What a member says of the first n rows of a step, its most probable tokens on the fusing device.
 
         Args:
             member: its index, 0 for the main model.
             said: of n positions.
-            rows: which rows of the step the positions are; None for the first n.
 
         Raises:
             InputError: a vocabulary that does not fit, or (on the CPU) a position that has no softmax.
         """
-        return self.parts([(member, said, rows)])[0]
+        return self.parts([(member, said, range(len(said)))])[0]
 
-    def parts(self, asked: Sequence[tuple[int, Distribution, Sequence[int] | None]]) -> list[Part]:
-        """`part` of several members at once, (member, said, rows) of each: one launch for all their top-k."""
-        found = []
+    def parts(self, asked: Sequence[tuple[int, Distribution, Sequence[int]]]) -> list[Part]:
+        """`part` of several members at once: one launch for all their top-k.
+
+        Args:
+            asked: (member, said, rows) of each; the positions are of these rows of the step.
+        """
         for member, said, rows in asked:
             vocab_size = self.vocab_sizes[member]
-            rows = range(len(said)) if rows is None else rows
             if len(said) != len(rows) or said.vocab_size != vocab_size:
                 raise InputError(
                     f"logits of {self.names[member]} have shape {[len(said), said.vocab_size]}; expected "
                     f"[{len(rows)}, {vocab_size}], one row for each and as many tokens as the member has"
                 )
-            found.append((member, said, rows))
-        take_topk([said for _, said, _ in found])
-        return [
-            Part(member, f"logits of {self.names[member]}", self._here(member, said, rows), rows, said)
-            for member, said, rows in found
-        ]
-
-    def _here(self, member: int, said: Distribution, rows: Sequence[int]) -> TopK:
-        """The member's top-k on the fusing device; on the CPU the status is looked at here."""
-        topk = said.topk
-        if topk.status.device != self.device:
-            topk = TopK(*(one.to(self.device) for one in topk))
-        if self.device.type == "cpu":
-            check_status(f"logits of {self.names[member]}", topk.status.tolist(), rows)
-        return topk
+        take_topk([said for _, said, _ in asked])
+        parts = []
+        for member, said, rows in asked:
+            name = f"logits of {self.names[member]}"
+            topk = TopK(*(one.to(self.device) for one in said.topk))
+            if self.device.type == "cpu":
+                check_status(name, topk.status.tolist(), rows)
+            parts.append(Part(member, name, topk, rows, said))
+        return parts
 
     def step(
         self,
@@ -175,12 +169,12 @@ class Fuser(ABC):
             )
         if logits[0] is None:
             raise InputError("the main model cannot sit out of a fusion step")
-        asked: list[tuple[int, Distribution, Sequence[int] | None]] = []
-        every = range(len(logits_tensor(f"logits of {self.names[0]}", logits[0])))
-        for i, one in enumerate(logits):
+        main = self._said_by(0, logits[0])
+        asked: list[tuple[int, Distribution, Sequence[int]]] = [(0, main, range(len(main)))]
+        for i, one in enumerate(logits[1:], start=1):
             if one is not None:
-                given = None if rows is None or i == 0 else rows[i]
-                asked.append((i, self._said_by(i, one), every if given is None else given))
+                given = None if rows is None else rows[i]
+                asked.append((i, self._said_by(i, one), range(len(main)) if given is None else given))
         return self.step_parts(self.parts(asked), weights)
 
     def step_parts(
@@ -196,14 +190,14 @@ class Fuser(ABC):
                 return FusedStep(logits, main_choice, main_choice, tuple(parts))
             whole = len(fused_rows) == len(logits)
             fused = plain_copy(logits)
-            ours = fused if whole else fused[self._index(fused_rows)]
+            there = torch.tensor(fused_rows, dtype=torch.long).to(self.device)
+            ours = fused if whole else fused[there]
             said = [self._said(part, fused_rows) for part in parts]
             by_row = self._share(tuple(shares[row] for row in fused_rows))
             if self.confidence:
                 by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
             chosen = self.fuse(ours, said, by_row)
             if not whole:
-                there = self._index(fused_rows)
                 fused[there] = ours
                 chosen = main_choice.index_copy(0, there, chosen)
             return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
@@ -211,7 +205,11 @@ class Fuser(ABC):
     def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
         """A member's logits [n, V_i] as what it says."""
         name = f"logits of {self.names[member]}"
-        logits = logits_tensor(name, logits)
+        if not isinstance(logits, torch.Tensor):
+            raise InputError(
+                f"{name} must be a torch.Tensor [B, V], not {type(logits).__name__}; make one with "
+                "torch.as_tensor(...)"
+            )
         if logits.dim() != 2:
             raise InputError(
                 f"{name} have shape {list(logits.shape)}; expected two dimensions, one row for each text and "
@@ -227,23 +225,14 @@ class Fuser(ABC):
     ) -> list[tuple[float, ...]]:
         """Each row's weights, one for each part and summing to 1; () for a row without an assistant."""
         by_row = _by_row(weights, batch)
-        alone = len(self.vocab_sizes) == 1
-        if all(len(part.rows) == batch for part in parts):  # the usual case: all speak for all
-            if by_row is None:
-                own = tuple(float(weights[part.member]) for part in parts)  # type: ignore[arg-type]
-                return [_scaled(own, alone)] * batch
-            return [_scaled(tuple(own[part.member] for part in parts), alone) for own in by_row]
-        takes_part = [set(part.rows) for part in parts]
-        return [
-            _scaled(
-                tuple(
-                    (weights if by_row is None else by_row[row])[part.member] if row in rows else 0.0  # type: ignore[misc]
-                    for part, rows in zip(parts, takes_part, strict=True)
-                ),
-                alone,
-            )
-            for row in range(batch)
-        ]
+        takes_part = [(part.member, set(part.rows)) for part in parts]
+        shares = []
+        for row, given in enumerate(by_row):
+            own = [given[member] if row in rows else 0.0 for member, rows in takes_part]
+            total = math.fsum(own)
+            speaks = any(own[1:]) or (total > 0 and len(self.vocab_sizes) == 1)
+            shares.append(tuple(weight / total for weight in own) if speaks else ())
+        return shares
 
     def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         """The weights float32 [B, n], where the main model is; kept, since a copy to a device waits for it.
@@ -257,9 +246,6 @@ class Fuser(ABC):
             self._shares[weights] = found
         return found
 
-    def _index(self, rows: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.long).to(self.device)
-
     def _said(self, part: Part, fused_rows: list[int]) -> Said:
         """The part's tokens in the order of the fused rows; elsewhere its weight is 0, nothing is read."""
         if list(part.rows) == fused_rows:
@@ -270,19 +256,10 @@ class Fuser(ABC):
         return Said(part.member, part.name, topk, part, places)
 
 
-def _by_row(
-    weights: Sequence[float] | Sequence[Sequence[float]], batch: int
-) -> Sequence[Sequence[float]] | None:
-    """The weights where each row has its own, else None."""
+def _by_row(weights: Sequence[float] | Sequence[Sequence[float]], batch: int) -> Sequence[Sequence[float]]:
+    """The weights of each row."""
     if not weights or isinstance(weights[0], int | float):
-        return None
+        return [weights] * batch  # type: ignore[list-item]
     if len(weights) != batch:
         raise InputError(f"there are weights for {len(weights)} rows, and {batch} rows; give one list each")
     return weights  # type: ignore[return-value]
-
-
-def _scaled(weights: tuple[float, ...], alone: bool) -> tuple[float, ...]:
-    total = math.fsum(weights)
-    if total == 0 or (not alone and not any(weights[1:])):
-        return ()
-    return tuple(weight / total for weight in weights)

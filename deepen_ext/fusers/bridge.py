@@ -7,8 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from deepen_ext.space.anchors import token_ids_of
-from deepen_ext.text.characters import whole_characters
+from deepen_ext.space.anchors import first_token, token_ids_of
 from deepen_ext.text.vocabulary import Vocabulary
 
 # Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
@@ -39,9 +38,13 @@ class TokenBridge:
 
     def first(self, source: int, token: int, target: int) -> int:
         """The target's token for a token of the source, or for its beginning; -1 where there is none."""
+        if source == target:
+            return token
+        if self.is_eos(source, token):
+            return self._end_of(target)
         key = (source, token, target)
         if key not in self._found:
-            self._found[key] = self._look_up(source, token, target)
+            self._found[key] = self._by_bytes(self.bytes_of(source, token), target)
         return self._found[key]
 
     def table(self, source: int, target: int) -> torch.Tensor:
@@ -52,15 +55,11 @@ class TokenBridge:
             found = [self._by_bytes(self.bytes_of(source, i), target) for i in range(ours.vocab_size)]
             kept[theirs] = torch.tensor(found, dtype=torch.int64)
         table = kept[theirs].clone()
-        table[self._eos[source]] = self._eos[target][0] if self._eos[target] else -1
+        table[self._eos[source]] = self._end_of(target)
         return table
 
-    def _look_up(self, source: int, token: int, target: int) -> int:
-        if source == target:
-            return token
-        if self.is_eos(source, token):
-            return self._eos[target][0] if self._eos[target] else -1
-        return self._by_bytes(self.bytes_of(source, token), target)
+    def _end_of(self, member: int) -> int:
+        return self._eos[member][0] if self._eos[member] else -1
 
     def _by_bytes(self, data: bytes, target: int) -> int:
         if not data:
@@ -69,15 +68,10 @@ class TokenBridge:
         ids = _by_text(vocabulary)
         if (same := ids.get(data)) is not None:
             return same
-        if text := whole_characters(data):
-            begins = vocabulary.encode_part(text, 0)[0]
-            token = vocabulary.tokens[begins[0]] if begins else None
-            if token and data.startswith(token):
-                return begins[0]
-        for length in range(len(data) - 1, 0, -1):
-            if (shorter := ids.get(data[:length])) is not None:
-                return shorter
-        return -1
+        if (begins := first_token(vocabulary, data)) is not None:
+            return begins
+        shorter = (data[:length] for length in range(len(data) - 1, 0, -1))
+        return next((ids[text] for text in shorter if text in ids), -1)
 
 
 def _by_text(vocabulary: Vocabulary) -> dict[bytes, int]:

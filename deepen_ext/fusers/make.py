@@ -11,20 +11,13 @@ from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.function import FunctionFuser
-from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
-_CLASSES: tuple[type[Fuser], ...] = (
-    DeepenFuser,
-    AverageFuser,
-    UnionTopkFuser,
-    UnionVocabFuser,
-    SingleFuser,
-)
+_CLASSES: list[type[Fuser]] = [DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser, SingleFuser]
 FUSERS = {one.name: one for one in _CLASSES}
 
 
@@ -39,15 +32,6 @@ def fuser_class(fuser: str | FuseFunction) -> type[Fuser]:
     if not isinstance(fuser, str) or fuser not in FUSERS:
         raise InputError(f"fuser is {fuser!r}; use one of {', '.join(FUSERS)}, or a function")
     return FUSERS[fuser]
-
-
-def make_fuser(given: Ingredients) -> Fuser:
-    """The fuser that the settings ask for.
-
-    Raises:
-        InputError: a setting out of range.
-    """
-    return fuser_class(given.settings.fuser).make(given)
 
 
 def map_settings(settings: FusionSettings) -> MapSettings | None:

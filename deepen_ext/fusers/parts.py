@@ -69,17 +69,14 @@ class FusedStep:
         Raises:
             InputError: see `check`.
         """
-        if tokens.device.type == "cpu":  # `Fuser.top` has looked at the status
+        if tokens.device.type == "cpu":  # `Fuser.parts` has looked at the status
             return tokens.tolist(), self.main_choice.tolist()
-        read = torch.cat(
-            [tokens.int(), self.main_choice, *(part.topk.status for part in self.parts)]
-        ).tolist()
-        batch = len(tokens)
-        start = 2 * batch
-        for part in self.parts:
-            check_status(part.name, read[start : start + len(part.rows)], part.rows)
-            start += len(part.rows)
-        return read[:batch], read[batch : 2 * batch]
+        wanted = [tokens.int(), self.main_choice, *(part.topk.status for part in self.parts)]
+        read = torch.split(torch.cat(wanted).cpu(), [len(one) for one in wanted])
+        chosen, main_choice, *status = (one.tolist() for one in read)
+        for part, found in zip(self.parts, status, strict=True):
+            check_status(part.name, found, part.rows)
+        return chosen, main_choice
 
 
 @dataclass(frozen=True)

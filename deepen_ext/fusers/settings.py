@@ -13,7 +13,14 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import real_number, whole_number
-from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_LEARNING_RATE, DEFAULT_RECIPE, RECIPES, Recipe
+from deepen_ext.space.recipes import (
+    DEFAULT_ENTRIES,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_RECIPE,
+    Recipe,
+    check_recipe,
+    check_temperature,
+)
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
@@ -65,17 +72,14 @@ class FusionSettings:
     cache: bool = True
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise InputError(f"recipe is '{self.recipe}'; use one of {', '.join(RECIPES)}")
+        check_recipe(self.recipe)
         if isinstance(self.weights, str) and self.weights != "prompt":
             raise InputError(f"weights are '{self.weights}'; give a list of numbers, or 'prompt'")
         check_learning_rate(self.learning_rate)
         check_steps(self.steps)
         check_min_probability(self.min_probability)
         if self.relative_temperature is not None:
-            real_number(
-                "relative_temperature", self.relative_temperature, "above 0 to 1000", lambda x: 0 < x <= 1000
-            )
+            check_temperature("relative_temperature", self.relative_temperature)
         real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
         whole_number("candidates", self.candidates, 1)
         whole_number("entries", self.entries, 1)

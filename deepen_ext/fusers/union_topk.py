@@ -73,19 +73,14 @@ class UnionTopkFuser(Fuser):
         found: dict[bytes | None, tuple[int, int]] = {}
         for member, tokens in tops:
             for token in tokens:
-                if self._bridge.is_eos(member, token):
-                    found.setdefault(None, (member, token))
-                elif text := self._bridge.bytes_of(member, token):
+                text = None if self._bridge.is_eos(member, token) else self._bridge.bytes_of(member, token)
+                if text != b"":
                     found.setdefault(text, (member, token))
         return list(found.values())
 
     def _distribution(self, member: int, logits: torch.Tensor, union: list[tuple[int, int]]) -> torch.Tensor:
         """A member's softmax over the union, float32 [U]."""
-        seen: set[int] = {-1}
         ids = [self._bridge.first(*token, member) for token in union]
-        fresh = []
-        for token in ids:
-            fresh.append(token not in seen)
-            seen.add(token)
+        fresh = [token >= 0 and token not in ids[:i] for i, token in enumerate(ids)]
         own = logits[torch.tensor(ids, device=logits.device).clamp(min=0)].float()
         return torch.softmax(own.masked_fill(~torch.tensor(fresh, device=logits.device), -torch.inf), dim=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ def check_tensor(
     tensor: torch.Tensor,
     *,
     shape: Sequence[int | None],
-    dtype: torch.dtype | Sequence[torch.dtype],
+    dtype: torch.dtype | Collection[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
     """Raise InputError unless `tensor` is contiguous and has this shape (None: any), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
-    if not _fits(tensor.shape, shape):
+    if len(tensor.shape) != len(shape) or any(
+        want not in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{wanted}]")
-    if tensor.dtype != dtype and (isinstance(dtype, torch.dtype) or tensor.dtype not in dtype):
-        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if tensor.dtype not in allowed:
         names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
         raise InputError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; expected {names}")
     if device is not None and tensor.device != device:
@@ -40,22 +42,12 @@ def check_tensor(
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
 
 
-def _fits(have: Sequence[int], shape: Sequence[int | None]) -> bool:
-    if len(have) != len(shape):
-        return False
-    for size, want in zip(have, shape, strict=True):  # noqa: SIM110  # a step checks a dozen tensors
-        if want is not None and size != want:
-            return False
-    return True
-
-
-def backend_of(operation: str, tensor: torch.Tensor) -> tuple[int, int, int]:
-    """(threads, device, stream) for the core: where the tensor is, on torch's current stream.
+def backend_of(operation: str, device: torch.device) -> tuple[int, int, int]:
+    """(threads, device, stream) for the core, on torch's current stream.
 
     Raises:
         InputError: a device the core has no kernel for, or a build without its CUDA part.
     """
-    device = tensor.device
     if device.type == "cpu":
         return torch.get_num_threads(), -1, 0
     if device.type != "cuda":
@@ -112,18 +104,4 @@ def token_id_tensor(name: str, value: Any) -> torch.Tensor:
         raise InputError(f"{name} is a mask (bool); give the ids themselves: {name}.nonzero().flatten()")
     if value.is_floating_point() or value.is_complex():
         raise InputError(f"{name} is {str(value.dtype).removeprefix('torch.')}; give whole numbers (int64)")
-    return value
-
-
-def logits_tensor(name: str, value: Any) -> torch.Tensor:
-    """The value, if it is a tensor.
-
-    Raises:
-        InputError: it is a list, a numpy array or the like.
-    """
-    if not isinstance(value, torch.Tensor):
-        raise InputError(
-            f"{name} must be a torch.Tensor [B, V], not {type(value).__name__}; make one with "
-            "torch.as_tensor(...)"
-        )
     return value

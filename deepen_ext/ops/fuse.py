@@ -61,9 +61,9 @@ def fuse(
         raise InputError("there are no members to fuse")
     main = members[0]
     batch = main.topk.ids.shape[0]
-    check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=tuple(FLOAT_CODES))
+    check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=FLOAT_CODES)
     device = logits.device
-    backend = backend_of("fuse", logits)
+    backend = backend_of("fuse", device)
     check_tensor("weights", weights, shape=[batch, len(members)], dtype=torch.float32, device=device)
     packed = []
     for i, (topk, rows) in enumerate(members):

@@ -42,9 +42,9 @@ def inverse_search(
             candidate's logit is NaN, and a relative row ends before such a column.
     """
     check_tensor("logits", logits, shape=[None, None], dtype=torch.float32)
-    backend = backend_of("inverse_search", logits)
     batch, candidates = logits.shape
     device = logits.device
+    backend = backend_of("inverse_search", device)
     check_tensor("ids", ids, shape=[batch, candidates], dtype=torch.int32, device=device)
     check_tensor("tail_logit", tail_logit, shape=[batch], dtype=torch.float32, device=device)
     check_tensor("target", target, shape=[batch, rows.anchors], dtype=torch.float32, device=device)

@@ -1,16 +1,7 @@
 """The operations as torch.library operators, `torch.ops.deepen_ext.*`.
 
 torch.compile traces them by their fake kernels, CUDA graphs capture their launches. Importing this module,
-which `deepen_ext.ops` does, registers them:
-
-    topk_softmax(logits, k) -> (ids, probs, tail, status)
-    topk_softmax_many(logits[], k) -> (ids[], probs[], tails[], status[])
-    relative_rows(tokens, embedding, anchor_ids, anchor_inverse_norm, mean, temperature, normalise, entries)
-        -> (columns, values, rest, status)
-    inverse_search(logits, ids, tail_logit, target, columns, values, rest, anchors, learning_rate, steps)
-        -> found
-    fuse(logits!, ids[], probs[], tails[], columns[], values[], rest[], anchors, weights, learning_rate,
-         steps, min_probability, log_probs=True) -> (fused, chosen)
+which `deepen_ext.ops` does, registers them; their schemas are at its end.
 
 Shapes and dtypes are those of the functions in `deepen_ext.ops`; lists have one entry for each member, and
 dense relative rows have no `columns` and `rest`. The operators never wait for a device: a batch row that has
@@ -46,11 +37,6 @@ def _register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(name, fake)
 
 
-def _topk_softmax(logits: torch.Tensor, k: int) -> _Four:
-    ids, probs, tail, status = launch_topk_softmax(logits, k)
-    return ids, probs, tail, status
-
-
 def _topk_softmax_fake(logits: torch.Tensor, k: int) -> _Four:
     return largest_entries(logits.shape[0], k, logits.device)
 
@@ -69,14 +55,6 @@ def _turned(found: Sequence[_Four]) -> _FourLists:
     return ids, probs, tails, status
 
 
-def _relative_rows(tokens: torch.Tensor, *similarity: Any) -> _Four:
-    return launch_relative_rows(tokens, Similarity(*similarity))
-
-
-def _relative_rows_fake(tokens: torch.Tensor, *similarity: Any) -> _Four:
-    return largest_entries(tokens.shape[0], Similarity(*similarity).entries, tokens.device)
-
-
 def _inverse_search(
     logits: torch.Tensor,
     ids: torch.Tensor,
@@ -91,10 +69,6 @@ def _inverse_search(
 ) -> torch.Tensor:
     rows = RelativeRows(columns, values, rest, anchors)
     return inverse_search(logits, ids, tail_logit, target, rows, learning_rate=learning_rate, steps=steps)
-
-
-def _inverse_search_fake(logits: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(logits)
 
 
 def _fuse(
@@ -136,7 +110,7 @@ def _fuse_fake(logits: torch.Tensor, ids: _Tensors, *_: object) -> tuple[torch.T
 
 _register(
     "topk_softmax(Tensor logits, SymInt k) -> (Tensor ids, Tensor probs, Tensor tail, Tensor status)",
-    _topk_softmax,
+    launch_topk_softmax,
     _topk_softmax_fake,
 )
 _register(
@@ -149,14 +123,14 @@ _register(
     "relative_rows(Tensor tokens, Tensor embedding, Tensor anchor_ids, Tensor anchor_inverse_norm, "
     "Tensor? mean, float temperature, bool normalise, SymInt entries)"
     " -> (Tensor columns, Tensor values, Tensor rest, Tensor status)",
-    _relative_rows,
-    _relative_rows_fake,
+    lambda tokens, *similarity: launch_relative_rows(tokens, Similarity(*similarity)),
+    lambda tokens, *similarity: largest_entries(len(tokens), Similarity(*similarity).entries, tokens.device),
 )
 _register(
     "inverse_search(Tensor logits, Tensor ids, Tensor tail_logit, Tensor target, Tensor? columns, "
     "Tensor values, Tensor? rest, SymInt anchors, float learning_rate, int steps) -> Tensor",
     _inverse_search,
-    _inverse_search_fake,
+    lambda logits, *_: torch.empty_like(logits),
 )
 _register(
     "fuse(Tensor(a!) logits, Tensor[] ids, Tensor[] probs, Tensor[] tails, Tensor[] columns, "

@@ -68,10 +68,10 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`relative_rows` without looking at the result: its three tensors, and status int32 [N]."""
     embedding, anchor_ids, anchor_inverse_norm, mean, temperature, normalise, entries = similarity
-    check_tensor("embedding", embedding, shape=[None, None], dtype=tuple(FLOAT_CODES))
-    backend = backend_of("relative_rows", embedding)
+    check_tensor("embedding", embedding, shape=[None, None], dtype=FLOAT_CODES)
     vocab, dim = embedding.shape
     device = embedding.device
+    backend = backend_of("relative_rows", device)
     check_tensor("tokens", tokens, shape=[None], dtype=torch.int64, device=device)
     check_tensor("anchor_ids", anchor_ids, shape=[None], dtype=torch.int64, device=device)
     count, anchors = tokens.shape[0], anchor_ids.shape[0]

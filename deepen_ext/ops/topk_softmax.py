@@ -11,7 +11,6 @@ from deepen_ext import _core
 from deepen_ext.errors import InputError
 from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, largest_entries, workspace
 
-_DTYPES = tuple(FLOAT_CODES)
 # logits, dtype, batch, vocab, k, ids, probs, tail, status, as the core takes them
 _Packed = tuple[int, int, int, int, int, int, int, int, int]
 
@@ -88,21 +87,17 @@ def topk_softmax_many(
 
 def launch(logits: torch.Tensor, k: int, *, name: str = "logits") -> TopK:
     """`topk_softmax` without looking at the status, on any device."""
-    return _launch([logits], k, [name], cut=False)[0]
+    return launch_many([logits], k, [name], cut=False)[0]
 
 
-def launch_many(logits: Sequence[torch.Tensor], k: int, names: Sequence[str]) -> list[TopK]:
-    """`topk_softmax_many` without looking at the status."""
-    return _launch(logits, k, names, cut=True)
-
-
-def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool) -> list[TopK]:
-    """Check, allocate, and call the core once a device. `cut`: a k above V stands for V."""
+def launch_many(
+    logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool = True
+) -> list[TopK]:
+    """`topk_softmax_many` without looking at the status; with `cut` a k above V stands for V."""
     found = []
-    # By device: one of its tensors, and all tensors there as the core takes them.
-    by_device: dict[torch.device, tuple[torch.Tensor, list[_Packed]]] = {}
+    by_device: dict[torch.device, list[_Packed]] = {}
     for name, one in zip(names, logits, strict=True):
-        check_tensor(name, one, shape=[None, None], dtype=_DTYPES)
+        check_tensor(name, one, shape=[None, None], dtype=FLOAT_CODES)
         (batch, vocab), device = one.shape, one.device
         top = vocab if cut and k > vocab else k
         if not 1 <= top <= vocab:
@@ -111,12 +106,9 @@ def _launch(logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut
         found.append(TopK(ids, probs, tail, status))
         outputs = (ids.data_ptr(), probs.data_ptr(), tail.data_ptr(), status.data_ptr())
         packed = (one.data_ptr(), FLOAT_CODES[one.dtype], batch, vocab, top, *outputs)
-        if device in by_device:
-            by_device[device][1].append(packed)
-        else:
-            by_device[device] = one, [packed]
-    for device, (one, members) in by_device.items():
-        backend = backend_of("topk_softmax", one)
+        by_device.setdefault(device, []).append(packed)
+    for device, members in by_device.items():
+        backend = backend_of("topk_softmax", device)
         scratch = workspace(_core.topk_softmax_workspace(members, backend), device)
         _core.topk_softmax(members, scratch.data_ptr(), backend)
     return found

@@ -62,9 +62,7 @@ def shared_anchors(
                 "correct eos_token_id in its generation_config.json"
             )
 
-    shared = _texts(vocabularies[0], eos_ids[0])
-    for vocabulary, ids in zip(vocabularies[1:], eos_ids[1:], strict=True):
-        shared &= _texts(vocabulary, ids)
+    shared = set.intersection(*map(_texts, vocabularies, eos_ids))
     has_eos = all(eos_ids)
     count = len(shared) + has_eos
     if count < minimum:
@@ -127,6 +125,18 @@ def token_ids_of(vocabulary: Vocabulary, eos_ids: Sequence[int], texts: set[byte
     return ids
 
 
+def first_token(vocabulary: Vocabulary, data: bytes) -> int | None:
+    """The first token of the vocabulary's tokenisation of the bytes; None if the bytes do not begin with it.
+
+    Bytes that begin in the middle of a UTF-8 character have none either.
+    """
+    if not (text := whole_characters(data)):
+        return None
+    ids = vocabulary.encode_part(text, 0)[0]
+    token = vocabulary.tokens[ids[0]] if ids else None
+    return ids[0] if token and data.startswith(token) else None
+
+
 class PrefixColumns:
     """The anchor that a token begins with: what a token that is not shared says about the next main token.
 
@@ -166,27 +176,10 @@ class PrefixColumns:
         data = self._vocabularies[member].tokens[token_id]
         if own >= 0 or not data:
             return own
-        if member == 0:
-            first = self._first_token(1, data)
-            if first is not None and (column := int(self._columns[1][first])) >= 0:
-                return column
-            return self._longest_prefix(data)
-        first = self._first_token(0, data)
-        return self._longest_prefix(data) if first is None else self.column(0, first)
-
-    def _first_token(self, member: int, data: bytes) -> int | None:
-        """The first token of a member's tokenisation of the bytes; None if the bytes do not begin with it."""
-        text = whole_characters(data)
-        if not text:
-            return None
-        vocabulary = self._vocabularies[member]
-        ids = vocabulary.encode_part(text, 0)[0]
-        token = vocabulary.tokens[ids[0]] if ids else None
-        return ids[0] if token and data.startswith(token) else None
-
-    def _longest_prefix(self, data: bytes) -> int:
-        for length in range(min(len(data), self._longest), 0, -1):
-            column = self._column_of.get(data[:length])
-            if column is not None:
-                return column
-        return -1
+        first = first_token(self._vocabularies[1 if member == 0 else 0], data)
+        if first is not None and member != 0:
+            return self.column(0, first)
+        if first is not None and (column := int(self._columns[1][first])) >= 0:
+            return column
+        beginnings = (data[:length] for length in range(min(len(data), self._longest), 0, -1))
+        return next((self._column_of[text] for text in beginnings if text in self._column_of), -1)

@@ -16,14 +16,6 @@ from deepen_ext.space.row_table import SUM_ERROR
 _MOST = 1 << 22  # tokens or anchors; the largest vocabularies have some 2 ** 18
 _CHUNK = 1 << 20  # entries looked at together: what the checks need beside the map stays small
 _ROUNDING = 1e-5
-_DTYPES = {
-    "matrix": "F32",
-    "tokens": "I32",
-    "columns": "I32",
-    "values": "F32",
-    "rest": "F32",
-}
-_SPARSE = {"tokens", "columns", "values", "rest"}
 _FACTS: dict[str, tuple[type, ...]] = {
     "vocab_size": (int,),
     "anchors": (int,),
@@ -72,22 +64,23 @@ def check_header(facts: Mapping[str, Any], tensors: Mapping[str, tuple[str, list
     Raises:
         Damaged: they are not.
     """
-    names = set(tensors)
-    if names != _SPARSE and names != {"matrix"}:
-        raise Damaged(f"its tensors are {', '.join(sorted(names)) or 'missing'}")
     vocab, anchors, entries = facts["vocab_size"], facts["anchors"], facts["entries"]
-    if names == {"matrix"}:
-        expected = {"matrix": [vocab, anchors]}
-    else:
-        count = (tensors["tokens"][1] or [-1])[0]
-        if not 0 <= count <= vocab:
-            raise Damaged(f"it has {count} rows of {vocab} tokens")
-        expected = {"tokens": [count], "columns": [count, entries], "values": [count, entries]}
-        expected["rest"] = [count]
-    for name, shape in expected.items():
-        if tensors[name] != (_DTYPES[name], shape):
-            dtype, found = tensors[name]
-            raise Damaged(f"{name} is {dtype} {found}; expected {_DTYPES[name]} {shape}")
+    _, shape = tensors.get("tokens", ("", []))
+    count = shape[0] if shape else -1
+    sparse = {
+        "tokens": ("I32", [count]),
+        "columns": ("I32", [count, entries]),
+        "values": ("F32", [count, entries]),
+        "rest": ("F32", [count]),
+    }
+    expected = {"matrix": ("F32", [vocab, anchors])} if "matrix" in tensors else sparse
+    if tensors.keys() != expected.keys():
+        raise Damaged(f"its tensors are {', '.join(sorted(tensors)) or 'missing'}")
+    if expected is sparse and not 0 <= count <= vocab:
+        raise Damaged(f"it has {count} rows of {vocab} tokens")
+    for name, (dtype, shape) in expected.items():
+        if (found := tensors[name]) != (dtype, shape):
+            raise Damaged(f"{name} is {found[0]} {found[1]}; expected {dtype} {shape}")
 
 
 def check_rows(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -40,11 +40,8 @@ class MapFacts:
 
 def write_map(path: Path, facts: MapFacts, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the map; a reader, or a run after a crash, sees the old file or the new one."""
-    metadata = {
-        "format": _FORMAT,
-        "facts": json.dumps(dataclasses.asdict(facts)),
-        "checksum": _checksum(json.dumps(dataclasses.asdict(facts)), tensors),
-    }
+    text = json.dumps(dataclasses.asdict(facts))
+    metadata = {"format": _FORMAT, "facts": text, "checksum": _checksum(text, tensors)}
     with atomic_write(path) as temporary:
         save_file(dict(tensors), temporary, metadata=metadata)
 

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import cache_dir, sweep
-from deepen_ext.ground.numbers import whole_number
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
 from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
@@ -47,12 +46,11 @@ class MemberMaps:
         """
         self._members = list(members)
         self._settings = settings
-        recipe, temperature, entries, cache = settings
         self.anchors = shared_anchors([m.vocabulary for m in members], [m.eos_ids for m in members])
-        sources = _row_sources(members, self.anchors, recipe, temperature, entries)
         device = members[0].device
+        sources = _row_sources(members, self.anchors, settings)
         self.maps = [RelativeMap.from_source(source, device) for source in sources]
-        self._files = _map_files(self.maps) if cache else []
+        self._files = _map_files(self.maps) if settings.cache else []
         self._saved = [0] * len(self.maps)
         # The garbage collector may end a dropped run, which saves too, in the middle of a save.
         self._saving = threading.RLock()
@@ -65,17 +63,13 @@ class MemberMaps:
 
     def made_with(self, members: Sequence[Member], settings: MapSettings) -> bool:
         """Whether these are the maps of the same members, in the same order, by the same settings."""
-        same = len(members) == len(self._members) and all(
-            a is b for a, b in zip(members, self._members, strict=True)
-        )
-        return same and settings == self._settings
+        return [*map(id, members)] == [*map(id, self._members)] and settings == self._settings
 
     def save(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""
         with self._saving:
             for i, (relative, file) in enumerate(zip(self.maps, self._files, strict=False)):
-                if relative.rows_computed > self._saved[i]:
-                    computed = relative.rows_computed
+                if (computed := relative.rows_computed) > self._saved[i]:
                     try:
                         relative.save(file)
                     except (OSError, SafetensorError) as error:  # the text is worth more than the rows
@@ -83,27 +77,26 @@ class MemberMaps:
                     self._saved[i] = computed
 
 
-def _row_sources(
-    members: Sequence[Member], anchors: Anchors, recipe: Recipe, temperature: float | None, entries: int
-) -> list[RowSource]:
+def _row_sources(members: Sequence[Member], anchors: Anchors, settings: MapSettings) -> list[RowSource]:
     device = members[0].device
-    entries = whole_number("entries", entries, 1)
-    if recipe == "bytes":
-        if temperature is not None:
-            raise InputError("the bytes recipe has no temperature; leave relative_temperature out")
-        prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
-        return [PrefixRows(anchors, prefixes, i, device=device) for i in range(len(members))]
-    similarity = []
-    for member, ids in zip(members, anchors.token_ids, strict=True):
-        # A map on CUDA is filled at once: on its own device, whatever device the member is on.
-        embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
-        similarity.append(
-            SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
-        )
+    recipe, temperature, entries, _ = settings
+    similarity: list[SimilarityRows] = []
+    if recipe != "bytes":
+        for member, ids in zip(members, anchors.token_ids, strict=True):
+            # A map on CUDA is filled at once: on its own device, whatever device the member is on.
+            embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
+            similarity.append(
+                SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
+            )
+    elif temperature is not None:
+        raise InputError("the bytes recipe has no temperature; leave relative_temperature out")
     if recipe == "paper":
         return list(similarity)
     prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
-    return [PrefixRows(anchors, prefixes, i, rows) for i, rows in enumerate(similarity)]
+    return [
+        PrefixRows(anchors, prefixes, i, rows, device)
+        for i, rows in enumerate(similarity or [None] * len(members))
+    ]
 
 
 def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:

@@ -89,7 +89,7 @@ class RelativeMap:
     @property
     def vocab_size(self) -> int:
         """V, the number of tokens."""
-        return self.table.vocab_size
+        return len(self.table.known)
 
     @property
     def device(self) -> torch.device:

@@ -13,10 +13,15 @@ import torch
 
 from deepen_ext import ops
 from deepen_ext.errors import InputError
-from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.ground.numbers import whole_number
 from deepen_ext.ops.checks import token_id_tensor
 from deepen_ext.space.anchors import Anchors, PrefixColumns
-from deepen_ext.space.recipes import DEFAULT_ENTRIES, DEFAULT_TEMPERATURES, SimilarityRecipe
+from deepen_ext.space.recipes import (
+    DEFAULT_ENTRIES,
+    DEFAULT_TEMPERATURES,
+    SimilarityRecipe,
+    check_temperature,
+)
 
 _CHUNK = 256  # embeddings looked at together, so that no copy of the whole matrix is made
 
@@ -70,7 +75,7 @@ class SimilarityRows:
             raise InputError(f"recipe '{recipe}' has no similarity rows; use 'paper' or 'calibrated'")
         if temperature is None:
             temperature = DEFAULT_TEMPERATURES[recipe]
-        temperature = real_number("temperature", temperature, "above 0 to 1000", lambda x: 0 < x <= 1000)
+        temperature = check_temperature("temperature", temperature)
         entries = whole_number("entries", entries, 1)
         anchor_ids = token_id_tensor("anchor_ids", anchor_ids)
         if embedding.dim() != 2:
@@ -168,14 +173,11 @@ class PrefixRows:
         """Relative rows of these tokens (int64 [N], on any device)."""
         tokens = tokens.cpu()
         own = self._columns[tokens]
-        standing_for = own.clone()
-        others = torch.nonzero(own < 0).flatten()
-        found = [self._prefixes.column(self._member, token) for token in tokens[others].tolist()]
-        standing_for[others] = torch.tensor(found, dtype=torch.int32)
+        found = [self._prefixes.column(self._member, token) for token in tokens.tolist()]
+        standing_for = torch.tensor(found, dtype=torch.int32)
 
-        count = len(tokens)
-        columns = torch.full((count, self.entries), -1, dtype=torch.int32, device=self.device)
-        values = torch.zeros(count, self.entries, dtype=torch.float32, device=self.device)
+        columns = torch.full((len(tokens), self.entries), -1, dtype=torch.int32, device=self.device)
+        values = torch.zeros(len(tokens), self.entries, dtype=torch.float32, device=self.device)
         named = standing_for.to(self.device)
         columns[:, 0] = named
         values[:, 0] = (named >= 0).float()

@@ -63,11 +63,6 @@ class RowTable:
         return cls(rows, torch.ones(vocab, dtype=torch.bool))
 
     @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return len(self.known)
-
-    @property
     def device(self) -> torch.device:
         """Where the relative rows are."""
         return self.rows.values.device

@@ -50,8 +50,8 @@ def backend(request, monkeypatch):
     backend.emulates_rows = request.module.__name__ in ("test_relative_rows", "test_threads")
     real = checks.backend_of
 
-    def backend_of(operation, tensor):
-        threads, device, stream = real(operation, tensor)
+    def backend_of(operation, where):
+        threads, device, stream = real(operation, where)
         emulates = device == -1 and (operation != "relative_rows" or backend.emulates_rows)
         return backend.packed if emulates else (threads, device, stream)
 
