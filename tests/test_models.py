@@ -173,6 +173,7 @@ print(convert_gguf(Path(sys.argv[1]), progress), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path: Path) -> None:
     """One process is killed in the middle of the conversion while a second waits for it."""
     environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path)}
@@ -289,7 +290,7 @@ def test_bad_dtype_and_device(smollm2_dir: Path) -> None:
 def test_loads_in_half_precision(smollm2_dir: Path) -> None:
     messages: list[str] = []
     member = load_member(smollm2_dir, dtype="bfloat16", progress=messages.append)
-    assert member.dtype == member.embedding.dtype == torch.bfloat16
+    assert member.backend.dtype == member.embedding.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in member.model.parameters())
     assert not member.model.training
     assert messages == ["Loading SmolLM2-135M-Instruct"]
