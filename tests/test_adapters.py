@@ -265,7 +265,7 @@ class TestLogitsProcessor:
         with pytest.MonkeyPatch.context() as patch:
             close = Assistants.close
             patch.setattr(
-                Assistants, "close", lambda self: texts.append(self._texts[0]._text(0).text) or close(self)
+                Assistants, "close", lambda self: texts.append(self.texts[0]._text(0).text) or close(self)
             )
             main.generate(
                 ids,
@@ -327,7 +327,7 @@ class TestLogitsProcessor:
 def read_by(fuse: DeepenLogitsProcessor) -> list[str]:
     """What the assistant has read of each row."""
     assistants = fuse._assistants
-    return [text._text(0).text for text in assistants._texts]
+    return [text._text(0).text for text in assistants.texts]
 
 
 class TestCustomGenerate:
@@ -432,7 +432,7 @@ class TestCustomGenerate:
         run = pair.start(SHORT, **settings)
         for _ in run:
             pass
-        assert run._assistants._texts[0]._text(0).text == SHORT + "Hi<|im_start|>user"
+        assert run._assistants.texts[0]._text(0).text == SHORT + "Hi<|im_start|>user"
         assert run.results()[0].text == "Hiuser"
 
     def test_own_processors_and_criteria(self, pair, main, expected):

@@ -119,7 +119,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
             self._assistants = assistants = Assistants(self._team, [texts for texts, _ in read])
             assistants.open()
             for i, (_, data) in enumerate(read):
-                assistants.append(i, data)
+                assistants.texts[i].append(data)
         else:
             assistants = self._assistants
             sources = [self._source(i, row, seen) for i, row in enumerate(rows)]
@@ -133,7 +133,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
                     assistants.restart(i, texts)
                 else:
                     data = written(main, row[len(seen[source]) :])
-                assistants.append(i, data)
+                assistants.texts[i].append(data)
         self._seen = rows
         return assistants
 

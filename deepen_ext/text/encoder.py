@@ -42,11 +42,6 @@ class Encoder:
     id_bound: int  # the largest id and 1: more than the number of tokens where ids are left out (GPT-4o)
     unfit: dict[int, str]  # special tokens without a logit: names by id; the view reads them as other text
 
-    @property
-    def ignores_merges(self) -> bool:
-        """Whether a word that is a token is taken as it is, whatever the merges would give (Llama 3)."""
-        return bool(self.view.model.ignore_merges)
-
     def token_bytes(self, vocab_size: int) -> list[bytes | None]:
         """Each token's bytes by id, length `vocab_size`; None for special tokens and unknown ids."""
         # One id at a time: `get_vocab` would build a dictionary of 40 MB for Gemma.

@@ -87,11 +87,9 @@ class GrowingText:
 
     def _encoded(self, tail: str) -> tuple[list[int], list[int]]:
         """Ids and ends of a text that begins where the tail begins."""
-        return (
-            self._vocabulary.encode_part(tail, self._cut)
-            if self._cut
-            else self._vocabulary.encode_spans(tail)
-        )
+        if self._cut:
+            return self._vocabulary.encode_part(tail, self._cut)
+        return self._vocabulary.encode_spans(tail)
 
     def _settle(self, count: int) -> None:
         """There is a cut after the first `count` characters of the tail: their ids stand."""

@@ -80,9 +80,9 @@ class Vocabulary:
         self.lost_bytes = encoder.lost_bytes
         self._encoder = encoder
         self._view = encoder.view
-        self._mark_ids: list[int] = []  # SentencePiece only: `▁` spelt in byte tokens
-        if encoder.kind == "sentencepiece":
-            self._mark_ids = [i for byte in SPACE_MARK.encode() if (i := encoder.byte_ids[byte]) is not None]
+        # SentencePiece only: `▁` spelt in byte tokens, all of which it has.
+        spelt = SPACE_MARK.encode() if encoder.kind == "sentencepiece" else b""
+        self._mark_ids = [i for byte in spelt if (i := encoder.byte_ids[byte]) is not None]
         self.cuts = CutFinder(encoder)
 
     @classmethod

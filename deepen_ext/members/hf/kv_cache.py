@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ class LaneCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return sum(layer.nbytes for layer in self._own)
+        return sum(buffer.nbytes for buffer in self._buffers())
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in every lane, keeping what the lanes hold."""
@@ -98,30 +99,29 @@ class LaneCache:
 
     def close_gap(self, lane: int, lanes: int) -> None:
         """Move lanes ``lane + 1`` to ``lanes - 1`` down by one, so that those in use stay side by side."""
-        for layer in self._own:
-            for buffer in layer.buffers():
-                for target in range(lane, lanes - 1):
-                    buffer[target].copy_(buffer[target + 1])
+        for buffer in self._buffers():
+            for target in range(lane, lanes - 1):
+                buffer[target].copy_(buffer[target + 1])
 
     def exchange(self, one: int, other: int, end: int) -> None:
         """Let two lanes change places; they hold positions up to ``end - 1``."""
-        for layer in self._own:
-            for buffer in layer.buffers():
-                kept = buffer[one, :, :end].clone()
-                buffer[one, :, :end].copy_(buffer[other, :, :end])
-                buffer[other, :, :end].copy_(kept)
+        for buffer in self._buffers():
+            kept = buffer[one, :, :end].clone()
+            buffer[one, :, :end].copy_(buffer[other, :, :end])
+            buffer[other, :, :end].copy_(kept)
 
     def copy_prefix(self, source: int, target: int, start: int, end: int) -> None:
         """Give lane ``target`` the states of positions ``start`` to ``end - 1`` of lane ``source``."""
-        for layer in self._own:
-            for buffer in layer.buffers():
-                buffer[target, :, start:end].copy_(buffer[source, :, start:end])
+        for buffer in self._buffers():
+            buffer[target, :, start:end].copy_(buffer[source, :, start:end])
 
     def zero(self) -> None:
         """Forget all states, also such as are not finite."""
-        for layer in self._own:
-            for buffer in layer.buffers():
-                buffer.zero_()
+        for buffer in self._buffers():
+            buffer.zero_()
+
+    def _buffers(self) -> Iterator[torch.Tensor]:
+        return (buffer for layer in self._own for buffer in layer.buffers())
 
     def clear(self) -> None:
         """Give the buffers back."""
@@ -149,10 +149,6 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
 
     def buffers(self) -> list[torch.Tensor]:
         return [] if self.keys is None or self.values is None else [self.keys, self.values]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -30,16 +30,17 @@ def quiet() -> Iterator[None]:
 def loading_notes() -> Iterator[list[str]]:
     """What transformers notes while it loads weights: kept in a list, shown nowhere."""
     notes: list[str] = []
-    keep = _standard.Handler()
-    keep.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
+
+    def keep(record: _standard.LogRecord) -> bool:
+        notes.append(record.getMessage())
+        return False
+
     logger = _standard.getLogger("transformers.modeling_utils")
-    before = logger.level, logger.propagate
+    level = logger.level
     logger.setLevel(_standard.WARNING)
-    logger.propagate = False
-    logger.addHandler(keep)
+    logger.addFilter(keep)
     try:
         yield notes
     finally:
-        logger.removeHandler(keep)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        logger.removeFilter(keep)
+        logger.setLevel(level)
