@@ -37,7 +37,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint pytest tokenizers core build format bench results gpu gpu-build gpu-test \
+.PHONY: help demo test check lint pytest tokenizers core build format bench results gpu gpu-build gpu-test \
   gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -49,6 +49,9 @@ demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TO
 test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=2 processes
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
+check: $(INSTALLED)  ## for the edit loop: lint, and the tests not marked slow, of every folder
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest PYTEST="-m 'not slow and not gpu'"
+
 lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +60,7 @@ lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, c
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 pytest: $(INSTALLED)
-	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile
+	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # Some 330 MB of packages on the first run, in minutes; of them only the tokenizers are kept, in the cache.
 tokenizers: export DEEPEN_TOKENIZERS := all

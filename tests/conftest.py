@@ -21,6 +21,16 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and tests of operatio
     from deepen_ext.members.member import Member
 
 
+DEMO_PAIR = ("smollm2", "gemma")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs the demo pair is slow; fixtures that take its tokenizers alone do not name it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and set(DEMO_PAIR).intersection(item.fixturenames):
+            item.add_marker("slow")
+
+
 def _demo_folder(name: str, **how: bool) -> Path:
     from deepen_ext import demo
 
@@ -63,20 +73,21 @@ def gemma(gemma_dir: Path) -> Member:
 
 @pytest.fixture(scope="session")
 def tokenizers(
-    smollm2: Member, gemma: Member, qwen_tokenizer_dir: Path
+    request: pytest.FixtureRequest, qwen_tokenizer_dir: Path
 ) -> dict[str, PreTrainedTokenizerBase]:
     """Of "smollm2", "gemma" and "qwen"; Gemma's takes two seconds to read. Read only."""
     from transformers import AutoTokenizer
 
-    qwen = AutoTokenizer.from_pretrained(qwen_tokenizer_dir)
-    return {"smollm2": smollm2.tokenizer, "gemma": gemma.tokenizer, "qwen": qwen}
+    found = {name: request.getfixturevalue(name).tokenizer for name in DEMO_PAIR}
+    return found | {"qwen": AutoTokenizer.from_pretrained(qwen_tokenizer_dir)}
 
 
 @pytest.fixture(scope="session")
-def tiny_smollm2(smollm2: Member) -> Member:
+def tiny_smollm2(request: pytest.FixtureRequest) -> Member:
     """SmolLM2's architecture and tokenizer in a few weights (`tiny_models.tiny_reader`). Read only."""
     from tiny_models import AWKWARD, PROSE, tiny_reader
 
+    smollm2 = request.getfixturevalue("smollm2")
     return tiny_reader(smollm2, "tiny-smollm2", PROSE + AWKWARD, seed=1)
 
 
@@ -90,10 +101,11 @@ def tiny_smollm2_dir(tiny_smollm2: Member, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma(gemma: Member) -> Member:
+def tiny_gemma(request: pytest.FixtureRequest) -> Member:
     """Gemma 3's; it has read less of the same text, and its sliding windows are of 16 tokens. Read only."""
     from tiny_models import AWKWARD, PROSE, tiny_reader
 
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     more = {"sliding_window": 16, "layer_types": layers, "query_pre_attn_scalar": 8}
+    gemma = request.getfixturevalue("gemma")
     return tiny_reader(gemma, "tiny-gemma", AWKWARD + PROSE[1200:], seed=2, **more)

@@ -72,7 +72,6 @@ def new_ids(output: torch.Tensor, given) -> list[list[int]]:
     return output[:, given["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.slow
 def test_the_demo_pair_writes_the_same_in_every_way(demo_pair):
     batch = demo_pair.generate([SHORT, LONG], max_new_tokens=TOKENS)
     expected = [one.token_ids for one in batch]
@@ -573,16 +572,15 @@ class TestTextOfIds:
     @pytest.mark.parametrize(
         "text", ["Hello", " two  spaces", "日本 🫠\n", "<|im_start|>user\nHi<|im_end|>\n"]
     )
-    def test_main_ids_back_to_text(self, smollm2, gemma, text):
-        for member in (smollm2, gemma):
+    def test_main_ids_back_to_text(self, tiny_smollm2, tiny_gemma, text):
+        for member in (tiny_smollm2, tiny_gemma):
             vocabulary = member.vocabulary
             assert text_of(member, vocabulary.prefix_ids + vocabulary.encode(text)) == (text, b"")
 
-    def test_nothing_but_bos(self, gemma):
-        assert text_of(gemma, gemma.vocabulary.prefix_ids) == ("", b"")
+    def test_nothing_but_bos(self, tiny_gemma):
+        assert text_of(tiny_gemma, tiny_gemma.vocabulary.prefix_ids) == ("", b"")
 
 
-@pytest.mark.slow
 def test_the_snippets_of_the_documentation(demo_pair, monkeypatch, capsys):
     """`docs/adapters.md` from top to bottom; only the loading is left out."""
     monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders: demo_pair)

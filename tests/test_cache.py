@@ -38,9 +38,9 @@ def test_the_folder_and_the_way_out_are_named(no_cache: Path) -> None:
         cache_dir("models", "x")
 
 
-def test_maps_are_made_without_it(no_cache: Path, smollm2: Any, gemma: Any) -> None:
+def test_maps_are_made_without_it(no_cache: Path, tiny_smollm2: Any, tiny_gemma: Any) -> None:
     with pytest.warns(UserWarning, match=rf"rows are not kept for the next run: .*{WAY_OUT}"):
-        maps = MemberMaps([smollm2, gemma], MapSettings("bytes", None, 32, True))
+        maps = MemberMaps([tiny_smollm2, tiny_gemma], MapSettings("bytes", None, 32, True))
     assert maps.maps[0].ensure(torch.arange(10)) == 10
     with warnings.catch_warnings():
         warnings.simplefilter("error")

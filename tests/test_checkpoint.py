@@ -126,6 +126,7 @@ def bring_code(folder: Path, where: str) -> Path:
     return marker
 
 
+@pytest.mark.slow
 def test_code_of_a_folder_runs_only_where_the_caller_trusts_it(whole: Path, tmp_path: Path) -> None:
     folders = [
         shutil.copytree(whole, tmp_path / where / where) for where in ("model", "tokenizer", "generation")

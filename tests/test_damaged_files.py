@@ -294,11 +294,11 @@ class TestMap:
 
 
 def test_the_ensembles_own_damaged_map_is_made_anew(
-    smollm2: Any, gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_smollm2: Any, tiny_gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path))
     settings: Any = ("bytes", None, 32, True)
-    maps = MemberMaps([smollm2, gemma], _settings(settings))
+    maps = MemberMaps([tiny_smollm2, tiny_gemma], _settings(settings))
     for one in maps.maps:
         one.ensure(torch.arange(50))
     maps.save()
@@ -308,7 +308,7 @@ def test_the_ensembles_own_damaged_map_is_made_anew(
         rewritten(file, tmp_path / "forged", put("columns", 3, 0, 2**31 - 1))
         shutil.move(tmp_path / "forged", file)
     with pytest.warns(UserWarning, match=r"is damaged \(a column is out of range\).*computed anew"):
-        again = MemberMaps([smollm2, gemma], _settings(settings))
+        again = MemberMaps([tiny_smollm2, tiny_gemma], _settings(settings))
     assert [one.rows_known for one in again.maps] == [0, 0]
     assert [one.ensure(torch.arange(50)) for one in again.maps] == [50, 50]
 
@@ -319,6 +319,7 @@ def _settings(values: Any) -> Any:
     return MapSettings(*values)
 
 
+@pytest.mark.slow
 def test_presets(tmp_path: Path) -> None:
     content = (
         b"members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]\nweights: [0.4, 0.6]\nfuser: deepen\n"
@@ -371,6 +372,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_numbers_of_a_file_reserve_no_memory(
     saved_map: Path,
     tiny_gguf: Path,  # noqa: F811
@@ -397,6 +399,7 @@ def test_numbers_of_a_file_reserve_no_memory(
     assert int(done.stdout) * 1024 < MEMORY  # nothing but the number: none of the files was read
 
 
+@pytest.mark.slow
 def test_gguf(
     tiny_gguf: Path,  # noqa: F811
     tmp_path: Path,

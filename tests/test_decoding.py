@@ -53,7 +53,6 @@ def demo_pair(smollm2, gemma, assets):
     return Ensemble([smollm2, gemma])
 
 
-@pytest.mark.slow
 def test_the_demo_pair_alone_in_batches_and_certified(demo_pair):
     """What the rest of this file shows of tiny models, on the real ones."""
     settings = {"max_new_tokens": 10, "stop_strings": ["."]}
@@ -155,7 +154,6 @@ class TestBatch:
         batch = trio.generate(PROMPTS[:2], max_new_tokens=8)
         assert batch.texts == [trio.generate(prompt, max_new_tokens=8).text for prompt in PROMPTS[:2]]
 
-    @pytest.mark.slow
     def test_members_of_different_dtypes(self, smollm2, gemma):
         half = changed(
             gemma, model=copy.deepcopy(gemma.model).to(torch.bfloat16), dtype=torch.bfloat16, name="half"
@@ -330,7 +328,6 @@ class TestStream:
 
 
 class TestBoundaries:
-    @pytest.mark.slow
     def test_an_assistant_sits_out_inside_its_token(self, demo_pair, gemma):
         """Main is about to go on inside a word that is one token of Gemma's."""
         text = "The capital of Fran"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from library_cases import chooser, maps
 from oracle import random_embedding, random_logits
+from sessions import changed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepen_ext import Ensemble, InputError, RelativeMap, _core, fuse_logits
@@ -114,18 +115,18 @@ def test_what_a_step_reads_back():
         bad.check()
 
 
-def test_a_device_without_kernels(smollm2, gemma):
-    moved = [dataclasses.replace(one, device=torch.device("meta")) for one in (smollm2, gemma)]
+def test_a_device_without_kernels(tiny_smollm2, tiny_gemma):
+    moved = [changed(one, device=torch.device("meta")) for one in (tiny_smollm2, tiny_gemma)]
     with pytest.raises(InputError, match="no meta kernels; use the CPU or a CUDA device"):
         Ensemble(moved, cache=False)
 
 
 @without_cuda
 @pytest.mark.parametrize("which", [(0, 1), (1,)])
-def test_a_build_without_cuda_says_so(smollm2, gemma, which):
-    moved = [smollm2, gemma]
+def test_a_build_without_cuda_says_so(tiny_smollm2, tiny_gemma, which):
+    moved = [tiny_smollm2, tiny_gemma]
     for i in which:
-        moved[i] = dataclasses.replace(moved[i], device=torch.device("cuda", 0))
+        moved[i] = changed(moved[i], device=torch.device("cuda", 0))
     with pytest.raises(InputError, match=r"no CUDA part; install the CUDA toolkit.*DEEPEN_CUDA=ON"):
         Ensemble(moved, cache=False)
 

@@ -94,7 +94,6 @@ def demo_pair(smollm2: Member, gemma: Member) -> Diagnosis:
 # ---------------------------------------------------------------- the demo pair
 
 
-@pytest.mark.slow
 def test_demo_pair_members(demo_pair: Diagnosis) -> None:
     small, gemma = demo_pair.members
     assert (small.name, gemma.name) == ("SmolLM2-135M-Instruct", "Gemma-3-270M")
@@ -117,7 +116,6 @@ def test_demo_pair_members(demo_pair: Diagnosis) -> None:
         assert one.coverage.anchors + one.coverage.prefixes + one.coverage.rest == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
     """The paper's recipe is all but uniform on today's small models, the others are not."""
     assert demo_pair.anchors.end
@@ -137,7 +135,6 @@ def test_demo_pair_rows(demo_pair: Diagnosis) -> None:
     assert warning.startswith("the paper recipe degenerates here")
 
 
-@pytest.mark.slow
 def test_demo_pair_gain(demo_pair: Diagnosis, smollm2: Member) -> None:
     assert demo_pair.obstacle is None
     assert demo_pair.same == ()
@@ -159,7 +156,6 @@ def test_demo_pair_gain(demo_pair: Diagnosis, smollm2: Member) -> None:
     assert f"{best.bits_per_byte:.3f}" in demo_pair.verdict.text
 
 
-@pytest.mark.slow
 def test_demo_pair_speed_and_dictionary(demo_pair: Diagnosis) -> None:
     speed = demo_pair.speed
     assert speed is not None
@@ -313,10 +309,10 @@ def test_no_end_of_text_is_serious(tmp_path: Path, bytes_dir: Path) -> None:
     assert any(warning.startswith("endless: no token ends its text") for warning in found.warnings)
 
 
-def test_rows_against_full_rows(bytes_dir: Path, smollm2: Member) -> None:
+def test_rows_against_full_rows(bytes_dir: Path, tiny_smollm2: Member) -> None:
     """With all entries kept, the shapes are those of the whole matrix; with few, nearly."""
     member = load_member(bytes_dir)
-    members = [member, smollm2]
+    members = [member, tiny_smollm2]
     anchors = shared_anchors([one.vocabulary for one in members], [one.eos_ids for one in members])
     mean = torch.rand(member.vocab_size, dtype=torch.float64)
     mean /= mean.sum()
@@ -337,14 +333,14 @@ def test_rows_against_full_rows(bytes_dir: Path, smollm2: Member) -> None:
         assert shape.largest == pytest.approx(float(kept), rel=1e-3)
 
 
-def test_coverage_by_hand(smollm2: Member, bytes_dir: Path) -> None:
-    members = [smollm2, load_member(bytes_dir)]
+def test_coverage_by_hand(tiny_smollm2: Member, bytes_dir: Path) -> None:
+    members = [tiny_smollm2, load_member(bytes_dir)]
     vocabularies = [one.vocabulary for one in members]
     anchors = shared_anchors(vocabularies, [one.eos_ids for one in members])
     prefixes = PrefixColumns(anchors, vocabularies)
-    logits = torch.full((2, smollm2.vocab_size), -torch.inf)
-    (word,), (letter,) = smollm2.vocabulary.encode(" world"), smollm2.vocabulary.encode("a")
-    special = smollm2.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    logits = torch.full((2, tiny_smollm2.vocab_size), -torch.inf)
+    (word,), (letter,) = tiny_smollm2.vocabulary.encode(" world"), tiny_smollm2.vocabulary.encode("a")
+    special = tiny_smollm2.tokenizer.convert_tokens_to_ids("<|im_start|>")
     logits[0, letter] = 0.0
     logits[1, word], logits[1, special] = math.log(3), 0.0
     mean = mean_distribution([logits[:1], logits[1:]])
@@ -403,10 +399,10 @@ def test_verdicts(
     assert says in verdict.text
 
 
-def test_wrong_input(smollm2: Member) -> None:
-    pair = [smollm2, smollm2]
+def test_wrong_input(tiny_smollm2: Member) -> None:
+    pair = [tiny_smollm2, tiny_smollm2]
     for arguments, says in (
-        ({"members": [smollm2]}, "needs two or more members"),
+        ({"members": [tiny_smollm2]}, "needs two or more members"),
         ({"members": pair, "new_tokens": 1}, "choose 2 or more"),
         ({"members": pair, "text": ""}, "fewer than two words"),
         ({"members": pair, "text": "  word\n"}, "fewer than two words"),

@@ -18,6 +18,8 @@ import bank_conflicts
 import emulated
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = emulated.ROOT
 KERNELS = sorted((ROOT / "csrc").glob("*/*.cu"))
 SOURCES = [*KERNELS, ROOT / "tests" / "emulator" / "self_test.cu"]

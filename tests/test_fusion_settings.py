@@ -57,7 +57,9 @@ def test_what_relative_rows_are_made_by() -> None:
     assert map_settings(settings.changed(fuser=print)) is None
 
 
-def test_a_new_fuser_is_one_class(smollm2: Member, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_fuser_is_one_class(
+    tiny_smollm2: Member, tiny_gemma: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Favourite(Fuser):
         """Always writes token 7."""
 
@@ -68,9 +70,9 @@ def test_a_new_fuser_is_one_class(smollm2: Member, gemma: Member, monkeypatch: p
             return logits.argmax(dim=-1).int()
 
     monkeypatch.setitem(FUSERS, Favourite.name, Favourite)
-    ensemble = Ensemble([smollm2, gemma], fuser="favourite", confidence=0.5)
+    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="favourite", confidence=0.5)
     assert (ensemble.method, ensemble.fuser.confidence, ensemble.maps) == ("favourite", 0.5, [])
-    logits = [torch.randn(2, member.vocab_size) for member in (smollm2, gemma)]
+    logits = [torch.randn(2, member.vocab_size) for member in (tiny_smollm2, tiny_gemma)]
     assert ensemble.fuser.step(logits, [0.5, 0.5]).chosen.tolist() == [7, 7]
     with pytest.raises(InputError, match="two or more members, not 1"):
-        Ensemble([smollm2], fuser="favourite")
+        Ensemble([tiny_smollm2], fuser="favourite")

@@ -181,6 +181,7 @@ def test_bos(name: str, add_bos: bool | None, there: bool, convert: Convert) -> 
 REAL = {"deepseek-v4": "deepseek-v3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_vocabularies(name: str, convert: Convert) -> None:
     """A GGUF file of a real vocabulary gives the ids of the model's own tokenizer.json."""

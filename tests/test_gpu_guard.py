@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GPU = Path(__file__).parent / "gpu"
 
 # The device's answer is planted, because this runs without one: `torch.cuda.synchronize` raises from then on.

@@ -75,10 +75,12 @@ def measured() -> dict[str, Any]:
     return kernel_shared.measure()
 
 
+@pytest.mark.slow
 def test_the_page_has_the_shared_memory_that_is_asked_for(measured: dict[str, Any]) -> None:
     assert kernel_resources.shared_table(measured) == table("shared"), "run python bench/kernel_resources.py"
 
 
+@pytest.mark.slow
 def test_no_block_asks_for_more_than_there_is(measured: dict[str, Any]) -> None:
     for architecture, found in measured.items():
         for step in found["step"].values():
@@ -132,6 +134,7 @@ class TestModel:
             assert estimate > 0.9999 * least, name  # a sum rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", kernel_shared.LIMITS)
 def test_the_default_step_fits_shared_memory(measured: dict[str, Any], architecture: str) -> None:
     found = measured[architecture]

@@ -256,7 +256,6 @@ class TestFused:
         assert sat_out
         assert len({tuple(one) for one in logprobs.values()}) == len(ensembles)  # each is a way of its own
 
-    @pytest.mark.slow
     def test_the_demo_pair(self, smollm2: Member, gemma: Member) -> None:
         """Real models, for which the text is likely."""
         ensemble = Ensemble([smollm2, gemma], cache=False)

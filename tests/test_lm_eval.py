@@ -76,7 +76,6 @@ def scored(ensemble: Ensemble, context: str, text: str) -> tuple[float, bool]:
     return found.total, all(found.greedy)
 
 
-@pytest.mark.slow
 def test_whole_texts_score_as_in_nll(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     """Acceptance 6 of issue 5: bits a byte as `deepen-ext nll` computes them, to 1e-3."""
     scores = score_texts([piece for text in TEXTS for piece in pieces(text)], {"fused": demo_pair})
@@ -105,7 +104,6 @@ def test_a_long_text_is_read_in_pieces(ensemble: Ensemble) -> None:
     assert abs(expected - scored(ensemble, "", text)[0]) > 0.1
 
 
-@pytest.mark.slow
 def test_choices_score_as_in_nll(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     samples = evaluated["samples"]["deepen_choice"]
     assert len(samples) == 3
@@ -120,7 +118,6 @@ def test_choices_score_as_in_nll(evaluated: dict[str, Any], demo_pair: Ensemble)
     assert evaluated["results"]["deepen_choice"]["acc,none"] >= 2 / 3
 
 
-@pytest.mark.slow
 def test_written_texts_are_the_ensembles(evaluated: dict[str, Any], demo_pair: Ensemble) -> None:
     """They end before the stop string, in batches as alone."""
     samples = evaluated["samples"]["deepen_write"]
@@ -421,6 +418,7 @@ def test_help_of_the_command_needs_no_model() -> None:
     assert "--model_args" in run("lm-eval", "run", "--help").stdout
 
 
+@pytest.mark.slow
 def test_exit_codes_are_the_harnesss() -> None:
     assert run_process("lm-eval", "run", "--no-such-option", "1").returncode == 2
 

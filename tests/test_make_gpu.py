@@ -28,7 +28,7 @@ def test_a_step_fails_where_its_program_does(tmp_path: Path, step: str, does: st
     for name in PROGRAMS:
         (tmp_path / name).write_text(f"#!/bin/sh\n[ $1 = -c ] && exit 0\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    results, seconds = tmp_path / "results", "1" if "sleep" in does else "60"
+    results, seconds = tmp_path / "results", "0.3" if "sleep" in does else "60"
     settings = (f"PYTHON={tmp_path / 'python'}", f"GPU_RESULTS={results}", f"GPU_SECONDS={seconds}")
     done = make(f"gpu-{step}", *settings, path=tmp_path)
     assert done.returncode == code, done.stdout + done.stderr

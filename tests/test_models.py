@@ -173,6 +173,7 @@ print(convert_gguf(Path(sys.argv[1]), progress), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path: Path) -> None:
     """One process is killed in the middle of the conversion while a second waits for it."""
     environment = {**os.environ, "HF_ASSETS_CACHE": str(tmp_path)}

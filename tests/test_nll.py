@@ -74,7 +74,6 @@ def test_score_and_difference() -> None:
         Difference.of(first, first[:1])
 
 
-@pytest.mark.slow
 def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixture[str]) -> None:
     base = Ensemble([smollm2, gemma], recipe="bytes", cache=False)
     ensembles = {"deepen": base, "more of one": base.variant(weights=[0.9, 0.1])}

@@ -32,8 +32,8 @@ def maps() -> list[RelativeMap]:
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2: Member, gemma: Member) -> Ensemble:
-    return Ensemble([smollm2, gemma], cache=False)
+def pair(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
+    return Ensemble([tiny_smollm2, tiny_gemma], cache=False)
 
 
 def logits() -> list[torch.Tensor]:
@@ -113,7 +113,7 @@ def test_anchors_that_are_no_ids(ids, message: str) -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, True, "2"])
-def test_counts_elsewhere(pair: Ensemble, smollm2: Member, value) -> None:
+def test_counts_elsewhere(pair: Ensemble, tiny_smollm2: Member, value) -> None:
     with pytest.raises(InputError, match=f"the batch size is {value!r}; give a whole number"):
         pair.generate(["One", "Two"], batch_size=value)
     with pytest.raises(InputError, match=f"max_new_tokens is {value!r}; give a whole number"):
@@ -121,7 +121,7 @@ def test_counts_elsewhere(pair: Ensemble, smollm2: Member, value) -> None:
     with pytest.raises(InputError, match=f"entries is {value!r}"):
         SimilarityRows(torch.randn(VOCAB, 4), torch.arange(8), entries=value)
     with pytest.raises(InputError, match=f"number of lanes is {value!r}"):
-        open_session(smollm2, value)
+        open_session(tiny_smollm2, value)
     with pytest.raises(InputError, match=f"length is {value!r}"):
         pieces("a text", length=value)
 
@@ -179,9 +179,9 @@ def test_two_readers_of_one_stream(pair: Ensemble) -> None:
 
 
 @pytest.mark.parametrize("shorten", ["message['content'].split() | join(' ')", "message['content'] | trim"])
-def test_a_template_that_collapses_spaces_leaves_nothing_out(smollm2: Member, shorten: str) -> None:
-    member = copy.copy(smollm2)
-    member.tokenizer = copy.deepcopy(smollm2.tokenizer)
+def test_a_template_that_collapses_spaces_leaves_nothing_out(tiny_smollm2: Member, shorten: str) -> None:
+    member = copy.copy(tiny_smollm2)
+    member.tokenizer = copy.deepcopy(tiny_smollm2.tokenizer)
     member.tokenizer.chat_template = "{% for message in messages %}{{ " + shorten + " }}{% endfor %}"
     chat = [{"role": "user", "content": "  def f(x):\n\n    return  x\n"}]
     (text,) = chat_texts([member], chat)

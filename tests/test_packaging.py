@@ -14,6 +14,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 

@@ -13,6 +13,8 @@ from deepen_ext.errors import ModelError
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.slow
+
 SOURCES = wanted()
 ACCEPTED = [source for source in SOURCES if not source.refused]
 REFUSED = [source for source in SOURCES if source.refused]

@@ -67,9 +67,9 @@ def double_the_main_model(logits, said, weights):
 
 
 @pytest.fixture(scope="module")
-def members(smollm2):
+def members(tiny_smollm2):
     """The main model as it is, the same with padding, and an assistant."""
-    return tiny(smollm2, 1, 0), tiny(smollm2, 1, PADDING), tiny(smollm2, 2, 0)
+    return tiny(tiny_smollm2, 1, 0), tiny(tiny_smollm2, 1, PADDING), tiny(tiny_smollm2, 2, 0)
 
 
 @pytest.fixture(scope="module", params=[*FUSERS, "function"])
@@ -206,9 +206,9 @@ def test_prompts_are_scored_without_what_cannot_be_written(members):
 
 
 class TestUnwritable:
-    def test_which_ids(self, members, smollm2):
+    def test_which_ids(self, members, tiny_smollm2):
         plain, padded, _ = members
-        tokens = smollm2.vocabulary.tokens
+        tokens = tiny_smollm2.vocabulary.tokens
         without = [i for i, text in enumerate(tokens) if not text and i not in plain.eos_ids]
         assert plain.unwritable().tolist() == without
         beyond = list(range(plain.vocab_size, padded.vocab_size))
