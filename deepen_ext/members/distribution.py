@@ -21,7 +21,7 @@ class Distribution:
     Attributes:
         name: the member's, for errors.
         vocab_size: V, the number of logits the member has or would have.
-        k: how many tokens `topk` has, at most V.
+        k: how many tokens `topk` has. More than V stand for V.
         logits: [n, V] in float32, float16 or bfloat16, contiguous; None where the backend has none.
     """
 
@@ -30,6 +30,9 @@ class Distribution:
     k: int
     logits: torch.Tensor | None = None
     known_topk: TopK | None = None
+
+    def __post_init__(self) -> None:
+        self.k = min(self.k, self.vocab_size)
 
     def __len__(self) -> int:
         """Number of positions n."""
@@ -98,7 +101,7 @@ class Distribution:
 
     def top(self, k: int) -> Distribution:
         """The same with a `topk` of k tokens, or of all there are where the backend gave no more."""
-        if k == self.k:
+        if min(k, self.vocab_size) == self.k:
             return self
         if self.logits is not None:
             return replace(self, k=k, known_topk=None)

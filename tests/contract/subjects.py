@@ -1,98 +1,163 @@
-"""The backends that the contract holds for. A new backend is one more function in `SUBJECTS`."""
+"""The backends that the contract holds for. A new backend is one more line in `SUBJECTS`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepen_ext.members.backend import Backend
+from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.hf import session as hf_session
 from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.top_k_only import TopKOnly
 
-VOCAB = 120
-CONTEXT = 200
+
+@dataclass(repr=False)
+class Subject:
+    """A backend under test. What a kind of backend cannot do is None.
+
+    Attributes:
+        backend: of a model with 100 tokens or more, all of which a text may hold, and in which every token of
+            a text counts.
+        vocab_size: what the backend should say.
+        context_length: the same; a few hundred tokens, of which tests fill all.
+        device: the same.
+        dtype: the same, of its `Description`.
+        other_weights: makes a backend of the same model with other weights, and one of a copy in bfloat16.
+        breaks: within it every forward pass fails; gives what the error should say of why.
+        plain: the model's own logits [n, V] after each of n ids, without a session.
+        fed: how many tokens the model has read so far, padding included.
+        tolerance: by which two log-probabilities of one token after one text may differ, however it was fed.
+    """
+
+    backend: Backend
+    vocab_size: int
+    context_length: int | None
+    device: torch.device
+    dtype: str | None
+    other_weights: Callable[[], tuple[Backend, Backend]]
+    breaks: Callable[[], AbstractContextManager[str]] | None = None
+    plain: Callable[[Sequence[int]], torch.Tensor] | None = None
+    fed: Callable[[], int] | None = None
+    tolerance: float = 1e-4
+    said: dict[tuple[int, ...], Distribution] = field(default_factory=dict)  # by fresh sessions, of these ids
+
+
+_VOCAB = 120
+_CONTEXT = 200
+_CPU = torch.device("cpu")
 _SHAPE = {
-    "vocab_size": VOCAB,
+    "vocab_size": _VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": CONTEXT,
+    "max_position_embeddings": _CONTEXT,
 }
-_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A backend under test.
-
-    Attributes:
-        backend: of a model with `VOCAB` logits and a context of `CONTEXT` tokens.
-        other_weights: makes a backend of the same model with other weights, and one of a copy in bfloat16.
-        breaks: within it the next forward pass fails.
-        tolerance: by which two probabilities of one text may differ, however it was fed.
-    """
-
-    backend: Backend
-    other_weights: Callable[[], tuple[Backend, Backend]]
-    breaks: Callable[[], AbstractContextManager[None]]
-    tolerance: float = 5e-5
-
-
-def _model(family: str) -> torch.nn.Module:
+def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(_SHAPE | (_WINDOW if "gemma" in family else {})))
+    config = AutoConfig.for_model(family, **(_SHAPE | (_WINDOWS if "gemma" in family else {})))
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)  # from the usual initialisation no token would depend on another
-    return model
+        head = model.get_output_embeddings().weight
+        head[1::10] = head[0::10]  # so that tokens tie
+    return model.to(dtype)
 
 
-def _transformers(family: str) -> Subject:
-    model = _model(family)
+class _OnFixedBuffers(HFBackend):
+    """Its sessions work as on CUDA: short pieces over fixed buffers, which the next session takes over."""
 
-    def backend(model: torch.nn.Module, dtype: torch.dtype = torch.float32) -> HFBackend:
-        return HFBackend(family, model.to(dtype), VOCAB, CONTEXT, torch.device("cpu"), dtype)
+    def open(self, lanes: int = 1, capacity: int = 0) -> HFSession:
+        with patch.object(hf_session, "_on_fixed_buffers", lambda loaded, cache: True):
+            return super().open(lanes, capacity)
+
+
+def _transformers(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    kind: type[HFBackend] = HFBackend,
+    tolerance: float = 1e-4,
+) -> Subject:
+    model = _model(family, dtype)
+    untouched = copy.deepcopy(model)
+    untouched.set_attn_implementation("eager")  # sessions bring an attention of their own
+    tokens = 0
+
+    def count(_: object, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal tokens
+        tokens += inputs[0].numel()
+
+    model.get_input_embeddings().register_forward_pre_hook(count)
+
+    def backend(model: PreTrainedModel, dtype: torch.dtype) -> HFBackend:
+        return kind(family, model, _VOCAB, _CONTEXT, _CPU, dtype)
 
     def others() -> tuple[Backend, Backend]:
-        changed = _model(family)
+        changed = _model(family, dtype)
         next(changed.parameters()).data.mul_(1.01)
-        return backend(changed), backend(_model(family), torch.bfloat16)
+        coarse = _model(family, dtype).to(torch.bfloat16)
+        return backend(changed, dtype), backend(coarse, torch.bfloat16)
 
     @contextmanager
-    def breaks() -> Iterator[None]:
+    def breaks() -> Iterator[str]:
+        """In the last layer, when the others have written the new states."""
+
         def fail(*_: object) -> None:
             raise RuntimeError("out of luck")
 
-        hook = model.get_input_embeddings().register_forward_pre_hook(fail)
+        hook = model.model.layers[-1].register_forward_pre_hook(fail)
         try:
-            yield
+            yield "out of luck"
         finally:
             hook.remove()
 
-    return Subject(backend(model), others, breaks)
+    def plain(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return untouched(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+    return Subject(
+        backend(model, dtype),
+        vocab_size=_VOCAB,
+        context_length=_CONTEXT,
+        device=_CPU,
+        dtype=str(dtype).removeprefix("torch."),
+        other_weights=others,
+        breaks=breaks,
+        plain=plain,
+        fed=lambda: tokens,
+        tolerance=tolerance,
+    )
 
 
-def _top_k_only(family: str, k: int) -> Subject:
-    inner = _transformers(family)
+def top_k_only(inner: Subject, k: int) -> Subject:
+    """The same with its logits hidden."""
 
     def others() -> tuple[Backend, Backend]:
         changed, coarse = inner.other_weights()
         return TopKOnly(changed, k), TopKOnly(coarse, k)
 
-    return Subject(TopKOnly(inner.backend, k), others, inner.breaks)
+    return replace(inner, backend=TopKOnly(inner.backend, k), other_weights=others, said={})
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": lambda: _transformers("llama"),
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
-    "top-k only": lambda: _top_k_only("llama", 20),
-    "top-k only, sliding windows": lambda: _top_k_only("gemma3_text", 7),
+    "transformers, fixed buffers": lambda: _transformers("gemma3_text", kind=_OnFixedBuffers),
+    "transformers, float16": lambda: _transformers("llama", torch.float16, tolerance=0.1),
+    "top-k only": lambda: top_k_only(_transformers("llama"), 20),
+    "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }

@@ -63,8 +63,8 @@ class HFSession(Closing):
 
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
-        """See `Session`."""
-        return {self._loaded.device: self._cache.nbytes}
+        """See `Session`; what a closed session left for the model's next one is not its own any more."""
+        return {self._loaded.device: 0 if self._closed else self._cache.nbytes}
 
     @property
     def tokens_fed(self) -> int:
