@@ -1,23 +1,31 @@
 """Tests that need a CUDA device: all are marked `gpu`, left out of `make test` and run by `make gpu-test`.
 
-They import torch, pytest and the package alone: no network, no embedded models. Random weights have the
+They need torch, pytest, transformers (for sessions) and the package alone: no network, no embedded models. Random weights have the
 shapes of real ones.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
+import guard
 import pytest
 import torch
-from guard import pytest_runtest_protocol  # noqa: F401  # a hook
 
 from deepen_ext import _core
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "ops"))  # the CPU tests' inputs, for the same cases here
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """The guard, for the tests of this folder: pytest asks every conftest about every test."""
+    if HERE not in item.path.parents:
+        return (yield)
+    return (yield from guard.pytest_runtest_protocol(item))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
