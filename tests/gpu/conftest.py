@@ -1,7 +1,7 @@
 """Tests that need a CUDA device: all are marked `gpu`, left out of `make test` and run by `make gpu-test`.
 
-They need torch, pytest, transformers (for sessions) and the package alone: no network, no embedded models. Random weights have the
-shapes of real ones.
+They need torch, pytest, transformers (for sessions) and the package alone: no network, no embedded models.
+Random weights have the shapes of real ones.
 """
 
 from __future__ import annotations
