@@ -35,6 +35,8 @@ from deepen_ext.presets import load_preset
 from deepen_ext.space.map_file import _checksum
 from deepen_ext.space.member_maps import MemberMaps
 
+pytestmark = pytest.mark.slow
+
 MUTATIONS = 500
 SECONDS = 10  # for each
 MEMORY = 1 << 30  # bytes, beside what the libraries take

@@ -8,6 +8,8 @@ from library_cases import CASES, compiled_step, step_arguments
 
 from deepen_ext.ops import topk_softmax
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
