@@ -32,7 +32,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import deepen_ext  # the package's own imports belong to the base as torch's and transformers' do
-    from deepen_ext.members.loading import member_of
+    from deepen_ext.members.hf.load import member_of
 
     stages: dict[str, float] = {}
     models = []

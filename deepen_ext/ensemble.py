@@ -19,6 +19,7 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.stream import TextStream
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Fuser, FusionSettings
+from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.members.loading import Progress, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors
@@ -71,36 +72,31 @@ class Ensemble:
         cls,
         members: Sequence[str | Path],
         *,
-        dtype: str | torch.dtype | Sequence[str | torch.dtype] = "float32",
-        device: str | torch.device | Sequence[str | torch.device] = "cpu",
-        trust_remote_code: bool = False,
         progress: Progress | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> Ensemble:
         """Load the members and make an ensemble of them.
 
         Args:
             members: hub names, local folders or `.gguf` files, the main model first.
-            dtype: of the members' weights, "float32", "float16" or "bfloat16"; one for all, or one for each.
-            device: where the models go, "cpu", "cuda" or "cuda:1"; one for all, or one for each. The fusion
-                runs where the main model is.
-            trust_remote_code: run code that members bring along (`load_member`); False refuses them by name.
             progress: called with a line of text as each stage starts.
-            settings: what `Ensemble(...)` takes: weights, recipe, learning_rate, ...
+            options: what `Ensemble(...)` takes (weights, recipe, learning_rate, ...); and how the members are
+                loaded (`deepen_ext.members.load_options.LoadOptions` documents it: backend, device, dtype,
+                ...), each of these one value for all, or a list of one for each. The fusion runs where the
+                main model is.
 
         Raises:
             InputError: fewer than two members, an unknown path, a setting out of range, or a CUDA
                 device that is not there or that this build has no kernels for.
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
+        loading = {key: options.pop(key) for key in LOAD_OPTIONS & options.keys()}
         # Before minutes of loading.
-        team_weights(FusionSettings().changed(**settings), len(members), "; name at least two models")
-        loaded = load_members(
-            members, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
-        )
+        team_weights(FusionSettings().changed(**options), len(members), "; name at least two models")
+        loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
-        return cls(loaded, **settings)
+        return cls(loaded, **options)
 
     @property
     def members(self) -> list[Member]:

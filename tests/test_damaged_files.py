@@ -30,7 +30,7 @@ from deepen_ext.errors import DeepenError, ModelError
 from deepen_ext.measure.evaluation.records import RecordFile, check_folder
 from deepen_ext.measure.evaluation.summary import summarise
 from deepen_ext.measure.evaluation.summary_table import summary_table
-from deepen_ext.members.loading import convert_gguf
+from deepen_ext.members.gguf.convert import convert_gguf
 from deepen_ext.presets import load_preset
 from deepen_ext.space.map_file import _checksum
 from deepen_ext.space.member_maps import MemberMaps

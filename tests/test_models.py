@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.members.gguf.convert import convert_gguf
 from deepen_ext.members.gguf.reader import read_once
-from deepen_ext.members.loading import convert_gguf, load_member, resolve
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
+from deepen_ext.members.source import Source, find_source
 
 ROOT = Path(__file__).parent.parent
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
@@ -162,7 +164,7 @@ def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
 CONVERT = """
 import sys, time
 from pathlib import Path
-from deepen_ext.members.loading import convert_gguf
+from deepen_ext.members.gguf.convert import convert_gguf
 
 def progress(message):
     print(message, flush=True)
@@ -249,16 +251,16 @@ def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
 
 def test_unknown_paths_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder, and not a hub name"):
-        resolve(tmp_path / "missing")
+        find_source(tmp_path / "missing")
     for name in ("missing.gguf", "missing.GGUF"):
         with pytest.raises(InputError, match="no such file or folder"):
-            resolve(name)
+            find_source(name)
     with pytest.raises(InputError, match=r"no config\.json"):
-        resolve(tmp_path)
+        find_source(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(InputError, match="not a model"):
-        resolve(tmp_path / "notes.txt")
-    assert resolve("some-org/some-model") == "some-org/some-model"
+        find_source(tmp_path / "notes.txt")
+    assert find_source("some-org/some-model") == Source(hub="some-org/some-model")
 
 
 def test_a_model_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:

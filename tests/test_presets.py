@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.loading import resolve
+from deepen_ext.members.source import Source, find_source
 from deepen_ext.presets import Preset, load_preset, write_preset
 
 DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
@@ -41,10 +41,10 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert load_preset(file).settings() == {}
 
 
-def test_embedded_members_are_models(smollm2_dir: Path) -> None:
-    assert resolve(DEMO[0]) == smollm2_dir
+def test_embedded_members_are_models() -> None:
+    assert find_source(DEMO[0]) == Source(embedded=DEMO[0].removeprefix("demo:"))
     with pytest.raises(InputError, match=r"no such embedded model; there are .*gemma-3-270m"):
-        resolve("demo:gemma-4")
+        find_source("demo:gemma-4")
 
 
 def test_paths_start_from_the_presets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_paths_start_from_the_presets_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     assert load_preset(beside).members == [str(models / "a"), str(models / "gone")]
     with pytest.raises(InputError, match="gone: no such file or folder"):
-        resolve(load_preset(beside).members[1])
+        find_source(load_preset(beside).members[1])
     stray = preset_file(tmp_path / "presets", "members: [models/a, org/name]")
     with pytest.raises(InputError, match="models/a is in the current folder, but a preset's paths start"):
         load_preset(stray)

@@ -50,7 +50,7 @@ def named_members(models: list[str] | None, demo: bool, preset: Path | None = No
 def placed(dtypes: list[Dtype] | None, devices: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
     """Keywords of `load_members`, from --dtype, --device and --trust-remote-code."""
     return {
-        "dtype": _one_or_more([one.value for one in dtypes or []], "float32"),
+        "dtype": _one_or_more([one.value for one in dtypes or []], None),
         "device": _one_or_more(devices, "cpu"),
         "trust_remote_code": trust_remote_code,
     }
@@ -135,6 +135,6 @@ def _read_weights(given: list[str] | None) -> list[float] | str | None:
         ) from None
 
 
-def _one_or_more(values: list[str] | None, default: str) -> str | list[str]:
-    """A repeated option: one value for all members, or a list for each."""
+def _one_or_more(values: list[str] | None, default: str | None) -> str | list[str] | None:
+    """A repeated option: one value for all members, or a list of one for each."""
     return values if values and len(values) > 1 else values[0] if values else default

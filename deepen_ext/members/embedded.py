@@ -73,6 +73,17 @@ def members(progress: convert.Progress | None = None) -> list[Path]:
     return [embedded(name, progress) for name in ("smollm2-135m-instruct", "gemma-3-270m")]
 
 
+def find(name: str) -> Embedded:
+    """An embedded model by its name.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in MODELS:
+        raise InputError(f"{name}: no such embedded model; there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
 def embedded(name: str, progress: convert.Progress | None = None, *, tokenizer_only: bool = False) -> Path:
     """Folder of one embedded model (the keys of `MODELS`), or of its tokenizer alone, converted once.
 
@@ -80,9 +91,7 @@ def embedded(name: str, progress: convert.Progress | None = None, *, tokenizer_o
         InputError: no such embedded model.
         ModelError: as `members`.
     """
-    model = MODELS.get(name)
-    if model is None:
-        raise InputError(f"{name}: no such embedded model; there are {', '.join(MODELS)}")
+    model = find(name)
     whole = convert.converted_folder(model.sha256, model.name)
     if whole.is_dir():
         return whole

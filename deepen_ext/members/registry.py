@@ -1,0 +1,25 @@
+"""The backends by name. Each is imported when a member asks for it, and not before."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from deepen_ext.errors import InputError
+
+# Modules with a function `load(source, options, progress) -> Member`.
+BACKENDS = {
+    "transformers": "deepen_ext.members.hf.load",
+    "llama.cpp": "deepen_ext.members.llama_cpp.load",
+}
+
+
+def backend_module(name: str) -> Any:
+    """The module that loads a backend's members.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise InputError(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+    return import_module(BACKENDS[name])

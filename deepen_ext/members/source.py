@@ -1,0 +1,78 @@
+"""What a member's name stands for: an embedded model, a GGUF file, a folder, or a model of the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepen_ext.errors import InputError
+from deepen_ext.members import embedded
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a member's weights are. Just one of the three is there.
+
+    Attributes:
+        embedded: a key of `embedded.MODELS`: a GGUF file that is fetched on first use.
+        path: a folder of transformers, or a GGUF file.
+        hub: a hub name such as org/name.
+    """
+
+    embedded: str | None = None
+    path: Path | None = None
+    hub: str | None = None
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are in a GGUF file."""
+        return self.embedded is not None or (self.path is not None and self.path.is_file())
+
+
+def find_source(name_or_path: str | Path) -> Source:
+    """What a name stands for. Nothing is fetched or read.
+
+    Raises:
+        InputError: there is no such file, folder or embedded model, it holds no model, or the text cannot be a hub name.
+    """
+    if str(name_or_path).startswith("demo:"):
+        name = str(name_or_path).removeprefix("demo:")
+        embedded.find(name)
+        return Source(embedded=name)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():  # it may have neither of these
+            return Source(path=path)
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{path}: the folder has no config.json; name the folder of a transformers model"
+            )
+        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+            raise InputError(
+                f"{path}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it "
+                "there with tokenizer.save_pretrained"
+            )
+        return Source(path=path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise InputError(
+                f"{path}: not a model; name a folder, a .gguf file or a hub name such as org/name"
+            )
+        return Source(path=path)
+    name = str(name_or_path)
+    if path.suffix.lower() == ".gguf" or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"{name}: no such file or folder, and not a hub name (org/name); check the spelling of the path"
+        )
+    return Source(hub=name)
