@@ -70,8 +70,8 @@ class LoadOptions:
         for name, value in self.given().items():
             if name not in {"backend", "device", "trust_remote_code", *known}:
                 raise InputError(
-                    f"{name}={value!r} is no option of the backend {backend}; leave it out for this member, or "
-                    "choose another backend"
+                    f"{name}={value!r} is no option of the backend {backend}; leave it out for this member, "
+                    "or choose another backend"
                 )
 
 

@@ -44,7 +44,8 @@ def find_source(name_or_path: str | Path) -> Source:
     """What a name stands for. Nothing is fetched or read.
 
     Raises:
-        InputError: there is no such file, folder or embedded model, it holds no model, or the text cannot be a hub name.
+        InputError: there is no such file, folder or embedded model, it holds no model, or the text cannot be
+            a hub name.
     """
     if str(name_or_path).startswith("demo:"):
         name = str(name_or_path).removeprefix("demo:")
