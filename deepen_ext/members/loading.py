@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deepen_ext.members.gguf.convert import Progress
+from deepen_ext.ground.progress import Progress
 from deepen_ext.members.load_options import LoadOptions, options_of_each
 from deepen_ext.members.member import Member
 from deepen_ext.members.registry import backend_module
