@@ -10,7 +10,7 @@ import torch
 from deepen_ext.members.backend import Capabilities, Description
 from deepen_ext.members.gguf.facts import GgufFacts
 from deepen_ext.members.gguf.tensors import dense_tensor, hash_samples, hash_weights
-from deepen_ext.members.llama_cpp.context import Context
+from deepen_ext.members.llama_cpp.context import Context, cells_for
 from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.session import LlamaSession
 
@@ -57,7 +57,8 @@ class LlamaBackend:
 
     def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
         """See `Backend`; the logits of a step are counted beside the cache."""
-        return {self.device: self.cache_bytes(lanes * tokens) + lanes * self.vocab_size * 4}
+        cells = cells_for(self._model, lanes, lanes * tokens)
+        return {self.device: self.cache_bytes(cells) + lanes * self.vocab_size * 4}
 
     def embedding(self) -> torch.Tensor:
         """See `Backend`; float32, made from the file's blocks at every call."""
@@ -78,7 +79,7 @@ class LlamaBackend:
             parameters=self._model.parameters,
             dtype=self._facts.dtype,
             weights_bytes=self._model.weights_bytes,
-            cache_bytes=self.cache_bytes(1000),
+            cache_bytes=self.cache_bytes(1000) or None,  # states that do not grow are not known
         )
 
     def close(self) -> None:

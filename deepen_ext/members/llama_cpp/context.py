@@ -37,11 +37,19 @@ class Feed(NamedTuple):
     outputs: int
 
 
+def cells_for(model: LlamaModel, sequences: int, cells: int) -> int:
+    """How many cells a cache gets for which so many are asked, over all sequences."""
+    unit = _PADDING * (1 if model.window is None else sequences)
+    return -(-cells // unit) * unit
+
+
 class Context:
     """KV cache and forward passes of one session.
 
-    All sequences share the cache's cells ("unified"), so that texts with different numbers of new tokens go
-    through the model in one pass, and a prefix that a sequence takes over from another one costs nothing.
+    Sequences share the cache's cells ("unified"), so that texts with different numbers of new tokens go through
+    the model in one pass, and a prefix that a sequence takes over from another one costs nothing. In a model
+    with sliding windows each sequence has cells of its own: among shared ones, llama.cpp gives the cells of
+    positions that have left one text's window to other texts, and no rollback brings them back.
 
     Attributes:
         cells: positions that the cache holds, over all sequences; one that sequences share counts once.
@@ -57,7 +65,7 @@ class Context:
         """
         self._model = model
         self._call = call = model.library.call
-        self.cells = -(-cells // _PADDING) * _PADDING
+        self.cells = cells_for(model, sequences, cells)
         params = call.llama_context_default_params()
         asked = {
             "n_ctx": self.cells,
@@ -69,7 +77,7 @@ class Context:
         for field, value in asked.items():
             setattr(params, field, value)
         params.n_threads_batch = threads
-        params.kv_unified = True
+        params.kv_unified = model.window is None
         params.swa_full = True  # a window that forgets cannot be rolled back
         params.type_k = params.type_v = api.TYPE_F32 if float32_cache else api.TYPE_F16
         if float32_cache:
@@ -139,11 +147,19 @@ class Context:
 
     def remove(self, sequence: int, start: int) -> bool:
         """Forget a sequence from a position on. False: the model cannot, and all of it must go (start 0)."""
-        return bool(self._call.llama_memory_seq_rm(self._memory, sequence, start, -1))
+        if not self._call.llama_memory_seq_rm(self._memory, sequence, start, -1):
+            return False
+        # What the window of the next token sees must still be there.
+        window = self._model.window
+        if start == 0 or window is None:
+            return True
+        first = self._call.llama_memory_seq_pos_min(self._memory, sequence)
+        return 0 <= first <= max(0, start + 1 - window)
 
-    def copy(self, source: int, target: int, end: int) -> None:
-        """An empty sequence takes over the first positions of another one."""
-        self._call.llama_memory_seq_cp(self._memory, source, target, 0, end)
+    def copy(self, source: int, target: int, end: int) -> bool:
+        """An empty sequence takes over the first positions of another one; False as in `remove`."""
+        self._call.llama_memory_seq_cp(self._memory, source, target, -1, -1)  # of own cells, all or none
+        return self.remove(target, end)
 
     def take_over(self, other: Context, sequence: int) -> bool:
         """Take a sequence's states from another context of the model. False: they do not fit."""

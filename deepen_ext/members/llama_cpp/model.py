@@ -87,6 +87,11 @@ class LlamaModel:
         return int(self.library.call.llama_model_n_ctx_train(self.handle)) or None
 
     @property
+    def window(self) -> int | None:
+        """How many positions back a layer with a sliding window sees; None where no layer has one."""
+        return int(self.library.call.llama_model_n_swa(self.handle)) or None
+
+    @property
     def keeps_positions(self) -> bool:
         """Whether each position has states of its own, so that a text can be cut and its beginning shared."""
         call = self.library.call

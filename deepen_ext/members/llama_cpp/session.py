@@ -206,8 +206,10 @@ class LlamaSession(Closing):
             source = max(common, key=lambda other: common[other], default=lane)
             if (end := min(common.get(source, 0), most)) > len(held):
                 self._drop_from(lane, 0)
-                context.copy(source, lane, end)
-                held.extend(ids[:end])
+                if context.copy(source, lane, end):
+                    held.extend(ids[:end])
+                else:
+                    context.remove(lane, 0)
 
     def _feed(self, wanted: Mapping[int, list[int]], positions: int) -> torch.Tensor | None:
         """Feed the lanes what they lack. Where one forward does, its logits [lanes * positions, V]."""
