@@ -90,7 +90,7 @@ class Ensemble:
                 device that is not there or that this build has no kernels for.
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
-        loading = {key: options.pop(key) for key in LOAD_OPTIONS & options.keys()}
+        loading = {key: options.pop(key) for key in LOAD_OPTIONS if key in options}
         # Before minutes of loading.
         team_weights(FusionSettings().changed(**options), len(members), "; name at least two models")
         loaded = load_members(members, progress=progress, **loading)

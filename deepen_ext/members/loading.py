@@ -40,7 +40,7 @@ def load_members(
             build has no kernels for.
         ModelError: see `load_member`.
     """
-    each = options_of_each(len(members), **options)
+    each = options_of_each(members, **options)
     sources = [find_source(one) for one in members]
     return [
         backend_module(_backend(source, own)).load(source, own, progress)
