@@ -246,12 +246,13 @@ class DeepenLM(LM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """What the results say about the model."""
         ensemble = self.ensemble
+        models = [member.backend.describe() for member in ensemble.members]
         return {
             "deepen_ext": __version__,
             "method": ensemble.method,
             "members": [
-                {"name": name, "dtype": member.backend.describe().dtype}
-                for name, member in zip(ensemble.names, ensemble.members, strict=True)
+                {"name": name, "backend": model.backend, "dtype": model.dtype}
+                for name, model in zip(ensemble.names, models, strict=True)
             ],
             "weights": "prompt" if ensemble.weighs_prompts else ensemble.weights,
         }

@@ -117,6 +117,7 @@ def _members(found: Diagnosis) -> Table:
     def line(title: str, cell: Callable[[MemberFacts], str]) -> None:
         table.add_row(title, *map(cell, found.members))
 
+    line("run by", lambda one: one.backend)
     line("architecture", lambda one: one.architecture)
     line("parameters", lambda one: _million(one.parameters))
     line("weights", lambda one: f"{one.dtype or '?'} on {one.device}, {_size(one.weights_bytes)}")

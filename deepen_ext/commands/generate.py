@@ -151,6 +151,7 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         ],
         "fuser": ensemble.method,
         "recipe": ensemble.recipe,
+        "backends": result.backends,
         "rows_computed": ensemble.rows_computed,
     }
 
@@ -167,4 +168,5 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
     )
     if timings.skipped_share:
         line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
+    line += f"; run by {' and '.join(dict.fromkeys(result.backends))}"
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -87,10 +87,14 @@ def _read(file: str) -> str:
 
 def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
     """The JSON object; what is not finite is null, and `impossible` then says why."""
+    one = next(iter(ensembles.values()))
+    backends = dict(zip(one.names, one.backends, strict=True))
     return {
         "main": scores.main,
         "best_single": scores.best_single,
-        "members": [{"name": name, **_facts(scores.score(name))} for name in scores.alone],
+        "members": [
+            {"name": name, "backend": backends[name], **_facts(scores.score(name))} for name in scores.alone
+        ],
         "fused": [
             {
                 "method": name,

@@ -184,15 +184,15 @@ ONLY_TRANSFORMERS = (
 def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:
     """Each member's options, from keywords that are one value for all or a list of one for each.
 
-    A mapping is one value for all. None, also within a list, is the option's default.
+    A mapping is one value for all. None, also within a list, is the option's default. Whether the devices are
+    there is not looked at (`on_this_machine`).
 
     Args:
         members: their names, for errors.
         options: those of `LoadOptions`.
 
     Raises:
-        InputError: an option that there is not or out of range, a list of another length than the members',
-            a device that is not there or that this build has no kernels for.
+        InputError: an option that there is not or out of range, or a list that is not as long as the members.
     """
     if unknown := sorted(options.keys() - set(LOAD_OPTIONS)):
         raise InputError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(LOAD_OPTIONS))}")
@@ -206,19 +206,26 @@ def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadO
         for own, one in zip(found, values, strict=True):
             if one is not None:
                 own[name] = one
-    return [_options_of(member, own) for member, own in zip(members, found, strict=True)]
+    each = []
+    for member, own in zip(members, found, strict=True):
+        try:
+            if "device" in own and "device_map" in own:
+                raise InputError("device and device_map exclude each other; give one of them")
+            each.append(LoadOptions(**own))
+        except InputError as error:
+            raise InputError(f"{member}: {error}") from error
+    return each
 
 
-def _options_of(member: str | Path, own: dict[str, Any]) -> LoadOptions:
-    try:
-        if "device" in own and "device_map" in own:
-            raise InputError("device and device_map exclude each other; give one of them")
-        options = LoadOptions(**own)
-        options = replace(options, device=find_device(options.device))
-        check_built_for(torch.device(options.device))
-    except InputError as error:
-        raise InputError(f"{member}: {error}") from error
-    return options
+def on_this_machine(options: LoadOptions) -> LoadOptions:
+    """The options with the device as tensors name it.
+
+    Raises:
+        InputError: a device that is not there, or that this build has no kernels for.
+    """
+    device = find_device(options.device)
+    check_built_for(device)
+    return replace(options, device=device)
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -41,6 +41,7 @@ class Tuning:
     Attributes:
         space: the configurations there were.
         names: the members', as named.
+        backends: what computes each member.
         sizes: bytes of each item that was read.
         alone: of each member, the bits of each item by itself.
         accuracy: of each member, the share of `answered` items it has right; () where it was not measured.
@@ -52,6 +53,7 @@ class Tuning:
 
     space: Space
     names: tuple[str, ...]
+    backends: tuple[str, ...]
     sizes: tuple[int, ...]
     alone: tuple[tuple[float, ...], ...]
     accuracy: tuple[float, ...]
@@ -119,6 +121,7 @@ class Tuning:
         found["tried"] = len(self.tried)
         found["weights_from"] = self.chosen.source
         found["search"] = "finished" if self.finished else "ended by the time"
+        found["backends"] = dict(zip(self.names, self.backends, strict=True))
         found["versions"] = {one: metadata.version(one) for one in ("deepen-ext", "torch", "transformers")}
         found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return found
@@ -177,6 +180,7 @@ def tune(
     return Tuning(
         space=space,
         names=tuple(unique_names(members)),
+        backends=tuple(member.backend.describe().backend for member in members),
         sizes=tuple(work.sizes),
         alone=tuple(tuple(bits) for bits in work.alone),
         accuracy=tuple(accuracy),
