@@ -79,13 +79,21 @@ class Tuning:
         """Bits a byte above the baseline (or above such a list of bits), and the standard error."""
         return paired_difference(self.tried[one], other or self.tried[self.baseline], self.sizes)
 
-    def preset(self, named: Sequence[str | Path], dev: DevSet, fuser: str) -> Preset:
+    def preset(
+        self,
+        named: Sequence[str | Path],
+        dev: DevSet,
+        fuser: str,
+        loading: Mapping[str, Any] | None = None,
+    ) -> Preset:
         """The choice as a preset, with what was measured.
 
         Args:
             named: the members as the caller named them.
             dev: the items.
             fuser: as the caller named it.
+            loading: the options that the members were loaded with, as `load_members` takes them. All but
+                `trust_remote_code` go into the preset.
         """
         one = self.chosen
         given: dict[str, Any] = {"weights": [round(weight, 6) for weight in one.ordered_weights()]}
@@ -97,7 +105,12 @@ class Tuning:
             "confidence": one.confidence or None,
         }
         given |= {name: value for name, value in settings.items() if value is not None}
-        return Preset([str(named[i]) for i in one.order()], given, self._measured(dev))
+        ordered = {
+            name: [value[i] for i in one.order()] if isinstance(value, list | tuple) else value
+            for name, value in (loading or {}).items()
+            if name != "trust_remote_code" and value is not None
+        }
+        return Preset([str(named[i]) for i in one.order()], given, self._measured(dev), ordered)
 
     def _measured(self, dev: DevSet) -> dict[str, Any]:
         def by_name(values: Sequence[float]) -> dict[str, float]:
