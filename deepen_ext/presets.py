@@ -12,8 +12,8 @@
     measured: {...}                                            # what was measured; not read again
 
 Only `members` must be there. What is left out has the default of `Ensemble`. A file cannot choose code: a
-fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code` are only used where
-the caller names them.
+fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code` are only used
+where the caller names them.
 """
 
 from __future__ import annotations

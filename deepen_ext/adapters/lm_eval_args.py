@@ -74,6 +74,18 @@ def ensemble_from(
     )
 
 
+def places_members(arguments: Mapping[str, Any]) -> bool:
+    """Whether `model_args`, or the preset that they name, say where the members run.
+
+    Raises:
+        InputError: a preset that cannot be read.
+    """
+    found = dict(arguments)
+    if arguments.get("preset") is not None:
+        found = load_preset(str(arguments["preset"])).loading | found
+    return any(found.get(name) is not None for name in ("device", "device_map"))
+
+
 def whole_number(name: str, value: Any, least: int = 1) -> int:
     """A number that the command line may have left as text."""
     try:

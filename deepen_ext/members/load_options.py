@@ -16,6 +16,7 @@ from deepen_ext.ops.checks import check_built_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_OF_EVERY_BACKEND = ("backend", "device", "threads", "trust_remote_code")
 QUANTIZATIONS = ("int8", "int4")
 
 _TEXTS = {
@@ -153,14 +154,14 @@ class LoadOptions:
 
         Args:
             backend: its name, for the message.
-            known: the options that it has, beside `backend`, `device` and `trust_remote_code`.
+            known: the options that it has, beside `backend`, `device`, `threads` and `trust_remote_code`.
             member: the member's name, for the message.
 
         Raises:
             InputError: another one is given.
         """
         for name, value in self.given().items():
-            if name not in {"backend", "device", "trust_remote_code", *known}:
+            if name not in (*_OF_EVERY_BACKEND, *known):
                 named = f"{member}: " if member else ""
                 raise InputError(
                     f"{named}{name}={shown(value)} is no option of the backend {backend}; leave it out for "
@@ -169,16 +170,7 @@ class LoadOptions:
 
 
 LOAD_OPTIONS = tuple(one.name for one in fields(LoadOptions))
-ONLY_TRANSFORMERS = (
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "quantization",
-    "adapter",
-    "revision",
-    "attn_implementation",
-)
+ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in _OF_EVERY_BACKEND)
 
 
 def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:

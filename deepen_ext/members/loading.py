@@ -12,7 +12,6 @@ import torch
 from deepen_ext.errors import InputError
 from deepen_ext.members.gguf.convert import Progress
 from deepen_ext.members.load_options import (
-    LOAD_OPTIONS,
     ONLY_TRANSFORMERS,
     LoadOptions,
     on_this_machine,
@@ -112,9 +111,7 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
                 "(--backend) out for this member, or name a .gguf file"
             )
         if backend != _HF:
-            one.options.refuse_others(
-                backend, *set(LOAD_OPTIONS).difference(ONLY_TRANSFORMERS), member=one.name
-            )
+            one.options.refuse_others(backend, member=one.name)
         found.append(backend)
     if missed and progress is not None:
         progress(
