@@ -16,7 +16,7 @@ from deepen_ext.members.registry import BACKENDS
 from deepen_ext.members.source import Source
 
 
-class Asked(Exception):
+class Asked(BaseException):  # no command turns it into an exit code
     """All members were asked for."""
 
 
