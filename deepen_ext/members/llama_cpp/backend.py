@@ -18,7 +18,7 @@ _EMBEDDING = "token_embd.weight"
 
 
 class LlamaBackend:
-    """See `members.backend.Backend`. Distributions are float32 and in main memory, wherever the layers are."""
+    """See `members.backend.Backend`. Logits are float32 and in main memory, wherever the layers are."""
 
     def __init__(self, name: str, model: LlamaModel, path: Path, facts: GgufFacts, threads: int) -> None:
         """Nothing is allocated.
@@ -75,6 +75,7 @@ class LlamaBackend:
     def describe(self) -> Description:
         """See `Backend`."""
         return Description(
+            backend=self._model.library.name,
             architecture=self._facts.architecture,
             parameters=self._model.parameters,
             dtype=self._facts.dtype,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from deepen_ext.members.llama_cpp.backend import LlamaBackend
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144
-# Tokens that a lane must be spared before it waits for another one to be fed. That costs a forward more, about
-# five tokens; and the few tokens of a step must not be taken apart because two texts go the same way.
+# Tokens that a lane must be spared before it waits for another one to be fed. That costs one more
+# forward, about five tokens. And the few tokens of a step must not be taken apart because two texts go the same way.
 _SHARED = 16
 
 
