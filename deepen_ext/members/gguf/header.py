@@ -31,10 +31,12 @@ class Tensor(NamedTuple):
     Attributes:
         shape: sides, the contiguous one first.
         kind: ggml's number of its type.
+        begin: bytes from the file's beginning to its first block.
     """
 
     shape: tuple[int, ...]
     kind: int
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class _Reader:
                 raise Damaged(f"tensor {name!r} has {elements} elements in {self._size} bytes")
             if name in table:
                 raise Damaged(f"tensor {name!r} is there twice")
-            table[name] = Tensor(shape, kind)
+            table[name] = Tensor(shape, kind, offset)
             ends.append((name, offset + elements * _LEAST_BITS // 8))
         if type(alignment) is not int or not 1 <= alignment <= 1 << 20:
             raise Damaged(f"general.alignment is {alignment!r}")
@@ -117,7 +119,7 @@ class _Reader:
         for name, end in ends:
             if begin + end > self._size:
                 raise Damaged(f"tensor {name!r} lies beyond its end")
-        return table, begin
+        return {name: one._replace(begin=begin + one.begin) for name, one in table.items()}, begin
 
     def _value(self, key: str, kind: int) -> Any:
         """A scalar or text; of an array its length alone, as a tuple."""
