@@ -50,12 +50,14 @@ def gemma_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen_tokenizer_dir() -> Path:
+def qwen_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the tokenizer of Qwen2.5-Coder-0.5B-Instruct, without weights."""
     from deepen_ext import demo
-    from deepen_ext.members.gguf.tokenizer import tokenizer_folder
+    from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 
-    return tokenizer_folder(demo.gguf_file("qwen2.5-coder-0.5b-instruct"))
+    folder = tmp_path_factory.mktemp("qwen")
+    load_gguf_tokenizer(demo.gguf_file("qwen2.5-coder-0.5b-instruct"), "qwen").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -29,6 +30,7 @@ from deepen_ext.members.source import Source, find_source
 ROOT = Path(__file__).parent.parent
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 MERGES = ["a b", "Ġ Ġ", "Ġ 1"]
+TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}"
 
 
 @pytest.fixture
@@ -45,7 +47,8 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Path:
+def write_gguf(path: Path, without: str = "", more: Any = None, **further: tuple[int, ...]) -> Path:
+    """The file without the weights of this name, or with more; `more(writer)` adds settings."""
     tokens = ["<unk>", "<s>", "</s>", "<eot>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -68,6 +71,9 @@ def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Pat
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(3)
     writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+    if more is not None:
+        more(writer)
     random = np.random.default_rng(0)
     shapes = {
         "token_embd": (len(tokens), 64),

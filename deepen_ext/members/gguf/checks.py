@@ -11,7 +11,7 @@ from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import write_failure
 from deepen_ext.members.gguf.header import Damaged, Header, read_header
 
-TOKENS = "tokenizer.ggml.tokens"
+TOKENS, CHAT_TEMPLATE = "tokenizer.ggml.tokens", "tokenizer.chat_template"
 # Settings that count something that the file's tensors have; no tensor has as many elements along a side.
 _SIZES = ("_length", "_count", "_count_kv", "vocab_size", "_size", ".dimension_count", "_rank")
 _NO_SIZES = ("context_length", "original_context_length")  # of positions: nothing is allocated by them

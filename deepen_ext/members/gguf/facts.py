@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deepen_ext.members.gguf.checks import TOKENS, check_gguf, failures_of_reading
+from deepen_ext.members.gguf.checks import CHAT_TEMPLATE, TOKENS, check_gguf, failures_of_reading
 from deepen_ext.members.gguf.header import Damaged
 
 # ggml's types of weights by their numbers (`enum ggml_type`). Those that torch has too are named as in torch.
@@ -32,7 +32,6 @@ _KINDS = {
 # The settings that make a token an end of generation in llama.cpp. llama.cpp also takes tokens for ends by
 # their text, such as <|endoftext|>; that is a guess, and no guess is made here.
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-_TEMPLATE = "tokenizer.chat_template"
 _Kind = TypeVar("_Kind")
 
 
@@ -115,11 +114,11 @@ def read_facts(path: Path) -> GgufFacts:
             add_bos=settings.flag("tokenizer.ggml.add_bos_token"),
             # llama.cpp leaves out ids beyond the vocabulary too.
             eos_ids=tuple(sorted({one for one in ends if one is not None and 0 <= one < tokens[0]})),
-            chat_template=settings.text(_TEMPLATE),
+            chat_template=settings.text(CHAT_TEMPLATE),
             chat_templates={
-                key.removeprefix(f"{_TEMPLATE}."): text
+                key.removeprefix(f"{CHAT_TEMPLATE}."): text
                 for key in header.settings
-                if key.startswith(f"{_TEMPLATE}.") and (text := settings.text(key)) is not None
+                if key.startswith(f"{CHAT_TEMPLATE}.") and (text := settings.text(key)) is not None
             },
             parameters=sum(math.prod(one.shape) for one in header.tensors.values()),
             tensor_types=dict(kinds.most_common()),
