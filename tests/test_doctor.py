@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from command_line import run
 from sessions import changed
 from tiny_models import one_byte_tokens, save_model
@@ -423,6 +424,7 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verdict"]["outcome"] == "not worth fusing"
+    assert {one["backend"] for one in report["members"]} == {f"transformers {transformers.__version__}"}
     assert report["characters_given"] == len(SAMPLE_TEXT * 3)
     readable = run("doctor", "--model", str(bytes_dir), "--model", str(bytes_dir))
     assert readable.returncode == 0, readable.stderr
@@ -430,6 +432,7 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     for part in (
         "Members, main model first",
         "257",
+        f"run by transformers {transformers.__version__}",
         "Relative rows",
         "ms a token",
         "Memory on cpu",

@@ -33,8 +33,10 @@ def progress() -> Iterator[Callable[[str], None]]:
         seen: set[str] = set()
 
         def line(message: str) -> None:
-            stage = message.split(",")[0]  # without the counts
-            if stage.startswith(("Downloading", "Converting", "Waiting")) and stage not in seen:
+            note = message.startswith("Note:")
+            stage = message if note else message.split(",")[0]  # without the counts
+            long = note or stage.startswith(("Downloading", "Converting", "Waiting"))
+            if long and stage not in seen:
                 seen.add(stage)
                 print(stage, file=sys.stderr, flush=True)
 
@@ -43,7 +45,14 @@ def progress() -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda message: bars.update(task, description=message)
+
+        def show(message: str) -> None:
+            if message.startswith("Note:"):  # it stays when the bar has gone
+                console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
+            else:
+                bars.update(task, description=message)
+
+        yield show
 
 
 def tables(width: int = 140) -> Console:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
+from deepen_ext.members.registry import BACKENDS
 from deepen_ext.ops.checks import check_built_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_OF_EVERY_BACKEND = ("backend", "device", "threads", "trust_remote_code")
+QUANTIZATIONS = ("int8", "int4")
+
+_TEXTS = {
+    "offload_folder": "the path of a folder",
+    "adapter": "the path of its folder, or its hub name",
+    "revision": "a branch, a tag or a commit of the hub, such as 'main'",
+    "attn_implementation": "a name that transformers knows, such as 'sdpa'",
+}
+_BYTES = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -23,10 +38,24 @@ class LoadOptions:
         device: where the model goes, for example "cpu", "cuda" or "cuda:1".
         dtype: of the weights: "float32", "float16", "bfloat16" or the ``torch.dtype``. None: float32 in
             transformers; in llama.cpp, which takes no other value, the types that the file has.
-        threads: of llama.cpp's forward passes. None: as many as torch has.
+        threads: CPU threads of the forward passes, for example 4. None: as many as torch has. In transformers
+            they are torch's, which are the same for all members of a process.
         trust_remote_code: run code that the folder or the hub's repository brings along, where transformers
             has no class of its own for the model. False refuses such a model by name. Nothing asks on
             standard input.
+        device_map: spreads one model over several devices, in place of `device`: "auto", "balanced",
+            "balanced_low_0" or "sequential", which accelerate explains; or a mapping of module names to
+            devices, for example ``{"model.embed_tokens": "cpu", "model.layers.0": 0, "": "disk"}``.
+        max_memory: the most that `device_map` may put on each device, for example
+            ``{0: "20GiB", "cpu": "30GiB"}``: numbers of CUDA devices or "cpu", with bytes or a text.
+        offload_folder: where the layers are kept that `device_map` puts on "disk".
+        quantization: "int8" or "int4": the weights are rounded to it by torchao as they are loaded, and the
+            activations stay as they are. For checkpoints that are quantised already leave it out.
+        adapter: a PEFT adapter on the model: its folder, or its hub name. ``"base@adapter"`` as the member's
+            name means the same.
+        revision: of a hub model: a branch, a tag or a commit, for example "main".
+        attn_implementation: how transformers computes attention, for example "eager", "sdpa" or
+            "flash_attention_2". A kernel of the hub ("org/name") is code, and needs `trust_remote_code`.
     """
 
     backend: str | None = None
@@ -34,18 +63,80 @@ class LoadOptions:
     dtype: str | torch.dtype | None = None
     threads: int | None = None
     trust_remote_code: bool = False
+    device_map: str | Mapping[str, int | str | torch.device] | None = None
+    max_memory: Mapping[int | str, int | str] | None = None
+    offload_folder: str | Path | None = None
+    quantization: str | None = None
+    adapter: str | Path | None = None
+    revision: str | None = None
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded.
 
         Raises:
-            InputError: a value of a wrong type or out of range.
+            InputError: a value of a wrong type or out of range, or options that exclude each other.
         """
         if type(self.trust_remote_code) is not bool:
-            raise InputError(f"trust_remote_code is {self.trust_remote_code!r}; give True or False")
-        dtype = DTYPES.get(self.dtype) if isinstance(self.dtype, str) else self.dtype
-        if self.dtype is not None and dtype not in DTYPES.values():
+            raise InputError(f"trust_remote_code is {shown(self.trust_remote_code)}; give True or False")
+        if not isinstance(self.device, str | torch.device):
+            raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(self.device)}")
+        for name, choices in (("backend", tuple(BACKENDS)), ("quantization", QUANTIZATIONS)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or value not in choices):
+                raise InputError(f"there is no {name} {shown(value)}; there are {', '.join(choices)}")
+        known = (
+            self.dtype in DTYPES if isinstance(self.dtype, str) else self.dtype in (None, *DTYPES.values())
+        )
+        if not known:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads < 1 << 16):
+            raise InputError(f"threads is {shown(self.threads)}; give a whole number from 1 to 65,535")
+        for name, what in _TEXTS.items():
+            value = getattr(self, name)
+            kinds = str | Path if "folder" in what else str
+            if value is not None and (not isinstance(value, kinds) or str(value).strip() in ("", ".")):
+                raise InputError(f"{name} is {shown(value)}; give {what}")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise InputError(
+                f"attn_implementation={shown(self.attn_implementation)} is a kernel of the hub, and so code "
+                "that runs here; give trust_remote_code=True (--trust-remote-code) if you trust it"
+            )
+        self._check_device_map()
+
+    def _check_device_map(self) -> None:
+        if self.device_map is None:
+            for name in ("max_memory", "offload_folder"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is for device_map; give device_map='auto', or leave {name} out")
+            return
+        if str(self.device) != "cpu":
+            raise InputError(
+                f"device={str(self.device)!r} and device_map exclude each other; give one of them"
+            )
+        if isinstance(self.device_map, Mapping):
+            for module, place in self.device_map.items():
+                if not isinstance(module, str) or not _is_place(place):
+                    raise InputError(
+                        f"device_map: {shown(module)}: {shown(place)} is no module's name with a device; "
+                        "give a CUDA device's number, 'cpu' or 'disk'"
+                    )
+        if not self.device_map or not (
+            isinstance(self.device_map, Mapping) or self.device_map in DEVICE_MAPS
+        ):
+            raise InputError(
+                f"device_map is {shown(self.device_map)}; give one of {', '.join(DEVICE_MAPS)}, or a mapping "
+                "of module names to devices. For a model on one device give device"
+            )
+        if self.max_memory is not None and not (
+            isinstance(self.max_memory, Mapping)
+            and self.max_memory
+            and all(map(_is_limit, self.max_memory, self.max_memory.values()))
+        ):
+            raise InputError(
+                f"max_memory is {shown(self.max_memory)}; give a mapping of CUDA devices' numbers and 'cpu' "
+                "to bytes, like {0: '20GiB', 'cpu': '30GiB'}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -55,52 +146,78 @@ class LoadOptions:
 
     def given(self) -> dict[str, Any]:
         """The options that are not at their defaults."""
-        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) != one.default}
+        pairs = ((one, getattr(self, one.name)) for one in fields(self))
+        return {one.name: value for one, value in pairs if value != one.default and str(value) != one.default}
 
-    def refuse_others(self, backend: str, *known: str) -> None:
+    def refuse_others(self, backend: str, *known: str, member: str = "") -> None:
         """Refuse options that a backend does not have.
 
         Args:
             backend: its name, for the message.
-            known: the options that it has, beside `backend`, `device` and `trust_remote_code`.
+            known: the options that it has, beside `backend`, `device`, `threads` and `trust_remote_code`.
+            member: the member's name, for the message.
 
         Raises:
             InputError: another one is given.
         """
         for name, value in self.given().items():
-            if name not in {"backend", "device", "trust_remote_code", *known}:
+            if name not in (*_OF_EVERY_BACKEND, *known):
+                named = f"{member}: " if member else ""
                 raise InputError(
-                    f"{name}={value!r} is no option of the backend {backend}; leave it out for this member, "
-                    "or choose another backend"
+                    f"{named}{name}={shown(value)} is no option of the backend {backend}; leave it out for "
+                    "this member, or choose another backend"
                 )
 
 
-LOAD_OPTIONS = frozenset(one.name for one in fields(LoadOptions))
+LOAD_OPTIONS = tuple(one.name for one in fields(LoadOptions))
+ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in _OF_EVERY_BACKEND)
 
 
-def options_of_each(members: int, **options: Any) -> list[LoadOptions]:
+def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:
     """Each member's options, from keywords that are one value for all or a list of one for each.
 
+    A mapping is one value for all. None, also within a list, is the option's default. Whether the devices are
+    there is not looked at (`on_this_machine`).
+
+    Args:
+        members: their names, for errors.
+        options: those of `LoadOptions`.
+
     Raises:
-        InputError: an option that there is not or out of range, a list of another length than the members',
-            a device that is not there or that this build has no kernels for.
+        InputError: an option that there is not or out of range, or a list that is not as long as the members.
     """
-    if unknown := sorted(options.keys() - LOAD_OPTIONS):
+    if unknown := sorted(options.keys() - set(LOAD_OPTIONS)):
         raise InputError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(LOAD_OPTIONS))}")
-    found: list[dict[str, Any]] = [{} for _ in range(members)]
+    found: list[dict[str, Any]] = [{} for _ in members]
     for name, value in options.items():
-        values = list(value) if isinstance(value, list | tuple) else [value] * members
-        if len(values) != members:
+        values = list(value) if isinstance(value, list | tuple) else [value] * len(members)
+        if len(values) != len(members):
             raise InputError(
-                f"there are {len(values)} of {name} for {members} members; give one, or one for each"
+                f"there are {len(values)} of {name} for {len(members)} members; give one, or one for each"
             )
         for own, one in zip(found, values, strict=True):
-            own[name] = one
-    each = [LoadOptions(**own) for own in found]
-    each = [replace(one, device=find_device(one.device)) for one in each]
-    for one in each:
-        check_built_for(torch.device(one.device))
+            if one is not None:
+                own[name] = one
+    each = []
+    for member, own in zip(members, found, strict=True):
+        try:
+            if "device" in own and "device_map" in own:
+                raise InputError("device and device_map exclude each other; give one of them")
+            each.append(LoadOptions(**own))
+        except InputError as error:
+            raise InputError(f"{member}: {error}") from error
     return each
+
+
+def on_this_machine(options: LoadOptions) -> LoadOptions:
+    """The options with the device as tensors name it.
+
+    Raises:
+        InputError: a device that is not there, or that this build has no kernels for.
+    """
+    device = find_device(options.device)
+    check_built_for(device)
+    return replace(options, device=device)
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -112,10 +229,29 @@ def find_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(device)}") from error
     if found.type != "cuda":
         return found
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (found.index or 0) >= count:
         raise InputError(f"device {found}: torch sees {count} CUDA devices; use device='cpu'")
     return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+
+
+def _is_place(place: Any) -> bool:
+    """Whether a value of `device_map` is a device."""
+    if isinstance(place, int) and not isinstance(place, bool):
+        return place >= 0
+    if isinstance(place, str) and place != "disk":
+        try:
+            torch.device(place)
+        except RuntimeError:
+            return False
+    return isinstance(place, str | torch.device)
+
+
+def _is_limit(device: Any, limit: Any) -> bool:
+    """Whether a device and the most that it may hold can stand in `max_memory`."""
+    number = type(device) is int and device >= 0
+    size = limit >= 0 if type(limit) is int else isinstance(limit, str) and _BYTES.fullmatch(limit)
+    return (number or device in ("cpu", "mps")) and bool(size)

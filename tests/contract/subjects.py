@@ -217,7 +217,8 @@ def _llama_cpp(
         model = LlamaModel(load_library(), path, family, _CPU)
         return _Counting(family, model, path, read_facts(path), threads=1)
 
-    own = backend("own", 0, GGMLQuantizationType.F32)
+    own_kind = GGMLQuantizationType.F32
+    own = backend("own", 0, own_kind)
     reference = None if family == "mamba" else plain_model(folder / "own.gguf")
 
     def plain(ids: Sequence[int]) -> torch.Tensor:

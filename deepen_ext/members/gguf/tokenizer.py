@@ -17,7 +17,8 @@ from deepen_ext.members.gguf.pre_tokenizers import split_rule
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-_REVISION = "1"  # goes into the cache key: raise it when the rules of the conversion change
+_USER_DEFINED = 4  # a kind of token, of llama.cpp's
+_REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
 
 
 def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
@@ -93,6 +94,7 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
     # the same.
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     backend = tokenizer.backend_tokenizer
+    _add_user_defined(backend, path)
     if rule is not None:
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -106,3 +108,20 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
             single=f"{first}$A", pair=f"{first}$A {first}$B", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     return tokenizer
+
+
+def _add_user_defined(backend: Any, path: Path) -> None:
+    """Tokens that the file calls user-defined are found in a text before anything is merged, longest first.
+
+    transformers leaves some of them to the merges: Gemma's runs of spaces.
+    """
+    from tokenizers import AddedToken
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    kinds = read_gguf_metadata(str(path))[0].get("tokenizer.ggml.token_type", [])
+    known = backend.get_added_tokens_decoder()
+    names = (
+        backend.id_to_token(i) for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i not in known
+    )
+    # Normalised, because the vocabulary has them as they are after it: with another sign for the space.
+    backend.add_tokens([AddedToken(name, normalized=True, special=False) for name in names if name])

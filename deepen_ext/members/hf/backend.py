@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
+from transformers import __version__
 
 from deepen_ext.members.backend import Capabilities, Description
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
@@ -57,6 +58,7 @@ class HFBackend(LoadedModel):
         """See `Backend`."""
         weights = [*self.model.parameters(), *self.model.buffers()]
         return Description(
+            backend=f"transformers {__version__}",
             architecture=str(self.model.config.get_text_config().model_type),
             parameters=sum(one.numel() for one in self.model.parameters()),
             dtype=str(self.dtype).removeprefix("torch."),

@@ -1,8 +1,8 @@
 """The part of llama.cpp's C API that is used here: structures as they lie in memory, and functions.
 
-Structures change from release to release, and nothing in the library tells their layout. So a layout counts only
-where the library's own defaults, read by it, are the ones that llama.cpp documents; and what a context says of
-itself is compared with what was asked for (`context.Context`).
+Structures change from release to release, and nothing in the library tells their layout. So a layout counts
+only where the library's own defaults, read by it, are the ones that llama.cpp documents; and what a context
+says of itself is compared with what was asked for (`context.Context`).
 """
 
 from __future__ import annotations

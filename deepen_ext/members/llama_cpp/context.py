@@ -46,10 +46,10 @@ def cells_for(model: LlamaModel, sequences: int, cells: int) -> int:
 class Context:
     """KV cache and forward passes of one session.
 
-    Sequences share the cache's cells ("unified"), so that texts with different numbers of new tokens go through
-    the model in one pass, and a prefix that a sequence takes over from another one costs nothing. In a model
-    with sliding windows each sequence has cells of its own: among shared ones, llama.cpp gives the cells of
-    positions that have left one text's window to other texts, and no rollback brings them back.
+    Sequences share the cache's cells ("unified"), so that texts with different numbers of new tokens go
+    through the model in one pass, and a prefix that a sequence takes over from another one costs nothing. In
+    a model with sliding windows each sequence has cells of its own: among shared ones, llama.cpp gives the
+    cells of positions that have left one text's window to other texts, and no rollback brings them back.
 
     Attributes:
         cells: positions that the cache holds, over all sequences; one that sequences share counts once.
@@ -153,7 +153,7 @@ class Context:
         window = self._model.window
         if start == 0 or window is None:
             return True
-        first = self._call.llama_memory_seq_pos_min(self._memory, sequence)
+        first = int(self._call.llama_memory_seq_pos_min(self._memory, sequence))
         return 0 <= first <= max(0, start + 1 - window)
 
     def copy(self, source: int, target: int, end: int) -> bool:

@@ -1,4 +1,4 @@
-"""llama.cpp's shared library: which packages bring it, which of them is used, and what it says when it fails."""
+"""llama.cpp's shared library: which packages bring it, which is used, and what it says when it fails."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
-from deepen_ext.members.embedded import Progress
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
@@ -37,7 +37,8 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
         path, name = source.path, source.path.stem
     else:
         raise InputError(
-            f"{source.path or source.hub}: llama.cpp runs .gguf files; name one, or take backend='transformers'"
+            f"{source.path or source.hub}: llama.cpp runs .gguf files; name one, or take "
+            "backend='transformers'"
         )
     library = load_library()
     if progress is not None:

@@ -56,9 +56,9 @@ class LlamaModel:
         handle = call.llama_model_load_from_file(str(path).encode(), params)
         if not handle:
             raise ModelError(
-                f"{name}: llama.cpp cannot load {path}: {library.complaint() or 'no reason given'}. Fetch the "
-                "file again if it may be damaged; an architecture that this llama.cpp does not know may be "
-                "known to a newer one, or to backend='transformers'"
+                f"{name}: llama.cpp cannot load {path}: {library.complaint() or 'no reason given'}. Fetch "
+                "the file again if it may be damaged. An architecture that this llama.cpp does not know may "
+                "be known to a newer one, or to backend='transformers'"
             )
         self.handle: int = handle
         weakref.finalize(self, call.llama_model_free, handle)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 
 from deepen_ext.errors import InputError
@@ -14,13 +12,11 @@ from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.llama_cpp.context import MOST_TOKENS, Context, Feed
-
-if TYPE_CHECKING:
-    from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.loaded_gguf import LoadedGguf
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144
-# Tokens that a lane must be spared before it waits for another one to be fed. That costs a forward more, about
-# five tokens; and the few tokens of a step must not be taken apart because two texts go the same way.
+# Tokens that a lane must be spared before it waits for another one to be fed: that costs one more forward, about five
+# tokens. And the few tokens of a step must not be taken apart because two texts go the same way.
 _SHARED = 16
 
 
@@ -30,16 +26,16 @@ class LlamaSession(Closing):
     The logits that `ask` gives lie in llama.cpp's own buffer: they hold until the session is asked again.
     """
 
-    def __init__(self, backend: LlamaBackend, lanes: int = 1, *, capacity: int = 0) -> None:
+    def __init__(self, loaded: LoadedGguf, lanes: int = 1, *, capacity: int = 0) -> None:
         """Nothing is allocated before the first `ask`.
 
         Args:
-            backend: its sessions do not meet.
+            loaded: the model; its sessions do not meet.
             lanes: number of texts.
             capacity: expected tokens of a text. More may come.
         """
-        self._backend = backend
-        self._count = whole_number(f"{backend.name}: a session's number of lanes", lanes, 1)
+        self._loaded = loaded
+        self._count = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
         self._capacity = capacity
         self._ids: dict[int, list[int]] = {lane: [] for lane in range(self._count)}  # but for released lanes
         self._known: dict[int, torch.Tensor] = {}  # logits [positions, V] after a lane's last ids
@@ -50,17 +46,17 @@ class LlamaSession(Closing):
     def bytes_held(self) -> Mapping[torch.device, int]:
         """See `Session`."""
         cells = 0 if self._context is None else self._context.cells
-        return {self._backend.device: self._backend.cache_bytes(cells)}
+        return {self._loaded.device: self._loaded.cache_bytes(cells)}
 
     def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> LlamaAnswer:
         """See `Session`. The work is done when this returns."""
-        backend = self._backend
+        loaded = self._loaded
         wanted = {lane: list(ids) for lane, ids in targets.items()}
         for lane, ids in wanted.items():
             self._check(lane, ids)
-        positions = check_positions(backend.name, wanted, positions)
+        positions = check_positions(loaded.name, wanted, positions)
         if not wanted:
-            return self._answer(torch.empty((0, backend.vocab_size)), k)
+            return self._answer(torch.empty((0, loaded.vocab_size)), k)
         unfed = {lane: ids for lane, ids in wanted.items() if not self._knows(lane, ids, positions)}
         if unfed:
             for lane, ids in unfed.items():
@@ -81,7 +77,7 @@ class LlamaSession(Closing):
         """See `Session`; of the lane's present ids at most ``ids[:start]`` is kept."""
         wanted = list(ids)
         self._check(lane, wanted)
-        check_start(self._backend.name, wanted, start)
+        check_start(self._loaded.name, wanted, start)
         return self._read(lane, wanted, start, k)
 
     def _read(self, lane: int, ids: list[int], start: int, k: int) -> Iterator[Distribution]:
@@ -91,7 +87,7 @@ class LlamaSession(Closing):
             self._check(lane, ids)
             if self._ids[lane] != ids[:at]:
                 raise InputError(
-                    f"{self._backend.name}: lane {lane} was given other ids while it was read; read it to "
+                    f"{self._loaded.name}: lane {lane} was given other ids while it was read; read it to "
                     "its end"
                 )
             end = min(at + (MOST_TOKENS if at < start else READ_BLOCK), start if at < start else len(ids))
@@ -101,16 +97,16 @@ class LlamaSession(Closing):
             logits = self._forward([Feed(lane, at, ids[at:end], outputs)])
             if at >= start:
                 self._known[lane] = logits[-1:].clone()
-                yield Distribution(self._backend.name, self._backend.vocab_size, k, logits.clone())
+                yield Distribution(self._loaded.name, self._loaded.vocab_size, k, logits.clone())
             at = end
 
     def set_aside(self, lane: int) -> None:
         """See `Session`. Only what is asked for goes through the model in any case."""
-        check_lane(self._backend.name, lane, self._count, self._ids)
+        check_lane(self._loaded.name, lane, self._count, self._ids)
 
     def release(self, lane: int) -> None:
         """See `Session`."""
-        check_lane(self._backend.name, lane, self._count, self._ids)
+        check_lane(self._loaded.name, lane, self._count, self._ids)
         self._known.pop(lane, None)
         if self._context is not None:
             self._context.remove(lane, 0)
@@ -125,11 +121,11 @@ class LlamaSession(Closing):
             self._context = None
 
     def _check(self, lane: int, ids: list[int]) -> None:
-        check_lane(self._backend.name, lane, self._count, self._ids)
-        check_ids(self._backend, lane, self._count, ids)
+        check_lane(self._loaded.name, lane, self._count, self._ids)
+        check_ids(self._loaded, lane, self._count, ids)
 
     def _answer(self, logits: torch.Tensor, k: int) -> LlamaAnswer:
-        return LlamaAnswer(Distribution(self._backend.name, self._backend.vocab_size, k, logits))
+        return LlamaAnswer(Distribution(self._loaded.name, self._loaded.vocab_size, k, logits))
 
     def _knows(self, lane: int, ids: list[int], positions: int) -> bool:
         known = self._known.get(lane)
@@ -158,9 +154,9 @@ class LlamaSession(Closing):
         if old is not None and cells <= old.cells and not old.must_move(rows):
             return
         if old is not None and cells > old.cells:
-            most = self._backend.context_length
+            most = self._loaded.context_length
             cells = max(cells, 2 * old.cells if most is None else min(2 * old.cells, most * self._count))
-        new = self._backend.new_context(self._count, cells if old is None else max(cells, old.cells))
+        new = self._loaded.new_context(self._count, cells if old is None else max(cells, old.cells))
         self._context = new
         if old is None:
             return
@@ -179,7 +175,7 @@ class LlamaSession(Closing):
     def _fed_first(self, unfed: Mapping[int, list[int]], positions: int) -> dict[int, list[int]]:
         """The lanes to feed now. The others wait, to take over what they share with one of these."""
         self._share_prefixes(unfed, positions)
-        if len(unfed) == 1 or not self._backend.shares:
+        if len(unfed) == 1 or not self._loaded.shares:
             return dict(unfed)
         first: dict[int, list[int]] = {}
         for lane, ids in sorted(unfed.items(), key=lambda one: -len(one[1])):
@@ -194,7 +190,7 @@ class LlamaSession(Closing):
 
     def _share_prefixes(self, unfed: Mapping[int, list[int]], positions: int) -> None:
         """What another lane holds of a lane's ids need not be fed: the lane takes over its cells."""
-        if self._count == 1 or not self._backend.shares:
+        if self._count == 1 or not self._loaded.shares:
             return
         context = self._context
         assert context is not None
