@@ -16,6 +16,7 @@ from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.member import Member
 
 PROMPTS = [
@@ -133,7 +134,7 @@ class Counting(LlamaBackend):
 def tiny(folder: Path, family: str = "llama") -> Counting:
     path = write_tiny_model(folder / f"{family}.gguf", family, vocab_size=120, context_length=2000)
     model = LlamaModel(load_library(), path, family, torch.device("cpu"))
-    return Counting(family, model, path, read_facts(path), threads=1)
+    return Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

@@ -28,6 +28,7 @@ from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.top_k_only import TopKOnly
 
 
@@ -215,7 +216,7 @@ def _llama_cpp(
         size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
         path = write_tiny_model(folder / f"{name}.gguf", family, seed=seed, kind=kind, **size)
         model = LlamaModel(load_library(), path, family, _CPU)
-        return _Counting(family, model, path, read_facts(path), threads=1)
+        return _Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
 
     own_kind = GGMLQuantizationType.F32
     own = backend("own", 0, own_kind)

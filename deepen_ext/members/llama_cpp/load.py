@@ -12,6 +12,7 @@ from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.llama_cpp.tokens import check_tokenizer
 from deepen_ext.members.load_options import LoadOptions, find_device
 from deepen_ext.members.member import Member
@@ -48,5 +49,7 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     model = LlamaModel(library, path, name, find_device(options.device))
     vocabulary = Vocabulary.from_tokenizer(tokenizer, model.vocab_size, name=name)
     check_tokenizer(model, vocabulary)
-    threads = torch.get_num_threads() if options.threads is None else options.threads
+    # torch and llama.cpp share one pool of OpenMP's threads where both use the same library of it, as they do
+    # on Linux: neither keeps the other from a processor.
+    threads = Threads(options.threads or torch.get_num_threads(), fixed=options.threads is not None)
     return Member(name, LlamaBackend(name, model, path, facts, threads), tokenizer, vocabulary, facts.eos_ids)
