@@ -42,7 +42,7 @@ def recorded(members: int = 1, *, llama_cpp: bool = False) -> Iterator[list[tupl
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_has_llama_cpp", lambda: llama_cpp)
+        patch.setattr(loading, "is_installed", lambda: llama_cpp)
         for backend in list(BACKENDS):
             made = module(backend)
             patch.setitem(sys.modules, made.__name__, made)

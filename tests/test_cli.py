@@ -312,10 +312,10 @@ def test_a_damaged_model_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.Monk
     command = ["generate", "--prompt", "x", "--model", str(broken), "--model", "b"]
     done = run(*command, "--backend", "transformers")
     assert done.returncode == 1
-    assert "cannot convert this GGUF file" in done.stderr
+    assert "cannot read this GGUF file" in done.stderr
     assert "Traceback" not in done.stderr
     assert "llama.cpp" not in done.stderr
-    monkeypatch.setattr(loading, "_has_llama_cpp", lambda: False)
+    monkeypatch.setattr(loading, "is_installed", lambda: False)
     without = run(*command)
     assert without.returncode == 1
     assert f"Note: llama.cpp is not installed. transformers runs {broken} instead" in without.stderr

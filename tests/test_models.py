@@ -246,8 +246,8 @@ def test_a_gguf_that_lacks_weights_is_refused(assets: Path, tmp_path: Path) -> N
 def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
     tiny_gguf: Path, assets: Path, tmp_path: Path
 ) -> None:
-    path = write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))
-    own, tied = (load_member(one, backend="transformers").model for one in (path, tiny_gguf))
+    file = write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))
+    own, tied = (load_member(one, backend="transformers").model for one in (file, tiny_gguf))
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     head, embedding = own.get_output_embeddings().weight, own.get_input_embeddings().weight
     assert head.shape == embedding.shape

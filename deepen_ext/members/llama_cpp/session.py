@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
 import torch
 
 from deepen_ext.errors import InputError
@@ -15,8 +16,8 @@ from deepen_ext.members.llama_cpp.context import MOST_TOKENS, Context, Feed
 from deepen_ext.members.llama_cpp.loaded_gguf import LoadedGguf
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144
-# Tokens that a lane must be spared before it waits for another one to be fed: that costs one more forward, about five
-# tokens. And the few tokens of a step must not be taken apart because two texts go the same way.
+# Tokens that a lane must be spared before it waits for another one to be fed. Waiting costs one more forward,
+# about five tokens. And the few tokens of a step must not be taken apart because two texts go the same way.
 _SHARED = 16
 
 
