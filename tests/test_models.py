@@ -126,7 +126,7 @@ def test_conversion_keeps_exact_weights(tiny_gguf: Path, assets: Path) -> None:
 
 
 def test_conversion_follows_the_file_where_transformers_does_not(tiny_gguf: Path, assets: Path) -> None:
-    member = load_member(tiny_gguf)
+    member = load_member(tiny_gguf, backend="transformers")
     assert member.name == "tiny"
     assert member.vocabulary.prefix_ids == [1]  # add_bos_token
     assert member.eos_ids == (2, 3)  # eos and end of turn
@@ -231,7 +231,7 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     content = tiny_gguf.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ModelError, match=r"cut\.gguf: cannot read this GGUF file.*truncated"):
-        load_member(cut)
+        load_member(cut, backend="transformers")
     assert not leftovers(assets)
     assert not list(assets.rglob("config.json"))
 
