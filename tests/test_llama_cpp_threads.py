@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from deepen_ext.members.llama_cpp.threads import Threads
 
 
@@ -28,7 +30,7 @@ def test_beside_others_it_takes_what_is_left_and_tries_again() -> None:
 def test_it_never_waits_longer_than_so_many_forwards() -> None:
     found = counts(Threads(2, fixed=False), [0.5] * 5000)
     tried = [i for i, one in enumerate(found) if one == 2]
-    assert max(b - a for a, b in zip(tried, tried[1:], strict=False)) == 513
+    assert max(b - a for a, b in pairwise(tried)) == 513
 
 
 def test_when_the_others_are_gone_it_takes_all() -> None:

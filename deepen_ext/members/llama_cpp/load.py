@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from deepen_ext.errors import InputError
@@ -45,8 +47,12 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     if progress is not None:
         progress(f"Loading {name}")
     facts = read_facts(path)
-    tokenizer = load_gguf_tokenizer(path, name)
-    model = LlamaModel(library, path, name, find_device(options.device))
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # a large vocabulary takes as long as the weights, on another processor
+        loading = pool.submit(LlamaModel, library, path, name, find_device(options.device))
+        tokenizer = load_gguf_tokenizer(path, name)
+        model = loading.result()
     vocabulary = Vocabulary.from_tokenizer(tokenizer, model.vocab_size, name=name)
     check_tokenizer(model, vocabulary)
     # torch and llama.cpp share one pool of OpenMP's threads where both use the same library of it, as they do
