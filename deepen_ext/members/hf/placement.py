@@ -1,0 +1,43 @@
+"""Where the parts of a loaded model are computed, when accelerate spread it over several devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepen_ext.members.hf.loaded_model import inner_model
+
+
+def is_spread(model: torch.nn.Module) -> bool:
+    """Whether the model's parts lie on several devices, or on the disk.
+
+    accelerate's hooks then move inputs, masks and states from part to part.
+    """
+    places = getattr(inner_model(model), "hf_device_map", None) or {}
+    return len(set(places.values())) > 1
+
+
+def home(model: torch.nn.Module) -> torch.device:
+    """Where a model takes its ids. Its logits are moved there, once, by accelerate."""
+    return runs_on(inner_model(model).get_input_embeddings())
+
+
+def runs_on(module: torch.nn.Module) -> torch.device:
+    """The device that computes a module. Weights that wait on the disk or the host are moved there."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return next(module.parameters()).device
+
+
+def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
+    """The device of each attention layer, by the number under which its states stand in the cache."""
+    found: dict[int, torch.device] = {}
+    for module in inner_model(model).modules():
+        layer = getattr(module, "layer_idx", None)
+        if isinstance(layer, int) and layer not in found and next(module.parameters(), None) is not None:
+            found[layer] = runs_on(module)
+    return found
