@@ -98,8 +98,13 @@ class LaneCache:
         return list(dict.fromkeys(layer.window for layer in self._own))
 
     @property
-    def nbytes(self) -> dict[torch.device, int]:
-        """Bytes of the buffers by device."""
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers())
+
+    @property
+    def bytes_by_device(self) -> dict[torch.device, int]:
+        """The same by device."""
         found: dict[torch.device, int] = {}
         for buffer in self._buffers():
             found[buffer.device] = found.get(buffer.device, 0) + buffer.nbytes

@@ -34,8 +34,10 @@ def runs_on(module: torch.nn.Module) -> torch.device:
 
 
 def layer_devices(model: torch.nn.Module) -> dict[int, torch.device]:
-    """The device of each attention layer, by the number under which its states stand in the cache."""
+    """Of a model that is spread, the device of each attention layer by its number in the cache; else {}."""
     found: dict[int, torch.device] = {}
+    if not is_spread(model):
+        return found
     for module in inner_model(model).modules():
         layer = getattr(module, "layer_idx", None)
         if isinstance(layer, int) and layer not in found and next(module.parameters(), None) is not None:

@@ -64,7 +64,7 @@ def idle_bytes(loaded: LoadedModel) -> int:
     """Bytes of the model's idle room: its next session takes it over, or gives it back."""
     with _lock:
         room = _idle.get(loaded.model)
-    return 0 if room is None else sum(room.cache.nbytes.values())
+    return 0 if room is None else room.cache.nbytes
 
 
 @gives_back

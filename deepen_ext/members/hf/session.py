@@ -65,8 +65,10 @@ class HFSession(Closing):
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
         """See `Session`; what a closed session left for the model's next one is not its own any more."""
-        devices = dict.fromkeys((self._loaded.device, *layer_devices(self._loaded.model).values()), 0)
-        return devices if self._closed else devices | self._cache.nbytes
+        if not is_spread(self._loaded.model):
+            return {self._loaded.device: 0 if self._closed else self._cache.nbytes}
+        devices = (self._loaded.device, *layer_devices(self._loaded.model).values())
+        return dict.fromkeys(devices, 0) | ({} if self._closed else self._cache.bytes_by_device)
 
     @property
     def tokens_fed(self) -> int:
