@@ -78,7 +78,8 @@ class Ensemble:
         """Load the members and make an ensemble of them.
 
         Args:
-            members: hub names, local folders or `.gguf` files, the main model first.
+            members: hub names, local folders, `.gguf` files or embedded models, the main model first; with a
+                PEFT adapter on it, ``"base@adapter"``.
             progress: called with a line of text as each stage starts.
             options: what `Ensemble(...)` takes (weights, recipe, learning_rate, ...); and how the members are
                 loaded (`deepen_ext.members.load_options.LoadOptions` documents it: backend, device, dtype,
@@ -107,6 +108,11 @@ class Ensemble:
     def names(self) -> list[str]:
         """The members', no two alike."""
         return list(self.team.names)
+
+    @property
+    def backends(self) -> list[str]:
+        """What computes each member, the main model first, such as "transformers 5.23.0"."""
+        return list(self.team.backends)
 
     @property
     def weights(self) -> list[float]:

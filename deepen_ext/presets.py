@@ -7,15 +7,17 @@
     learning_rate: 0.25
     relative_temperature: 40
     confidence: 0.5
+    backend: llama.cpp                                         # how they are loaded: one for all,
+    threads: [4, null]                                         # or one for each
     measured: {...}                                            # what was measured; not read again
 
-Only `members` must be there. What is left out has the default of `Ensemble`. A fuser that is code
-(module:function) is never imported because a file says so: the caller names it too.
+Only `members` must be there. What is left out has the default of `Ensemble`. A file cannot choose code: a
+fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code` are only used
+where the caller names them.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -29,11 +31,16 @@ from deepen_ext.fusers.make import parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
+from deepen_ext.members.names_in_files import name_for_file, name_from_file, path_for_file
 from deepen_ext.space.recipes import check_recipe
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
-_KEYS = ("members", *_SETTINGS, "measured")
+# How members are loaded. Whether their code is run is nothing that a file may say.
+_LOADING = tuple(name for name in LOAD_OPTIONS if name != "trust_remote_code")
+_PLACES = ("device", "device_map", "max_memory", "offload_folder")  # one of the first two is given, not both
+_KEYS = ("members", *_SETTINGS, *_LOADING, "measured")
 _MOST_BYTES = 1 << 17  # the parser takes a second for it
 _DEEPEST = 20
 
@@ -47,11 +54,24 @@ class Preset:
             the file are relative to its folder, these are not).
         given: the settings that the file has, by their names in `FusionSettings`.
         measured: the section of that name; for readers.
+        loading: how the members are loaded, by the names in `LoadOptions`: one value for all, or a list of
+            one for each. Never `trust_remote_code`.
     """
 
     members: list[str]
     given: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
+    loading: dict[str, Any] = field(default_factory=dict)
+
+    def load_options(self, **options: Any) -> dict[str, Any]:
+        """The keywords of `load_members` that the file sets.
+
+        Args:
+            options: those that count more than the file's; None is the option's default. A device or a device
+                map stands in the place of either in the file.
+        """
+        replaced = _PLACES if options.keys() & {"device", "device_map"} else ()
+        return {name: value for name, value in self.loading.items() if name not in replaced} | options
 
     def settings(self, **options: Any) -> dict[str, Any]:
         """The keywords of `Ensemble` that the file sets; what it leaves out is not there.
@@ -97,6 +117,12 @@ def load_preset(path: str | Path) -> Preset:
         return InputError(f"{file}, line {lines[key]}: {message}")
 
     for key in values:
+        if key == "trust_remote_code":
+            raise wrong(
+                key,
+                "a file cannot choose to run a model's code; take this line out, and give "
+                "--trust-remote-code yourself (in Python trust_remote_code=True) if you trust the model",
+            )
         if key not in _KEYS:
             raise wrong(key, f"{shown(key)} is no key of a preset; there are {', '.join(_KEYS)}")
     if "members" not in values:
@@ -115,10 +141,16 @@ def load_preset(path: str | Path) -> Preset:
     if not isinstance(measured := values.get("measured", {}), dict):
         raise wrong("measured", f"measured is {shown(measured)}; give keys and values, or leave it out")
     try:
-        found = [_member(name, file) for name in members]
+        found = [name_from_file(name, file) for name in members]
     except InputError as error:
         raise wrong("members", str(error)) from None
-    return Preset(members=found, given=given, measured=measured)
+    loading = {key: values[key] for key in _LOADING if values.get(key) is not None}
+    try:
+        loading = _read_loading(loading, members, file)
+    except InputError as error:
+        named = [key for key in loading if key in str(error)]
+        raise wrong((named or list(loading))[0], str(error)) from None
+    return Preset(members=found, given=given, measured=measured, loading=loading)
 
 
 def write_preset(path: str | Path, preset: Preset) -> None:
@@ -130,8 +162,9 @@ def write_preset(path: str | Path, preset: Preset) -> None:
         InputError: the file cannot be written.
     """
     file = Path(path).expanduser()
-    content: dict[str, Any] = {"members": [_portable(name, file) for name in preset.members]}
+    content: dict[str, Any] = {"members": [name_for_file(name, file) for name in preset.members]}
     content |= {key: preset.given[key] for key in _SETTINGS if key in preset.given}
+    content |= {key: _plain(key, preset.loading[key], file) for key in _LOADING if key in preset.loading}
     if preset.measured:
         content["measured"] = preset.measured
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
@@ -208,33 +241,38 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
 
 
-def _member(name: str, file: Path) -> str:
-    """The member as `load_member` finds it from any folder."""
-    try:
-        if "\0" in name:
-            raise ValueError("it has a zero byte")
-        name.encode()  # half a surrogate pair has no bytes
-        if name.startswith("demo:"):
-            return name
-        path = Path(name).expanduser()
-        beside = file.absolute().parent / path  # an absolute path stays as it is
-        if path.is_absolute() or beside.exists() or name.startswith("."):
-            return str(beside)
-        is_here = path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a zero byte, ~ of no user
-        raise InputError(f"{shown(name)} is no model's name or path: {error}") from error
-    if is_here:
-        raise InputError(
-            f"{name} is in the current folder, but a preset's paths start from its own, "
-            f"{beside.parent}; write {path.absolute()}"
-        )
-    return name  # of the hub
+def _read_loading(loading: dict[str, Any], members: list[str], file: Path) -> dict[str, Any]:
+    """Check how the members are loaded, and make paths absolute. Devices are looked at when they are used."""
+    for kernel in _each(loading.get("attn_implementation")):
+        if isinstance(kernel, str) and "/" in kernel:
+            raise InputError(
+                f"attn_implementation {shown(kernel)} is a kernel of the hub, and so code, which a file "
+                "cannot choose; take this line out, and give --attn-implementation yourself if you trust it"
+            )
+    options_of_each(members, **loading)
+    found = dict(loading)
+    for key, read in (("adapter", name_from_file), ("offload_folder", _folder_from_file)):
+        if key in loading:
+            values = [None if one is None else read(one, file) for one in _each(loading[key])]
+            found[key] = values if isinstance(loading[key], list) else values[0]
+    return found
 
 
-def _portable(name: str, file: Path) -> str:
-    path = Path(name).expanduser()
-    if name.startswith("demo:") or path.is_absolute() or not path.exists():
-        return name
-    folder = file.absolute().parent
-    relative = Path(os.path.relpath(path.absolute(), folder)).as_posix()
-    return relative if relative.startswith("..") else f"./{relative}"
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _folder_from_file(name: str, file: Path) -> str:
+    return str(file.absolute().parent / Path(name).expanduser())
+
+
+def _plain(key: str, value: Any, file: Path) -> Any:
+    """An option of loading as YAML has it."""
+    if isinstance(value, list | tuple):
+        return [_plain(key, one, file) for one in value]
+    if isinstance(value, Mapping):
+        return {name: _plain("", one, file) for name, one in value.items()}
+    if key in ("adapter", "offload_folder") and value is not None:
+        return path_for_file(str(value), file, new=key == "offload_folder")
+    known = value is None or isinstance(value, str | int)
+    return value if known else str(value).removeprefix("torch.")  # a device, a dtype

@@ -21,7 +21,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from deepen_ext import __version__
-from deepen_ext.adapters.lm_eval_args import ensemble_from, log, whole_number
+from deepen_ext.adapters.lm_eval_args import ensemble_from, log, places_members, whole_number
 from deepen_ext.adapters.lm_eval_contexts import fitting, prompt_of, read_chat, write_chat
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
@@ -64,8 +64,8 @@ class DeepenLM(LM):  # type: ignore[misc]
             without_template: in a chat, what a member without a chat template reads: "error" refuses it,
                 "plain" gives it a transcript.
             max_batch_size: refused; it goes with batch sizes found by trying.
-            arguments: `demo`, `preset`, `weights`, `fuser`, `recipe`, `learning_rate`, `dtype`, `device` and
-                the other settings of `Ensemble` (see `ensemble_from`).
+            arguments: `demo`, `preset`, `weights`, `fuser`, `recipe`, `learning_rate` and the other settings
+                of `Ensemble`; `backend`, `device`, `dtype` and the other `LoadOptions` (see `ensemble_from`).
 
         Raises:
             InputError: an argument that is unknown or out of range, or a model that is not there.
@@ -89,13 +89,17 @@ class DeepenLM(LM):  # type: ignore[misc]
     ) -> DeepenLM:
         """What the harness calls with its model_args, and with batch sizes and device from its own options.
 
-        These have defaults, so model_args come before them; and its device, "cuda:0" unless it is told
-        otherwise, becomes the CPU where there is no CUDA, as in the harness's own models.
+        These have defaults, so model_args come before them, a preset's device or device map too; and its
+        device, "cuda:0" unless it is told otherwise, becomes the CPU where there is no CUDA, as in the
+        harness's own models.
         """
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if options.get("device") == "cuda:0" and "device" not in arg_dict and not torch.cuda.is_available():
-            log.info("There is no CUDA device: the members run on the CPU")
-            del options["device"]
+        if options.get("device") == "cuda:0" and "device" not in arg_dict:
+            if places_members(arg_dict):
+                del options["device"]
+            elif not torch.cuda.is_available():
+                log.info("There is no CUDA device: the members run on the CPU")
+                del options["device"]
         return cls(**{**options, **arg_dict})
 
     @classmethod
@@ -246,12 +250,13 @@ class DeepenLM(LM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """What the results say about the model."""
         ensemble = self.ensemble
+        models = [member.backend.describe() for member in ensemble.members]
         return {
             "deepen_ext": __version__,
             "method": ensemble.method,
             "members": [
-                {"name": name, "dtype": member.backend.describe().dtype}
-                for name, member in zip(ensemble.names, ensemble.members, strict=True)
+                {"name": name, "backend": model.backend, "dtype": model.dtype}
+                for name, model in zip(ensemble.names, models, strict=True)
             ],
             "weights": "prompt" if ensemble.weighs_prompts else ensemble.weights,
         }

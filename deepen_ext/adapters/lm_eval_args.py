@@ -10,7 +10,8 @@ from typing import Any
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
-from deepen_ext.members import embedded
+from deepen_ext.members.from_text import DEMO_PAIR, option_from_text
+from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.presets import Preset, load_preset
 
 SEPARATOR = "|"  # neither the harness's parser nor a hub name knows it, and hardly a path
@@ -28,10 +29,10 @@ def ensemble_from(
 
     Args:
         pretrained: the members, the main model first, or an ensemble, which is returned.
-        arguments: `demo` (the embedded pair) or `preset` (a YAML file) instead of `pretrained`; `dtype` and
-            `device`, one for all or one for each; `trust_remote_code`; and the settings of `Ensemble`, of
-            which those that are given count more than the preset's. `fuser` is a name as on the command
-            line.
+        arguments: `demo` (the embedded pair) or `preset` (a YAML file) instead of `pretrained`; the options
+            of loading (`LoadOptions`: backend, device, dtype, ...), one for all or one for each; and the
+            settings of `Ensemble`. What is given counts more than the preset. `fuser` is a name as on the
+            command line.
 
     Raises:
         InputError: an unknown argument, none or two of the ways to name members, a value out of range, a
@@ -40,7 +41,7 @@ def ensemble_from(
     """
     given = {name: value for name, value in arguments.items() if value is not None}
     settings = {one.name for one in fields(FusionSettings)}
-    known = {"demo", "preset", "dtype", "device", "trust_remote_code", *settings}
+    known = {"demo", "preset", *LOAD_OPTIONS, *settings}
     if unknown := sorted(given.keys() - known):
         raise InputError(
             f"model_args: there is no {', '.join(unknown)}; there are pretrained, batch_size, max_gen_toks, "
@@ -60,20 +61,29 @@ def ensemble_from(
     if preset_file is not None:
         preset = load_preset(str(preset_file))
     else:
-        named = _parts("pretrained", pretrained) if pretrained is not None else embedded.members(log.info)
+        named = DEMO_PAIR if pretrained is None else _parts("pretrained", pretrained)
         preset = Preset([str(name) for name in named])
-    placed: dict[str, Any] = {}
-    for name in given.keys() & {"dtype", "device"}:
-        parts = _parts(name, given.pop(name))
-        placed[name] = parts if len(parts) > 1 else parts[0]
+    loading = {name: _option(name, given.pop(name)) for name in LOAD_OPTIONS if name in given}
     if "weights" in given and given["weights"] != "prompt":
         given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
-    if "trust_remote_code" in given:
-        placed["trust_remote_code"] = given.pop("trust_remote_code")
     chosen = preset.settings(**given)
-    return Ensemble.from_pretrained(preset.members, progress=log.info, **placed, **chosen)
+    return Ensemble.from_pretrained(
+        preset.members, progress=log.info, **preset.load_options(**loading), **chosen
+    )
+
+
+def places_members(arguments: Mapping[str, Any]) -> bool:
+    """Whether `model_args`, or the preset that they name, say where the members run.
+
+    Raises:
+        InputError: a preset that cannot be read.
+    """
+    found = dict(arguments)
+    if arguments.get("preset") is not None:
+        found = load_preset(str(arguments["preset"])).loading | found
+    return any(found.get(name) is not None for name in ("device", "device_map"))
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -95,6 +105,12 @@ def _parts(name: str, value: Any) -> list[Any]:
     if not parts or "" in parts:
         raise InputError(f"model_args: {name} is {value!r}; write {name}=A{SEPARATOR}B, or give a list")
     return parts
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option of loading: one value for all members, or a list of one for each."""
+    parts = [option_from_text(name, one) if isinstance(one, str) else one for one in _parts(name, value)]
+    return parts if len(parts) > 1 else parts[0]
 
 
 def _number(value: Any) -> float:

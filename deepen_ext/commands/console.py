@@ -34,7 +34,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
         def line(message: str) -> None:
             stage = message.split(",")[0]  # without the counts
-            if stage.startswith(("Downloading", "Converting", "Waiting")) and stage not in seen:
+            if stage.startswith(("Downloading", "Converting", "Waiting", "Note")) and stage not in seen:
                 seen.add(stage)
                 print(stage, file=sys.stderr, flush=True)
 
@@ -43,7 +43,14 @@ def progress() -> Iterator[Callable[[str], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None)
-        yield lambda message: bars.update(task, description=message)
+
+        def show(message: str) -> None:
+            if message.startswith("Note:"):  # it stays when the bar has gone
+                console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
+            else:
+                bars.update(task, description=message)
+
+        yield show
 
 
 def tables(width: int = 140) -> Console:

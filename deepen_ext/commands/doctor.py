@@ -11,7 +11,8 @@ import typer
 
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, tables, write
-from deepen_ext.commands.loading import named_members, placed
+from deepen_ext.commands.load_options import Loading, with_load_options
+from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from deepen_ext.measure.doctor.diagnosis import Diagnosis, MemberFacts
 
 
+@with_load_options
 def doctor(
+    loading: Loading,
     model: options.Models = None,
     demo: options.Demo = False,
     text: Annotated[
@@ -30,9 +33,6 @@ def doctor(
             help="What the models read, best of the kind they are for; a built-in sample by default."
         ),
     ] = None,
-    dtype: options.Dtypes = None,
-    device: options.Devices = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -50,7 +50,7 @@ def doctor(
             from deepen_ext.measure.doctor.diagnose import diagnose
             from deepen_ext.members.loading import load_members
 
-            members = load_members(named, progress=say, **placed(dtype, device, trust_remote_code))
+            members = load_members(named, progress=say, **loading.options())
             diagnosis = diagnose(members, text=sample, progress=say)
         if as_json:
             write(json.dumps(diagnosis.as_dict(), ensure_ascii=False) + "\n")
@@ -117,6 +117,7 @@ def _members(found: Diagnosis) -> Table:
     def line(title: str, cell: Callable[[MemberFacts], str]) -> None:
         table.add_row(title, *map(cell, found.members))
 
+    line("run by", lambda one: one.backend)
     line("architecture", lambda one: one.architecture)
     line("parameters", lambda one: _million(one.parameters))
     line("weights", lambda one: f"{one.dtype or '?'} on {one.device}, {_size(one.weights_bytes)}")

@@ -14,7 +14,8 @@ import typer
 
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, tables
-from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
+from deepen_ext.commands.load_options import Loading, with_load_options
+from deepen_ext.commands.loading import load_ensemble, named_members, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class Split(str, Enum):
     test = "test"
 
 
+@with_load_options
 def evaluate(
+    loading: Loading,
     task: Annotated[
         list[str],
         typer.Option(help="gsm8k, arc_challenge, piqa, mmlu, triviaqa, nq, or all of them: all. Repeat it."),
@@ -74,9 +77,6 @@ def evaluate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop the folder's results of these tasks first.")
     ] = False,
-    dtype: options.Dtypes = None,
-    device: options.Devices = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Score models together and alone on the paper's benchmarks, with intervals and paired comparisons.
@@ -94,9 +94,8 @@ def evaluate(
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser
-        placing = placed(dtype, device, trust_remote_code)
         first = "single" if alone else next(iter(fuser or []), None)
-        base = load_ensemble(named, placing, first, weight, recipe, learning_rate)
+        base = load_ensemble(named, loading, first, weight, recipe, learning_rate)
         ensembles = _configurations(base, fused if not alone else [], singles)
 
         from deepen_ext.measure.evaluation.runner import evaluate as run

@@ -13,7 +13,8 @@ import typer
 
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, read_stdin, write
-from deepen_ext.commands.loading import load_ensemble, named_members, placed
+from deepen_ext.commands.load_options import Loading, with_load_options
+from deepen_ext.commands.loading import load_ensemble, named_members
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class WithoutTemplate(str, Enum):
     plain = "plain"
 
 
+@with_load_options
 def generate(
+    loading: Loading,
     model: options.Models = None,
     demo: options.Demo = False,
     prompt: Annotated[
@@ -75,9 +78,6 @@ def generate(
     trace: Annotated[
         Path | None, typer.Option(help="Write a line of JSON for every token: what each member said.")
     ] = None,
-    dtype: options.Dtypes = None,
-    device: options.Devices = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -91,8 +91,7 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
-        placing = placed(dtype, device, trust_remote_code)
-        ensemble = load_ensemble(named, placing, fuser, weight, recipe, learning_rate)
+        ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate)
         result = ensemble.generate(
             [{"role": "user", "content": text}] if chat else text,
             max_new_tokens=max_new_tokens,
@@ -151,6 +150,7 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         ],
         "fuser": ensemble.method,
         "recipe": ensemble.recipe,
+        "backends": result.backends,
         "rows_computed": ensemble.rows_computed,
     }
 
@@ -167,4 +167,5 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
     )
     if timings.skipped_share:
         line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
+    line += f"; run by {' and '.join(dict.fromkeys(result.backends))}"
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,11 @@ model_args of deepen:
   demo=True             the embedded pair instead
   preset=FILE           or a preset that `deepen-ext tune` wrote
   fuser=, recipe=, weights=0.6|0.4 (or prompt), learning_rate=, and the other settings of an ensemble
-  dtype=, device=       one for all members, or one for each: float32|bfloat16
+  backend=, device=, dtype=, threads=, device_map=, max_memory=, offload_folder=, quantization=,
+  adapter=, revision=, attn_implementation=
+                        how members are loaded, as on the command line: one for all members, or one
+                        for each, where - is the default: quantization=-|int8
+  trust_remote_code=True   run code that members bring along
   max_gen_toks=256      tokens of a text where the task does not say
   piece=, context=      of whole texts, as of `deepen-ext nll`: characters of a piece, and before it
   without_template=     in a chat, for a member that has no chat template: error, or plain

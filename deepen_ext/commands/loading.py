@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepen_ext.commands.console import progress
-from deepen_ext.commands.options import Dtype, RecipeName
+from deepen_ext.commands.load_options import Loading
+from deepen_ext.commands.options import RecipeName
 from deepen_ext.errors import InputError
+from deepen_ext.members.from_text import DEMO_PAIR
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.presets import Preset
 
-_DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
 _ONE_WAY = (
     "name the models with --model, two or more, or take the embedded pair with --demo, or a --preset's: "
     "one of the three"
@@ -41,24 +42,15 @@ def named_members(models: list[str] | None, demo: bool, preset: Path | None = No
         loaded = load_preset(preset)
     if demo and (models or preset is not None):
         raise InputError(_ONE_WAY)
-    members = models or (_DEMO if demo else loaded.members if loaded is not None else None)
+    members = models or (list(DEMO_PAIR) if demo else loaded.members if loaded is not None else None)
     if members is None:
         raise InputError(_ONE_WAY)
     return Named(members, loaded)
 
 
-def placed(dtypes: list[Dtype] | None, devices: list[str] | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Keywords of `load_members`, from --dtype, --device and --trust-remote-code."""
-    return {
-        "dtype": _one_or_more([one.value for one in dtypes or []], None),
-        "device": _one_or_more(devices, "cpu"),
-        "trust_remote_code": trust_remote_code,
-    }
-
-
 def load_ensemble(
     named: Named,
-    placing: dict[str, Any],
+    loading: Loading,
     fuser: str | None,
     weights: list[str] | None,
     recipe: RecipeName | None,
@@ -68,7 +60,7 @@ def load_ensemble(
 
     Args:
         named: see `named_members`.
-        placing: see `placed`.
+        loading: the options of loading. They count more than the preset's, which are for its own members.
         fuser: --fuser; None, as below, where the option is not given: the preset's counts, or the default.
         weights: --weight.
         recipe: --recipe.
@@ -84,7 +76,10 @@ def load_ensemble(
         from deepen_ext.ensemble import Ensemble
 
         settings = _settings(named.preset, recipe=recipe, **given)
-        return Ensemble.from_pretrained(named.members, progress=say, **placing, **settings)
+        options = loading.options()
+        if named.preset is not None and named.members is named.preset.members:
+            options = named.preset.load_options(**options)
+        return Ensemble.from_pretrained(named.members, progress=say, **options, **settings)
 
 
 def ways_of_fusing(
@@ -133,8 +128,3 @@ def _read_weights(given: list[str] | None) -> list[float] | str | None:
         raise InputError(
             f"--weight {' '.join(given)}: give a number for each member, or prompt once"
         ) from None
-
-
-def _one_or_more(values: list[str] | None, default: str | None) -> str | list[str] | None:
-    """A repeated option: one value for all members, or a list of one for each."""
-    return values if values and len(values) > 1 else values[0] if values else default

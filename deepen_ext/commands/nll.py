@@ -12,7 +12,8 @@ import typer
 
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, read_stdin, write
-from deepen_ext.commands.loading import load_ensemble, named_members, placed, ways_of_fusing, writes_alone
+from deepen_ext.commands.load_options import Loading, with_load_options
+from deepen_ext.commands.loading import load_ensemble, named_members, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 # torch and transformers are imported inside the command only, so that --help answers at once.
 
 
+@with_load_options
 def nll(
+    loading: Loading,
     text: Annotated[str, typer.Option("--text", help="A UTF-8 text file, or - for standard input.")],
     model: options.Models = None,
     demo: options.Demo = False,
@@ -39,9 +42,6 @@ def nll(
     context: Annotated[
         int, typer.Option(min=0, help="Each after at most so many of the characters before it.")
     ] = CONTEXT,
-    dtype: options.Dtypes = None,
-    device: options.Devices = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -57,8 +57,7 @@ def nll(
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
         ways = ways_of_fusing(named, specs, recipe)
-        placing = placed(dtype, device, trust_remote_code)
-        base = load_ensemble(named, placing, specs[0] if specs else None, weight, recipe, learning_rate)
+        base = load_ensemble(named, loading, specs[0] if specs else None, weight, recipe, learning_rate)
         with progress() as say:
             from deepen_ext.measure.likelihood.scoring import score_texts
 
@@ -87,10 +86,14 @@ def _read(file: str) -> str:
 
 def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
     """The JSON object; what is not finite is null, and `impossible` then says why."""
+    one = next(iter(ensembles.values()))
+    backends = dict(zip(one.names, one.backends, strict=True))
     return {
         "main": scores.main,
         "best_single": scores.best_single,
-        "members": [{"name": name, **_facts(scores.score(name))} for name in scores.alone],
+        "members": [
+            {"name": name, "backend": backends[name], **_facts(scores.score(name))} for name in scores.alone
+        ],
         "fused": [
             {
                 "method": name,

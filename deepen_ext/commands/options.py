@@ -19,14 +19,6 @@ class RecipeName(str, Enum):
     paper = "paper"
 
 
-class Dtype(str, Enum):
-    """Of the models' weights."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 Models = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,21 +67,6 @@ LearningRate = Annotated[
 Preset = Annotated[
     Path | None,
     typer.Option("--preset", help="A YAML file that `tune` wrote; options given here come before it."),
-]
-Dtypes = Annotated[
-    list[Dtype] | None,
-    typer.Option("--dtype", help="Of the models' weights: one for all, or one for each. float32 by default."),
-]
-Devices = Annotated[
-    list[str] | None,
-    typer.Option("--device", help="Where the models run: one for all, or one for each. cpu by default."),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that a model's folder or repository brings along. Without it such a model is refused.",
-    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -9,7 +9,8 @@ import typer
 
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, tables, write
-from deepen_ext.commands.loading import named_members, placed, writes_alone
+from deepen_ext.commands.load_options import Loading, with_load_options
+from deepen_ext.commands.loading import named_members, writes_alone
 from deepen_ext.errors import InputError
 from deepen_ext.space.recipes import RECIPES, check_recipe
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from deepen_ext.measure.tuning.tune import Tuning
 
 
+@with_load_options
 def tune(
+    loading: Loading,
     model: options.Models = None,
     demo: options.Demo = False,
     task: Annotated[
@@ -38,9 +41,6 @@ def tune(
     ] = 10.0,
     out: Annotated[Path, typer.Option(help="The preset to write.")] = Path("preset.yaml"),
     fuser: options.FuserSpec = None,
-    dtype: options.Dtypes = None,
-    device: options.Devices = None,
-    trust_remote_code: options.TrustRemoteCode = False,
     debug: options.Debug = False,
 ) -> None:
     """Choose weights, settings and the main model of two or more models, and write a preset.
@@ -76,7 +76,8 @@ def tune(
             way, recipe = parse_fuser(spec, "")
             if recipe:
                 check_recipe(recipe)
-            members = load_members(named, progress=say, **placed(dtype, device, trust_remote_code))
+            given = loading.options()
+            members = load_members(named, progress=say, **given)
             tuning = tune_members(
                 members,
                 dev,
@@ -85,7 +86,7 @@ def tune(
                 recipes=[one for one in RECIPES if recipe in ("", one)],
                 progress=say,
             )
-        preset = tuning.preset(named, dev, spec)
+        preset = tuning.preset(named, dev, spec, given)
         write_preset(out, preset)
         _show(tuning, dev)
         write(f"Written to {out}; use it with --preset {out}\n")

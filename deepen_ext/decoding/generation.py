@@ -87,6 +87,7 @@ class Generation:
             main model), or "cancelled": a stream that was closed before the end.
         changed_tokens: how many tokens differ from the most probable one of the main model alone.
         timings: where the time went; of the whole batch where there was one.
+        backends: what computed each member, the main model first, such as "transformers 5.23.0".
     """
 
     text: str
@@ -94,6 +95,7 @@ class Generation:
     finish_reason: FinishReason
     changed_tokens: int
     timings: Timings
+    backends: list[str]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ class BatchGeneration:
     def texts(self) -> list[str]:
         """The new texts."""
         return [one.text for one in self.generations]
+
+    @property
+    def backends(self) -> list[str]:
+        """What computed each member: see `Generation`."""
+        return self.generations[0].backends
 
     def __len__(self) -> int:
         return len(self.generations)

@@ -118,7 +118,7 @@ class Run:
 
     def results(self) -> list[Generation]:
         """What was written, text by text."""
-        return [text.result(self._timings) for text in self._texts]
+        return [text.result(self._timings, self._team.backends) for text in self._texts]
 
     @property
     def timings(self) -> Timings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,6 +41,11 @@ class Team:
     def main(self) -> Member:
         """The main model."""
         return self.members[0]
+
+    @cached_property
+    def backends(self) -> list[str]:
+        """What computes each member, for readers."""
+        return [member.backend.describe().backend for member in self.members]
 
     @property
     def device(self) -> torch.device:

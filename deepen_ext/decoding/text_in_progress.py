@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deepen_ext.decoding.generation import FinishReason, Generation, Timings
@@ -33,12 +34,13 @@ class TextInProgress:
         """Number of new tokens."""
         return len(self.ids) - self.prompt_length
 
-    def result(self, timings: Timings) -> Generation:
-        """What was written so far."""
+    def result(self, timings: Timings, backends: Sequence[str]) -> Generation:
+        """What was written so far, and what computed the members."""
         return Generation(
             text="".join(self.pieces),
             token_ids=self.ids[self.prompt_length :],
             finish_reason=self.finish_reason or "cancelled",
             changed_tokens=self.changed,
             timings=timings,
+            backends=list(backends),
         )

@@ -42,6 +42,7 @@ class Description:
     """Facts about the model behind a backend, for readers; None where the backend cannot know.
 
     Attributes:
+        backend: what computes it, with versions, such as "transformers 5.23.0".
         architecture: the model's family, such as "llama".
         parameters: number of weights.
         dtype: of the weights, such as "float32".
@@ -49,6 +50,7 @@ class Description:
         cache_bytes: bytes of the KV cache of one lane with 1,000 tokens.
     """
 
+    backend: str
     architecture: str
     parameters: int | None
     dtype: str | None

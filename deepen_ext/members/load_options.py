@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.members.registry import BACKENDS
 from deepen_ext.ops.checks import check_built_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_OF_EVERY_BACKEND = ("backend", "device", "threads", "trust_remote_code")
 QUANTIZATIONS = ("int8", "int4")
 
 _TEXTS = {
@@ -77,29 +78,29 @@ class LoadOptions:
             InputError: a value of a wrong type or out of range, or options that exclude each other.
         """
         if type(self.trust_remote_code) is not bool:
-            raise InputError(f"trust_remote_code is {self.trust_remote_code!r}; give True or False")
+            raise InputError(f"trust_remote_code is {shown(self.trust_remote_code)}; give True or False")
         if not isinstance(self.device, str | torch.device):
-            raise InputError(f"device must be like 'cpu' or 'cuda:0', got {self.device!r}")
+            raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(self.device)}")
         for name, choices in (("backend", tuple(BACKENDS)), ("quantization", QUANTIZATIONS)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or value not in choices):
-                raise InputError(f"there is no {name} {value!r}; there are {', '.join(choices)}")
+                raise InputError(f"there is no {name} {shown(value)}; there are {', '.join(choices)}")
         known = (
             self.dtype in DTYPES if isinstance(self.dtype, str) else self.dtype in (None, *DTYPES.values())
         )
         if not known:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise InputError(f"threads is {self.threads!r}; give a whole number, 1 or more")
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads < 1 << 16):
+            raise InputError(f"threads is {shown(self.threads)}; give a whole number from 1 to 65,535")
         for name, what in _TEXTS.items():
             value = getattr(self, name)
             kinds = str | Path if "folder" in what else str
             if value is not None and (not isinstance(value, kinds) or str(value).strip() in ("", ".")):
-                raise InputError(f"{name} is {value!r}; give {what}")
+                raise InputError(f"{name} is {shown(value)}; give {what}")
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
             raise InputError(
-                f"attn_implementation={self.attn_implementation!r} is a kernel of the hub, and so code that "
-                "runs here; give trust_remote_code=True (--trust-remote-code) if you trust it"
+                f"attn_implementation={shown(self.attn_implementation)} is a kernel of the hub, and so code "
+                "that runs here; give trust_remote_code=True (--trust-remote-code) if you trust it"
             )
         self._check_device_map()
 
@@ -117,15 +118,15 @@ class LoadOptions:
             for module, place in self.device_map.items():
                 if not isinstance(module, str) or not _is_place(place):
                     raise InputError(
-                        f"device_map: {module!r}: {place!r} is no module's name with a device; give a CUDA "
-                        "device's number, 'cpu' or 'disk'"
+                        f"device_map: {shown(module)}: {shown(place)} is no module's name with a device; "
+                        "give a CUDA device's number, 'cpu' or 'disk'"
                     )
         if not self.device_map or not (
             isinstance(self.device_map, Mapping) or self.device_map in DEVICE_MAPS
         ):
             raise InputError(
-                f"device_map is {self.device_map!r}; give one of {', '.join(DEVICE_MAPS)}, or a mapping of "
-                "module names to devices. For a model on one device give device"
+                f"device_map is {shown(self.device_map)}; give one of {', '.join(DEVICE_MAPS)}, or a mapping "
+                "of module names to devices. For a model on one device give device"
             )
         if self.max_memory is not None and not (
             isinstance(self.max_memory, Mapping)
@@ -133,8 +134,8 @@ class LoadOptions:
             and all(map(_is_limit, self.max_memory, self.max_memory.values()))
         ):
             raise InputError(
-                f"max_memory is {self.max_memory!r}; give a mapping of CUDA devices' numbers and 'cpu' to "
-                "bytes, like {0: '20GiB', 'cpu': '30GiB'}"
+                f"max_memory is {shown(self.max_memory)}; give a mapping of CUDA devices' numbers and 'cpu' "
+                "to bytes, like {0: '20GiB', 'cpu': '30GiB'}"
             )
 
     @property
@@ -153,46 +154,37 @@ class LoadOptions:
 
         Args:
             backend: its name, for the message.
-            known: the options that it has, beside `backend`, `device` and `trust_remote_code`.
+            known: the options that it has, beside `backend`, `device`, `threads` and `trust_remote_code`.
             member: the member's name, for the message.
 
         Raises:
             InputError: another one is given.
         """
         for name, value in self.given().items():
-            if name not in {"backend", "device", "trust_remote_code", *known}:
+            if name not in (*_OF_EVERY_BACKEND, *known):
                 named = f"{member}: " if member else ""
                 raise InputError(
-                    f"{named}{name}={value!r} is no option of the backend {backend}; leave it out for this "
-                    "member, or choose another backend"
+                    f"{named}{name}={shown(value)} is no option of the backend {backend}; leave it out for "
+                    "this member, or choose another backend"
                 )
 
 
 LOAD_OPTIONS = tuple(one.name for one in fields(LoadOptions))
-ONLY_TRANSFORMERS = (
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "quantization",
-    "adapter",
-    "revision",
-    "attn_implementation",
-)
+ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in _OF_EVERY_BACKEND)
 
 
 def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:
     """Each member's options, from keywords that are one value for all or a list of one for each.
 
-    A mapping is one value for all. None, also within a list, is the option's default.
+    A mapping is one value for all. None, also within a list, is the option's default. Whether the devices are
+    there is not looked at (`on_this_machine`).
 
     Args:
         members: their names, for errors.
         options: those of `LoadOptions`.
 
     Raises:
-        InputError: an option that there is not or out of range, a list of another length than the members',
-            a device that is not there or that this build has no kernels for.
+        InputError: an option that there is not or out of range, or a list that is not as long as the members.
     """
     if unknown := sorted(options.keys() - set(LOAD_OPTIONS)):
         raise InputError(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(LOAD_OPTIONS))}")
@@ -206,19 +198,26 @@ def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadO
         for own, one in zip(found, values, strict=True):
             if one is not None:
                 own[name] = one
-    return [_options_of(member, own) for member, own in zip(members, found, strict=True)]
+    each = []
+    for member, own in zip(members, found, strict=True):
+        try:
+            if "device" in own and "device_map" in own:
+                raise InputError("device and device_map exclude each other; give one of them")
+            each.append(LoadOptions(**own))
+        except InputError as error:
+            raise InputError(f"{member}: {error}") from error
+    return each
 
 
-def _options_of(member: str | Path, own: dict[str, Any]) -> LoadOptions:
-    try:
-        if "device" in own and "device_map" in own:
-            raise InputError("device and device_map exclude each other; give one of them")
-        options = LoadOptions(**own)
-        options = replace(options, device=find_device(options.device))
-        check_built_for(torch.device(options.device))
-    except InputError as error:
-        raise InputError(f"{member}: {error}") from error
-    return options
+def on_this_machine(options: LoadOptions) -> LoadOptions:
+    """The options with the device as tensors name it.
+
+    Raises:
+        InputError: a device that is not there, or that this build has no kernels for.
+    """
+    device = find_device(options.device)
+    check_built_for(device)
+    return replace(options, device=device)
 
 
 def find_device(device: str | torch.device) -> torch.device:
@@ -230,7 +229,7 @@ def find_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(device)}") from error
     if found.type != "cuda":
         return found
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

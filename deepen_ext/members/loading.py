@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deepen_ext.errors import InputError
 from deepen_ext.members.gguf.convert import Progress
-from deepen_ext.members.load_options import LoadOptions, options_of_each
+from deepen_ext.members.load_options import (
+    ONLY_TRANSFORMERS,
+    LoadOptions,
+    on_this_machine,
+    options_of_each,
+)
 from deepen_ext.members.member import Member
 from deepen_ext.members.registry import backend_module
-from deepen_ext.members.source import Source, find_source
+from deepen_ext.members.source import Source, find_adapter, find_source, split_adapter
 
 __all__ = ["Progress", "load_member", "load_members"]
+
+_HF, _LLAMA_CPP = "transformers", "llama.cpp"
 
 
 def load_member(name_or_path: str | Path, *, progress: Progress | None = None, **options: Any) -> Member:
     """Load a model and its tokenizer, ready for inference.
 
     Args:
-        name_or_path: hub name, local folder, ``.gguf`` file, or an embedded model (``demo:gemma-3-270m``).
+        name_or_path: hub name, local folder, ``.gguf`` file, or an embedded model (``demo:gemma-3-270m``);
+            with a PEFT adapter on it, ``"base@adapter"``.
         progress: called with one line of text as each stage starts.
         options: those of `LoadOptions`: backend, device, dtype, ...
 
@@ -40,14 +52,100 @@ def load_members(
             build has no kernels for.
         ModelError: see `load_member`.
     """
+    found = [split_adapter(one) for one in members]
     each = options_of_each(members, **options)
-    sources = [find_source(one) for one in members]
+    plans = [
+        _plan(name, base, adapter, own)
+        for name, (base, adapter), own in zip(members, found, each, strict=True)
+    ]
+    backends = _backends(plans, progress)
+    _set_torch_threads([one for one, backend in zip(plans, backends, strict=True) if backend == _HF])
     return [
-        backend_module(_backend(source, own)).load(source, own, progress)
-        for source, own in zip(sources, each, strict=True)
+        backend_module(backend).load(one.source, one.options, progress)
+        for one, backend in zip(plans, backends, strict=True)
     ]
 
 
-def _backend(source: Source, options: LoadOptions) -> str:
-    """The name of the backend that a member runs in."""
-    return options.backend or "transformers"
+@dataclass(frozen=True)
+class _Plan:
+    """A member that is about to be loaded; its name as the caller gave it."""
+
+    name: str
+    source: Source
+    options: LoadOptions
+
+
+def _plan(name: str | Path, base: str | Path, adapter: str | None, options: LoadOptions) -> _Plan:
+    """What is loaded. The adapter is a folder that exists, or a hub name."""
+    source = find_source(base)
+    if adapter is not None and options.adapter is not None:
+        raise InputError(
+            f"{name}: the name has the adapter {adapter}, and adapter={str(options.adapter)!r} is given too; "
+            "give one of them"
+        )
+    given = options.adapter if adapter is None else adapter
+    try:
+        options = on_this_machine(options)
+        return _Plan(
+            str(name), source, replace(options, adapter=None if given is None else find_adapter(given))
+        )
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
+    """The name of the backend that each member runs in."""
+    found, missed = [], []
+    for one in plans:
+        backend = one.options.backend
+        if backend is None and _is_for_llama_cpp(one):
+            if _has_llama_cpp():
+                backend = _LLAMA_CPP
+                _refuse_to_choose(one)
+            else:
+                missed.append(one.name)
+        backend = backend or _HF
+        if backend == _LLAMA_CPP and not one.source.is_gguf:
+            raise InputError(
+                f"{one.name}: llama.cpp reads .gguf files, and this is none; leave backend='llama.cpp' "
+                "(--backend) out for this member, or name a .gguf file"
+            )
+        if backend != _HF:
+            one.options.refuse_others(backend, member=one.name)
+        found.append(backend)
+    if missed and progress is not None:
+        progress(
+            f"Note: llama.cpp is not installed. transformers runs {' and '.join(missed)} instead, converted "
+            "and slower. To install it: pip install 'deepen-ext[llama-cpp]'"
+        )
+    return found
+
+
+def _is_for_llama_cpp(one: _Plan) -> bool:
+    """Whether a member runs in llama.cpp by default, where that is installed."""
+    return one.source.is_gguf and torch.device(one.options.device).type == "cpu"
+
+
+def _has_llama_cpp() -> bool:
+    from deepen_ext.members.llama_cpp.library import is_installed
+
+    return is_installed()
+
+
+def _refuse_to_choose(one: _Plan) -> None:
+    """Refuse an option that takes a GGUF file away from the backend that it runs in by default."""
+    if name := next((name for name in one.options.given() if name in ONLY_TRANSFORMERS), None):
+        raise InputError(
+            f"{one.name}: a .gguf file runs in llama.cpp, which has no {name}; give backend='transformers' "
+            f"(--backend transformers), or leave {name} out"
+        )
+
+
+def _set_torch_threads(plans: Sequence[_Plan]) -> None:
+    """Set the threads of the members that transformers computes: they share torch's."""
+    wanted = {one.options.threads: one.name for one in plans if one.options.threads is not None}
+    if len(wanted) > 1:
+        several = ", ".join(f"{count} for {name}" for count, name in wanted.items())
+        raise InputError(f"threads: {several}; members in transformers share torch's, so give one number")
+    for count in wanted:
+        torch.set_num_threads(count)

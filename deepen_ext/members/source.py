@@ -1,4 +1,7 @@
-"""What a member's name stands for: an embedded model, a GGUF file, a folder, or a model of the hub."""
+"""What a member's name stands for: an embedded model, a GGUF file, a folder, or a model of the hub.
+
+A PEFT adapter may stand behind the model: ``"base@adapter"``.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,54 @@ class Source:
     def is_gguf(self) -> bool:
         """Whether the weights are in a GGUF file."""
         return self.embedded is not None or (self.path is not None and self.path.is_file())
+
+
+def split_adapter(name_or_path: str | Path, folder: Path | None = None) -> tuple[str | Path, str | None]:
+    """A member's name without its adapter, and the adapter: ``"base@adapter"`` gives both parts.
+
+    Paths may hold an @ themselves. So what exists as a whole has no adapter. Otherwise the name is cut at the
+    first @ whose left part is a file, a folder or an embedded model; or, where no @ has that, at the first
+    one with a hub name on its left.
+
+    Args:
+        name_or_path: as the user gave it.
+        folder: where relative paths start; None for the current folder.
+    """
+
+    def exists(path: str | Path) -> bool:
+        return ((folder or Path()) / Path(path).expanduser()).exists()
+
+    name = str(name_or_path)
+    if "@" not in name or exists(name):
+        return name_or_path, None
+    splits = [(name[: one.start()], name[one.end() :]) for one in re.finditer("@", name)]
+    splits = [(base, adapter) for base, adapter in splits if base and adapter]
+    for base, adapter in splits:
+        if base.startswith("demo:") or exists(base):
+            return base, adapter
+    for base, adapter in splits:
+        if _HUB_NAME.fullmatch(base):
+            return base, adapter
+    return name_or_path, None
+
+
+def find_adapter(name_or_path: str | Path) -> Path | str:
+    """The folder of a PEFT adapter, or its hub name. Nothing is fetched or read.
+
+    Raises:
+        InputError: the folder holds no adapter, or there is no such folder and the text cannot be a hub name.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "adapter_config.json").is_file():
+            raise InputError(f"{path}: the folder has no adapter_config.json; name the folder of an adapter")
+        return path
+    name = str(name_or_path)
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"{name}: no folder of an adapter, and not a hub name (org/name); check the spelling of the path"
+        )
+    return name
 
 
 def find_source(name_or_path: str | Path) -> Source:

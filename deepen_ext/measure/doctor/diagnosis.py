@@ -20,7 +20,8 @@ class MemberFacts:
     """One member by itself.
 
     Attributes:
-        architecture: transformers' model type.
+        backend: what computes it, such as "transformers 5.23.0".
+        architecture: the model's family, such as "llama".
         parameters: how many; as the dtype, the weights and the cache None where the backend cannot know.
         tokenizer: "byte_level" or "sentencepiece".
         vocab_size: logits, padding included.
@@ -34,6 +35,7 @@ class MemberFacts:
     """
 
     name: str
+    backend: str
     architecture: str
     parameters: int | None
     dtype: str | None

@@ -24,6 +24,7 @@ def member_facts(name: str, member: Member, own: TokenLikelihoods, share: Covera
     model = member.backend.describe()
     return MemberFacts(
         name=name,
+        backend=model.backend,
         architecture=model.architecture,
         parameters=model.parameters,
         dtype=model.dtype,

@@ -54,6 +54,7 @@ def configuration_header(
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
         weights = {"prompt": weights, "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
+    models = [member.backend.describe() for member in ensemble.members]
     return {
         "name": name,
         "method": ensemble.method,
@@ -63,10 +64,11 @@ def configuration_header(
                 "vocabulary": member.vocabulary.fingerprint,
                 "weights": member.backend.fingerprint(),
                 "eos_ids": list(member.eos_ids),
-                "dtype": member.backend.describe().dtype,
+                "backend": model.backend,
+                "dtype": model.dtype,
                 "device": member.device.type,
             }
-            for member in ensemble.members
+            for member, model in zip(ensemble.members, models, strict=True)
         ],
         "weights": weights,
         "fuser": fuser,
@@ -86,6 +88,8 @@ def make_header(task: Header, configuration: Header) -> Header:
 def check_same(path: Path, there: Header, now: Header) -> None:
     """Check that the header of a file agrees with that of this run.
 
+    Files of earlier versions do not say the backend: there the weights alone tell members apart.
+
     Raises:
         InputError: it does not; the message says what differs.
     """
@@ -96,7 +100,7 @@ def check_same(path: Path, there: Header, now: Header) -> None:
     differ = [
         f"{key} is {_short(old.get(key))} there and {_short(new.get(key))} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and (key in old or not key.endswith(".backend"))
     ]
     if differ:
         raise InputError(

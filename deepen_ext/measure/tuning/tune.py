@@ -41,6 +41,7 @@ class Tuning:
     Attributes:
         space: the configurations there were.
         names: the members', as named.
+        backends: what computes each member.
         sizes: bytes of each item that was read.
         alone: of each member, the bits of each item by itself.
         accuracy: of each member, the share of `answered` items it has right; () where it was not measured.
@@ -52,6 +53,7 @@ class Tuning:
 
     space: Space
     names: tuple[str, ...]
+    backends: tuple[str, ...]
     sizes: tuple[int, ...]
     alone: tuple[tuple[float, ...], ...]
     accuracy: tuple[float, ...]
@@ -77,13 +79,21 @@ class Tuning:
         """Bits a byte above the baseline (or above such a list of bits), and the standard error."""
         return paired_difference(self.tried[one], other or self.tried[self.baseline], self.sizes)
 
-    def preset(self, named: Sequence[str | Path], dev: DevSet, fuser: str) -> Preset:
+    def preset(
+        self,
+        named: Sequence[str | Path],
+        dev: DevSet,
+        fuser: str,
+        loading: Mapping[str, Any] | None = None,
+    ) -> Preset:
         """The choice as a preset, with what was measured.
 
         Args:
             named: the members as the caller named them.
             dev: the items.
             fuser: as the caller named it.
+            loading: the options that the members were loaded with, as `load_members` takes them. All but
+                `trust_remote_code` go into the preset.
         """
         one = self.chosen
         given: dict[str, Any] = {"weights": [round(weight, 6) for weight in one.ordered_weights()]}
@@ -95,7 +105,12 @@ class Tuning:
             "confidence": one.confidence or None,
         }
         given |= {name: value for name, value in settings.items() if value is not None}
-        return Preset([str(named[i]) for i in one.order()], given, self._measured(dev))
+        ordered = {
+            name: [value[i] for i in one.order()] if isinstance(value, list | tuple) else value
+            for name, value in (loading or {}).items()
+            if name != "trust_remote_code" and value is not None
+        }
+        return Preset([str(named[i]) for i in one.order()], given, self._measured(dev), ordered)
 
     def _measured(self, dev: DevSet) -> dict[str, Any]:
         def by_name(values: Sequence[float]) -> dict[str, float]:
@@ -119,6 +134,7 @@ class Tuning:
         found["tried"] = len(self.tried)
         found["weights_from"] = self.chosen.source
         found["search"] = "finished" if self.finished else "ended by the time"
+        found["backends"] = dict(zip(self.names, self.backends, strict=True))
         found["versions"] = {one: metadata.version(one) for one in ("deepen-ext", "torch", "transformers")}
         found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return found
@@ -177,6 +193,7 @@ def tune(
     return Tuning(
         space=space,
         names=tuple(unique_names(members)),
+        backends=tuple(member.backend.describe().backend for member in members),
         sizes=tuple(work.sizes),
         alone=tuple(tuple(bits) for bits in work.alone),
         accuracy=tuple(accuracy),

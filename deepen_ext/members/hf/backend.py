@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from transformers import __version__
 
 from deepen_ext.members.backend import Capabilities, Description
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
@@ -50,6 +51,7 @@ class HFBackend(LoadedModel):
     def describe(self) -> Description:
         """See `Backend`; the bytes of quantised weights are those of their packed values and scales."""
         return Description(
+            backend=f"transformers {__version__}",
             architecture=str(self.model.config.get_text_config().model_type),
             parameters=parameter_count(self.model),
             dtype=str(self.dtype).removeprefix("torch."),
