@@ -12,7 +12,7 @@ from deepen_ext.members.hf.loaded_model import LoadedModel
 
 
 def estimate_bytes(loaded: LoadedModel, lanes: int, tokens: int) -> dict[torch.device, int]:
-    """Bytes by device that a session of ``lanes`` lanes with ``tokens`` tokens each takes, beside the weights.
+    """Bytes by device that a session takes beside the weights: of so many lanes, with so many tokens each.
 
     On each layer's device its cache and the largest activations of one layer; the logits of two steps where
     they are; on CUDA also cuBLAS's workspace on the session's stream; and, where weights wait on the disk,

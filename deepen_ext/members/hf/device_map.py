@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn import ModuleList
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
@@ -26,7 +27,9 @@ _NAMED = 3
 def make_blueprint(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of a config without memory for its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     model.tie_weights()
     return model
 
@@ -67,13 +70,18 @@ def choose_places(blueprint: Any, options: LoadOptions, name: str) -> Places:
         if options.quantization is not None:
             if device == DISK:
                 raise InputError(
-                    f"{name}: quantization={options.quantization!r} with parts on the disk: torchao's weights "
-                    "cannot wait there; leave one of the two out"
+                    f"{name}: quantization={options.quantization!r} with parts on the disk, where torchao's "
+                    "weights cannot wait; leave one of the two out"
                 )
             check_device(options.quantization, torch.device(device), name)
     _check_kinds(used, options, name)
     check_room(used, name)
     return places
+
+
+def weights_bytes(blueprint: Any, kind: str | None) -> int:
+    """Bytes of a model's weights, tied ones once; as `quantization` rounds them."""
+    return sum(_sizes(blueprint, kind).values())
 
 
 def check_room(used: Mapping[str | torch.device, int], name: str) -> None:
@@ -85,8 +93,8 @@ def check_room(used: Mapping[str | torch.device, int], name: str) -> None:
     for device, size in used.items():
         if device != DISK and size > (free := available_bytes(torch.device(device))):
             raise InputError(
-                f"{name}: its weights take {size / 1e9:.1f} GB on {device}, and {free / 1e9:.1f} GB are free; "
-                "give quantization='int8' or 'int4', dtype='bfloat16', or device_map='auto' with an "
+                f"{name}: its weights take {size / 1e9:.2f} GB on {device}, and {free / 1e9:.2f} GB are "
+                "free; give quantization='int8' or 'int4', dtype='bfloat16', or device_map='auto' with an "
                 "offload_folder"
             )
 
@@ -173,23 +181,22 @@ def _check_names(blueprint: Any, places: Places, name: str) -> None:
     parts = {part for part, _ in blueprint.named_modules()} | set(_sizes(blueprint, None))
     if unknown := [part for part in places if part not in parts]:
         raise InputError(
-            f"{name}: device_map names {unknown[0]!r}, and the model ({type(blueprint).__name__}) has no such "
-            f"part; its parts are {', '.join(_top_parts(blueprint))}"
+            f"{name}: device_map names {unknown[0]!r}, and the model ({type(blueprint).__name__}) has no "
+            f"such part; its parts are {', '.join(_top_parts(blueprint))}"
         )
     if homeless := [weight for weight in _sizes(blueprint, None) if _where(weight, places) is None]:
         more = f" and {len(homeless) - _NAMED} more" if len(homeless) > _NAMED else ""
         raise InputError(
-            f"{name}: device_map gives no device for {', '.join(homeless[:_NAMED])}{more}; name their modules, "
-            "or give '' a device, which is that of all others"
+            f"{name}: device_map gives no device for {', '.join(homeless[:_NAMED])}{more}; name their "
+            "modules, or give '' a device, which is that of all others"
         )
 
 
 def _top_parts(blueprint: Any) -> list[str]:
     """Names of a model's parts that a mapping usually lists."""
-    names = [part for part, module in blueprint.named_modules() if part and part.count(".") <= 1]
-    layers = type(blueprint.base_model).__name__
-    del layers
-    return [*names[:_NAMED], f"{blueprint.base_model_prefix}.layers.0", "..."]
+    names = [part for part, _ in blueprint.named_modules() if part and part.count(".") <= 1]
+    layers = [f"{part}.0" for part, module in blueprint.named_modules() if isinstance(module, ModuleList)]
+    return [*names[:_NAMED], *layers[:1], "..."]
 
 
 def _where(weight: str, places: Places) -> str | torch.device | None:

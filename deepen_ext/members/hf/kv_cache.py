@@ -48,8 +48,8 @@ class ManyLanes:
             return self
         if device not in self._copies:
             lanes = self.lanes if isinstance(self.lanes, slice) else self.lanes.to(device)
-            moved = {"lane_index": self.lane_index.to(device), "slots": self.slots.to(device)}
-            self._copies[device] = replace(self, lanes=lanes, _copies={}, **moved)
+            index, slots = self.lane_index.to(device), self.slots.to(device)
+            self._copies[device] = replace(self, lanes=lanes, lane_index=index, slots=slots, _copies={})
         return self._copies[device]
 
 

@@ -47,9 +47,19 @@ def check_packages(method: str, name: str) -> None:
     needed = {**_PACKAGES.get(method, {}), "accelerate": "accelerate"}
     if missing := [package for module, package in needed.items() if find_spec(module) is None]:
         raise ModelError(
-            f"{name}: its weights are quantised by {method}, which needs {' and '.join(missing)}; install with "
-            f"pip install {' '.join(missing)}"
+            f"{name}: its weights are quantised by {method}, which needs {' and '.join(missing)}; install "
+            f"with pip install {' '.join(missing)}"
         )
+
+
+def check_installed(package: str, what: str) -> None:
+    """Refuse what needs a package that is missing.
+
+    Raises:
+        InputError: it names the command that installs it.
+    """
+    if find_spec(package) is None:
+        raise InputError(f"{what} needs {package}; install with pip install {package}")
 
 
 def dtype_of(options: LoadOptions, method: str | None, name: str) -> torch.dtype | str:
@@ -84,8 +94,8 @@ def check_quantization(options: LoadOptions, method: str | None, name: str) -> N
         raise InputError(
             f"{name}: its weights are quantised already, by {method}; leave quantization={kind!r} out"
         )
-    if find_spec("torchao") is None:
-        raise InputError(f"{name}: quantization={kind!r} needs torchao; install with pip install torchao")
+    for package in ("torchao", "accelerate"):
+        check_installed(package, f"{name}: quantization={kind!r}")
     if options.device_map is None:
         check_device(kind, torch.device(options.device), name)
 
@@ -103,13 +113,13 @@ def check_device(kind: str, device: torch.device, name: str) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < _AMPERE:
             raise InputError(
-                f"{where}: torch's int4 kernel needs compute capability {_AMPERE}.0 or above, and this device "
-                f"has {major}.{minor}; give quantization='int8'"
+                f"{where}: torch's int4 kernel needs compute capability {_AMPERE}.0 or above, and this "
+                f"device has {major}.{minor}; give quantization='int8'"
             )
 
 
 def check_layers(blueprint: Any, kind: str, name: str) -> None:
-    """Refuse int4 for a model whose linear layers do not fit its groups; torchao would leave them as they are.
+    """Refuse int4 for a model whose linear layers do not fit its groups; torchao would leave them out.
 
     Args:
         blueprint: the model without memory for its weights.
@@ -191,9 +201,9 @@ def try_out(model: Any, method: str, name: str) -> None:
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"{name}: its weights are quantised by {method}, whose kernels do not run on {device}: {lines[0]}. "
-            "Load it on a device that they are made for (such as device='cuda'), or take the checkpoint that "
-            "is not quantised"
+            f"{name}: its weights are quantised by {method}, whose kernels do not run on {device}: "
+            f"{lines[0]}. Load it on a device that they are made for (such as device='cuda'), or take the "
+            "checkpoint that is not quantised"
         ) from error
 
 

@@ -44,7 +44,7 @@ def parameter_count(model: Any) -> int | None:
     model = inner_model(model)
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None or not quantiser.pre_quantized:
-        return sum(weight.numel() for weight in model.parameters())
+        return sum(int(weight.numel()) for weight in model.parameters())
     method = str(getattr(quantiser.quantization_config.quant_method, "value", ""))
     return int(model.num_parameters()) if method.startswith(("bitsandbytes", "torchao")) else None
 
