@@ -52,6 +52,8 @@ def choose_places(blueprint: Any, options: LoadOptions, name: str) -> Places:
         assert options.device_map is not None
         places = {part: _place(place) for part, place in options.device_map.items()}
         _check_names(blueprint, places, name)
+        places = _taken_apart(blueprint, places)
+        _check_tied(blueprint, places, name)
     sizes = _sizes(blueprint, options.quantization)
     used = _used(places, sizes)
     if set(used) == {DISK}:
@@ -77,6 +79,12 @@ def choose_places(blueprint: Any, options: LoadOptions, name: str) -> Places:
     _check_kinds(used, options, name)
     check_room(used, name)
     return places
+
+
+def as_accelerate_names(place: str | torch.device) -> str | int:
+    """A device as accelerate takes it: "cpu", "disk", or the number of a CUDA device."""
+    device = None if place == DISK else torch.device(place)
+    return DISK if device is None else device.type if device.index is None else device.index
 
 
 def weights_bytes(blueprint: Any, kind: str | None) -> int:
@@ -190,6 +198,37 @@ def _check_names(blueprint: Any, places: Places, name: str) -> None:
             f"{name}: device_map gives no device for {', '.join(homeless[:_NAMED])}{more}; name their "
             "modules, or give '' a device, which is that of all others"
         )
+
+
+def _taken_apart(module: torch.nn.Module, places: Places, name: str = "") -> Places:
+    """The same with no part inside of another, as accelerate needs it: what is named alone is not in the rest.
+
+    For example ``{"": "cpu", "lm_head": "disk"}`` becomes ``{"model": "cpu", "lm_head": "disk"}``.
+    """
+    place = _where(name, places)
+    if not any(part.startswith(f"{name}." if name else "") and part != name for part in places):
+        assert place is not None
+        return {name: place}
+    found: Places = {}
+    for part, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        full = f"{name}.{part}" if name else part
+        own = _where(full, places)
+        assert own is not None
+        found[full] = own
+    for part, child in module.named_children():
+        if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None:
+            found |= _taken_apart(child, places, f"{name}.{part}" if name else part)
+    return found
+
+
+def _check_tied(blueprint: Any, places: Places, name: str) -> None:
+    for one, other in (getattr(blueprint, "all_tied_weights_keys", None) or {}).items():
+        found = _where(one, places), _where(other, places)
+        if DISK in found and found[0] != found[1]:
+            raise InputError(
+                f"{name}: device_map puts {one} on {found[0]} and {other} on {found[1]}, but they are one "
+                "weight; give both the same place"
+            )
 
 
 def _top_parts(blueprint: Any) -> list[str]:

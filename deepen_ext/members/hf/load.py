@@ -22,6 +22,7 @@ from deepen_ext.members.hf.checkpoint import (
     read_config,
 )
 from deepen_ext.members.hf.device_map import (
+    as_accelerate_names,
     check_room,
     checkpoint_bytes,
     choose_places,
@@ -128,7 +129,8 @@ def _load_model(target: Path | str, name: str, options: LoadOptions) -> Any:
         more["attn_implementation"] = options.attn_implementation
     if options.device_map is not None:
         more |= _placed(config, method, dtype, options, name)
-        device = next(iter(more["device_map"].values())) if isinstance(more["device_map"], dict) else device
+        if options.quantization is not None:  # then none is the disk, and all are of one kind
+            device = torch.device(next(iter(more["device_map"].values())))
     elif options.quantization is not None:
         assert isinstance(dtype, torch.dtype)
         blueprint = make_blueprint(config, dtype, trusted)
@@ -161,7 +163,8 @@ def _placed(
         blueprint = make_blueprint(config, dtype, options.trust_remote_code)
         if options.quantization is not None:
             quantisation.check_layers(blueprint, options.quantization, name)
-        more["device_map"] = choose_places(blueprint, options, name)
+        places = choose_places(blueprint, options, name)
+        more["device_map"] = {part: as_accelerate_names(place) for part, place in places.items()}
     elif options.max_memory is not None:
         more["max_memory"] = dict(options.max_memory)
     if options.offload_folder is not None:

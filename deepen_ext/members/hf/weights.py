@@ -56,7 +56,7 @@ def stored_bytes(model: Any) -> int:
     for tensor in (*model.parameters(), *model.buffers()):
         for part in _parts(tensor):
             # Tied weights are the same memory, or the same object where they wait on the disk.
-            found[part.data_ptr() or id(part)] = part.nbytes
+            found[part.data_ptr() or id(tensor)] = part.nbytes
     return sum(found.values())
 
 
@@ -89,9 +89,11 @@ def _each_weight(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         waits = any(one.is_meta for one in module.parameters(recurse=False))
         for name, weight in _own_weights(module, prefix):
-            if id(weight) not in seen and not (waits and name in tied):
-                seen.add(id(weight))
+            # What was read from the disk is another object each time.
+            if name not in tied if waits else id(weight) not in seen:
                 yield name, weight.detach()
+            if not waits:
+                seen.add(id(weight))
         if with_buffers:
             left_out = module._non_persistent_buffers_set
             buffers = module.named_buffers(prefix, recurse=False)
