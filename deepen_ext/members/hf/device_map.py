@@ -201,7 +201,7 @@ def _check_names(blueprint: Any, places: Places, name: str) -> None:
 
 
 def _taken_apart(module: torch.nn.Module, places: Places, name: str = "") -> Places:
-    """The same with no part inside of another, as accelerate needs it: what is named alone is not in the rest.
+    """The same with no part inside of another, as accelerate needs it.
 
     For example ``{"": "cpu", "lm_head": "disk"}`` becomes ``{"model": "cpu", "lm_head": "disk"}``.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from deepen_ext.members.hf.device_map import (
 )
 from deepen_ext.members.hf.loaded_model import inner_model
 from deepen_ext.members.hf.placement import home
-from deepen_ext.members.hf.quiet import quiet
+from deepen_ext.members.hf.quiet import no_bars, quiet
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
@@ -70,6 +71,9 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
             if options.quantization is not None:
                 quantisation.quantise(model, options.quantization, home(model))
             name = f"{name}@{Path(options.adapter).name}"
+        # With the adapter on: bitsandbytes packs anew in its first forward pass, which peft cannot read.
+        with no_bars():
+            quantisation.try_out(model, name)
     return member_of(model.eval().requires_grad_(False), tokenizer, name)
 
 
@@ -143,9 +147,8 @@ def _load_model(target: Path | str, name: str, options: LoadOptions) -> Any:
         more["quantization_config"] = quantisation.torchao_config(options.quantization, device)
     if "device_map" not in more and (method is not None or "quantization_config" in more):
         more["device_map"] = {"": device}  # packed weights are made where they stay
-    model = load_model(target, name, dtype, trust_remote_code=trusted, revision=revision, **more)
-    if method is not None:
-        quantisation.try_out(model, method, name)
+    with no_bars() if method is not None else nullcontext():
+        model = load_model(target, name, dtype, trust_remote_code=trusted, revision=revision, **more)
     return model if "device_map" in more else model.to(device)  # type: ignore[arg-type]
 
 

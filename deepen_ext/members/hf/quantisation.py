@@ -12,6 +12,7 @@ import torch
 from transformers import TorchAoConfig
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.members.hf.loaded_model import inner_model
 from deepen_ext.members.hf.placement import home
 from deepen_ext.members.load_options import LoadOptions
 
@@ -182,14 +183,17 @@ def _recipe(kind: str, device: torch.device) -> Any:
     return PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
 
 
-def try_out(model: Any, method: str, name: str) -> None:
-    """Run one token through a quantised checkpoint's model, so that missing kernels are found at once.
+def try_out(model: Any, name: str) -> None:
+    """Run one token through a model of quantised weights, so that missing kernels are found at once.
 
     Some packages unpack their weights in the first forward pass; that is done then, too.
 
     Raises:
         ModelError: it fails.
     """
+    method = method_of(inner_model(model).config)
+    if method is None:
+        return
     # Of each product it says that inputs are rounded to float16, at each step.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     device = home(model)

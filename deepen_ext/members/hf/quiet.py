@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging as _standard
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from transformers.utils import logging as _logging
@@ -28,6 +29,11 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def no_bars() -> redirect_stderr[io.StringIO]:
+    """For packages whose progress bars know no switch: what they write to the terminal is dropped."""
+    return redirect_stderr(io.StringIO())
 
 
 @contextmanager

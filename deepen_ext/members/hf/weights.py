@@ -44,7 +44,7 @@ def parameter_count(model: Any) -> int | None:
     model = inner_model(model)
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is None or not quantiser.pre_quantized:
-        return sum(int(weight.numel()) for weight in model.parameters())
+        return sum(int(weight.numel()) for weight in _once(model))
     method = str(getattr(quantiser.quantization_config.quant_method, "value", ""))
     return int(model.num_parameters()) if method.startswith(("bitsandbytes", "torchao")) else None
 
@@ -53,11 +53,16 @@ def stored_bytes(model: Any) -> int:
     """Bytes of all weights and buffers as they are kept: packed ones packed, those on the disk included."""
     model = inner_model(model)
     found: dict[int, int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*_once(model), *model.buffers()):
         for part in _parts(tensor):
-            # Tied weights are the same memory, or the same object where they wait on the disk.
             found[part.data_ptr() or id(tensor)] = part.nbytes
     return sum(found.values())
+
+
+def _once(model: Any) -> Iterator[torch.Tensor]:
+    """The weights, tied ones once. Where they wait on the disk they are two objects."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return (one for name, one in model.named_parameters() if not (one.is_meta and name in tied))
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
