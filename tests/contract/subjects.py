@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import torch
+from accelerate import dispatch_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepen_ext.members.backend import Backend
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf import session as hf_session
 from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.loaded_model import dense
+from deepen_ext.members.hf.quantisation import quantise
 from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.top_k_only import TopKOnly
 
@@ -91,9 +96,12 @@ def _transformers(
     dtype: torch.dtype = torch.float32,
     kind: type[HFBackend] = HFBackend,
     tolerance: float = 1e-4,
+    prepared: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+    same_in_plain: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> Subject:
-    model = _model(family, dtype)
-    untouched = copy.deepcopy(model)
+    """A model as `prepared` makes it; `same_in_plain` makes one of the same values without that."""
+    model = prepared(_model(family, dtype))
+    untouched = same_in_plain(_model(family, dtype))
     untouched.set_attn_implementation("eager")  # sessions bring an attention of their own
     tokens = 0
 
@@ -109,7 +117,8 @@ def _transformers(
     def others() -> tuple[Backend, Backend]:
         changed = _model(family, dtype)
         next(changed.parameters()).data.mul_(1.01)
-        coarse = _model(family, dtype).to(torch.bfloat16)
+        changed = prepared(changed)
+        coarse = same_in_plain(_model(family, dtype)).to(torch.bfloat16)
         return backend(changed, dtype), backend(coarse, torch.bfloat16)
 
     @contextmanager
@@ -143,6 +152,28 @@ def _transformers(
     )
 
 
+def _on_disk(model: PreTrainedModel) -> PreTrainedModel:
+    """Its last layer and its head wait on the disk."""
+    folder = tempfile.mkdtemp(prefix="deepen-ext-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk", "lm_head": "disk"}
+    return dispatch_model(model, places, offload_dir=folder, skip_keys=model._skip_keys_device_placement)
+
+
+def _int8(model: PreTrainedModel) -> PreTrainedModel:
+    quantise(model, "int8", _CPU)
+    return model
+
+
+def _rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """The weights of `_int8`, as they are."""
+    for layer in _int8(model).modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(dense(layer.weight).clone(), requires_grad=False)
+    return model
+
+
 def top_k_only(inner: Subject, k: int) -> Subject:
     """The same with its logits hidden."""
 
@@ -158,6 +189,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
     "transformers, fixed buffers": lambda: _transformers("gemma3_text", kind=_OnFixedBuffers),
     "transformers, float16": lambda: _transformers("llama", torch.float16, tolerance=0.1),
+    "transformers, on disk": lambda: _transformers("llama", prepared=_on_disk),
+    "transformers, int8": lambda: _transformers("llama", prepared=_int8, same_in_plain=_rounded),
     "top-k only": lambda: top_k_only(_transformers("llama"), 20),
     "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }

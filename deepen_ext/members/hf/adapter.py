@@ -17,7 +17,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import DeepenError, ModelError
-from deepen_ext.members.hf.placement import home, is_spread
+from deepen_ext.members.hf.placement import home, waits_elsewhere
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 
 _MISFIT = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\).*?Size\((\[.*?\])\)")
@@ -42,7 +42,7 @@ def put_on(
     from peft import PeftConfig, PeftModelForCausalLM, load_peft_weights
 
     where = f"{name}: the adapter {adapter}"
-    if _waits_elsewhere(model):
+    if waits_elsewhere(model):
         raise ModelError(
             f"{where} cannot be put on weights that wait on the disk or the host; give a device_map whose "
             "devices hold the whole model"
@@ -61,10 +61,6 @@ def put_on(
         if getattr(model, "hf_quantizer", None) is None:
             adapted = adapted.merge_and_unload(safe_merge=True)
     return adapted, tokenizer
-
-
-def _waits_elsewhere(model: Any) -> bool:
-    return is_spread(model) and any(weight.is_meta for weight in model.parameters())
 
 
 def _check_kind(config: Any, where: str) -> None:
@@ -112,7 +108,7 @@ def _tokenizer_with(
         return tokenizer
     found: Any = load_tokenizer(Path(own).parent, where, trust_remote_code=trusted, of_adapter=True)
     before, after = tokenizer.get_vocab(), found.get_vocab()
-    for token, number in before.items():
+    for token, number in sorted(before.items(), key=lambda one: one[1]):
         if after.get(token) != number:
             raise ModelError(
                 f"{where} brings a tokenizer in which {token!r} is {after.get(token)}, not {number}; it was "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,6 +21,23 @@ def is_spread(model: torch.nn.Module) -> bool:
     return len(set(places.values())) > 1
 
 
+def waits_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether some weights lie on the disk or the host, and come to their device for each forward pass."""
+    return any(weight.is_meta for weight in model.parameters())
+
+
+def one_at_a_time(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """A lock for forward passes of a model whose weights come and go: threads share its modules."""
+    if not waits_elsewhere(model):
+        return nullcontext()
+    with _lock:
+        return _locks.setdefault(model, threading.Lock())
+
+
+_lock = threading.Lock()  # of the others
+_locks: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
+
+
 def home(model: torch.nn.Module) -> torch.device:
     """Where a model takes its ids. Its logits are moved there, once, by accelerate."""
     return runs_on(inner_model(model).get_input_embeddings())
@@ -25,11 +45,12 @@ def home(model: torch.nn.Module) -> torch.device:
 
 def runs_on(module: torch.nn.Module) -> torch.device:
     """The device that computes a module. Weights that wait on the disk or the host are moved there."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for one in (hook, *getattr(hook, "hooks", ())):
-        device = getattr(one, "execution_device", None)
-        if device is not None:
-            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    for part in module.modules():
+        hook: Any = getattr(part, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return next(module.parameters()).device
 
 
