@@ -30,7 +30,7 @@ import torch
 from common import ROOT, TIMED, environment, machine_name, percentile, write_json
 from transformers import DynamicCache
 
-from deepen_ext import Ensemble, demo, ops
+from deepen_ext import Ensemble, ops
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
@@ -280,7 +280,10 @@ def main() -> None:
 
     found = environment()
     output = options.output or ROOT / "bench" / "results" / "boundary" / f"{machine_name(found)}.json"
-    members = {name: load_member(demo.embedded(name)) for name in {name for pair in PAIRS for name in pair}}
+    members = {
+        name: load_member(f"demo:{name}", backend="transformers")
+        for name in {name for pair in PAIRS for name in pair}
+    }
     ensembles = {pair: Ensemble([members[name] for name in pair], **TIMED) for pair in PAIRS}
     positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
     for read, (kind, text) in enumerate(texts(options.data), 1):

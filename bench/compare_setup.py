@@ -17,7 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from deepen_ext import Ensemble, demo
+from deepen_ext import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
 from deepen_ext.members.loading import load_member
@@ -96,7 +96,11 @@ def letters_of(ensemble: str) -> list[str]:
 def load(ensembles: Iterable[str]) -> dict[str, Member]:
     """The members of these ensembles by letter, in the order of `MODELS`."""
     needed = {letter for one in ensembles for letter in letters_of(one)}
-    return {letter: load_member(demo.embedded(name)) for letter, name in MODELS.items() if letter in needed}
+    return {
+        letter: load_member(f"demo:{name}", backend="transformers")
+        for letter, name in MODELS.items()
+        if letter in needed
+    }
 
 
 def configurations(

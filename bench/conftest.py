@@ -13,7 +13,7 @@ from deepen_ext.members.member import Member
 
 @pytest.fixture(scope="session")
 def pair() -> list[Member]:
-    return [load_member(path) for path in demo.members()]
+    return [load_member(path, backend="transformers") for path in demo.members()]
 
 
 @pytest.fixture(scope="session")

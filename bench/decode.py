@@ -377,10 +377,10 @@ def main() -> None:
     if not (options.data / "gsm8k" / "dev.jsonl").is_file():
         parser.error(f"{options.data} has no gsm8k/dev.jsonl; name the folder of the benchmarks with --data")
     if options.members is None:
-        from deepen_ext import demo
+        from deepen_ext.members.hf.gguf_conversion import convert_embedded
 
-        third = demo.embedded("qwen2.5-coder-0.5b-instruct", progress=print)
-        again_with_an_empty_cache([*demo.members(progress=print), third])
+        names = ("smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct")
+        again_with_an_empty_cache([convert_embedded(name, print) for name in names])
     found = measure(options.members, options.new_tokens, options.repetitions, options.data)
     made = figures(found)
     for figure in made:

@@ -24,7 +24,7 @@ ROWS, K = 4, 128
 
 
 def main() -> None:
-    members = load_members(demo.members())
+    members = load_members(demo.members(), backend="transformers")
     ensemble = Ensemble(members, cache=False, **TIMED)
     tensors: dict[str, torch.Tensor] = {"anchors": torch.tensor(len(ensemble.anchors))}
     for i, (member, relative) in enumerate(zip(members, ensemble.maps, strict=True)):

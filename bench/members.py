@@ -79,7 +79,7 @@ def measure(tokens: int, rounds: int) -> tuple[list[Figure], float]:
     from deepen_ext.members.hf import forwards
     from deepen_ext.members.loading import load_member
 
-    members = [load_member(folder) for folder in demo.members()]
+    members = [load_member(path, backend="transformers") for path in demo.members()]
     decoders = [Decoder(member) for member in members]
     ours = forwards.small_products
     times: dict[tuple[str, str], list[float]] = {}

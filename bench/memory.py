@@ -93,9 +93,10 @@ def main() -> None:
     parser.add_argument("--members", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.members is None:
-        from deepen_ext import demo
+        from deepen_ext.members.hf.gguf_conversion import convert_embedded
 
-        again_with_an_empty_cache(demo.members(progress=print))
+        names = ("smollm2-135m-instruct", "gemma-3-270m")
+        again_with_an_empty_cache([convert_embedded(name, print) for name in names])
     found = measure(options.members, options.new_tokens)
     print(f"resident set with both models loaded and warm: {found['base']:.0f} MB; beyond it, in MB:")
     for stage, value in found["stages"].items():

@@ -47,7 +47,7 @@ def times(ensemble: Ensemble, logits: list[torch.Tensor], threads: int, rounds: 
 
 def measure(rounds: int) -> list[Figure]:
     """Every case, its idle p50 and p99 the baseline of the busy ones."""
-    members = load_members(demo.members())
+    members = load_members(demo.members(), backend="transformers")
     logits = []
     for member in members:
         ids = member.vocabulary.prefix_ids + member.vocabulary.encode(PROMPTS[0])

@@ -16,7 +16,7 @@ from deepen_ext.members.registry import BACKENDS
 from deepen_ext.members.source import Source
 
 
-class Asked(Exception):
+class Asked(BaseException):  # no command turns it into an exit code
     """All members were asked for."""
 
 
@@ -42,7 +42,7 @@ def recorded(members: int = 1, *, llama_cpp: bool = False) -> Iterator[list[tupl
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "_has_llama_cpp", lambda: llama_cpp)
+        patch.setattr(loading, "is_installed", lambda: llama_cpp)
         for backend in list(BACKENDS):
             made = module(backend)
             patch.setitem(sys.modules, made.__name__, made)

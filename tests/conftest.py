@@ -31,10 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-def _demo_folder(name: str, **how: bool) -> Path:
-    from deepen_ext import demo
+def _demo_folder(name: str) -> Path:
+    from deepen_ext.members.hf.gguf_conversion import convert_embedded
 
-    return demo.embedded(name, **how)
+    return convert_embedded(name)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +50,14 @@ def gemma_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen_tokenizer_dir() -> Path:
-    """Folder with the tokenizer of Qwen2.5-Coder-0.5B-Instruct; the weights may be missing."""
-    return _demo_folder("qwen2.5-coder-0.5b-instruct", tokenizer_only=True)
+def qwen_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the tokenizer of Qwen2.5-Coder-0.5B-Instruct, without weights."""
+    from deepen_ext import demo
+    from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen")
+    load_gguf_tokenizer(demo.gguf_file("qwen2.5-coder-0.5b-instruct"), "qwen").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

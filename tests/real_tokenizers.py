@@ -25,6 +25,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from deepen_ext import demo
 from deepen_ext.ground.cache_folder import atomic_write, cache_dir, locked
+from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 
 _REVISION = "1"  # raise it when the conversion to tokenizer.json changes
 
@@ -198,9 +199,11 @@ def wanted() -> tuple[Source, ...]:
 
 def tokenizer_file(source: Source) -> Path:
     """The tokenizer.json, from the cache or fetched now."""
-    if not source.package:
-        return demo.embedded(source.name, tokenizer_only=True) / "tokenizer.json"
     target = _target(source)
+    if not source.package:  # made again each time, because the rules of making it are what is tested
+        tokenizer = load_gguf_tokenizer(demo.gguf_file(source.name), source.name)
+        with atomic_write(target) as temporary:
+            tokenizer.backend_tokenizer.save(str(temporary))
     if not target.is_file():
         with locked(cache_dir("test-tokenizers", "packages") / source.package.replace("/", "-")):
             if not target.is_file():  # it may have come while we waited

@@ -17,7 +17,7 @@ from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import ModelError
 from deepen_ext.ground.cache_folder import cache_dir, write_failure
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
-from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
 from deepen_ext.space.member_maps import MapSettings, MemberMaps
 
 WAY_OUT = r"HF_ASSETS_CACHE to another folder"

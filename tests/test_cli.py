@@ -16,10 +16,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from backend_stand_in import Asked, recorded
 from command_line import COMMAND, ROOT, run, run_process
 from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import __version__
+from deepen_ext.members import loading
+from deepen_ext.members.load_options import LOAD_OPTIONS
 
 
 @pytest.fixture
@@ -85,6 +90,9 @@ def test_the_same_text_from_standard_input_and_as_json(models: list[str]) -> Non
     assert [member["weight"] for member in report["members"]] == [0.5, 0.5]
     assert 0 < report["fusion_ms_per_token"] < report["ms_per_token"]
     assert report["rows_computed"] == 0
+    own = f"transformers {transformers.__version__}"
+    assert report["backends"] == [own, own]
+    assert streamed.stderr.endswith(f"; run by {own}\n")
     assert streamed.stdout == report["text"] + "\n"
     assert f"{report['changed_tokens']} of them changed by bytes" in streamed.stderr
 
@@ -190,6 +198,107 @@ def test_a_preset_names_the_models(tmp_path: Path) -> None:
         assert message in done.stderr
 
 
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Each command that loads members, with what it needs beside them."""
+    text, data, out = folder / "text.txt", folder / "data", folder / "out"
+    text.write_text("A short text.\n" * 20, encoding="utf-8")
+    (data / "arc_challenge").mkdir(parents=True)
+    item = {"question": "Which?", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"}
+    (data / "arc_challenge" / "test.jsonl").write_text(json.dumps(item) + "\n")
+    return {
+        "generate": ["generate", "--prompt", "x"],
+        "nll": ["nll", "--text", str(text)],
+        "doctor": ["doctor"],
+        "tune": ["tune", "--text", str(text), "--out", str(out / "preset.yaml")],
+        "eval": ["eval", "--task", "arc_challenge", "--data", str(data), "--json", str(out)],
+    }
+
+
+@pytest.mark.parametrize("name", ["generate", "nll", "doctor", "tune", "eval"])
+def test_every_command_takes_the_options_of_loading(name: str, tmp_path: Path) -> None:
+    command = [*commands(tmp_path)[name], "--model", "org/a", "--model", "org/b@org/tuned"]
+    split = '{"": "disk", "lm_head": 0}'
+    options = [
+        *("--backend", "transformers", "--threads", "2"),
+        *("--device-map", "-", "--device-map", split, "--offload-folder", "-", "--offload-folder", "spare"),
+        *("--max-memory", "-", "--max-memory", '{"0": "1GiB", "cpu": 5}', "--dtype", "bfloat16"),
+        *("--quantization", "int8", "--quantization", "-", "--revision", "main", "--revision", "v2"),
+        *("--attn-implementation", "eager", "--trust-remote-code"),
+    ]
+    before = torch.get_num_threads()
+    try:
+        with recorded(2) as asked, pytest.raises(Asked):
+            run(*command, *options)
+    finally:
+        torch.set_num_threads(before)
+    (_, _, one), (_, source, other) = asked
+    assert {key: value for key, value in one.given().items() if key != "device"} == {
+        "backend": "transformers",
+        "threads": 2,
+        "dtype": "bfloat16",
+        "quantization": "int8",
+        "revision": "main",
+        "attn_implementation": "eager",
+        "trust_remote_code": True,
+    }
+    assert other.device_map == {"": "disk", "lm_head": 0}
+    assert other.max_memory == {0: "1GiB", "cpu": 5}
+    assert (other.offload_folder, other.quantization, other.revision) == ("spare", None, "v2")
+    assert (source.hub, other.adapter) == ("org/b", "org/tuned")
+    help_text = run(name, "--help").stdout
+    assert all(f"--{option.replace('_', '-')}" in help_text for option in LOAD_OPTIONS)
+    with recorded(2) as asked, pytest.raises(Asked):
+        run(*command)
+    assert [one.given() for _, _, one in asked] == [{}, {"adapter": "org/tuned"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "vllm"], "org/a: there is no backend 'vllm'; there are transformers, llama.cpp"),
+        (
+            ["--backend", "-", "--backend", "llama.cpp"],
+            "org/b: llama.cpp reads .gguf files, and this is none",
+        ),
+        (["--threads", "two"], "threads is 'two'; give a whole number"),
+        (["--threads", "1", "--threads", "0"], "org/b: threads is 0; give a whole number from 1 to 65,535"),
+        (["--device-map", "{x}"], "device_map is '{x}', which is no JSON"),
+        (["--max-memory", "1GB"], "max_memory is '1GB', which is no JSON"),
+        (["--device", "cpu", "--device-map", "auto"], "device and device_map exclude each other"),
+        (["--quantization", "int2"], "there is no quantization 'int2'; there are int8, int4"),
+        (["--dtype", "-", "--dtype", "-", "--dtype", "-"], "there are 3 of dtype for 2 members"),
+        (["--attn-implementation", "org/fast"], "is a kernel of the hub, and so code"),
+        (["--adapter", "/gone"], "org/a: /gone: no folder of an adapter"),
+    ],
+)
+def test_wrong_options_of_loading(arguments: list[str], message: str) -> None:
+    done = run("generate", "--prompt", "x", "--model", "org/a", "--model", "org/b", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_a_presets_options_of_loading_and_those_of_the_caller(tmp_path: Path) -> None:
+    preset = tmp_path / "preset.yaml"
+    text = "members: [org/a, org/b]\nrevision: [v1, null]\ndevice_map: auto\nmax_memory: {0: 1GiB}\n"
+    preset.write_text(text, encoding="utf-8")
+    command = ["generate", "--prompt", "x", "--preset", str(preset)]
+
+    def asked_for(*arguments: str) -> list[dict[str, object]]:
+        with recorded(2) as asked, pytest.raises(Asked):
+            run(*command, *arguments)
+        return [one.given() for _, _, one in asked]
+
+    spread = {"device_map": "auto", "max_memory": {0: "1GiB"}}
+    assert asked_for() == [{**spread, "revision": "v1"}, spread]
+    assert asked_for("--revision", "-", "--device", "cpu") == [{}, {}]
+    assert asked_for("--device-map", "balanced") == [
+        {"device_map": "balanced", "revision": "v1"},
+        {"device_map": "balanced"},
+    ]
+    # They are for the preset's own members.
+    assert asked_for("--model", "org/c", "--model", "org/d") == [{}, {}]
+
+
 def test_debug_shows_the_traceback() -> None:
     done = run("generate", "--debug", "--prompt", "x", "--model", "/no/a", "--model", "/no/b")
     assert done.returncode == 2
@@ -197,13 +306,20 @@ def test_debug_shows_the_traceback() -> None:
     assert done.stderr.strip().endswith("check the spelling of the path")
 
 
-def test_a_damaged_model_is_exit_code_1(tmp_path: Path) -> None:
+def test_a_damaged_model_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
-    done = run("generate", "--prompt", "x", "--model", str(broken), "--model", "b")
+    command = ["generate", "--prompt", "x", "--model", str(broken), "--model", "b"]
+    done = run(*command, "--backend", "transformers")
     assert done.returncode == 1
-    assert "cannot convert this GGUF file" in done.stderr
+    assert "cannot read this GGUF file" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "llama.cpp" not in done.stderr
+    monkeypatch.setattr(loading, "is_installed", lambda: False)
+    without = run(*command)
+    assert without.returncode == 1
+    assert f"Note: llama.cpp is not installed. transformers runs {broken} instead" in without.stderr
+    assert "pip install 'deepen-ext[llama-cpp]'" in without.stderr
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from deepen_ext.errors import DeepenError, ModelError
 from deepen_ext.measure.evaluation.records import RecordFile, check_folder
 from deepen_ext.measure.evaluation.summary import summarise
 from deepen_ext.measure.evaluation.summary_table import summary_table
-from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
 from deepen_ext.presets import load_preset
 from deepen_ext.space.map_file import _checksum
 from deepen_ext.space.member_maps import MemberMaps
@@ -356,7 +356,8 @@ import torch, yaml, safetensors.torch, deepen_ext.measure.evaluation.summary
 from deepen_ext import RelativeMap
 from deepen_ext.errors import DeepenError
 from deepen_ext.measure.evaluation.records import RecordFile
-from deepen_ext.members.gguf.checks import Damaged, check_gguf
+from deepen_ext.members.gguf.checks import check_gguf
+from deepen_ext.members.gguf.header import Damaged
 from deepen_ext.presets import load_preset
 
 def gguf(path):

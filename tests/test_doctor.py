@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from command_line import run
 from sessions import changed
 from tiny_models import one_byte_tokens, save_model
@@ -28,7 +29,7 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import PrefixColumns, shared_anchors
 from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
-from deepen_ext.text.vocabulary import _PROBES
+from deepen_ext.text.vocabulary import PROBES
 
 SHORT = SAMPLE_TEXT[:500]
 
@@ -42,7 +43,7 @@ def characters_only() -> Tokenizer:
     It shares the single characters of ASCII with other tokenizers and little else. (Any two tokenizers that
     carry every text have the bytes in common, which is more than 100 anchors.)
     """
-    characters = sorted({one for probe in _PROBES for one in probe if one not in " ▁"} | set(SHORT) - {" "})
+    characters = sorted({one for probe in PROBES for one in probe if one not in " ▁"} | set(SHORT) - {" "})
     of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     names = ["<unk>", "<eos>", *of_bytes, "▁", *characters]
     tokenizer = Tokenizer(
@@ -423,6 +424,7 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["verdict"]["outcome"] == "not worth fusing"
+    assert {one["backend"] for one in report["members"]} == {f"transformers {transformers.__version__}"}
     assert report["characters_given"] == len(SAMPLE_TEXT * 3)
     readable = run("doctor", "--model", str(bytes_dir), "--model", str(bytes_dir))
     assert readable.returncode == 0, readable.stderr
@@ -430,6 +432,7 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     for part in (
         "Members, main model first",
         "257",
+        f"run by transformers {transformers.__version__}",
         "Relative rows",
         "ms a token",
         "Memory on cpu",

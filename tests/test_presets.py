@@ -7,9 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.source import Source, find_source
+from deepen_ext.members.source import Source, find_source, split_adapter
 from deepen_ext.presets import Preset, load_preset, write_preset
 
 DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
@@ -30,10 +32,23 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         "relative_temperature": 20.0,
         "confidence": 0.5,
     }
-    written = Preset(DEMO, given, {"items": 3, "task": "nq", "note": "naïve: ∂L/∂z"})
+    loading = {
+        "backend": "transformers",
+        "dtype": ["bfloat16", None],
+        "threads": 2,
+        "device_map": {"": "disk", "lm_head": 0},
+        "max_memory": {0: "1GiB", "cpu": 5},
+        "offload_folder": str(tmp_path / "spare"),
+        "quantization": ["int8", None],
+        "adapter": [None, "org/tuned"],
+        "revision": "1234",  # no number
+        "attn_implementation": "eager",
+    }
+    written = Preset(DEMO, given, {"items": 3, "task": "nq", "note": "naïve: ∂L/∂z"}, loading)
     file = tmp_path / "new folder" / "preset.yaml"
     write_preset(file, written)
     assert load_preset(file) == written
+    assert load_preset(file).load_options() == loading
     assert load_preset(file).settings() == given
     assert [one.name for one in file.parent.iterdir()] == ["preset.yaml"]
     write_preset(file, Preset(DEMO))  # in its place
@@ -72,6 +87,52 @@ def test_paths_start_from_the_presets_folder(tmp_path: Path, monkeypatch: pytest
         load_preset(stray)
 
 
+def test_paths_and_types_of_the_options_of_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, away = tmp_path / "here", tmp_path / "presets"
+    for name in ("base", "tuned", "odd@home"):
+        (here / name).mkdir(parents=True)
+    monkeypatch.chdir(here)
+    file = away / "preset.yaml"
+    members = ["base@tuned", "odd@home", "org/name@org/tuned", "demo:gemma-3-270m@tuned"]
+    options = {
+        "adapter": [None, Path("tuned"), None, None],
+        "offload_folder": Path("spare"),  # it need not be there yet
+        "dtype": torch.bfloat16,
+        "device_map": {"": torch.device("cpu")},
+    }
+    write_preset(file, Preset(members, loading=options))
+    content = yaml.safe_load(file.read_text())
+    assert content["members"] == [
+        "../here/base@../here/tuned",
+        "../here/odd@home",
+        "org/name@org/tuned",
+        "demo:gemma-3-270m@../here/tuned",
+    ]
+    assert content["adapter"] == [None, "../here/tuned", None, None]
+    assert (content["offload_folder"], content["dtype"]) == ("../here/spare", "bfloat16")
+    assert content["device_map"] == {"": "cpu"}
+    monkeypatch.chdir("/")
+    found = load_preset(file)
+    assert find_source(split_adapter(found.members[2])[0]) == Source(hub="org/name")
+    pairs = [split_adapter(name) for name in found.members]
+    assert [(Path(one).resolve(), Path(other or "").resolve()) for one, other in pairs[:2]] == [
+        (here / "base", here / "tuned"),
+        (here / "odd@home", Path("/")),
+    ]
+    assert Path(pairs[3][1] or "").resolve() == here / "tuned"
+    assert Path(found.loading["adapter"][1]).resolve() == here / "tuned"
+    assert Path(found.loading["offload_folder"]).resolve() == here / "spare"
+
+
+def test_options_of_loading_above_the_file() -> None:
+    preset = Preset(DEMO, loading={"device_map": "auto", "max_memory": {0: 5}, "threads": 2})
+    assert preset.load_options(threads=None)["threads"] is None
+    assert preset.load_options(trust_remote_code=True) == {**preset.loading, "trust_remote_code": True}
+    assert preset.load_options(device="cuda") == {"threads": 2, "device": "cuda"}
+    assert preset.load_options(device_map="balanced") == {"threads": 2, "device_map": "balanced"}
+    assert Preset(DEMO, loading={"device": "cuda"}).load_options(device_map="auto") == {"device_map": "auto"}
+
+
 def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> None:
     preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: deepen:bytes\nweights: prompt\n"))
     assert preset.settings() == {"fuser": "deepen", "recipe": "bytes", "weights": "prompt"}
@@ -101,6 +162,26 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ),
         ("members: [a, b]\nweights: [0.5, 0.5]\nweights: [1, 0]\n", "line 3: 'weights' stands twice"),
         ("weights: [0.5, 0.5]\n", "there is no 'members'; list the models"),
+        (
+            "members: [a, b]\ntrust_remote_code: true\n",
+            "line 2: a file cannot choose to run a model's code; .*give --trust-remote-code yourself",
+        ),
+        ("members: [a, b]\ntrust_remote_code: false\n", "line 2: a file cannot choose"),
+        (
+            "members: [a, b]\nattn_implementation: [null, org/fast]\n",
+            "line 2: attn_implementation 'org/fast' is a kernel of the hub, and so code",
+        ),
+        ("members: [a, b]\nbackend: vllm\n", "line 2: a: there is no backend 'vllm'"),
+        (
+            "members: [a, b]\nthreads: 2\nquantization: [null, int2]\n",
+            "line 3: b: there is no quantization 'int2'",
+        ),
+        ("members: [a, b]\nthreads: 0x1" + "0" * 5000, "line 2: a: threads is a huge number"),
+        ("members: [a, b]\nrevision: 1234\n", "line 2: a: revision is 1234; give a branch"),
+        ("members: [a, b]\ndtype: [float32]\n", "line 2: there are 1 of dtype for 2 members"),
+        ("members: [a, b]\ndevice: cuda\ndevice_map: auto\n", "a: device and device_map exclude each other"),
+        ("members: [a, b]\nmax_memory: {cpu: 1}\n", "line 2: a: max_memory is for device_map"),
+        ('members: [a, b]\nadapter: "a\\0"\n', r"line 2: 'a\\x00' is no model's name or path"),
         ("members: a\n", "line 1: members is 'a'; give a list of models"),
         ("members: []\n", r"line 1: members is \[\]"),
         ("members: [a, 3]\n", "line 1: members is .*give a list of models"),

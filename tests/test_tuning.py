@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from deepen_ext.commands.cli import app
@@ -407,7 +408,10 @@ class TestCommand:
         (data / "arc_challenge" / "test.jsonl").write_text("not even JSON", encoding="utf-8")
         task = ["--demo", "--task", "arc_challenge", "--data", data, "--limit", 3]
         with opened_files() as seen:
-            code, printed = self.run(*task, "--fuser", "deepen:bytes", "--out", out)
+            options = ["--backend", "transformers", "--dtype", "float32", "--dtype", "-"]
+            code, printed = self.run(
+                *task, *options, "--trust-remote-code", "--fuser", "deepen:bytes", "--out", out
+            )
         assert code == 0, printed
         assert " right of 3 " in printed
         assert any("dev.jsonl" in one for one in seen)
@@ -416,6 +420,9 @@ class TestCommand:
         assert f"Written to {out}; use it with --preset {out}" in printed
         preset = load_preset(out)
         assert sorted(preset.members) == ["demo:gemma-3-270m", "demo:smollm2-135m-instruct"]
+        dtype = ["float32" if "smollm2" in name else None for name in preset.members]
+        assert preset.load_options() == {"backend": "transformers", "dtype": dtype}
+        assert set(preset.measured["backends"].values()) == {f"transformers {transformers.__version__}"}
         assert preset.settings()["fuser"] == "deepen"
         assert preset.settings()["recipe"] == "bytes"
         assert set(preset.measured) >= {"task", "split", "items", "bits_per_byte", "versions", "date"}

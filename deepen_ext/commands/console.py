@@ -33,8 +33,10 @@ def progress() -> Iterator[Callable[[str], None]]:
         seen: set[str] = set()
 
         def line(message: str) -> None:
-            stage = message.split(",")[0]  # without the counts
-            if stage.startswith(("Downloading", "Converting", "Waiting", "Note")) and stage not in seen:
+            note = message.startswith("Note:")
+            stage = message if note else message.split(",")[0]  # without the counts
+            long = note or stage.startswith(("Downloading", "Converting", "Waiting"))
+            if long and stage not in seen:
                 seen.add(stage)
                 print(stage, file=sys.stderr, flush=True)
 

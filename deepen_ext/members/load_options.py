@@ -196,7 +196,7 @@ def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadO
                 f"there are {len(values)} of {name} for {len(members)} members; give one, or one for each"
             )
         for own, one in zip(found, values, strict=True):
-            if one is not None:
+            if one is not None or name == "trust_remote_code":  # whether to trust is said in full
                 own[name] = one
     each = []
     for member, own in zip(members, found, strict=True):

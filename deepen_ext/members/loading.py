@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.gguf.convert import Progress
+from deepen_ext.ground.progress import Progress
+from deepen_ext.members.llama_cpp.library import INSTALL, is_installed
 from deepen_ext.members.load_options import (
     ONLY_TRANSFORMERS,
     LoadOptions,
@@ -99,7 +100,7 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
     for one in plans:
         backend = one.options.backend
         if backend is None and _is_for_llama_cpp(one):
-            if _has_llama_cpp():
+            if is_installed():
                 backend = _LLAMA_CPP
                 _refuse_to_choose(one)
             else:
@@ -116,7 +117,7 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
     if missed and progress is not None:
         progress(
             f"Note: llama.cpp is not installed. transformers runs {' and '.join(missed)} instead, converted "
-            "and slower. To install it: pip install 'deepen-ext[llama-cpp]'"
+            f"and slower. To install it: {INSTALL}"
         )
     return found
 
@@ -124,12 +125,6 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
 def _is_for_llama_cpp(one: _Plan) -> bool:
     """Whether a member runs in llama.cpp by default, where that is installed."""
     return one.source.is_gguf and torch.device(one.options.device).type == "cpu"
-
-
-def _has_llama_cpp() -> bool:
-    from deepen_ext.members.llama_cpp.library import is_installed
-
-    return is_installed()
 
 
 def _refuse_to_choose(one: _Plan) -> None:

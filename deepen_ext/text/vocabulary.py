@@ -22,7 +22,7 @@ from deepen_ext.text.tokenizer_parts import without_padding
 
 # Each breaks some tokenizer that changes text: lower-casing, accents, NFC, NFKC, stripped or folded
 # whitespace.
-_PROBES = (
+PROBES = (
     "Hello world",
     "The QUICK brown Fox, isn't it?",
     "def f(x):\n\tif x >= 10:\n        return {'a': [x**2, -1.5e-3]}  # ok\n",
@@ -118,7 +118,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """sha256 (hex) over kind, tokens, prefix, settings and ids of sample texts. Computed when first used.
 
-        The samples (`_PROBES`, and some 2,000 tokens) stand for the merges, which only the tokenizer's whole
+        The samples (`PROBES`, and some 2,000 tokens) stand for the merges, which only the tokenizer's whole
         JSON names: writing that out takes 75 MB and half a second for Gemma.
         """
         digest = hashlib.sha256(f"{self.kind} {self._encoder.dummy_prefix} {self.prefix_ids} ".encode())
@@ -130,7 +130,7 @@ class Vocabulary:
         sample = (
             text.decode(errors="ignore") for text in self.tokens[:: len(self.tokens) // 2000 + 1] if text
         )
-        for text in (*_PROBES, *sample):
+        for text in (*PROBES, *sample):
             digest.update(repr(self.encode(text)).encode())
         return digest.hexdigest()
 
@@ -190,8 +190,8 @@ class Vocabulary:
         return ids, ends
 
     def _check(self, tokenizer: Any) -> None:
-        """Round trip over `_PROBES`, and the same ids as the tokenizer where nothing sets them apart."""
-        for text in _PROBES:
+        """Round trip over `PROBES`, and the same ids as the tokenizer where nothing sets them apart."""
+        for text in PROBES:
             ids = self.encode(text)
             back = self.decode(ids)
             if back != text.encode():

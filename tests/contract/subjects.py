@@ -8,19 +8,29 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from accelerate import dispatch_model
+from gguf import GGMLQuantizationType
+from gguf_files import plain_model, write_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepen_ext.members.backend import Backend
 from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.hf import session as hf_session
 from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.loaded_model import dense
 from deepen_ext.members.hf.quantisation import quantise
 from deepen_ext.members.hf.session import HFSession
+from deepen_ext.members.llama_cpp import api
+from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.context import Context, Feed
+from deepen_ext.members.llama_cpp.library import load_library
+from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.top_k_only import TopKOnly
 
 
@@ -39,6 +49,8 @@ class Subject:
         breaks: within it every forward pass fails; gives what the error should say of why.
         plain: the model's own logits [n, V] after each of n ids, without a session.
         fed: how many tokens the model has read so far, padding included.
+        cuts: a text can be cut anywhere, and its states grow with it; else it is read again.
+        plain_tolerance: by which `plain` may differ, where its arithmetic is another; None: by `tolerance`.
         tolerance: by which two log-probabilities of one token after one text may differ, however it was fed.
     """
 
@@ -51,6 +63,8 @@ class Subject:
     breaks: Callable[[], AbstractContextManager[str]] | None = None
     plain: Callable[[Sequence[int]], torch.Tensor] | None = None
     fed: Callable[[], int] | None = None
+    cuts: bool = True
+    plain_tolerance: float | None = None
     tolerance: float = 1e-4
     said: dict[tuple[int, ...], Distribution] = field(default_factory=dict)  # by fresh sessions, of these ids
 
@@ -184,6 +198,81 @@ def top_k_only(inner: Subject, k: int) -> Subject:
     return replace(inner, backend=TopKOnly(inner.backend, k), other_weights=others, said={})
 
 
+class _Counting(LlamaBackend):
+    """Counts the tokens that its contexts are fed."""
+
+    tokens = 0
+
+    def new_context(self, sequences: int, cells: int) -> Context:
+        context = super().new_context(sequences, cells)
+
+        def counted(feeds: Sequence[Feed]) -> torch.Tensor:
+            self.tokens += sum(len(feed.ids) for feed in feeds)
+            return Context.decode(context, feeds)
+
+        context.decode = counted
+        return context
+
+
+@contextmanager
+def _aborting() -> Iterator[str]:
+    """llama.cpp's forward passes are aborted when they have begun."""
+    abort = api.AbortCallback(lambda _: True)
+    decode = Context.decode
+
+    def aborted(context: Context, feeds: Sequence[Feed]) -> torch.Tensor:
+        set_callback = context._call.llama_set_abort_callback
+        set_callback(context._handle, abort, None)
+        try:
+            return decode(context, feeds)
+        finally:
+            set_callback(context._handle, api.AbortCallback(), None)
+
+    with patch.object(Context, "decode", aborted):
+        yield "it was aborted"
+
+
+def _llama_cpp(
+    family: str,
+    tolerance: float = 3e-4,
+    plain_tolerance: float | None = None,
+) -> Subject:
+    folder = Path(tempfile.mkdtemp(prefix="deepen-ext-"))
+    atexit.register(shutil.rmtree, folder)
+
+    def backend(name: str, seed: int, kind: GGMLQuantizationType) -> _Counting:
+        size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
+        path = write_tiny_model(folder / f"{name}.gguf", family, seed=seed, kind=kind, **size)
+        model = LlamaModel(load_library(), path, family, _CPU)
+        return _Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
+
+    own_kind = GGMLQuantizationType.F32
+    own = backend("own", 0, own_kind)
+    reference = None if family == "mamba" else plain_model(folder / "own.gguf")
+
+    def plain(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return reference(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+    return Subject(
+        own,
+        vocab_size=_VOCAB,
+        context_length=_CONTEXT,
+        device=_CPU,
+        dtype="float32",
+        other_weights=lambda: (
+            backend("other", 1, GGMLQuantizationType.F32),
+            backend("coarse", 0, GGMLQuantizationType.BF16),
+        ),
+        breaks=_aborting,
+        plain=None if reference is None else plain,
+        fed=lambda: own.tokens,
+        cuts=family != "mamba",
+        plain_tolerance=plain_tolerance,
+        tolerance=tolerance,
+    )
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": lambda: _transformers("llama"),
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
@@ -191,6 +280,10 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers, float16": lambda: _transformers("llama", torch.float16, tolerance=0.1),
     "transformers, on disk": lambda: _transformers("llama", prepared=_on_disk),
     "transformers, int8": lambda: _transformers("llama", prepared=_int8, same_in_plain=_rounded),
+    "llama.cpp": lambda: _llama_cpp("llama"),
+    # Its activations are rounded to float16 in between.
+    "llama.cpp, sliding windows": lambda: _llama_cpp("gemma3", tolerance=1e-3, plain_tolerance=0.02),
+    "llama.cpp, no rollback": lambda: _llama_cpp("mamba"),
     "top-k only": lambda: top_k_only(_transformers("llama"), 20),
     "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }

@@ -50,7 +50,7 @@ class TestAsk:
                 longer = {lane: ids[:-1] + more for lane, ids in targets.items()}
                 said, spent = _spent(subject, lambda longer=longer: session.ask(longer, K).wait())
                 compare(subject, said, longer)
-                assert spent is None or 0 < spent < lanes * 30
+                assert spent is None or 0 < spent < lanes * 30 or not subject.cuts
 
     def test_another_k(self, subject: Subject) -> None:
         """The same tokens, fewer or more of them."""
@@ -139,7 +139,7 @@ class TestRead:
             _compare_blocks(subject, blocks, ids, start, range(start, 30, 4))
             said, spent = _spent(subject, lambda: session.ask({lanes - 1: ids}, K).wait())
             compare(subject, said, {lanes - 1: ids})
-            assert spent is None or spent < 30
+            assert spent is None or spent < 30 or not subject.cuts
             ask(subject, session, {lanes - 1: [*ids[:-2], 5]})
 
     def test_what_the_lane_holds_is_not_read_again(self, subject: Subject) -> None:
@@ -149,7 +149,7 @@ class TestRead:
             ask(subject, session, {0: held, 1: text(25, 1)})
             blocks, spent = _spent(subject, lambda: list(session.read(0, more, 59, K)))
             _compare_blocks(subject, blocks, more, 59, range(59, 62))
-            assert spent is None or 0 < spent < 30
+            assert spent is None or 0 < spent < 30 or not subject.cuts
             ask(subject, session, {1: [*text(25, 1), 3]})
 
     def test_in_blocks_while_another_lane_is_asked(self, subject: Subject) -> None:

@@ -1,1 +1,1 @@
-"""GGUF files: read, checked and converted once to what transformers loads."""
+"""GGUF files: their headers, checked; what they say about the model; their tokenizers."""

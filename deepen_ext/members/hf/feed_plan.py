@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from deepen_ext.members.asking import common_prefix
 from deepen_ext.members.hf.kv_cache import CHUNK
 
 # Tokens that a lane must be spared before it takes states from another one. The copy itself costs less than
@@ -80,20 +81,6 @@ def fed_first(wanted: Mapping[int, Sequence[int]], held: Mapping[int, int], devi
         if cost(now, device) + cost(later, device) >= at_once:
             return list(wanted)
     return first
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many ids the two have in common from the start. Of one type, list or tuple."""
-    low, high = 0, min(len(left), len(right))
-    if left[:high] == right[:high]:  # the usual case
-        return high
-    while low < high:  # slices are compared at the speed of C
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def in_common(texts: Sequence[list[int]]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-from deepen_ext.errors import InputError
-from deepen_ext.members.hf.feed_plan import SHARED, common_prefix
+from deepen_ext.members.asking import check_lane, common_prefix
+from deepen_ext.members.hf.feed_plan import SHARED
 from deepen_ext.members.hf.kv_cache import LaneCache
 
 
@@ -35,9 +35,7 @@ class Lanes:
 
     def check(self, lane: int) -> None:
         """Raise InputError for a lane that does not exist or was released."""
-        if lane not in self._order:
-            state = "was released" if 0 <= lane < self.count else f"is not one of 0..{self.count - 1}"
-            raise InputError(f"{self._name}: lane {lane} {state}")
+        check_lane(self._name, lane, self.count, self._order)
 
     def take_back(self, lanes: Sequence[int]) -> None:
         """These lanes are fed again, should they have been set aside."""

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.members import embedded
-from deepen_ext.members.gguf.convert import Progress, convert_gguf
+from deepen_ext.ground.progress import Progress
 from deepen_ext.members.hf import quantisation
 from deepen_ext.members.hf.adapter import put_on
 from deepen_ext.members.hf.backend import HFBackend
@@ -30,6 +29,7 @@ from deepen_ext.members.hf.device_map import (
     make_blueprint,
     weights_bytes,
 )
+from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
 from deepen_ext.members.hf.loaded_model import inner_model
 from deepen_ext.members.hf.placement import home
 from deepen_ext.members.hf.quiet import no_bars, quiet
@@ -180,7 +180,7 @@ def _target(source: Source, progress: Progress | None) -> Path | str:
     if source.hub is not None:
         return source.hub
     if source.embedded is not None:
-        return embedded.embedded(source.embedded, progress)
+        return convert_embedded(source.embedded, progress)
     assert source.path is not None
     if source.is_gguf:
         return convert_gguf(source.path, progress)

@@ -29,10 +29,6 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a text of this many tokens fits the context."""
-        return self.context_length is None or tokens <= self.context_length
-
 
 def inner_model(model: Any) -> Any:
     """The model itself, where a wrapper stands around it: `torch.compile`, PEFT.

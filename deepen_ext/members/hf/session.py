@@ -11,9 +11,10 @@ import torch
 from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
+from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf.attention import share_heads
-from deepen_ext.members.hf.feed_plan import common_prefix, fed_first
+from deepen_ext.members.hf.feed_plan import fed_first
 from deepen_ext.members.hf.forwards import Forwards, Known
 from deepen_ext.members.hf.kv_cache import CHUNK, LaneCache
 from deepen_ext.members.hf.lanes import Lanes
@@ -84,14 +85,9 @@ class HFSession(Closing):
         """See `Session`. On CUDA the work goes on until `wait`; the logits are an inference tensor."""
         loaded = self._loaded
         wanted = {lane: list(ids) for lane, ids in targets.items()}
-        positions = whole_number(f"{loaded.name}: positions", positions, 1)
         for lane, ids in wanted.items():
             self._check(lane, ids)
-            if len(ids) < positions:
-                raise InputError(
-                    f"{loaded.name}: {positions} positions are asked for of a text of {len(ids)} tokens; ask "
-                    "for fewer"
-                )
+        positions = check_positions(loaded.name, wanted, positions)
         if not wanted:
             logits = torch.empty((0, loaded.vocab_size), dtype=loaded.dtype, device=loaded.device)
             return self._answer(logits, k)
@@ -116,11 +112,7 @@ class HFSession(Closing):
         """See `Session`; of the lane's present ids at most ``ids[:start]`` is kept."""
         wanted = list(ids)
         self._check(lane, wanted)
-        if not 0 <= start < len(wanted):
-            raise InputError(
-                f"{self._loaded.name}: cannot read from position {start} of {len(wanted)} ids; "
-                f"choose 0 to {len(wanted) - 1}"
-            )
+        check_start(self._loaded.name, wanted, start)
         return self._read(lane, wanted, start, k)
 
     def _read(self, lane: int, ids: list[int], start: int, k: int) -> Iterator[Distribution]:
@@ -226,21 +218,7 @@ class HFSession(Closing):
 
     def _check(self, lane: int, ids: list[int]) -> None:
         self._lanes.check(lane)
-        loaded = self._loaded
-        where = loaded.name if self._lanes.count == 1 else f"{loaded.name}, lane {lane}"
-        if not ids:
-            raise InputError(
-                f"{where}: nothing to feed; the text gives no tokens. Give a prompt that is not empty."
-            )
-        if not loaded.fits(len(ids)):
-            raise InputError(
-                f"{where}: {len(ids)} tokens exceed its context of {loaded.context_length}; "
-                "shorten the prompt or ask for fewer new tokens"
-            )
-        if min(ids) < 0 or max(ids) >= loaded.vocab_size:
-            raise InputError(
-                f"{where}: token ids must lie in 0..{loaded.vocab_size - 1}, got {min(ids)}..{max(ids)}"
-            )
+        check_ids(self._loaded, lane, self._lanes.count, ids)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What every session checks of what it is asked, and how ids that it holds go with ids that are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import whole_number
+
+
+class Limits(Protocol):
+    """Of a backend, what the checks look at."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+    @property
+    def context_length(self) -> int | None: ...  # noqa: D102
+
+
+def check_lane(name: str, lane: int, count: int, in_use: Collection[int]) -> None:
+    """That a session has a lane.
+
+    Args:
+        name: the member's.
+        lane: the lane asked for.
+        count: how many lanes the session was opened with.
+        in_use: those not released.
+
+    Raises:
+        InputError: it does not exist, or was released.
+    """
+    if lane not in in_use:
+        state = "was released" if 0 <= lane < count else f"is not one of 0..{count - 1}"
+        raise InputError(f"{name}: lane {lane} {state}")
+
+
+def check_ids(backend: Limits, lane: int, count: int, ids: Sequence[int]) -> None:
+    """That a text can be fed.
+
+    Args:
+        backend: of the member.
+        lane: for the message, where the session has several.
+        count: the session's lanes.
+        ids: the whole text.
+
+    Raises:
+        InputError: no ids, more than the context holds, or some outside the vocabulary.
+    """
+    where = backend.name if count == 1 else f"{backend.name}, lane {lane}"
+    if not ids:
+        raise InputError(
+            f"{where}: nothing to feed; the text gives no tokens. Give a prompt that is not empty."
+        )
+    if backend.context_length is not None and len(ids) > backend.context_length:
+        raise InputError(
+            f"{where}: {len(ids)} tokens exceed its context of {backend.context_length}; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+    if min(ids) < 0 or max(ids) >= backend.vocab_size:
+        raise InputError(
+            f"{where}: token ids must lie in 0..{backend.vocab_size - 1}, got {min(ids)}..{max(ids)}"
+        )
+
+
+def check_positions(name: str, wanted: Mapping[int, Sequence[int]], positions: int) -> int:
+    """That every text has as many ids as positions are asked for; the number of positions.
+
+    Raises:
+        InputError: one has fewer, or the number is none.
+    """
+    positions = whole_number(f"{name}: positions", positions, 1)
+    for ids in wanted.values():
+        if len(ids) < positions:
+            raise InputError(
+                f"{name}: {positions} positions are asked for of a text of {len(ids)} tokens; ask for fewer"
+            )
+    return positions
+
+
+def check_start(name: str, ids: Sequence[int], start: int) -> None:
+    """That a reading can begin after ``ids[start]``; InputError otherwise."""
+    if not 0 <= start < len(ids):
+        raise InputError(
+            f"{name}: cannot read from position {start} of {len(ids)} ids; choose 0 to {len(ids) - 1}"
+        )
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids the two have in common from the start. Of one type, list or tuple."""
+    low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:  # the usual case
+        return high
+    while low < high:  # slices are compared at the speed of C
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
