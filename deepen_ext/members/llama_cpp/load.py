@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from deepen_ext.errors import InputError
 from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.facts import read_facts
@@ -29,20 +28,15 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     there too, and must agree with llama.cpp's own.
 
     Raises:
-        InputError: no GGUF file, or an option that llama.cpp does not have.
+        InputError: the file cannot be read.
         ModelError: llama.cpp is not installed or in an unsupported version, or it does not know the file's
             architecture; the file is damaged or has no tokenizer; the tokenizers do not agree.
     """
-    options.refuse_others("llama.cpp", "threads")
     if source.embedded is not None:
         path, name = embedded.gguf_file(source.embedded, progress), embedded.find(source.embedded).name
-    elif source.path is not None and source.is_gguf:
-        path, name = source.path, source.path.stem
     else:
-        raise InputError(
-            f"{source.path or source.hub}: llama.cpp runs .gguf files; name one, or take "
-            "backend='transformers'"
-        )
+        assert source.path is not None  # `loading` sends nothing but GGUF files here
+        path, name = source.path, source.path.stem
     library = load_library()
     if progress is not None:
         progress(f"Loading {name}")
