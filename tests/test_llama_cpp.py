@@ -10,6 +10,7 @@ import torch
 from gguf_files import dequantised, write_tiny_model
 
 from deepen_ext import Ensemble, demo, fuse_logits, load_members
+from deepen_ext.errors import ModelError
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
@@ -148,6 +149,15 @@ def assert_says(backend: Counting, said: Distribution, texts: Sequence[list[int]
         with backend.open() as session:
             want = session.ask({0: ids}, 5).wait().scores()
         torch.testing.assert_close(said.at([i]).scores(), want, atol=2e-3, rtol=0)
+
+
+def test_more_texts_than_it_can_run_at_once(tmp_path: Path) -> None:
+    backend = tiny(tmp_path)
+    with pytest.raises(ModelError, match=r"^llama: llama.cpp runs at most 256 texts.*257.*batch_size=256"):
+        backend.open(257)
+    with backend.open(256) as session:
+        said = session.ask({255: ids_of(9), 0: ids_of(8)}, 5).wait().clone()
+    assert_says(backend, said, [ids_of(9), ids_of(8)])
 
 
 class TestCaches:

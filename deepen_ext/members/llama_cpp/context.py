@@ -16,6 +16,7 @@ from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.threads import Threads
 
 MOST_TOKENS = 512  # of one forward
+MOST_SEQUENCES = 256  # of one context: LLAMA_MAX_SEQ of llama.cpp's source
 _PADDING = 256  # llama.cpp rounds a cache's cells up to this
 
 # What llama_decode returns, where it says more than that it failed.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
 from deepen_ext.members.distribution import Distribution
-from deepen_ext.members.llama_cpp.context import MOST_TOKENS, Context, Feed
+from deepen_ext.members.llama_cpp.context import MOST_SEQUENCES, MOST_TOKENS, Context, Feed
 from deepen_ext.members.llama_cpp.loaded_gguf import LoadedGguf
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144
@@ -34,9 +34,17 @@ class LlamaSession(Closing):
             loaded: the model; its sessions do not meet.
             lanes: number of texts.
             capacity: expected tokens of a text. More may come.
+
+        Raises:
+            ModelError: more lanes than llama.cpp has sequences.
         """
         self._loaded = loaded
         self._count = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
+        if lanes > MOST_SEQUENCES:
+            raise ModelError(
+                f"{loaded.name}: llama.cpp runs at most {MOST_SEQUENCES} texts at once, and {lanes} are asked "
+                f"for; give batch_size={MOST_SEQUENCES} or less"
+            )
         self._capacity = capacity
         self._ids: dict[int, list[int]] = {lane: [] for lane in range(self._count)}  # but for released lanes
         self._known: dict[int, torch.Tensor] = {}  # logits [positions, V] after a lane's last ids
