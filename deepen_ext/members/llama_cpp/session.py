@@ -42,8 +42,8 @@ class LlamaSession(Closing):
         self._count = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
         if lanes > MOST_SEQUENCES:
             raise ModelError(
-                f"{loaded.name}: llama.cpp runs at most {MOST_SEQUENCES} texts at once, and {lanes} are asked "
-                f"for; give batch_size={MOST_SEQUENCES} or less"
+                f"{loaded.name}: llama.cpp runs at most {MOST_SEQUENCES} texts at once, and {lanes} are "
+                f"asked for; give batch_size={MOST_SEQUENCES} or less"
             )
         self._capacity = capacity
         self._ids: dict[int, list[int]] = {lane: [] for lane in range(self._count)}  # but for released lanes
