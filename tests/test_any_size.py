@@ -19,7 +19,14 @@ from sessions import open_session, sync
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import AddedToken
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TorchAoConfig,
+)
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
@@ -327,6 +334,18 @@ def test_int4_needs_whole_groups(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"32 inputs .*0\.mlp\.down_proj has 48 and 32; give .*int8"):
         load_member(odd, quantization="int4")
     load_member(odd, quantization="int8")
+
+
+def test_experts_are_not_rounded(folder: Path, tmp_path: Path) -> None:
+    mixture = Path(shutil.copytree(folder, tmp_path / "mixture"))
+    config = LlamaForCausalLM.from_pretrained(folder).config
+    shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **shape, **layers))
+    model.save_pretrained(mixture)
+    with pytest.warns(UserWarning, match=r"leaves 0\.00 GB as they are, .*0\.mlp\.experts\.gate_up_proj"):
+        member = load_member(mixture, quantization="int8")
+    assert member.backend.describe().weights_bytes < load_member(mixture).backend.describe().weights_bytes
 
 
 def test_devices_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
