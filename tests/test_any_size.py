@@ -33,6 +33,7 @@ from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members.hf import device_map, quantisation
 from deepen_ext.members.hf.attention import NAME as OWN_ATTENTION
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
+from deepen_ext.members.hf.checkpoint_bytes import checkpoint_bytes
 from deepen_ext.members.hf.kv_cache import ManyLanes, cache_bytes
 from deepen_ext.members.hf.placement import home, is_spread, layer_devices
 from deepen_ext.members.hf.rooms import take_room
@@ -192,13 +193,13 @@ def test_room_is_looked_for_before_anything_is_loaded(
 
 def test_bytes_of_a_checkpoint_by_its_headers(folder: Path, plain: Member, tmp_path: Path) -> None:
     size = sum(weight.nbytes for weight in plain.model.parameters())
-    assert device_map.checkpoint_bytes(folder, torch.float32, None) == size
-    assert device_map.checkpoint_bytes(folder, torch.bfloat16, None) == size // 2
-    assert device_map.checkpoint_bytes(folder, "auto", None) == size
+    assert checkpoint_bytes(folder, torch.float32, None) == size
+    assert checkpoint_bytes(folder, torch.bfloat16, None) == size // 2
+    assert checkpoint_bytes(folder, "auto", None) == size
     plain.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert device_map.checkpoint_bytes(tmp_path, torch.float32, None) == size
-    assert device_map.checkpoint_bytes("somebody/not-here", torch.float32, None) is None
+    assert checkpoint_bytes(tmp_path, torch.float32, None) == size
+    assert checkpoint_bytes("somebody/not-here", torch.float32, None) is None
 
 
 def test_parts_on_several_devices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,9 +135,10 @@ def check_layers(blueprint: Any, kind: str, name: str) -> None:
     """
     experts = {part: one.nbytes for part, one in blueprint.named_parameters() if one.dim() > 2}
     if experts:
+        size = sum(experts.values()) / 1e9
         warnings.warn(
-            f"{name}: quantization={kind!r} leaves {sum(experts.values()) / 1e9:.2f} GB as they are, which are "
-            f"no linear layers, such as {next(iter(experts))}",
+            f"{name}: quantization={kind!r} leaves {size:.2f} GB as they are, which are no linear layers, "
+            f"such as {next(iter(experts))}",
             stacklevel=2,
         )
     if kind != "int4":
