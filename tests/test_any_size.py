@@ -19,13 +19,21 @@ from sessions import open_session, sync
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import AddedToken
 from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TorchAoConfig,
+)
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members.hf import device_map, quantisation
 from deepen_ext.members.hf.attention import NAME as OWN_ATTENTION
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
+from deepen_ext.members.hf.checkpoint_bytes import checkpoint_bytes
 from deepen_ext.members.hf.kv_cache import ManyLanes, cache_bytes
 from deepen_ext.members.hf.placement import home, is_spread, layer_devices
 from deepen_ext.members.hf.rooms import take_room
@@ -185,13 +193,13 @@ def test_room_is_looked_for_before_anything_is_loaded(
 
 def test_bytes_of_a_checkpoint_by_its_headers(folder: Path, plain: Member, tmp_path: Path) -> None:
     size = sum(weight.nbytes for weight in plain.model.parameters())
-    assert device_map.checkpoint_bytes(folder, torch.float32, None) == size
-    assert device_map.checkpoint_bytes(folder, torch.bfloat16, None) == size // 2
-    assert device_map.checkpoint_bytes(folder, "auto", None) == size
+    assert checkpoint_bytes(folder, torch.float32, None) == size
+    assert checkpoint_bytes(folder, torch.bfloat16, None) == size // 2
+    assert checkpoint_bytes(folder, "auto", None) == size
     plain.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    assert device_map.checkpoint_bytes(tmp_path, torch.float32, None) == size
-    assert device_map.checkpoint_bytes("somebody/not-here", torch.float32, None) is None
+    assert checkpoint_bytes(tmp_path, torch.float32, None) == size
+    assert checkpoint_bytes("somebody/not-here", torch.float32, None) is None
 
 
 def test_parts_on_several_devices(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +335,18 @@ def test_int4_needs_whole_groups(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"32 inputs .*0\.mlp\.down_proj has 48 and 32; give .*int8"):
         load_member(odd, quantization="int4")
     load_member(odd, quantization="int8")
+
+
+def test_experts_are_not_rounded(folder: Path, tmp_path: Path) -> None:
+    mixture = Path(shutil.copytree(folder, tmp_path / "mixture"))
+    config = LlamaForCausalLM.from_pretrained(folder).config
+    shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **shape, **layers))
+    model.save_pretrained(mixture)
+    with pytest.warns(UserWarning, match=r"leaves 0\.00 GB as they are, .*0\.mlp\.experts\.gate_up_proj"):
+        member = load_member(mixture, quantization="int8")
+    assert member.backend.describe().weights_bytes < load_member(mixture).backend.describe().weights_bytes
 
 
 def test_devices_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,10 @@ from deepen_ext.members.hf.checkpoint import (
     load_model,
     read_config,
 )
+from deepen_ext.members.hf.checkpoint_bytes import checkpoint_bytes
 from deepen_ext.members.hf.device_map import (
     as_accelerate_names,
     check_room,
-    checkpoint_bytes,
     choose_places,
     make_blueprint,
     weights_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -122,6 +123,8 @@ def check_device(kind: str, device: torch.device, name: str) -> None:
 def check_layers(blueprint: Any, kind: str, name: str) -> None:
     """Refuse int4 for a model whose linear layers do not fit its groups; torchao would leave them out.
 
+    Warns of weights that are not rounded because they are no linear layers, as the experts of some models.
+
     Args:
         blueprint: the model without memory for its weights.
         kind: "int8" or "int4".
@@ -130,6 +133,14 @@ def check_layers(blueprint: Any, kind: str, name: str) -> None:
     Raises:
         InputError: it names the first such layer.
     """
+    experts = {part: one.nbytes for part, one in blueprint.named_parameters() if one.dim() > 2}
+    if experts:
+        size = sum(experts.values()) / 1e9
+        warnings.warn(
+            f"{name}: quantization={kind!r} leaves {size:.2f} GB as they are, which are no linear layers, "
+            f"such as {next(iter(experts))}",
+            stacklevel=2,
+        )
     if kind != "int4":
         return
     for layer, module in blueprint.named_modules():
