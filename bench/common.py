@@ -200,7 +200,9 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # The results are what a run is about to write: they do not make a checkout dirty.
-    changed = git("status", "--porcelain", "--", ".", ":!bench/results", ":!docs/performance*")
+    changed = git(
+        "status", "--porcelain", "--", ".", ":!bench/results", ":!docs/performance*", ":!docs/backends.md"
+    )
     packages = ("deepen-ext", "torch", "transformers", "pybind11", "pytest-benchmark")
     return {
         "machine": {

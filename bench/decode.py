@@ -3,6 +3,9 @@
 Everything is greedy and in one process with the same threads; what is compared alternates. Times a token
 leave out the step that reads the prompt, on both sides; the time to the first token is that step. Relative
 rows are cold in the first generation (the cache folder is empty) and warm in all others.
+
+`--backend llama.cpp` measures the members there instead (`decode_native`), and writes a file of its own into
+bench/results/.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import decode_native
+import torch
 from common import (
-    LONG_TEXT,
     ROOT,
     TIMED,
     Figure,
@@ -26,6 +30,7 @@ from common import (
     start_of_peak,
     write_json,
 )
+from decode_parts import alone_in_transformers, say, split_of, texts_of
 
 from deepen_ext.measure.evaluation.tasks import TASKS
 
@@ -46,7 +51,7 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
 
     members = [load_member(folder) for folder in folders[:2]]
     pair = Ensemble(members, **TIMED)
-    prompt = _prompts(members[0], CONTEXT, 1)[0]
+    prompt = texts_of(members[0], CONTEXT, 1)[0]
     cold = pair.generate(prompt, max_new_tokens=new_tokens)
     rows = pair.rows_computed
     warm = Ensemble(members, **TIMED)  # reads the rows from the cache folder, as a second process would
@@ -54,9 +59,9 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
         raise RuntimeError("warm and cold rows give different texts")
     if rows == 0 or warm.rows_computed != 0:
         raise RuntimeError(f"rows computed: {rows} cold, {warm.rows_computed} warm; expected some and none")
-    _say("beside the members, prose")
+    say("beside the members, prose")
     found: dict[str, Any] = {
-        "cold": _split(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
+        "cold": split_of(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
         "prose": _beside_members(warm, [prompt], new_tokens, repetitions),
         "gsm8k": _beside_members(warm, _questions(members[0], data), new_tokens, 1),
         "few-shot": _few_shot(warm, data, 2),
@@ -69,25 +74,11 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
             if not skip or context == CONTEXT
         ],
     }
-    _say("three members")
+    say("three members")
     trio = Ensemble([*members, load_member(folders[2])], **TIMED)
     trio.generate(prompt, max_new_tokens=8)  # its rows
     found["trio"] = _beside_members(trio, [prompt], BATCH_TOKENS, 2)
     return found
-
-
-def _say(stage: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {stage}", flush=True)
-
-
-def _prompts(main: Any, context: int, count: int) -> list[str]:
-    """Texts of so many tokens of the main model, each from another word on."""
-    words = (LONG_TEXT + " ").split(" ") * 8
-    texts = []
-    for row in range(count):
-        ids = main.vocabulary.encode(" ".join(words[5 * row :]))
-        texts.append(main.vocabulary.decode(ids[:context]).decode(errors="ignore"))
-    return texts
 
 
 def _questions(main: Any, data: Path) -> list[str]:
@@ -103,7 +94,7 @@ def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[flo
     """Steps of a batch on whole prompts of GSM8K; what all rows share is read once, and by every row."""
     from deepen_ext.members.hf import attention
 
-    _say(f"few-shot prompts, batch {FEW_SHOT_BATCH}")
+    say(f"few-shot prompts, batch {FEW_SHOT_BATCH}")
     prompts = [item.prompt for item in TASKS["gsm8k"].items(data, "dev")[:FEW_SHOT_BATCH]]
     steps: dict[str, list[float]] = {"once": [], "by every row": []}
     fewest, texts = attention._FEWEST_SPARED, []
@@ -125,13 +116,13 @@ def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetiti
     """Each prompt by each member alone, by the ensemble, and by the ensemble with the certified skip."""
     members = ensemble.members
     for member in members:
-        _alone(member, prompts[0], 4)  # warm up
+        alone_in_transformers(member, prompts[0], 4)  # warm up
     alone: dict[str, list[float]] = {name: [] for name in ensemble.names}
     runs: dict[str, list[dict[str, Any]]] = {"asked": [], "skip": []}
     for _ in range(repetitions):
         for prompt in prompts:
             for name, member in zip(ensemble.names, members, strict=True):
-                alone[name].append(_alone(member, prompt, new_tokens))
+                alone[name].append(alone_in_transformers(member, prompt, new_tokens))
             texts = []
             for kind, skip in (("asked", False), ("skip", True)):
                 start_of_peak()
@@ -139,7 +130,7 @@ def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetiti
                 done = ensemble.generate(prompt, max_new_tokens=new_tokens, certified_skip=skip)
                 texts.append(done.token_ids)
                 runs[kind].append(
-                    _split(done.timings)
+                    split_of(done.timings)
                     | {
                         "prompt": done.timings.prompt_ms,
                         "steps": done.timings.step_ms[1:],
@@ -152,39 +143,6 @@ def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetiti
     return {"alone": alone, "new_tokens": new_tokens, **runs}
 
 
-def _alone(member: Any, prompt: str, new_tokens: int) -> float:
-    """Milliseconds a token of transformers' greedy `generate`, from the first new token to the last."""
-    import torch
-    from transformers import GenerationConfig
-
-    class Clock:
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: object) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    clock = Clock()
-    ids = torch.tensor([member.vocabulary.prefix_ids + member.vocabulary.encode(prompt)])
-    # Without EOS it never stops early.
-    settings = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    kept = member.model.generation_config
-    member.model.generation_config = settings
-    try:
-        member.model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock
-        )
-    finally:
-        member.model.generation_config = kept
-    tokens = clock.times[1:]  # the first call shows the prompt
-    if len(tokens) != new_tokens:
-        raise RuntimeError(f"{member.name}: {len(tokens)} tokens came instead of {new_tokens}")
-    return 1e3 * (tokens[-1] - tokens[0]) / (new_tokens - 1)
-
-
 def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[float]]:
     """The assistants as the authors run them (OrangeInSouth/DeePEn, src/assist_model_thread.py).
 
@@ -193,7 +151,7 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
     """
     import torch
 
-    _say("the authors' way")
+    say("the authors' way")
     done = ensemble.generate(prompt, max_new_tokens=new_tokens)
     main = ensemble.members[0].vocabulary
     every: list[float] = []
@@ -214,8 +172,8 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
 
 
 def _batch(ensemble: Any, context: int, batch: int, skip: bool) -> dict[str, Any]:
-    _say(f"batch {batch}, context {context}{', certified skip' if skip else ''}")
-    prompts = _prompts(ensemble.members[0], context, batch)
+    say(f"batch {batch}, context {context}{', certified skip' if skip else ''}")
+    prompts = texts_of(ensemble.members[0], context, batch)
     ensemble.generate(prompts[:1], max_new_tokens=2)
     base = start_of_peak()
     timings = ensemble.generate(prompts, max_new_tokens=BATCH_TOKENS, certified_skip=skip).timings
@@ -229,19 +187,6 @@ def _batch(ensemble: Any, context: int, batch: int, skip: bool) -> dict[str, Any
         "skipped": timings.skipped_share,
         "peak": resident("VmHWM") - base,
     }
-
-
-def _split(timings: Any) -> dict[str, float]:
-    tokens = max(timings.steps - 1, 1)
-    members = {f"forward of {name}": value / tokens for name, value in timings.members_ms.items()}
-    split = {
-        **members,
-        "fusion": timings.fusion_ms / tokens,
-        "hand-off": timings.handoff_ms / tokens,
-        "sampling": timings.sampling_ms / tokens,
-    }
-    total = timings.ms_per_token
-    return {**split, "everything else": total - sum(split.values()), "total": total}
 
 
 def figures(found: dict[str, Any]) -> list[Figure]:
@@ -366,14 +311,33 @@ def figures(found: dict[str, Any]) -> list[Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with gsm8k/"
+        "--backend", choices=["transformers", "llama.cpp"], default="transformers", help="of the members"
+    )
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repetitions", type=int, help="5 by default; 3 with --quick")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder with gsm8k/ (transformers)"
     )
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument(
+        "--quick", action="store_true", help="llama.cpp: one text of the pair, and the three members, alone"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="llama.cpp: of a forward pass"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="llama.cpp: folder of the results"
+    )
     parser.add_argument("--members", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.repetitions is None:
+        options.repetitions = 3 if options.quick else 5
+    if options.backend == "llama.cpp":
+        decode_native.run(options)
+        return
+    if options.quick:
+        parser.error("--quick is for --backend llama.cpp")
     if not (options.data / "gsm8k" / "dev.jsonl").is_file():
         parser.error(f"{options.data} has no gsm8k/dev.jsonl; name the folder of the benchmarks with --data")
     if options.members is None:

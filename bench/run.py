@@ -57,6 +57,8 @@ def main() -> None:
             str(options.new_tokens),
         )
         memory = _script(folder, "memory")
+    native = ["--backend", "llama.cpp", "--results", str(options.results)]  # it writes a file of its own
+    _run([str(BENCH / "decode.py"), *native])
     figures["decode"] = decode["figures"]
     figures["memory"] = memory["figures"]
     target = options.results / speed_file(found)

@@ -120,6 +120,22 @@ def _decode_table(of: str, figures: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _native_section(result: dict[str, Any]) -> str:
+    """The demo pair and three members in llama.cpp: a file of their own."""
+    machine, versions = result["machine"], result["versions"]
+    run = ", a quick run" if result["quick"] else ""
+    lines = [
+        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), members in "
+        f"{versions['llama.cpp']}, {result['llama_cpp_threads']} threads; Python {versions['python']}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; commit {_commit(result)}, "
+        f"{result['date'][:10]}{run}. Medians, in brackets the 10th and 90th percentile; of batches means. "
+        "Quantised weights, the default recipe. The ratio is ours / baseline.",
+        "",
+        *_decode_table("members in llama.cpp", result["figures"]["llama.cpp"]),
+    ]
+    return "\n".join(lines)
+
+
 def speed_plot(result: dict[str, Any]) -> str:
     """A token's time beside that of the members one after the other; "" without such figures."""
     groups: dict[str, list[Bar]] = {}
@@ -161,6 +177,8 @@ def _commit(result: dict[str, Any]) -> str:
 def _section(result: dict[str, Any]) -> str:
     if "gpu" in result["machine"]:
         return _gpu_section(result)
+    if "llama.cpp" in result["figures"]:
+        return _native_section(result)
     machine, versions = result["machine"], result["versions"]
     lines = [
         f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB, "

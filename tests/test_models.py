@@ -126,7 +126,7 @@ def test_conversion_keeps_exact_weights(tiny_gguf: Path, assets: Path) -> None:
 
 
 def test_conversion_follows_the_file_where_transformers_does_not(tiny_gguf: Path, assets: Path) -> None:
-    member = load_member(tiny_gguf)
+    member = load_member(tiny_gguf, backend="transformers")
     assert member.name == "tiny"
     assert member.vocabulary.prefix_ids == [1]  # add_bos_token
     assert member.eos_ids == (2, 3)  # eos and end of turn
@@ -231,7 +231,7 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
     content = tiny_gguf.read_bytes()
     cut.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ModelError, match=r"cut\.gguf: cannot read this GGUF file.*truncated"):
-        load_member(cut)
+        load_member(cut, backend="transformers")
     assert not leftovers(assets)
     assert not list(assets.rglob("config.json"))
 
@@ -239,15 +239,15 @@ def test_a_truncated_gguf_is_refused(tiny_gguf: Path, assets: Path, tmp_path: Pa
 def test_a_gguf_that_lacks_weights_is_refused(assets: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "lacks.gguf", without="blk.0.ffn_down")
     with pytest.raises(ModelError, match=r"lacks\.gguf: the checkpoint lacks .*layers\.0\.mlp\.down_proj"):
-        load_member(path)
+        load_member(path, backend="transformers")
     assert not list(assets.rglob("config.json"))
 
 
 def test_the_head_of_a_gguf_is_tied_only_where_it_has_none(
     tiny_gguf: Path, assets: Path, tmp_path: Path
 ) -> None:
-    own = load_member(write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))).model
-    tied = load_member(tiny_gguf).model
+    file = write_gguf(tmp_path / "OWN.GGUF", output=(4 + len(ALPHABET) + len(MERGES), 64))
+    own, tied = (load_member(one, backend="transformers").model for one in (file, tiny_gguf))
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     head, embedding = own.get_output_embeddings().weight, own.get_input_embeddings().weight
     assert head.shape == embedding.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import plain_model, write_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,12 +22,15 @@ from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.hf import session as hf_session
 from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.loaded_model import dense
+from deepen_ext.members.hf.quantisation import quantise
 from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.llama_cpp import api
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.top_k_only import TopKOnly
 
 
@@ -107,9 +110,12 @@ def _transformers(
     dtype: torch.dtype = torch.float32,
     kind: type[HFBackend] = HFBackend,
     tolerance: float = 1e-4,
+    prepared: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+    same_in_plain: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
 ) -> Subject:
-    model = _model(family, dtype)
-    untouched = copy.deepcopy(model)
+    """A model as `prepared` makes it; `same_in_plain` makes one of the same values without that."""
+    model = prepared(_model(family, dtype))
+    untouched = same_in_plain(_model(family, dtype))
     untouched.set_attn_implementation("eager")  # sessions bring an attention of their own
     tokens = 0
 
@@ -125,7 +131,8 @@ def _transformers(
     def others() -> tuple[Backend, Backend]:
         changed = _model(family, dtype)
         next(changed.parameters()).data.mul_(1.01)
-        coarse = _model(family, dtype).to(torch.bfloat16)
+        changed = prepared(changed)
+        coarse = same_in_plain(_model(family, dtype)).to(torch.bfloat16)
         return backend(changed, dtype), backend(coarse, torch.bfloat16)
 
     @contextmanager
@@ -157,6 +164,28 @@ def _transformers(
         fed=lambda: tokens,
         tolerance=tolerance,
     )
+
+
+def _on_disk(model: PreTrainedModel) -> PreTrainedModel:
+    """Its last layer and its head wait on the disk."""
+    folder = tempfile.mkdtemp(prefix="deepen-ext-offload-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    parts = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb"]
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk", "lm_head": "disk"}
+    return dispatch_model(model, places, offload_dir=folder, skip_keys=model._skip_keys_device_placement)
+
+
+def _int8(model: PreTrainedModel) -> PreTrainedModel:
+    quantise(model, "int8", _CPU)
+    return model
+
+
+def _rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """The weights of `_int8`, as they are."""
+    for layer in _int8(model).modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(dense(layer.weight).clone(), requires_grad=False)
+    return model
 
 
 def top_k_only(inner: Subject, k: int) -> Subject:
@@ -215,7 +244,7 @@ def _llama_cpp(
         size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
         path = write_tiny_model(folder / f"{name}.gguf", family, seed=seed, kind=kind, **size)
         model = LlamaModel(load_library(), path, family, _CPU)
-        return _Counting(family, model, path, read_facts(path), threads=1)
+        return _Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
 
     own_kind = GGMLQuantizationType.F32
     own = backend("own", 0, own_kind)
@@ -249,6 +278,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
     "transformers, fixed buffers": lambda: _transformers("gemma3_text", kind=_OnFixedBuffers),
     "transformers, float16": lambda: _transformers("llama", torch.float16, tolerance=0.1),
+    "transformers, on disk": lambda: _transformers("llama", prepared=_on_disk),
+    "transformers, int8": lambda: _transformers("llama", prepared=_int8, same_in_plain=_rounded),
     "llama.cpp": lambda: _llama_cpp("llama"),
     # Its activations are rounded to float16 in between.
     "llama.cpp, sliding windows": lambda: _llama_cpp("gemma3", tolerance=1e-3, plain_tolerance=0.02),

@@ -25,26 +25,42 @@ _MOST_NAMED = 5
 
 
 def load_model(
-    target: Path | str, name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
+    target: Path | str,
+    name: str,
+    dtype: torch.dtype | str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The causal language model of a folder or a hub name, every weight of it from the checkpoint.
 
     transformers fills weights that a checkpoint lacks with random numbers and leaves out those that the model
     has no place for; it says so in a report that nobody reads. Here both are looked at (`check_weights`).
 
+    Args:
+        target: the folder or the hub name.
+        name: of the member, for messages.
+        dtype: of the weights; "auto": as the config says.
+        trust_remote_code: see `LoadOptions`.
+        revision: of the hub.
+        options: of `from_pretrained`, such as "device_map".
+
     Raises:
         InputError: the hub does not give the model.
         ModelError: it cannot be loaded, needs code of its own, or its weights are not the model's.
     """
     with failures_of_loading(target, name):
-        check_code(target, name, trust_remote_code)
+        check_code(target, name, trust_remote_code, revision)
         with loading_notes() as notes, _named_conversions(name, notes):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 target,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                revision=revision or "main",
                 ignore_mismatched_sizes=True,  # the report names them, the error that it would raise does not
                 output_loading_info=True,
+                **options,
             )
     model: PreTrainedModel = loaded[0]
     check_weights(model, loaded[1], name)
@@ -70,7 +86,7 @@ def _named_conversions(name: str, notes: list[str]) -> Iterator[None]:
         ) from error
 
 
-def check_code(target: Path | str, name: str, trust_remote_code: bool) -> None:
+def check_code(target: Path | str, name: str, trust_remote_code: bool, revision: str | None = None) -> None:
     """Refuse what would run code that is no part of transformers, and adapters.
 
     Where a config names code of its own but transformers has a class for the model, that class is used, as
@@ -79,16 +95,36 @@ def check_code(target: Path | str, name: str, trust_remote_code: bool) -> None:
     Raises:
         ModelError: see above.
     """
-    if find_adapter_config_file(str(target)) is not None:
-        raise ModelError(adapter_refusal(name))
+    if find_adapter_config_file(str(target), revision=revision) is not None:
+        raise ModelError(adapter_refusal(str(target)))
     if trust_remote_code:
         return
     # A config that names unknown code raises ValueError here; see `failures_of_loading`.
-    config = AutoConfig.from_pretrained(target, trust_remote_code=False)
+    config = read_config(target, False, revision)
     kernel = getattr(config, "_attn_implementation", None)
     if isinstance(kernel, str) and "/" in kernel:
         raise ModelError(_code_refusal(name, f"its config.json takes attention from the hub ({kernel})"))
-    settings = get_tokenizer_config(target)
+    check_tokenizer_code(target, name, trust_remote_code, revision)
+
+
+def read_config(target: Path | str, trust_remote_code: bool, revision: str | None) -> Any:
+    """The config of a folder or a hub name."""
+    return AutoConfig.from_pretrained(
+        target, trust_remote_code=trust_remote_code, revision=revision or "main"
+    )
+
+
+def check_tokenizer_code(
+    target: Path | str, name: str, trust_remote_code: bool, revision: str | None = None
+) -> None:
+    """Refuse a tokenizer that would run code that is no part of transformers.
+
+    Raises:
+        ModelError: see above.
+    """
+    if trust_remote_code:
+        return
+    settings = get_tokenizer_config(target, revision=revision)
     named = settings.get("auto_map") or {}
     code = named.get("AutoTokenizer") if isinstance(named, dict) else named
     if code and tokenizer_class_from_name(str(settings.get("tokenizer_class"))) is None:
@@ -166,9 +202,8 @@ def _named(keys: Collection[str]) -> str:
 def adapter_refusal(name: str) -> str:
     """What to say of a folder or hub name that holds an adapter."""
     return (
-        f"{name}: this holds a PEFT adapter (adapter_config.json), and adapters are not loaded. "
-        "Merge it into its base model: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-        ".save_pretrained(folder), save the tokenizer there too, and name that folder"
+        f"{name}: this holds a PEFT adapter (adapter_config.json), which needs its base model. Name both as "
+        f"'base@{name}', or name the base and give adapter='{name}' (--adapter {name})"
     )
 
 
@@ -194,7 +229,7 @@ def failures_of_loading(target: Path | str, name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise ModelError(_code_refusal(name, _code_named_by(target))) from error
-        if isinstance(target, str):
+        if isinstance(target, str) and not isinstance(error, ImportError):
             raise InputError(
                 f"{name}: neither a local file or folder nor a model the hub gives: {_first_line(error)}. "
                 "Check the name, and the network if it has not been downloaded before"

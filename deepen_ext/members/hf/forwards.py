@@ -14,6 +14,7 @@ from deepen_ext.members.hf.kv_cache import CHUNK, ManyLanes, OneLane
 from deepen_ext.members.hf.lanes import Lanes
 from deepen_ext.members.hf.loaded_model import LoadedModel
 from deepen_ext.members.hf.masks import attention_mask
+from deepen_ext.members.hf.placement import one_at_a_time
 from deepen_ext.members.hf.rooms import Room
 from deepen_ext.members.hf.small_products import small_products
 
@@ -47,6 +48,7 @@ class Forwards:
         self._cache = room.cache
         self._steps = room.steps
         self._fixed = fixed
+        self._turn = one_at_a_time(loaded.model)
 
     def feed(self, new: dict[int, list[int]], positions: int) -> dict[int, Known]:
         """Feed each of these lanes its new ids, `positions` of them or more, with what they cost least by."""
@@ -164,7 +166,7 @@ class Forwards:
         )
 
     def _run(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        with small_products(self._loaded.device, self._loaded.dtype):
+        with self._turn, small_products(self._loaded.device, self._loaded.dtype):
             output = self._loaded.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
         logits: torch.Tensor = output.logits
         return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.hf.loaded_model import LoadedModel
+from deepen_ext.members.hf.placement import layer_devices
 
 BLOCK = 256  # slots the buffers grow by
 CHUNK = 1024  # most tokens of one forward
@@ -39,6 +40,17 @@ class ManyLanes:
     slots: torch.Tensor
     first: dict[int | None, int]
     end: int
+    _copies: dict[torch.device, ManyLanes] = field(default_factory=dict, compare=False)
+
+    def on(self, device: torch.device) -> ManyLanes:
+        """The same with its index tensors on a layer's device; each device gets them once."""
+        if self.slots.device == device:
+            return self
+        if device not in self._copies:
+            lanes = self.lanes if isinstance(self.lanes, slice) else self.lanes.to(device)
+            index, slots = self.lane_index.to(device), self.slots.to(device)
+            self._copies[device] = replace(self, lanes=lanes, lane_index=index, slots=slots, _copies={})
+        return self._copies[device]
 
 
 @dataclass
@@ -89,6 +101,14 @@ class LaneCache:
     def nbytes(self) -> int:
         """Bytes of the buffers."""
         return sum(buffer.nbytes for buffer in self._buffers())
+
+    @property
+    def bytes_by_device(self) -> dict[torch.device, int]:
+        """The same by device."""
+        found: dict[torch.device, int] = {}
+        for buffer in self._buffers():
+            found[buffer.device] = found.get(buffer.device, 0) + buffer.nbytes
+        return found
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions in every lane, keeping what the lanes hold."""
@@ -178,6 +198,7 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
             self.values[feed.lane, :, feed.start : end] = value_states[0]
             lane, seen = slice(feed.lane, feed.lane + 1), slice(self._first_seen(feed.start), end)
             return self.keys[lane, :, seen], self.values[lane, :, seen]
+        feed = feed.on(self.keys.device)
         self.keys[feed.lane_index, :, feed.slots] = key_states.transpose(1, 2)
         self.values[feed.lane_index, :, feed.slots] = value_states.transpose(1, 2)
         seen = slice(feed.first[self.window], feed.end)
@@ -203,12 +224,18 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
         return 0 if self.window is None else max(length - self.window + 1, 0)
 
 
-def cache_bytes(loaded: LoadedModel, lanes: int, positions: int) -> int:
-    """Bytes of a cache with room for so many positions in each of its lanes."""
+def cache_bytes(loaded: LoadedModel, lanes: int, positions: int) -> dict[torch.device, int]:
+    """Bytes by device of a cache with room for so many positions in each of its lanes."""
     config = loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = len(LaneCache(loaded, lanes)._own)
-    return int(layers * 2 * lanes * heads * _slots(positions) * largest_head(config) * loaded.dtype.itemsize)
+    size = int(2 * lanes * heads * _slots(positions) * largest_head(config) * loaded.dtype.itemsize)
+    devices = layer_devices(loaded.model)
+    found: dict[torch.device, int] = {}
+    for layer, one in enumerate(LaneCache(loaded, lanes).cache.layers):
+        if isinstance(one, _LaneLayer):
+            device = devices.get(layer, loaded.device)
+            found[device] = found.get(device, 0) + size
+    return found
 
 
 def largest_head(config: Any) -> int:

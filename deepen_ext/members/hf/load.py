@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepen_ext.errors import ModelError
+from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.progress import Progress
+from deepen_ext.members.hf import quantisation
+from deepen_ext.members.hf.adapter import put_on
 from deepen_ext.members.hf.backend import HFBackend
-from deepen_ext.members.hf.checkpoint import adapter_refusal, load_model
+from deepen_ext.members.hf.checkpoint import (
+    adapter_refusal,
+    check_code,
+    failures_of_loading,
+    load_model,
+    read_config,
+)
+from deepen_ext.members.hf.device_map import (
+    as_accelerate_names,
+    check_room,
+    checkpoint_bytes,
+    choose_places,
+    make_blueprint,
+    weights_bytes,
+)
 from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
-from deepen_ext.members.hf.quiet import quiet
+from deepen_ext.members.hf.loaded_model import inner_model
+from deepen_ext.members.hf.placement import home
+from deepen_ext.members.hf.quiet import no_bars, quiet
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
-from deepen_ext.members.load_options import LoadOptions, find_device
+from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source
 from deepen_ext.text.vocabulary import Vocabulary
+
+_ATTENTIONS = ("sdpa", "eager")
 
 
 def load(source: Source, options: LoadOptions, progress: Progress | None = None) -> Member:
@@ -26,21 +49,32 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     file tokenizer.json says, whatever class its config names (`tokenizer_file`).
 
     Raises:
-        InputError: the hub does not give the model, or an option that transformers does not have.
+        InputError: the hub does not give the model, or options that do not go together or that this model,
+            its devices or the installed packages cannot do.
         ModelError: the model cannot be loaded, needs code of its own, lacks weights or has those of another
-            architecture; its tokenizer fails the byte round trip; the folder holds an adapter.
+            architecture; its tokenizer fails the byte round trip; the folder holds an adapter, or the
+            adapter given does not fit.
     """
-    options.refuse_others("transformers", "dtype")
     target = _target(source, progress)
     name = target.name if isinstance(target, Path) else target
+    _check_options(source, options, name)
     if progress is not None:
         progress(f"Loading {name}")
-    trusted = options.trust_remote_code
+    trusted, revision = options.trust_remote_code, options.revision
     with quiet():
-        tokenizer = load_tokenizer(target, name, trust_remote_code=trusted)
-        model = load_model(target, name, options.torch_dtype, trust_remote_code=trusted)
-    model = model.to(find_device(options.device)).eval().requires_grad_(False)  # type: ignore[arg-type]
-    return member_of(model, tokenizer, name)
+        tokenizer = load_tokenizer(target, name, trust_remote_code=trusted, revision=revision)
+        model = _load_model(target, name, options)
+        if options.adapter is not None:
+            model, tokenizer = put_on(
+                options.adapter, model, tokenizer, name, trust_remote_code=options.trust_remote_code
+            )
+            if options.quantization is not None:
+                quantisation.quantise(model, options.quantization, home(model))
+            name = f"{name}@{Path(options.adapter).name}"
+        # With the adapter on: bitsandbytes packs anew in its first forward pass, which peft cannot read.
+        with no_bars():
+            quantisation.try_out(model, name)
+    return member_of(model.eval().requires_grad_(False), tokenizer, name)
 
 
 def member_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> Member:
@@ -49,15 +83,96 @@ def member_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
     Raises:
         ModelError: the tokenizer fails the byte round trip.
     """
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    size = int(head.weight.shape[0] if head is not None else model.config.get_text_config().vocab_size)
+    inner: Any = inner_model(model)
+    weight = getattr(inner.get_output_embeddings(), "weight", None)  # packed heads may have none
+    size = int(weight.shape[0] if weight is not None else inner.config.get_text_config().vocab_size)
     return Member(
         name=name,
-        backend=HFBackend(name, model, size, _context_length(model), model.device, model.dtype),
+        backend=HFBackend(name, model, size, _context_length(model), home(model), model.dtype),
         tokenizer=tokenizer,
         vocabulary=Vocabulary.from_tokenizer(tokenizer, size, name=name),
         eos_ids=_eos_ids(model, tokenizer, size),
     )
+
+
+def _check_options(source: Source, options: LoadOptions, name: str) -> None:
+    """Refuse what needs no look at the model.
+
+    Raises:
+        InputError: see above.
+    """
+    if options.revision is not None and source.hub is None:
+        raise InputError(
+            f"{name}: revision={options.revision!r} is for models of the hub, and this one is on the disk; "
+            "leave revision out"
+        )
+    if options.attn_implementation not in (None, *_ATTENTIONS):
+        raise InputError(
+            f"{name}: attn_implementation={options.attn_implementation!r}: sessions give each text a mask "
+            "and states of its own, which 'sdpa' (the default) and 'eager' take exactly, and others do not; "
+            "give one of these two"
+        )
+    if options.adapter is not None:
+        quantisation.check_installed("peft", f"{name}: the adapter {options.adapter}")
+
+
+def _load_model(target: Path | str, name: str, options: LoadOptions) -> Any:
+    """The model on its devices, with its weights as the options say, but for an adapter."""
+    trusted, revision = options.trust_remote_code, options.revision
+    with failures_of_loading(target, name):
+        check_code(target, name, trusted, revision)
+        config = read_config(target, trusted, revision)
+    method = quantisation.method_of(config)
+    quantisation.check_quantization(options, method, name)
+    if method is not None:
+        quantisation.check_packages(method, name)
+    dtype = quantisation.dtype_of(options, method, name)
+    device = torch.device(options.device)
+    more: dict[str, Any] = {}
+    if options.attn_implementation is not None:
+        more["attn_implementation"] = options.attn_implementation
+    if options.device_map is not None:
+        more |= _placed(config, method, dtype, options, name)
+        if options.quantization is not None:  # then none is the disk, and all are of one kind
+            device = torch.device(next(iter(more["device_map"].values())))
+    elif options.quantization is not None:
+        assert isinstance(dtype, torch.dtype)
+        blueprint = make_blueprint(config, dtype, trusted)
+        quantisation.check_layers(blueprint, options.quantization, name)
+        whole_first = options.adapter is not None  # it is merged before the weights are rounded
+        check_room({device: weights_bytes(blueprint, None if whole_first else options.quantization)}, name)
+    elif (size := checkpoint_bytes(target, dtype, revision)) is not None:
+        check_room({device: size}, name)
+    if options.quantization is not None and options.adapter is None:
+        more["quantization_config"] = quantisation.torchao_config(options.quantization, device)
+    if "device_map" not in more and (method is not None or "quantization_config" in more):
+        more["device_map"] = {"": device}  # packed weights are made where they stay
+    with no_bars() if method is not None else nullcontext():
+        model = load_model(target, name, dtype, trust_remote_code=trusted, revision=revision, **more)
+    return model if "device_map" in more else model.to(device)  # type: ignore[arg-type]
+
+
+def _placed(
+    config: Any, method: str | None, dtype: torch.dtype | str, options: LoadOptions, name: str
+) -> dict[str, Any]:
+    """Options of `from_pretrained` that spread the model.
+
+    Of a quantised checkpoint transformers decides, which knows how its package packs the weights.
+    """
+    quantisation.check_installed("accelerate", f"{name}: device_map")
+    more: dict[str, Any] = {"device_map": options.device_map}
+    if method is None:
+        assert isinstance(dtype, torch.dtype)
+        blueprint = make_blueprint(config, dtype, options.trust_remote_code)
+        if options.quantization is not None:
+            quantisation.check_layers(blueprint, options.quantization, name)
+        places = choose_places(blueprint, options, name)
+        more["device_map"] = {part: as_accelerate_names(place) for part, place in places.items()}
+    elif options.max_memory is not None:
+        more["max_memory"] = dict(options.max_memory)
+    if options.offload_folder is not None:
+        more["offload_folder"] = str(options.offload_folder)
+    return more
 
 
 def _target(source: Source, progress: Progress | None) -> Path | str:

@@ -49,9 +49,19 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
 
 
+def is_dense(weight: torch.Tensor) -> bool:
+    """Whether `dense` can say a weight's values. Packed weights of some packages say them to nobody."""
+    return is_plain(weight) or _dequantizes(weight)
+
+
 def dense(weight: torch.Tensor) -> torch.Tensor:
     """A weight's values: itself, not copied, or what a quantised one stands for."""
-    if is_plain(weight) or not hasattr(weight, "dequantize"):
+    if is_plain(weight) or not _dequantizes(weight):
         return weight
     values: torch.Tensor = weight.dequantize()
     return values
+
+
+def _dequantizes(weight: torch.Tensor) -> bool:
+    # Every tensor has the method, which of itself knows torch's own quantised dtypes alone.
+    return weight.is_quantized or type(weight).dequantize is not torch.Tensor.dequantize

@@ -1,10 +1,11 @@
-"""Keeping transformers' own progress bars and notes away from the terminal while a model loads."""
+"""Keeping the progress bars and notes of transformers and accelerate away while a model loads."""
 
 from __future__ import annotations
 
+import io
 import logging as _standard
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from transformers.utils import logging as _logging
@@ -14,16 +15,25 @@ logging: Any = _logging  # its setters carry no types
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Only errors from transformers inside; the settings before come back afterwards."""
+    """Only errors from these packages inside; the settings before come back afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    accelerate = _standard.getLogger("accelerate")
+    its_level = accelerate.level
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    accelerate.setLevel(_standard.ERROR)
     try:
         yield
     finally:
+        accelerate.setLevel(its_level)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def no_bars() -> redirect_stderr[io.StringIO]:
+    """For packages whose progress bars know no switch: what they write to the terminal is dropped."""
+    return redirect_stderr(io.StringIO())
 
 
 @contextmanager

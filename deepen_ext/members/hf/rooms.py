@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from deepen_ext.members.hf.fixed_steps import FixedSteps
 from deepen_ext.members.hf.kv_cache import LaneCache
 from deepen_ext.members.hf.loaded_model import LoadedModel
+from deepen_ext.members.hf.placement import is_spread
 from deepen_ext.members.memory import gives_back
 
 _lock = threading.Lock()  # of the idle rooms
@@ -41,7 +42,9 @@ def take_room(loaded: LoadedModel, lanes: int, capacity: int) -> Room:
     if room is not None and stays:  # cuBLAS keeps a workspace for each stream that was ever used
         stream = room.stream
     else:
-        stream = torch.cuda.Stream(loaded.device) if loaded.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # On several devices each part runs on its device's current stream, between which torch's copies wait.
+        own = loaded.device.type == "cuda" and not is_spread(loaded.model)
+        stream = torch.cuda.Stream(loaded.device) if own else None  # type: ignore[no-untyped-call]
     return Room(LaneCache(loaded, lanes), FixedSteps(loaded.name, loaded.device), stream, weights)
 
 

@@ -20,6 +20,7 @@ from deepen_ext.members.hf.kv_cache import CHUNK, LaneCache
 from deepen_ext.members.hf.lanes import Lanes
 from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 from deepen_ext.members.hf.masks import check_batches
+from deepen_ext.members.hf.placement import is_spread, layer_devices
 from deepen_ext.members.hf.rooms import leave_room, take_room
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
@@ -65,7 +66,10 @@ class HFSession(Closing):
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
         """See `Session`; what a closed session left for the model's next one is not its own any more."""
-        return {self._loaded.device: 0 if self._closed else self._cache.nbytes}
+        if not is_spread(self._loaded.model):
+            return {self._loaded.device: 0 if self._closed else self._cache.nbytes}
+        devices = (self._loaded.device, *layer_devices(self._loaded.model).values())
+        return dict.fromkeys(devices, 0) | ({} if self._closed else self._cache.bytes_by_device)
 
     @property
     def tokens_fed(self) -> int:
@@ -234,11 +238,11 @@ class HFAnswer:
 
 
 def _on_fixed_buffers(loaded: LoadedModel, cache: LaneCache) -> bool:
-    """Whether short pieces go over fixed buffers: on CUDA, where the model can."""
+    """Whether short pieces go over fixed buffers: on one CUDA device, where the model can."""
     try:
         check_batches(loaded, cache.windows)
     except ModelError:
         if cache.lanes > 1:
             raise
         return False
-    return loaded.device.type == "cuda"
+    return loaded.device.type == "cuda" and not is_spread(loaded.model)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import ModelError
-from deepen_ext.members.hf.checkpoint import check_code, failures_of_loading
+from deepen_ext.members.hf.checkpoint import check_code, check_tokenizer_code, failures_of_loading
 
 # All are in NFC and none begins with a space: a normaliser and a space put in front are the class's choice.
 _PROBES = (
@@ -32,32 +32,51 @@ _SAMPLES = 500
 
 
 def load_tokenizer(
-    target: Path | str, name: str, *, trust_remote_code: bool = False
+    target: Path | str,
+    name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    of_adapter: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a hub name.
 
     Where the class that its config names gives other ids than tokenizer.json, the file is used, with a
     warning.
 
+    Args:
+        target: the folder or the hub name.
+        name: of the member, for messages.
+        trust_remote_code: see `LoadOptions`.
+        revision: of the hub.
+        of_adapter: the folder holds an adapter, and no model.
+
     Raises:
         InputError: the hub does not give it.
         ModelError: it cannot be loaded, needs code of its own, or cannot be read as its file says.
     """
     with failures_of_loading(target, name):
-        check_code(target, name, trust_remote_code)
+        if of_adapter:
+            check_tokenizer_code(target, name, trust_remote_code, revision)
+        else:
+            check_code(target, name, trust_remote_code, revision)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            target, trust_remote_code=trust_remote_code
+            target, trust_remote_code=trust_remote_code, revision=revision or "main"
         )
         # The plain class reads the file as it is; code that the caller trusts has its own rules.
         if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.__module__.startswith("transformers."):
             return tokenizer
-        file = cached_file(str(target), "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            str(target), "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         if file is None or not hasattr(tokenizer, "backend_tokenizer"):
             return tokenizer
         right = Tokenizer.from_file(file)
         if (text := _difference(right, tokenizer)) is None:
             return tokenizer
-        plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(target)
+        plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+            target, revision=revision or "main"
+        )
         if (still := _difference(right, plain)) is not None:
             raise ModelError(
                 f"{name}: tokenizer.json gives other ids for {still!r} than the tokenizer loaded with it; "

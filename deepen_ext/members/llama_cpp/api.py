@@ -186,6 +186,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, list[Any]]] = {
     "llama_n_ubatch": (c.c_uint32, [pointer]),
     "llama_n_seq_max": (c.c_uint32, [pointer]),
     "llama_n_threads": (c.c_int32, [pointer]),
+    "llama_set_n_threads": (None, [pointer, c.c_int32, c.c_int32]),
     "llama_set_abort_callback": (None, [pointer, AbortCallback, pointer]),
     "llama_get_memory": (pointer, [pointer]),
     "llama_memory_seq_rm": (c.c_bool, [pointer, sequence, position, position]),

@@ -13,6 +13,7 @@ import torch
 from deepen_ext.errors import ModelError
 from deepen_ext.members.llama_cpp import api
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 
 MOST_TOKENS = 512  # of one forward
 _PADDING = 256  # llama.cpp rounds a cache's cells up to this
@@ -56,7 +57,7 @@ class Context:
     """
 
     def __init__(
-        self, model: LlamaModel, sequences: int, cells: int, *, threads: int, float32_cache: bool
+        self, model: LlamaModel, sequences: int, cells: int, *, threads: Threads, float32_cache: bool
     ) -> None:
         """Allocate the cache.
 
@@ -64,6 +65,7 @@ class Context:
             ModelError: llama.cpp cannot, for lack of memory for example.
         """
         self._model = model
+        self._threads = threads
         self._call = call = model.library.call
         self.cells = cells_for(model, sequences, cells)
         params = call.llama_context_default_params()
@@ -72,11 +74,11 @@ class Context:
             "n_batch": min(MOST_TOKENS, self.cells),  # more can never be new at once
             "n_ubatch": min(MOST_TOKENS, self.cells),
             "n_seq_max": sequences,
-            "n_threads": threads,
+            "n_threads": threads.most,
         }
         for field, value in asked.items():
             setattr(params, field, value)
-        params.n_threads_batch = threads
+        params.n_threads_batch = threads.most
         params.kv_unified = model.window is None
         params.swa_full = True  # a window that forgets cannot be rolled back
         params.type_k = params.type_v = api.TYPE_F32 if float32_cache else api.TYPE_F16
@@ -130,7 +132,9 @@ class Context:
         arrays = (tokens, positions, ones, lists, wanted)
         batch = api.Batch(total, tokens.ctypes.data, None, *(one.ctypes.data for one in arrays[1:]))
         self._model.library.complaint()
-        result = self._call.llama_decode(self._handle, batch)
+        with self._threads.forward() as threads:
+            self._call.llama_set_n_threads(self._handle, threads, threads)
+            result = self._call.llama_decode(self._handle, batch)
         if result != 0:
             raise ModelError(f"{self._model.name}: its forward pass failed: {self._reason(result)}")
         rows = int(wanted.sum())

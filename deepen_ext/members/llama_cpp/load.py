@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
-from deepen_ext.errors import InputError
 from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.facts import read_facts
@@ -13,6 +14,7 @@ from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.checks import check_for_llama_cpp
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.llama_cpp.tokens import check_tokenizer
 from deepen_ext.members.load_options import LoadOptions, find_device
 from deepen_ext.members.member import Member
@@ -27,28 +29,29 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     there too, and must agree with llama.cpp's own.
 
     Raises:
-        InputError: no GGUF file, or an option that llama.cpp does not have.
+        InputError: the file cannot be read.
         ModelError: llama.cpp is not installed or in an unsupported version, or it does not know the file's
             architecture; the file is damaged or has no tokenizer; the tokenizers do not agree.
     """
-    options.refuse_others("llama.cpp", "threads")
     if source.embedded is not None:
         path, name = embedded.gguf_file(source.embedded, progress), embedded.find(source.embedded).name
-    elif source.path is not None and source.is_gguf:
-        path, name = source.path, source.path.stem
     else:
-        raise InputError(
-            f"{source.path or source.hub}: llama.cpp runs .gguf files; name one, or take "
-            "backend='transformers'"
-        )
+        assert source.path is not None  # `loading` sends nothing but GGUF files here
+        path, name = source.path, source.path.stem
     library = load_library()
     if progress is not None:
         progress(f"Loading {name}")
     facts = read_facts(path)
     check_for_llama_cpp(path)
-    tokenizer = load_gguf_tokenizer(path, name)
-    model = LlamaModel(library, path, name, find_device(options.device))
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # a large vocabulary takes as long as the weights, on another processor
+        loading = pool.submit(LlamaModel, library, path, name, find_device(options.device))
+        tokenizer = load_gguf_tokenizer(path, name)
+        model = loading.result()
     vocabulary = Vocabulary.from_tokenizer(tokenizer, model.vocab_size, name=name)
     check_tokenizer(model, vocabulary)
-    threads = torch.get_num_threads() if options.threads is None else options.threads
+    # torch and llama.cpp share one pool of OpenMP's threads where both use the same library of it, as they do
+    # on Linux: neither keeps the other from a processor.
+    threads = Threads(options.threads or torch.get_num_threads(), fixed=options.threads is not None)
     return Member(name, LlamaBackend(name, model, path, facts, threads), tokenizer, vocabulary, facts.eos_ids)

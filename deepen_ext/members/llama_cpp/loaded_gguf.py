@@ -9,6 +9,7 @@ import torch
 from deepen_ext.members.gguf.facts import GgufFacts
 from deepen_ext.members.llama_cpp.context import Context
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 
 
 class LoadedGguf:
@@ -22,7 +23,7 @@ class LoadedGguf:
         shares: a text can take over the states of another text's beginning.
     """
 
-    def __init__(self, name: str, model: LlamaModel, path: Path, facts: GgufFacts, threads: int) -> None:
+    def __init__(self, name: str, model: LlamaModel, path: Path, facts: GgufFacts, threads: Threads) -> None:
         """Nothing is allocated.
 
         Args:

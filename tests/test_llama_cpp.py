@@ -1,0 +1,203 @@
+"""Members in llama.cpp: their texts against plain loops over the library's logits; what sessions keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_files import dequantised, write_tiny_model
+
+from deepen_ext import Ensemble, demo, fuse_logits, load_members
+from deepen_ext.members.distribution import Distribution, joined
+from deepen_ext.members.gguf.facts import read_facts
+from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.context import Context, Feed
+from deepen_ext.members.llama_cpp.library import load_library
+from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
+from deepen_ext.members.member import Member
+
+PROMPTS = [
+    "The three primary colours are",
+    "Il était une fois, dans une ville de France, un vieux roi qui",
+    "def fib(n):\n    ",
+    "Question: A train leaves at 3 and arrives at 5. How long does it take?\nAnswer:",
+]
+
+
+@pytest.fixture(scope="module")
+def quantised() -> list[Member]:
+    """The demo pair from its own files."""
+    return load_members(demo.members(), backend="llama.cpp")
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
+    """The demo pair from float32 files."""
+    folder = tmp_path_factory.mktemp("float32")
+    files = [dequantised(file, folder / file.name) for file in demo.members()]
+    return load_members(files, backend="llama.cpp")
+
+
+class PlainMember:
+    """One sequence in a context of its own, read with nothing but `llama_decode`."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.context: Context = member.backend.new_context(1, 512)
+        self.held: list[int] = []
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """Of the token after these ids: [1, V]."""
+        same = [a == b for a, b in zip(self.held, ids, strict=False)]
+        keep = min(same.index(False) if False in same else len(same), len(ids) - 1)
+        assert self.context.remove(0, keep)
+        self.held = ids
+        return self.context.decode([Feed(0, keep, ids[keep:], 1)]).clone()
+
+
+def plain_text(ensemble: Ensemble, prompt: str, new_tokens: int) -> list[int]:
+    """Greedy decoding written out: no session, no hand-off but encoding the whole text again."""
+    main, assistant = members = [PlainMember(one) for one in ensemble.members]
+    vocabularies = [one.member.vocabulary for one in members]
+    ids = vocabularies[0].prefix_ids + vocabularies[0].encode(prompt)
+    text, written = prompt.encode(), []
+    for _ in range(new_tokens):
+        logits = main.logits([*ids, *written])
+        logits[:, main.member.unwritable()] = -torch.inf
+        try:
+            whole = text.decode()
+        except UnicodeDecodeError:
+            pass  # the assistant waits until the character is finished
+        else:
+            theirs = assistant.logits(vocabularies[1].prefix_ids + vocabularies[1].encode(whole))
+            rate = ensemble.fuser.learning_rate
+            logits = fuse_logits([logits, theirs], ensemble.maps, [0.5, 0.5], learning_rate=rate)
+        written.append(int(logits.argmax()))
+        if written[-1] in main.member.eos_ids:
+            break
+        text += vocabularies[0].bytes_of(written[-1])
+    return written
+
+
+def unabridged(members: Sequence[Member]) -> Ensemble:
+    """Every assistant speaks at every step, and every candidate has a relative row."""
+    return Ensemble(members, boundary_aware=False, min_probability=0.0)
+
+
+@pytest.mark.slow
+class TestGreedyText:
+    def test_as_a_plain_loop_over_the_librarys_logits(self, quantised: list[Member]) -> None:
+        """A text by itself goes through the model in the same pieces: quantised weights are the same too."""
+        ensemble = unabridged(quantised)
+        for prompt in PROMPTS:
+            assert ensemble.generate(prompt, max_new_tokens=16).token_ids == plain_text(ensemble, prompt, 16)
+
+    def test_in_a_batch_of_ragged_prompts(self, exact: list[Member]) -> None:
+        ensemble = unabridged(exact)
+        wanted = [plain_text(ensemble, prompt, 10) for prompt in PROMPTS]
+        alone = ensemble.generate(PROMPTS[1], max_new_tokens=10)
+        found = ensemble.generate(PROMPTS, max_new_tokens=10)
+        few = ensemble.generate(PROMPTS, max_new_tokens=10, batch_size=2)
+        assert [one.token_ids for one in found.generations] == wanted
+        assert [one.token_ids for one in few.generations] == wanted
+        assert alone.token_ids == wanted[1]
+
+    def test_with_and_without_the_skip(self, exact: list[Member]) -> None:
+        ensemble = Ensemble(exact)
+        for prompt in PROMPTS:
+            plain, skipping = (
+                ensemble.generate(prompt, max_new_tokens=20, certified_skip=skip) for skip in (False, True)
+            )
+            assert skipping.timings.settled > 0
+            assert skipping.token_ids == plain.token_ids
+
+
+class Counting(LlamaBackend):
+    """Counts the tokens that its sessions feed to the model."""
+
+    tokens = 0
+
+    def new_context(self, sequences: int, cells: int) -> Context:
+        context = super().new_context(sequences, cells)
+
+        def counted(feeds: Sequence[Feed]) -> torch.Tensor:
+            self.tokens += sum(len(feed.ids) for feed in feeds)
+            return Context.decode(context, feeds)
+
+        context.decode = counted
+        return context
+
+
+def tiny(folder: Path, family: str = "llama") -> Counting:
+    path = write_tiny_model(folder / f"{family}.gguf", family, vocab_size=120, context_length=2000)
+    model = LlamaModel(load_library(), path, family, torch.device("cpu"))
+    return Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
+
+
+def ids_of(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(100, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def assert_says(backend: Counting, said: Distribution, texts: Sequence[list[int]]) -> None:
+    """What the backend says after these texts, each alone in a session of its own."""
+    assert len(said) == len(texts)
+    for i, ids in enumerate(texts):
+        with backend.open() as session:
+            want = session.ask({0: ids}, 5).wait().scores()
+        torch.testing.assert_close(said.at([i]).scores(), want, atol=2e-3, rtol=0)
+
+
+class TestCaches:
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
+    def test_a_cache_that_grows_keeps_what_it_has(self, tmp_path: Path, family: str) -> None:
+        """Each token is read once, though the caches are four."""
+        backend = tiny(tmp_path, family)
+        one, other = ids_of(1300), [*ids_of(90, 1), 3]
+        with backend.open(2) as session:
+            said = [session.ask({1: other[:-1]}, 5).wait().clone()]
+            said += [
+                session.ask({0: one[:length]}, 5).wait().clone() for length in (100, 250, 251, 600, 1300)
+            ]
+            said.append(session.ask({1: other}, 5).wait().clone())
+            assert backend.tokens == 1300 + len(other)
+        lengths = (100, 250, 251, 600, 1300)
+        assert_says(backend, joined(said), [other[:-1], *(one[:length] for length in lengths), other])
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
+    def test_prompts_that_begin_alike_are_read_once(self, tmp_path: Path, family: str) -> None:
+        backend = tiny(tmp_path, family)
+        ends = [ids_of(5 + lane, lane + 1) for lane in range(4)]
+        texts = [[*ids_of(200), *end] for end in ends]
+        with backend.open(4, 300) as session:
+            said = session.ask(dict(enumerate(texts)), 5).wait().clone()
+            once = 200 + sum(map(len, ends))
+            assert backend.tokens == (once if backend.shares else once + 3 * 200)
+            longer = [[*text, 7] for text in texts]
+            more = session.ask(dict(enumerate(longer)), 5).wait().clone()
+        assert_says(backend, joined([said, more]), [*texts, *longer])
+
+    def test_what_leaves_a_window_comes_back(self, tmp_path: Path) -> None:
+        """Gemma's tiny copy has windows of 16: texts far beyond it are cut far back, among others."""
+        backend = tiny(tmp_path, "gemma3")
+        with backend.open(3, 200) as session:
+            session.ask({lane: ids_of(150, lane) for lane in range(3)}, 5)
+            for cut in (140, 120, 60, 10):
+                targets = {lane: [*ids_of(150, lane)[:cut], 5, 6] for lane in (2, 0)}
+                said = session.ask(targets, 5).wait().clone()
+                assert_says(backend, said, list(targets.values()))
+
+    def test_logits_outlive_the_buffer_that_they_lie_in(self, tmp_path: Path) -> None:
+        """They may be overwritten, but their memory stays: the next forward, a larger buffer, the end."""
+        backend = tiny(tmp_path)
+        kept = []
+        for _ in range(20):
+            with backend.open(2) as session:
+                kept.append(session.ask({0: ids_of(20)}, 5).wait())
+                kept.append(session.ask({0: ids_of(90), 1: ids_of(80)}, 5, 40).wait())
+                last = session.ask({0: ids_of(30, 2)}, 5, 30).wait()
+                kept.append(last)
+        assert all(bool(torch.isfinite(one.scores()).all()) for one in kept)
+        assert_says(backend, last, [ids_of(30, 2)[: n + 1] for n in range(30)])
