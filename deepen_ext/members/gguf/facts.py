@@ -13,7 +13,7 @@ from deepen_ext.members.gguf.checks import CHAT_TEMPLATE, TOKENS, check_gguf, fa
 from deepen_ext.members.gguf.header import Damaged
 
 # ggml's types of weights by their numbers (`enum ggml_type`). Those that torch has too are named as in torch.
-_KINDS = {
+KINDS = {
     **{
         0: "float32",
         1: "float16",
@@ -102,7 +102,7 @@ def read_facts(path: Path) -> GgufFacts:
         if not isinstance(tokens, tuple):
             raise Damaged(f"{TOKENS} is no list")
         ends = (settings.number(f"tokenizer.ggml.{role}_token_id") for role in _ENDS)
-        kinds = Counter(_KINDS.get(one.kind, f"type {one.kind}") for one in header.tensors.values())
+        kinds = Counter(KINDS.get(one.kind, f"type {one.kind}") for one in header.tensors.values())
         return GgufFacts(
             architecture=architecture,
             name=settings.text("general.name"),

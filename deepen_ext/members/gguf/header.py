@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # of ggml's tensors
 _LEAST_BITS = 1  # of a weight, in any of ggml's types
 
@@ -39,18 +39,34 @@ class Tensor(NamedTuple):
     begin: int
 
 
+class List(NamedTuple):
+    """A setting that is a list.
+
+    Attributes:
+        kind: GGUF's number of its elements' type.
+        count: how many it has.
+        begin: bytes from the file's beginning to the first.
+    """
+
+    kind: int
+    count: int
+    begin: int
+
+
 @dataclass(frozen=True)
 class Header:
     """What stands before the weights.
 
     Attributes:
         settings: by key; of a list its length alone, as a tuple of one number.
+        lists: the settings that are lists, by key.
         settings_end: bytes from the file's beginning to the end of the settings.
         tensors: by name.
         weight_bytes: bytes of the file after the header.
     """
 
     settings: Mapping[str, Any]
+    lists: Mapping[str, List]
     settings_end: int
     tensors: Mapping[str, Tensor]
     weight_bytes: int
@@ -70,11 +86,22 @@ def read_header(path: Path) -> Header:
             return _Reader(data).read()
 
 
+def read_texts(path: Path, texts: List) -> Iterator[bytes]:
+    """The texts of a list that `read_header` has walked over."""
+    length_at, at = struct.Struct("<Q").unpack_from, texts.begin
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in range(texts.count):
+            end = at + 8 + length_at(data, at)[0]
+            yield data[at + 8 : end]
+            at = end
+
+
 class _Reader:
     """Walks the header; every step is checked against the file's size before it is made."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._size, self._at = data, len(data), 0
+        self._lists: dict[str, List] = {}
 
     def read(self) -> Header:
         magic, version, tensors, pairs = self._numbers("4sIQQ")
@@ -93,7 +120,7 @@ class _Reader:
         if not isinstance(settings.get("general.architecture"), str):
             raise Damaged("it names no architecture")
         table, begin = self._tensors(tensors, settings.get("general.alignment", 32))
-        return Header(settings, settings_end, table, max(0, self._size - begin))
+        return Header(settings, self._lists, settings_end, table, max(0, self._size - begin))
 
     def _tensors(self, count: int, alignment: Any) -> tuple[dict[str, Tensor], int]:
         """The table of tensors, and where the weights begin."""
@@ -125,14 +152,15 @@ class _Reader:
         """A scalar or text; of an array its length alone, as a tuple."""
         if kind in _SCALARS:
             return self._numbers(_SCALARS[kind])[0]
-        if kind == _STRING:
+        if kind == TEXT:
             return self._text()
         if kind != _ARRAY:
             raise Damaged(f"{key!r} is of the unknown kind {kind}")
         inner, count = self._numbers("IQ")
+        self._lists[key] = List(inner, count, self._at)
         if inner in _SCALARS:
             self._skip(count * struct.calcsize(f"<{_SCALARS[inner]}"))
-        elif inner == _STRING:
+        elif inner == TEXT:
             if count * 8 > self._size - self._at:
                 raise Damaged(f"{key!r} has {count} texts")
             self._skip_texts(count)

@@ -27,6 +27,9 @@ _PACKAGES = (
     ("xllamacpp", "xllamacpp", ("xllamacpp*.so", "xllamacpp*.pyd")),
 )
 
+# A file that it cannot load is two messages: the reason, and last of all that there was one.
+_REASON, _NO_REASON = "error loading model: ", ": failed to load model"
+
 
 @dataclass(frozen=True, eq=False)
 class Library:
@@ -46,9 +49,10 @@ class Library:
 
     def complaint(self) -> str:
         """The last thing it warned of or failed at since this was asked last; "" where it said nothing."""
-        found = list(self._said)
+        found = [one.strip().rstrip(".") for one in self._said]
         self._said.clear()
-        return found[-1].strip().rstrip(".") if found else ""
+        reasons = [one.rpartition(_REASON)[2] for one in found if not one.endswith(_NO_REASON)]
+        return reasons[-1] if reasons else ""
 
 
 def is_installed() -> bool:

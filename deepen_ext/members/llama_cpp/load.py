@@ -11,6 +11,7 @@ from deepen_ext.members import embedded
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.checks import check_for_llama_cpp
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.threads import Threads
@@ -41,6 +42,7 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     if progress is not None:
         progress(f"Loading {name}")
     facts = read_facts(path)
+    check_for_llama_cpp(path)
     with ThreadPoolExecutor(
         1
     ) as pool:  # a large vocabulary takes as long as the weights, on another processor
