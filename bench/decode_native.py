@@ -316,7 +316,7 @@ def _trio_figures(found: dict[str, Any]) -> list[Figure]:
         "MB",
         (found["peak"],) * 2,
         1,
-        note=f"{found['mapped']:.0f} MB of it are mapped files; {found['loaded']:.0f} MB when loaded",
+        note=f"{found['mapped']:.0f} MB are mapped files; {found['loaded']:.0f} MB once all are loaded",
     )
     return [*made, peak, *_loop_figures(found["own"], ", beside two others")]
 
