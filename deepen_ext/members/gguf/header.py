@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,12 +45,12 @@ class List(NamedTuple):
 
     Attributes:
         kind: GGUF's number of its elements' type.
-        count: how many it has.
+        length: how many it has.
         begin: bytes from the file's beginning to the first.
     """
 
     kind: int
-    count: int
+    length: int
     begin: int
 
 
@@ -73,24 +74,29 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header.
+    """Read the header; of a file that has not changed, what was read before.
 
     Raises:
         Damaged: counts, lengths or offsets do not lie inside the file, or it names no architecture.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        if path.stat().st_size < 24:
-            raise Damaged("it ends inside its header")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).read()
+    found = path.stat()
+    return _read(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, size: int, changed: int) -> Header:
+    if size < 24:
+        raise Damaged("it ends inside its header")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _Reader(data).read()
 
 
 def read_texts(path: Path, texts: List) -> Iterator[bytes]:
     """The texts of a list that `read_header` has walked over."""
     length_at, at = struct.Struct("<Q").unpack_from, texts.begin
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for _ in range(texts.count):
+        for _ in range(texts.length):
             end = at + 8 + length_at(data, at)[0]
             yield data[at + 8 : end]
             at = end

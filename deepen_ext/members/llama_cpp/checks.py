@@ -56,8 +56,8 @@ def _check_tokenizer(path: Path, header: Header) -> None:
     if tokens is None:
         return
     for key in _ONE_FOR_EACH_TOKEN:
-        if key in header.lists and header.lists[key].count != tokens.count:
-            raise Damaged(f"{key} has {header.lists[key].count} entries for {tokens.count} tokens")
+        if key in header.lists and header.lists[key].length != tokens.length:
+            raise Damaged(f"{key} has {header.lists[key].length} entries for {tokens.length} tokens")
     seen: set[bytes] = set()
     for text in read_texts(path, tokens):
         if text in seen:

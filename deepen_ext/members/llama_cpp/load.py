@@ -42,10 +42,9 @@ def load(source: Source, options: LoadOptions, progress: Progress | None = None)
     if progress is not None:
         progress(f"Loading {name}")
     facts = read_facts(path)
-    check_for_llama_cpp(path)
-    with ThreadPoolExecutor(
-        1
-    ) as pool:  # a large vocabulary takes as long as the weights, on another processor
+    if source.embedded is None:  # those files are known by their hash
+        check_for_llama_cpp(path)
+    with ThreadPoolExecutor(1) as pool:  # a large vocabulary takes as long as the weights
         loading = pool.submit(LlamaModel, library, path, name, find_device(options.device))
         tokenizer = load_gguf_tokenizer(path, name)
         model = loading.result()
