@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+
+from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.context import Context, Feed
 
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8
 WINDOW = 16
@@ -127,3 +131,19 @@ def _written(writer: gguf.GGUFWriter, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+class CountingLlama(LlamaBackend):
+    """Counts the tokens that its contexts are fed."""
+
+    tokens = 0
+
+    def new_context(self, sequences: int, cells: int) -> Context:
+        context = super().new_context(sequences, cells)
+
+        def counted(feeds: Sequence[Feed]) -> torch.Tensor:
+            self.tokens += sum(len(feed.ids) for feed in feeds)
+            return Context.decode(context, feeds)
+
+        context.decode = counted
+        return context

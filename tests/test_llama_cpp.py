@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf_files import dequantised, write_tiny_model
+from gguf_files import CountingLlama, dequantised, write_tiny_model
 
 from deepen_ext import Ensemble, demo, fuse_logits, load_members
 from deepen_ext.errors import ModelError
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.gguf.facts import read_facts
-from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
@@ -116,33 +115,17 @@ class TestGreedyText:
             assert skipping.token_ids == plain.token_ids
 
 
-class Counting(LlamaBackend):
-    """Counts the tokens that its sessions feed to the model."""
-
-    tokens = 0
-
-    def new_context(self, sequences: int, cells: int) -> Context:
-        context = super().new_context(sequences, cells)
-
-        def counted(feeds: Sequence[Feed]) -> torch.Tensor:
-            self.tokens += sum(len(feed.ids) for feed in feeds)
-            return Context.decode(context, feeds)
-
-        context.decode = counted
-        return context
-
-
-def tiny(folder: Path, family: str = "llama") -> Counting:
+def tiny(folder: Path, family: str = "llama") -> CountingLlama:
     path = write_tiny_model(folder / f"{family}.gguf", family, vocab_size=120, context_length=2000)
     model = LlamaModel(load_library(), path, family, torch.device("cpu"))
-    return Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
+    return CountingLlama(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(100, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def assert_says(backend: Counting, said: Distribution, texts: Sequence[list[int]]) -> None:
+def assert_says(backend: CountingLlama, said: Distribution, texts: Sequence[list[int]]) -> None:
     """What the backend says after these texts, each alone in a session of its own."""
     assert len(said) == len(texts)
     for i, ids in enumerate(texts):

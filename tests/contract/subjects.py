@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
-from gguf_files import plain_model, write_tiny_model
+from gguf_files import CountingLlama, plain_model, write_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepen_ext.members.backend import Backend
@@ -26,7 +26,6 @@ from deepen_ext.members.hf.loaded_model import dense
 from deepen_ext.members.hf.quantisation import quantise
 from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.llama_cpp import api
-from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
@@ -198,22 +197,6 @@ def top_k_only(inner: Subject, k: int) -> Subject:
     return replace(inner, backend=TopKOnly(inner.backend, k), other_weights=others, said={})
 
 
-class _Counting(LlamaBackend):
-    """Counts the tokens that its contexts are fed."""
-
-    tokens = 0
-
-    def new_context(self, sequences: int, cells: int) -> Context:
-        context = super().new_context(sequences, cells)
-
-        def counted(feeds: Sequence[Feed]) -> torch.Tensor:
-            self.tokens += sum(len(feed.ids) for feed in feeds)
-            return Context.decode(context, feeds)
-
-        context.decode = counted
-        return context
-
-
 @contextmanager
 def _aborting() -> Iterator[str]:
     """llama.cpp's forward passes are aborted when they have begun."""
@@ -240,11 +223,11 @@ def _llama_cpp(
     folder = Path(tempfile.mkdtemp(prefix="deepen-ext-"))
     atexit.register(shutil.rmtree, folder)
 
-    def backend(name: str, seed: int, kind: GGMLQuantizationType) -> _Counting:
+    def backend(name: str, seed: int, kind: GGMLQuantizationType) -> CountingLlama:
         size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
         path = write_tiny_model(folder / f"{name}.gguf", family, seed=seed, kind=kind, **size)
         model = LlamaModel(load_library(), path, family, _CPU)
-        return _Counting(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
+        return CountingLlama(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
 
     own_kind = GGMLQuantizationType.F32
     own = backend("own", 0, own_kind)
