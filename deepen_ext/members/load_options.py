@@ -54,8 +54,8 @@ class LoadOptions:
         adapter: a PEFT adapter on the model: its folder, or its hub name. ``"base@adapter"`` as the member's
             name means the same.
         revision: of a hub model: a branch, a tag or a commit, for example "main".
-        attn_implementation: how transformers computes attention, for example "eager", "sdpa" or
-            "flash_attention_2". A kernel of the hub ("org/name") is code, and needs `trust_remote_code`.
+        attn_implementation: how transformers computes attention: "sdpa" (the default) or "eager". Others do
+            not take the masks that sessions need, and are refused.
     """
 
     backend: str | None = None

@@ -12,20 +12,26 @@ from transformers.utils import logging as _logging
 
 logging: Any = _logging  # its setters carry no types
 
+# Where torchao is installed transformers imports it with every model, and it tells which of its CUDA kernels do
+# not fit this machine.
+_OTHERS = ("accelerate", "torchao", "torchao.kernel.intmm", "torch.utils._pytree")
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Only errors from these packages inside; the settings before come back afterwards."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    accelerate = _standard.getLogger("accelerate")
-    its_level = accelerate.level
+    others = [_standard.getLogger(name) for name in _OTHERS]
+    levels = [one.level for one in others]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    accelerate.setLevel(_standard.ERROR)
+    for one in others:
+        one.setLevel(_standard.ERROR)
     try:
         yield
     finally:
-        accelerate.setLevel(its_level)
+        for one, its_level in zip(others, levels, strict=True):
+            one.setLevel(its_level)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
