@@ -12,8 +12,8 @@ from transformers.utils import logging as _logging
 
 logging: Any = _logging  # its setters carry no types
 
-# Where torchao is installed transformers imports it with every model, and it tells which of its CUDA kernels do
-# not fit this machine.
+# Where torchao is installed, transformers imports it with every model, and it tells which of its CUDA kernels
+# do not fit this machine.
 _OTHERS = ("accelerate", "torchao", "torchao.kernel.intmm", "torch.utils._pytree")
 
 
