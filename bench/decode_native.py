@@ -44,6 +44,8 @@ def run(options: Any) -> None:
     if options.quick and options.json is None and whole:
         sys.exit(f"{target} holds a whole run; name another file for the quick one with --json")
     found["versions"]["llama.cpp"] = load_library().name
+    if found["machine"]["load_average"] > 0.5:
+        say("other programs are running: threads that wait by spinning make these times worthless")
     raw: dict[str, Any] = {}
 
     def write() -> None:
@@ -71,7 +73,11 @@ def run(options: Any) -> None:
 
 
 def load_native(names: Sequence[str], threads: int) -> list[Any]:
-    """Embedded models as members in llama.cpp."""
+    """Embedded models as members in llama.cpp.
+
+    The number of threads is fixed. Left to themselves the members take fewer on a busy machine, and would
+    beat the plain loop there.
+    """
     from deepen_ext.members.loading import load_members
 
     return load_members([f"demo:{name}" for name in names], backend="llama.cpp", threads=threads)
