@@ -44,12 +44,12 @@ class List(NamedTuple):
 
     Attributes:
         kind: GGUF's number of its elements' type.
-        count: how many it has.
+        length: how many it has.
         begin: bytes from the file's beginning to the first.
     """
 
     kind: int
-    count: int
+    length: int
     begin: int
 
 
@@ -90,7 +90,7 @@ def read_texts(path: Path, texts: List) -> Iterator[bytes]:
     """The texts of a list that `read_header` has walked over."""
     length_at, at = struct.Struct("<Q").unpack_from, texts.begin
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for _ in range(texts.count):
+        for _ in range(texts.length):
             end = at + 8 + length_at(data, at)[0]
             yield data[at + 8 : end]
             at = end
