@@ -12,14 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import SMALL, tokenizer_file
-from test_models import write_gguf
 
 from deepen_ext import demo
-from deepen_ext.errors import ModelError
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.library import Library, load_library
 from deepen_ext.members.llama_cpp.tokens import check_tokenizer, tokenize
-from deepen_ext.members.loading import load_member
 from deepen_ext.text.vocabulary import PROBES, Vocabulary
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,13 +32,47 @@ OTHERS = {
     "cl100k": "dbrx",
 }
 WORDS = ["the", "Hello", "isn't", "WE'LL", "I'M", "'s", "don\u2019t", "na\u00efve", "1234567", "3.14", "x_1"]
-SPACES = [" ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\f", "\0", "\x85", "\xa0", "\u2028", "\u3000", "\ufeff"]
+SPACES = [
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\f",
+    "\0",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+]
 PIECES = [
     *WORDS,
     *SPACES,
     *"!?.,;:()[]{}/\\|<>=+-*_~`@#$%^&\"'",
-    *("e\u0301", "\u0915\u094d\u0937", "\u4eca\u5929", "\ud55c\uad6d", "\u0633\u0644", "\u0e2a\u0e27", "\U0001f9ff"),
-    *("\u00bd", "\u2167", "\u0663", "\U0001d518", "\ufb01", "\u200d", "\ufe0f", "\ue000", "\U000e0001", "\u0378"),
+    *(
+        "e\u0301",
+        "\u0915\u094d\u0937",
+        "\u4eca\u5929",
+        "\ud55c\uad6d",
+        "\u0633\u0644",
+        "\u0e2a\u0e27",
+        "\U0001f9ff",
+    ),
+    *(
+        "\u00bd",
+        "\u2167",
+        "\u0663",
+        "\U0001d518",
+        "\ufb01",
+        "\u200d",
+        "\ufe0f",
+        "\ue000",
+        "\U000e0001",
+        "\u0378",
+    ),
 ]
 
 
@@ -73,12 +104,15 @@ class Pair:
 
 
 def write_tokenizer(path: Path, source: Path, pre: str) -> Path:
-    """A GGUF file without weights, of a tokenizer.json of byte-level BPE, as llama.cpp's converter writes it."""
+    """A GGUF file without weights, with a byte-level tokenizer.json, as llama.cpp's converter writes it."""
     whole = json.loads(source.read_bytes())
     model, added = whole["model"], {one["id"]: one for one in whole["added_tokens"]}
     names = {i: name for name, i in model["vocab"].items()} | {i: one["content"] for i, one in added.items()}
     size = max(names) + 1
-    kinds = {i: gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED for i, one in added.items()}
+    kinds = {
+        i: gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
+        for i, one in added.items()
+    }
     unused = dict.fromkeys(range(size), gguf.TokenType.UNUSED) | dict.fromkeys(names, gguf.TokenType.NORMAL)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("gpt2")

@@ -60,8 +60,8 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         return found if isinstance(found, int) else 1
 
     heads = count("attention.head_count")
-    keys = [count(f"attention.key_length{suffix}") for suffix in ("", "_swa")]
-    widest = max(*keys, 0 if any(keys) else count("embedding_length") // max(heads, 1))
+    width = count("attention.key_length") or count("embedding_length") // max(heads, 1)
+    widest = max(width, count("attention.key_length_swa"))
     for name in ("rope.dimension_count", "rope.dimension_count_swa"):
         turned = settings.get(f"{architecture}.{name}")
         # With 0 llama.cpp never ends.
