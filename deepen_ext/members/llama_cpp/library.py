@@ -88,6 +88,11 @@ def _load(named: str) -> Library:
         except (OSError, AttributeError, _UnknownLayout) as error:
             refused.append(f"{what}: {error}")
     releases = " and ".join(layout.releases for layout in api.LAYOUTS)
+    if named:
+        raise ModelError(
+            f"{refused[0]}; name the library file of a supported version ({releases}), or unset {VARIABLE} "
+            f"for that of an installed package ({INSTALL})"
+        )
     raise ModelError(
         f"llama.cpp is installed in a version that is not supported ({'; '.join(refused)}). Known are "
         f"{releases}; install one with: {INSTALL}"

@@ -1,0 +1,170 @@
+"""Our tokenizer of a GGUF file gives the ids that llama.cpp's own gives."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_tokenizers import SMALL, tokenizer_file
+
+from deepen_ext import demo
+from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
+from deepen_ext.members.llama_cpp.library import Library, load_library
+from deepen_ext.members.llama_cpp.tokens import check_tokenizer, tokenize
+from deepen_ext.text.vocabulary import PROBES, Vocabulary
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LINES = 1000
+# The tokenizers of the embedded models, and others in GGUF files of their own: llama.cpp's name of the split.
+EMBEDDED = ("smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct")
+OTHERS = {
+    "deepseek-v4": "deepseek-v3",
+    "tekken_240911": "tekken",
+    "qwen3.6": "qwen35",
+    "llama3": "llama-bpe",
+    "llama4": "llama4",
+    "cl100k": "dbrx",
+}
+WORDS = ["the", "Hello", "isn't", "WE'LL", "I'M", "'s", "don\u2019t", "na\u00efve", "1234567", "3.14", "x_1"]
+SPACES = [
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\f",
+    "\0",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+]
+PIECES = [
+    *WORDS,
+    *SPACES,
+    *"!?.,;:()[]{}/\\|<>=+-*_~`@#$%^&\"'",
+    *(
+        "e\u0301",
+        "\u0915\u094d\u0937",
+        "\u4eca\u5929",
+        "\ud55c\uad6d",
+        "\u0633\u0644",
+        "\u0e2a\u0e27",
+        "\U0001f9ff",
+    ),
+    *(
+        "\u00bd",
+        "\u2167",
+        "\u0663",
+        "\U0001d518",
+        "\ufb01",
+        "\u200d",
+        "\ufe0f",
+        "\ue000",
+        "\U000e0001",
+        "\u0378",
+    ),
+]
+
+
+class Tokenizer:
+    """llama.cpp's tokenizer of a file whose weights, if it has any, stay where they are."""
+
+    def __init__(self, library: Library, path: Path) -> None:
+        call = library.call
+        params = call.llama_model_default_params()
+        params.vocab_only = True
+        self.library, self.name = library, path.stem
+        self.handle = call.llama_model_load_from_file(str(path).encode(), params)
+        assert self.handle, library.complaint()
+        self.vocab = call.llama_model_get_vocab(self.handle)
+        self.vocab_size = call.llama_vocab_n_tokens(self.vocab)
+
+
+class Pair:
+    """Both tokenizers of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.theirs: Any = Tokenizer(load_library(), path)
+        self.ours = Vocabulary.from_tokenizer(load_gguf_tokenizer(path, path.stem), self.theirs.vocab_size)
+
+    def check(self, text: str) -> None:
+        ours, theirs = self.ours.encode(text), tokenize(self.theirs, text)
+        assert [*map(self.ours.bytes_of, ours)] == [*map(self.ours.bytes_of, theirs)], repr(text)
+        assert ours == theirs, repr(text)
+
+
+def write_tokenizer(path: Path, source: Path, pre: str) -> Path:
+    """A GGUF file without weights, with a byte-level tokenizer.json, as llama.cpp's converter writes it."""
+    whole = json.loads(source.read_bytes())
+    model, added = whole["model"], {one["id"]: one for one in whole["added_tokens"]}
+    names = {i: name for name, i in model["vocab"].items()} | {i: one["content"] for i, one in added.items()}
+    size = max(names) + 1
+    kinds = {
+        i: gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
+        for i, one in added.items()
+    }
+    unused = dict.fromkeys(range(size), gguf.TokenType.UNUSED) | dict.fromkeys(names, gguf.TokenType.NORMAL)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(size)])
+    writer.add_token_types([(unused | kinds)[i] for i in range(size)])
+    writer.add_token_merges([one if isinstance(one, str) else " ".join(one) for one in model["merges"]])
+    writer.add_bos_token_id(next(iter(added), 0))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def benchmark_lines() -> list[str]:
+    """Values of the six benchmarks' items, spread over all of their files."""
+    found = []
+    for file in sorted(DATA.rglob("*.jsonl")):
+        items = [json.loads(line) for line in file.open()]
+        texts = [text for item in items for text in item.values() if isinstance(text, str) and len(text) > 20]
+        found.append(texts[:: max(1, len(texts) // (LINES // 8))])
+    lines = [text for texts in found for text in texts]
+    assert len(found) >= 11
+    return random.Random(0).sample(lines, LINES)
+
+
+@pytest.fixture(scope="module", params=[*EMBEDDED, *OTHERS])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    if request.param in EMBEDDED:
+        return Pair(demo.gguf_file(request.param))
+    [source] = [one for one in SMALL if one.name == request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return Pair(write_tokenizer(folder / f"{source.name}.gguf", tokenizer_file(source), OTHERS[source.name]))
+
+
+pytestmark = pytest.mark.slow  # models and tokenizers are fetched
+
+
+def test_the_same_before_a_text(pair: Pair) -> None:
+    check_tokenizer(pair.theirs, pair.ours)
+    for text in PROBES:
+        if "\u2581" not in text:
+            pair.check(text)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark data is not at ../shared/data")
+def test_benchmarks(pair: Pair) -> None:
+    for text in benchmark_lines():
+        pair.check(text)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join))
+def test_any_text(pair: Pair, text: str) -> None:
+    pair.check(text.replace("\u2581", ""))
