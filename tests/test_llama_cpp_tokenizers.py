@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import SMALL, tokenizer_file
+from test_models import write_gguf
 
 from deepen_ext import demo
+from deepen_ext.errors import ModelError
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.library import Library, load_library
 from deepen_ext.members.llama_cpp.tokens import check_tokenizer, tokenize
@@ -168,3 +170,23 @@ def test_benchmarks(pair: Pair) -> None:
 @given(st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join))
 def test_any_text(pair: Pair, text: str) -> None:
     pair.check(text.replace("\u2581", ""))
+
+
+@pytest.mark.parametrize("text", ["\u2581", "<bos>"])
+def test_what_differs_by_design(text: str) -> None:
+    """The sign of SentencePiece for a space, and a special token's name."""
+    gemma = Pair(demo.gguf_file("gemma-3-270m"))
+    assert gemma.ours.encode(text) != tokenize(gemma.theirs, text)
+
+
+def test_another_bos_is_refused(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf")
+    theirs: Any = Tokenizer(load_library(), whole)
+    ours = Pair(whole).ours
+    check_tokenizer(theirs, ours)
+    assert ours.prefix_ids == [1]
+    ours.prefix_ids = []
+    with pytest.raises(
+        ModelError, match=r"whole: 'Hello world' is \[.*\] by our tokenizer and \[1, .*\] by llama"
+    ):
+        check_tokenizer(theirs, ours)
