@@ -117,28 +117,36 @@ class Context:
             ModelError: the cache has no cell left, or the forward pass failed. Nothing of the feeds is kept
                 that `remove` from their starts does not remove.
         """
-        counts = [len(feed.ids) for feed in feeds]
-        total = sum(counts)
-        tokens = np.fromiter((one for feed in feeds for one in feed.ids), np.int32, total)
-        positions = np.concatenate(
-            [np.arange(f.start, f.start + n) for f, n in zip(feeds, counts, strict=True)]
-        )
-        positions = positions.astype(np.int32)
-        sequences = np.repeat(np.array([feed.sequence for feed in feeds], np.int32), counts)
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
+        wanted: list[int] = []
+        for feed in feeds:
+            count = len(feed.ids)
+            tokens += feed.ids
+            positions += range(feed.start, feed.start + count)
+            sequences += [feed.sequence] * count
+            wanted += [0] * (count - feed.outputs) + [1] * feed.outputs
+        total, rows = len(tokens), sum(wanted)
+        numbers = ctypes.c_int32 * total
+        lists = numbers(*sequences)
         # A token's sequences are a list of their own, of one.
-        lists = sequences.ctypes.data + sequences.itemsize * np.arange(total, dtype=np.uint64)
-        ones = np.ones(total, np.int32)
-        wanted = np.concatenate([np.arange(n) >= n - f.outputs for f, n in zip(feeds, counts, strict=True)])
-        wanted = wanted.astype(np.int8)
-        arrays = (tokens, positions, ones, lists, wanted)
-        batch = api.Batch(total, tokens.ctypes.data, None, *(one.ctypes.data for one in arrays[1:]))
+        first, size = ctypes.addressof(lists), ctypes.sizeof(ctypes.c_int32)
+        arrays = (
+            numbers(*tokens),
+            numbers(*positions),
+            numbers(*([1] * total)),
+            (ctypes.c_void_p * total)(*range(first, first + size * total, size)),
+            (ctypes.c_int8 * total)(*wanted),
+        )
+        at = [ctypes.addressof(one) for one in arrays]
+        batch = api.Batch(total, at[0], None, *at[1:])
         self._model.library.complaint()
         with self._threads.forward() as threads:
             self._call.llama_set_n_threads(self._handle, threads, threads)
             result = self._call.llama_decode(self._handle, batch)
         if result != 0:
             raise ModelError(f"{self._model.name}: its forward pass failed: {self._reason(result)}")
-        rows = int(wanted.sum())
         self._rows = max(self._rows, rows)
         return self._logits(rows)
 
