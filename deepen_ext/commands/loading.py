@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +73,7 @@ def load_ensemble(
         ModelError: a model cannot be loaded.
     """
     given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
-    with progress() as say:
+    with progress() as say, _without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble
 
@@ -80,6 +82,16 @@ def load_ensemble(
         if named.preset is not None and named.members is named.preset.members:
             options = named.preset.load_options(**options)
         return Ensemble.from_pretrained(named.members, progress=say, **options, **settings)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """While modules and models are loaded nothing becomes garbage, and looking for it takes half a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def ways_of_fusing(
