@@ -155,18 +155,16 @@ CONTEXT_DEFAULTS: Mapping[str, Any] = {
 TYPE_F32, TYPE_F16 = 0, 1  # of ggml, for a cache's keys and values
 SPLIT_NONE = 0
 FLASH_OFF = 0
-LOG_WARNING, LOG_CONTINUED = 3, 5
+LOG_WARNING, LOG_ERROR = 3, 4
 
 # Name: result, arguments. Structures that are passed by value are added by `declare`.
 _FUNCTIONS: Mapping[str, tuple[Any, list[Any]]] = {
     "llama_version": (c.c_char_p, []),
-    "llama_print_system_info": (c.c_char_p, []),
     "llama_backend_init": (None, []),
     "llama_supports_gpu_offload": (c.c_bool, []),
     "llama_log_set": (None, [LogCallback, pointer]),
     "llama_model_free": (None, [pointer]),
     "llama_model_get_vocab": (pointer, [pointer]),
-    "llama_model_n_ctx_train": (c.c_int32, [pointer]),
     "llama_model_n_embd": (c.c_int32, [pointer]),
     "llama_model_n_head": (c.c_int32, [pointer]),
     "llama_model_n_head_kv": (c.c_int32, [pointer]),
@@ -198,7 +196,6 @@ _FUNCTIONS: Mapping[str, tuple[Any, list[Any]]] = {
     "llama_decode": (c.c_int32, [pointer, Batch]),
     "llama_get_logits": (pointer, [pointer]),
     "llama_vocab_n_tokens": (c.c_int32, [pointer]),
-    "llama_vocab_type": (c.c_int32, [pointer]),
     "llama_tokenize": (c.c_int32, [pointer, c.c_char_p, c.c_int32, pointer, c.c_int32, c.c_bool, c.c_bool]),
 }
 

@@ -123,7 +123,7 @@ def _keeper(said: deque[str]) -> Any:
     """Keeps warnings and errors, and drops everything else that the library says."""
 
     def keep(level: int, text: bytes, _: int | None) -> None:
-        if level in (api.LOG_WARNING, api.LOG_WARNING + 1) and text.strip(b" .\n"):
+        if level in (api.LOG_WARNING, api.LOG_ERROR) and text.strip(b" .\n"):
             said.append(text.decode(errors="replace"))
 
     return api.LogCallback(keep)

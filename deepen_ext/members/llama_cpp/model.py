@@ -82,11 +82,6 @@ class LlamaModel:
         return int(self.library.call.llama_model_size(self.handle))
 
     @property
-    def context_length(self) -> int | None:
-        """The positions that the model was trained for; None where the file does not say."""
-        return int(self.library.call.llama_model_n_ctx_train(self.handle)) or None
-
-    @property
     def window(self) -> int | None:
         """How many positions back a layer with a sliding window sees; None where no layer has one."""
         return int(self.library.call.llama_model_n_swa(self.handle)) or None

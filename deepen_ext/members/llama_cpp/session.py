@@ -72,6 +72,7 @@ class LlamaSession(Closing):
                 # The last ids go through the model in any case, for their logits.
                 self._drop_from(lane, min(common_prefix(self._ids[lane], ids), len(ids) - positions))
             self._make_room(max(map(len, wanted.values())), positions * len(unfed))
+            self._share_prefixes(unfed, positions)
             first = self._fed_first(unfed, positions)
             logits = self._feed(first, positions)
             if len(first) < len(unfed):
@@ -183,7 +184,6 @@ class LlamaSession(Closing):
 
     def _fed_first(self, unfed: Mapping[int, list[int]], positions: int) -> dict[int, list[int]]:
         """The lanes to feed now. The others wait, to take over what they share with one of these."""
-        self._share_prefixes(unfed, positions)
         if len(unfed) == 1 or not self._loaded.shares:
             return dict(unfed)
         first: dict[int, list[int]] = {}
@@ -219,15 +219,14 @@ class LlamaSession(Closing):
     def _feed(self, wanted: Mapping[int, list[int]], positions: int) -> torch.Tensor | None:
         """Feed the lanes what they lack. Where one forward does, its logits [lanes * positions, V]."""
         pieces = [
-            Feed(lane, at, ids[at : at + MOST_TOKENS], 0)
+            Feed(lane, at, piece, max(0, at + len(piece) - max(at, len(ids) - positions)))
             for lane, ids in wanted.items()
             for at in range(len(self._ids[lane]), len(ids), MOST_TOKENS)
+            for piece in [ids[at : at + MOST_TOKENS]]
         ]
         forwards: list[list[Feed]] = [[]]
         left = MOST_TOKENS
         for piece in pieces:
-            end, size = piece.start + len(piece.ids), len(wanted[piece.sequence])
-            piece = piece._replace(outputs=max(0, min(len(piece.ids), end - (size - positions))))
             if len(piece.ids) > left:
                 forwards.append([])
                 left = MOST_TOKENS
