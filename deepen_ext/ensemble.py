@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.generation import BatchGeneration, Generation
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.make_team import make_team, team_weights
@@ -231,6 +232,8 @@ class Ensemble:
         generation_config: GenerationConfig | None = None,
         certified_skip: bool = False,
         confidence_gate: float | None = None,
+        draft: Literal["auto"] | int | None = None,
+        drafter: str = "auto",
         streamer: Any = None,
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         shared: SharedForwards | None = None,
@@ -248,6 +251,11 @@ class Ensemble:
                 criterion that looks at scores sees the main model's own there.)
             confidence_gate: not exact: do not ask them either where the main model's first choice has at
                 least this probability.
+            draft: how many tokens are written ahead and verified at once: "auto" for as many as pay, by
+                measured times; 0 for none. The text is the same. None: "auto" where all members are
+                `repeatable`; else 0, because among their near-ties another token could win.
+            drafter: who writes ahead: "main", a member's name, "lookup" (what followed the last tokens
+                earlier in the text), or "auto" (with a number for `draft` the main model).
             streamer: one of transformers' streamers, for one prompt.
             trace: a file for one JSON line a token, or a function that gets each record (see `Trace`).
             shared: what members gave for the same prompts in other runs, and what this one adds to it (see
@@ -265,6 +273,7 @@ class Ensemble:
         """
         try:
             settings = Settings.read(self.members[0], generation_config, **decoding)
+            drafts = DraftSettings.read(self.team, draft, drafter)
             prompts = read_prompts(self.members, prompt, without_template)
             return Run(
                 self.team,
@@ -272,6 +281,7 @@ class Ensemble:
                 settings,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
+                drafts=drafts,
                 trace=trace,
                 streamer=streamer,
                 shared=shared,

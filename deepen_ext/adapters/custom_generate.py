@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from deepen_ext.adapters.generate_call import GENERATE
 from deepen_ext.adapters.logits_processor import DeepenLogitsProcessor
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty
+from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.prompts import Messages, Prompt
 from deepen_ext.decoding.setting_rules import SAMPLING, callables, stop_list
@@ -48,6 +49,8 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
         seed: int | None = None,
         certified_skip: bool = False,
         confidence_gate: float | None = None,
+        draft: Literal["auto"] | int | None = None,
+        drafter: str = "auto",
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         **model_inputs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
@@ -79,6 +82,7 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 settings,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
+                drafts=DraftSettings.read(ensemble.team, draft, drafter),
                 trace=trace,
                 streamer=None if streamer is None else _AfterPrompt(streamer),
             )

@@ -91,7 +91,10 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         writable = forbid(scores, self._unwritable.to(scores.device))
         fuser, main = self._team.fuser, self._team.main
         said = Distribution(main.name, writable.shape[-1], fuser.candidates, writable)
-        fused = assistants.step(fuser.part(0, said), range(len(input_ids))).fused
+        part, rows = fuser.part(0, said), range(len(input_ids))
+        candidates = assistants.candidates(part, [None] * len(input_ids))
+        places = [assistants.place(row, None, candidates.get(row, ())) for row in rows]
+        fused = assistants.step(part, places).fused
         fused.check()
         # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
         mass = scores.logsumexp(-1, keepdim=True)

@@ -77,4 +77,4 @@ def text_of(member: Member, ids: Sequence[int]) -> tuple[str, bytes]:
 
 def written(member: Member, ids: Sequence[int]) -> bytes:
     """The bytes of ids that go on from others, special tokens written out."""
-    return b"".join(member.vocabulary.bytes_of(token) or member.name_of(token).encode() for token in ids)
+    return b"".join(map(member.bytes_written, ids))

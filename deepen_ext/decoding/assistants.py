@@ -9,29 +9,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import NamedTuple
 
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
+from deepen_ext.decoding.places import Place, Reason
 from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
 from deepen_ext.decoding.team import Team
 from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.members.backend import Session
 from deepen_ext.members.chat import PromptText
-
-# Why no assistant was asked about a text's token; None where they were.
-Reason = Literal["settled", "gated", "unfinished character", "boundary"]
+from deepen_ext.members.distribution import Distribution, joined
 
 
 @dataclass
 class AssistedStep:
-    """What a step gave for its texts, and the assistants' share of its time."""
+    """What a step gave for its places, and the assistants' share of its time."""
 
-    fused: FusedStep  # its rows are the texts of the step, in order
-    reasons: list[Reason | None]  # of each of them
+    fused: FusedStep  # its batch rows are the places of the step, in order
     members_ms: dict[str, float]  # forward passes, by assistant
-    handoff_ms: float  # re-tokenisation
+
+
+class _Question(NamedTuple):
+    """One call of an assistant's session, and the batch rows that its answer has something for."""
+
+    targets: dict[int, Sequence[int]]  # ids by lane
+    positions: dict[int, int]  # by lane
+    rows: list[int]
+    found: list[int]  # of each of these rows, which position of the answer
 
 
 class Assistants:
@@ -118,50 +124,116 @@ class Assistants:
         """The text is another now; its lane keeps what the two begin with."""
         self.texts[text] = AssistantsText(self._members, prompts)
 
-    def step(
-        self, main: Part, texts: Sequence[int], *, unneeded: Sequence[Reason | None] | None = None
-    ) -> AssistedStep:
-        """Fuse what the assistants say into what the main model says. All are asked, then all are waited for.
+    def candidates(self, main: Part, reasons: Sequence[Reason | None]) -> dict[int, list[tuple[int, float]]]:
+        """What `place` needs of the main model's word, by batch row; one read of the device for all.
 
         Args:
-            main: `team.fuser.part(0, ...)` of the next token of these texts.
-            texts: their numbers, one for each row of the step.
-            unneeded: of each of them, why its token needs no assistant, or None.
+            main: `team.fuser.part(0, ...)` of some next tokens.
+            reasons: of each of them, why it needs no assistant, or None.
+        """
+        rows = [row for row, reason in enumerate(reasons) if reason is None]
+        return candidates_of(main.topk, rows) if self._team.boundary_rule is not None and rows else {}
+
+    def place(
+        self, number: int, reason: Reason | None = None, candidates: Sequence[tuple[int, float]] = ()
+    ) -> Place:
+        """Who is to speak of the next token of a text as it stands; nobody is asked yet.
+
+        Args:
+            number: of the text.
+            reason: why the token needs no assistant, or None.
+            candidates: the main model's most probable tokens there, for the boundary rule.
+        """
+        text = self.texts[number]
+        if reason is None and text.unfinished:
+            reason = "unfinished character"
+        if reason is not None or not self._sessions:
+            return Place(number, reason, {})
+        rule = self._team.boundary_rule
+        speak = [i for i in range(len(self._sessions)) if text.speaks(i, rule, candidates)]
+        return Place(number, None if speak else "boundary", {i: list(text.ids(i)) for i in speak})
+
+    def session(self, member: int) -> Session:
+        """An assistant's session, by its member index."""
+        return self._sessions[member - 1]
+
+    def step(self, main: Part, places: Sequence[Place]) -> AssistedStep:
+        """Fuse what the assistants say into what the main model says. All are asked, then all are waited for.
+
+        The places of a text are those of one draft, in order. One forward of an assistant gives its word on
+        all of them, as long as its ids at one place begin with its ids at the place before. Where a token
+        reaches across a place, the assistant is asked for that place by itself.
+
+        Args:
+            main: `team.fuser.part(0, ...)` of these places.
+            places: of texts that have a lane.
 
         Raises:
             InputError: a member that gives NaN; a text longer than an assistant's context.
             ModelError: an assistant's forward pass failed.
         """
-        reasons: list[Reason | None] = [None] * len(texts) if unneeded is None else list(unneeded)
-        for row, text in enumerate(texts):
-            if reasons[row] is None and self.texts[text].unfinished:
-                reasons[row] = "unfinished character"
-        open_rows = [row for row, reason in enumerate(reasons) if reason is None]
-        fuser, rule = self._team.fuser, self._team.boundary_rule
-        candidates = candidates_of(main.topk, open_rows) if rule is not None and open_rows else {}
         members_ms = dict.fromkeys(self._team.names[1:], 0.0)
-        handoff = 0.0
-        asked = []
-        for i, (session, name) in enumerate(zip(self._sessions, members_ms, strict=True)):
-            began = perf_counter()
-            rows = [
-                row for row in open_rows if self.texts[texts[row]].speaks(i, rule, candidates.get(row, ()))
-            ]
-            targets = {self.lanes[texts[row]]: self.texts[texts[row]].ids(i) for row in rows}
-            read = perf_counter()
-            if targets:
-                asked.append((i, session.ask(targets, fuser.candidates), rows))
-            handoff += read - began
-            members_ms[name] += (perf_counter() - read) * 1e3
-        said = []
-        for i, answer, rows in asked:
-            began = perf_counter()
-            said.append((i + 1, answer.wait(), rows))
-            members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
-        heard = {row for _, _, rows in said for row in rows}
-        for row in open_rows if self._sessions else ():
-            if row not in heard:
-                reasons[row] = "boundary"
-        weights = [self.weights[text] for text in texts]
-        fused = fuser.step_parts([main, *fuser.parts(said)], weights)
-        return AssistedStep(fused, reasons, members_ms, handoff * 1e3)
+        fuser = self._team.fuser
+        asked = [(i, self._questions(i, places)) for i in range(len(self._sessions))]
+        said: dict[int, list[tuple[list[int], Distribution]]] = {}
+        for i, own in enumerate(places):
+            for assistant, known in own.known.items():
+                said.setdefault(assistant, []).append(([i], known))
+        while asked := [(i, questions) for i, questions in asked if questions]:
+            answers = []
+            for i, questions in asked:
+                began = perf_counter()
+                one = questions.pop(0)
+                answer = self._sessions[i].ask(one.targets, fuser.candidates, one.positions)
+                answers.append((i, one, answer))
+                members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
+            for (i, one, answer), (_, left) in zip(answers, asked, strict=True):
+                began = perf_counter()
+                given = answer.wait().at(one.found)
+                # What a session says may not outlive its next question.
+                said.setdefault(i, []).append((one.rows, given.clone() if left else given))
+                members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
+        parts = [(i + 1, *_in_order(own)) for i, own in sorted(said.items())]
+        weights = [self.weights[place.text] for place in places]
+        fused = fuser.step_parts([main, *fuser.parts(parts)], weights)
+        return AssistedStep(fused, members_ms)
+
+    def _questions(self, i: int, places: Sequence[Place]) -> list[_Question]:
+        """What assistant i is asked about these places: one question, more where a token reaches across one.
+
+        The last ids of each text come first; what is no beginning of them is left for the next question.
+        """
+        left: dict[int, list[int]] = {}  # batch rows by text
+        for row, place in enumerate(places):
+            if i in place.asked and i not in place.known:
+                left.setdefault(place.text, []).append(row)
+        questions = []
+        while left:
+            one = _Question({}, {}, [], [])
+            rest: dict[int, list[int]] = {}
+            start = 0
+            for text, rows in left.items():
+                ids = places[rows[-1]].asked[i]
+                here = [row for row in rows if _begins(ids, places[row].asked[i])]
+                if len(here) < len(rows):
+                    rest[text] = [row for row in rows if row not in here]
+                first = len(places[here[0]].asked[i])
+                lane, count = self.lanes[text], len(ids) - first + 1
+                one.targets[lane], one.positions[lane] = ids, count
+                one.rows.extend(here)
+                one.found.extend(start + len(places[row].asked[i]) - first for row in here)
+                start += count
+            questions.append(one)
+            left = rest
+        return questions
+
+
+def _begins(ids: Sequence[int], start: Sequence[int]) -> bool:
+    return ids[: len(start)] == start
+
+
+def _in_order(said: Sequence[tuple[list[int], Distribution]]) -> tuple[Distribution, list[int]]:
+    """What an assistant said in several pieces, with the batch rows of each: one piece, its rows rising."""
+    rows = [row for own, _ in said for row in own]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return joined([one for _, one in said]).at(order), [rows[at] for at in order]

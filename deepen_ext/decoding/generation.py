@@ -13,14 +13,18 @@ FinishReason = Literal["eos", "length", "stop_string", "stopping_criteria", "con
 class Timings:
     """Where the time of one generation went, in milliseconds of wall clock.
 
-    `steps` steps made `tokens` tokens, one for each text still being written. The first step reads the
-    prompts: its share is in `prompt_ms` (the time to the first token) and in nothing else; prompts that wait
-    for a lane (`batch_size`) are read in later steps, among the tokens of others. On CUDA work is
-    only queued until the tokens are read: what members and fusion take there shows in `sampling_ms`.
+    `steps` steps made `tokens` tokens: of each text still being written one, or with drafts one or more. The
+    first step reads the prompts and gives each text one token: its share is in `prompt_ms` (the time to the
+    first token) and in nothing else; prompts that wait for a lane (`batch_size`) are read in later steps,
+    among the tokens of others. On CUDA work is only queued until the tokens are read: what members and fusion
+    take there shows in `sampling_ms`.
     """
 
     steps: int = 0
     tokens: int = 0
+    tokens_a_text: float = 0.0  # summed over the steps: the tokens of a step by the texts it had
+    drafted: int = 0  # tokens that were written ahead, to be verified later
+    stood: int = 0  # of these, those that were kept
     settled: int = 0  # tokens that no assistant could have changed (the certified skip), so none was asked
     gated: int = 0  # tokens for which the main model was sure enough (`confidence_gate`)
     prompt_ms: float = 0.0
@@ -33,9 +37,25 @@ class Timings:
     rows: int = 1  # texts of the first step
 
     def add_step(
-        self, members_ms: Mapping[str, float], stages: Mapping[str, float], reasons: Sequence[str | None]
+        self,
+        members_ms: Mapping[str, float],
+        stages: Mapping[str, float],
+        reasons: Sequence[str | None],
+        *,
+        texts: int,
+        drafted: int,
+        stood: int,
     ) -> None:
-        """Count a step: milliseconds by member and by stage; of each text why no assistant was asked."""
+        """Count a step.
+
+        Args:
+            members_ms: milliseconds by member.
+            stages: milliseconds by stage.
+            reasons: of each token that was written, why no assistant was asked, or None.
+            texts: how many texts they are of.
+            drafted: how many tokens were written ahead.
+            stood: how many of those were kept.
+        """
         for name, spent in members_ms.items():
             self.members_ms[name] += spent
         self.fusion_ms += stages["fusion"]
@@ -43,6 +63,9 @@ class Timings:
         self.handoff_ms += stages["handoff"]
         self.steps += 1
         self.tokens += len(reasons)
+        self.tokens_a_text += len(reasons) / texts
+        self.drafted += drafted
+        self.stood += stood
         self.settled += list(reasons).count("settled")
         self.gated += list(reasons).count("gated")
 
@@ -53,14 +76,24 @@ class Timings:
         self.fusion_ms = self.handoff_ms = self.sampling_ms = 0.0
 
     @property
+    def later_tokens(self) -> float:
+        """Tokens of a text after its first, on average over the texts: what times a token divide by."""
+        return max(self.tokens_a_text - 1, 1.0)
+
+    @property
     def ms_per_token(self) -> float:
-        """Total without the prompt, for each step after the first: milliseconds a token of each text."""
-        return (self.total_ms - self.prompt_ms) / max(self.steps - 1, 1)
+        """Total without the prompt's step: milliseconds a token of each text."""
+        return (self.total_ms - self.prompt_ms) / self.later_tokens
 
     @property
     def fusion_ms_per_token(self) -> float:
-        """Fusion without the prompt's step, for each step after the first."""
-        return self.fusion_ms / max(self.steps - 1, 1)
+        """Fusion without the prompt's step."""
+        return self.fusion_ms / self.later_tokens
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the tokens written ahead that were kept; 0 where there were none."""
+        return self.stood / max(self.drafted, 1)
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,4 +1,15 @@
-"""The loop: for every text of a batch what the main model says, the assistants' word, a token, its text."""
+"""The loop: the main model writes ahead, the assistants verify, the tokens that stand become text.
+
+    while texts are open:
+        drafts    = main model (or another drafter) writes some tokens of each text   drafts/ahead.py
+        said      = every assistant, of all places of the drafts, in one forward      assistants.py
+        logits    = fuser(main model's word, said), all places in one call            fusers/
+        for each text, place by place:
+            token = sampler(logits[place])
+            write it; where it is not the draft's, drop what follows
+
+A draft of one place is a step without a draft.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +20,11 @@ from typing import Any
 
 import torch
 
-from deepen_ext.decoding.assistants import Assistants, AssistedStep
+from deepen_ext.decoding.accept import Acceptor
+from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.drafts.ahead import Writer
+from deepen_ext.decoding.drafts.draft_settings import MAIN, DraftSettings
+from deepen_ext.decoding.drafts.pace import Pace
 from deepen_ext.decoding.generation import Generation, Timings
 from deepen_ext.decoding.limits import check_lengths, check_main_model
 from deepen_ext.decoding.one_reader import OneReader
@@ -26,10 +41,11 @@ from deepen_ext.decoding.text_in_progress import TextInProgress, Written
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import whole_number
+from deepen_ext.members.distribution import gathered
 
 
 class Run:
-    """One generation for B prompts: iterate it, a step at a time; `close` frees the caches.
+    """One generation for B prompts: iterate it, a cycle at a time; `close` frees the caches.
 
     Closing early is no error: `results` then gives what was written.
     """
@@ -42,6 +58,7 @@ class Run:
         *,
         certified_skip: bool = False,
         confidence_gate: float | None = None,
+        drafts: DraftSettings | None = None,
         trace: str | Path | Callable[[dict[str, Any]], object] | None = None,
         streamer: Any = None,
         shared: SharedForwards | None = None,
@@ -55,6 +72,7 @@ class Run:
             settings: of the decoding.
             certified_skip: see `Skips`, as `confidence_gate`.
             confidence_gate: see there.
+            drafts: how far to write ahead, and who does; None for no drafts.
             trace: a file or a function that is told every token (see `Trace`).
             streamer: one of transformers', for a single text.
             shared: forwards to share with other runs over the same prompts.
@@ -72,10 +90,8 @@ class Run:
             batch_size = whole_number("the batch size", batch_size, 1)
         check_main_model(team, settings)
         self._team = team
-        self._chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
-        self._skips = Skips(
-            team, self._chooser, certified_skip=certified_skip, confidence_gate=confidence_gate
-        )
+        chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
+        skips = Skips(team, chooser, certified_skip=certified_skip, confidence_gate=confidence_gate)
         self._texts = [
             TextInProgress(list(one.main_ids), len(one.main_ids), settings.new_tokens(len(one.main_ids)))
             for one in prompts
@@ -98,9 +114,21 @@ class Run:
         capacity = max(text.prompt_length + text.new_tokens for text in self._texts)
         self._main = open_session(team.main, at_once, capacity, shared)
         named = team.main.special_in(settings.every_stop_string)  # they end the text: they can be written
-        self._unwritable = team.main.unwritable([*settings.eos_ids, *named])
-        self._shared = shared is not None
-        self._stopping = Stopping(settings, len(prompts))
+        stopping = Stopping(settings, len(prompts))
+        self._acceptor = Acceptor(team, self._texts, self._assistants, chooser, stopping)
+        self._pace = Pace(team, drafts or DraftSettings(0, (MAIN,)), sampled=settings.do_sample)
+        self._writer = Writer(
+            team,
+            self._main,
+            self._assistants,
+            self._texts,
+            chooser,
+            skips,
+            stopping,
+            self._pace,
+            unwritable=team.main.unwritable([*settings.eos_ids, *named]),
+            in_place=shared is None,  # what a session of its own gives nobody else reads
+        )
         self._cancelled = False
         self._streamer = streamer
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=at_once)
@@ -131,7 +159,7 @@ class Run:
             if self._streamer is not None:
                 self._streamer.put(torch.tensor([self._texts[0].ids]))
             while not self._cancelled and self._end_full():
-                written = self._step()
+                written = self._cycle()
                 spent = (perf_counter() - began) * 1e3
                 self._timings.step_ms.append(spent)
                 self._timings.total_ms += spent  # the time between the steps is the reader's
@@ -145,46 +173,48 @@ class Run:
         finally:
             self._free()  # also after an interrupt: what was computed is not lost
 
-    def _step(self) -> list[Written]:
-        """One token for every text that is not finished."""
+    def _cycle(self) -> list[Written]:
+        """One token or more for every text that is not finished."""
         began = perf_counter()
-        if (begun := self._schedule.begun()) and self._team.weighs_prompts:
+        begun = self._schedule.begun()
+        if begun and self._team.weighs_prompts:
             self._weigh_prompts(begun)
-        active = list(self._schedule.active)
-        ids = [self._texts[number].ids for number in active]
-        targets = {self._assistants.lanes[number]: own for number, own in zip(active, ids, strict=True)}
-        said = self._main.ask(targets, self._team.fuser.candidates).wait()
-        # What a session of its own gives nobody else reads.
-        said = said.without(self._unwritable, in_place=not self._shared)
+        ahead = self._writer.write(self._schedule.active, alone=bool(begun))
         read = perf_counter()
-        main = self._team.fuser.part(0, said)
-        unneeded = self._skips.reasons(main, active, ids)
-        step = self._assistants.step(main, active, unneeded=unneeded)
+        proposals = [one for draft in ahead.drafts.values() for one in draft]
+        main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
+        step = self._assistants.step(main, [one.place for one in proposals])
         fused = perf_counter()
-        chosen = self._chooser.choose(step.fused.logits, active, ids, step.fused.chosen)
-        tokens, main_choices = step.fused.read(chosen)
-        sampled = perf_counter()
-        members_ms = {self._team.names[0]: (read - began) * 1e3, **step.members_ms}
+        accepted = self._acceptor.accept(ahead.drafts, step.fused)
+        ended = perf_counter()
+        if not begun:  # whose step read a prompt
+            times = {"verified_ms": (ended - read) * 1e3, "cycle_ms": (ended - began) * 1e3}
+            self._pace.learn(ahead, step, accepted, **times)
+        members_ms = {self._team.names[0]: ahead.main_ms, **step.members_ms}
+        if ahead.writing_ms:
+            members_ms[self._team.names[ahead.drafter]] += ahead.writing_ms
         stages = {
-            "fusion": (fused - read) * 1e3 - sum(step.members_ms.values()) - step.handoff_ms,
-            "handoff": step.handoff_ms,
-            "sampling": (sampled - fused) * 1e3,
+            "fusion": (fused - began) * 1e3 - sum(members_ms.values()) - ahead.handoff_ms,
+            "sampling": self._acceptor.sampling_ms,
+            "handoff": (ended - fused) * 1e3 - self._acceptor.sampling_ms + ahead.handoff_ms,
         }
         if self._trace is not None:
-            positions = [self._texts[number].written for number in active]
-            self._trace.step(self._team, step, active, positions, tokens, {"members": members_ms, **stages})
-        explained = perf_counter()  # writing the trace is no stage
-        if self._streamer is not None:
-            self._streamer.put(torch.tensor(tokens))
-        written = []
-        for number, token, main_choice in zip(active, tokens, main_choices, strict=True):
-            self._texts[number].ids.append(token)
-            self._texts[number].changed += token != main_choice
-            written.append(self._hand_over(number, token))
-        self._end_finished(active, step)
-        stages["handoff"] += (perf_counter() - explained) * 1e3
-        self._timings.add_step(members_ms, stages, step.reasons)
-        return written
+            self._trace.step(self._team, step.fused, accepted, {"members": members_ms, **stages})
+        for one in accepted:
+            if self._streamer is not None:
+                self._streamer.put(torch.tensor([one.token]))
+        for number in ahead.drafts:
+            if self._texts[number].finish_reason is not None:
+                self._release(number)
+        self._timings.add_step(
+            members_ms,
+            stages,
+            [one.proposal.place.reason for one in accepted],
+            texts=len(ahead.drafts),
+            drafted=sum(one.piece is not None for one in proposals),
+            stood=sum(one.stood for one in accepted),
+        )
+        return [one.written for one in accepted]
 
     def _weigh_prompts(self, texts: list[int]) -> None:
         """Each text's weights from how well the members read its prompt."""
@@ -193,28 +223,6 @@ class Run:
         main = read_prompts(self._main, team.main, ids).values()
         for number, *scores in zip(texts, main, *self._assistants.read_prompts(texts), strict=True):
             self._assistants.weights[number] = prompt_weights(scores, team.weights)
-
-    def _hand_over(self, number: int, token: int) -> Written:
-        """Give the token's text to the assistants; a special token has none, and they read its name."""
-        if self._stopping.ends_text(token):
-            return Written(number, token, "")
-        main, text = self._team.main, self._texts[number]
-        data = main.vocabulary.bytes_of(token)
-        name = "" if data else main.name_of(token)
-        read = self._assistants.texts[number].append(data or name.encode())
-        self._stopping.remember(text, read)
-        piece = read.removesuffix(name)
-        if piece:
-            text.pieces.append(piece)
-        return Written(number, token, piece)
-
-    def _end_finished(self, active: list[int], step: AssistedStep) -> None:
-        """See which texts are finished, and free what they hold."""
-        for row, number in enumerate(active):
-            text = self._texts[number]
-            text.finish_reason = self._stopping.reason(number, text, step.fused.logits[row : row + 1])
-            if text.finish_reason is not None:
-                self._release(number)
 
     def _end_full(self) -> bool:
         """End the texts that some member cannot read any more; whether any text is left."""

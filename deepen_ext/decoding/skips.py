@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepen_ext.decoding.assistants import Reason
 from deepen_ext.decoding.certificate import Certificate
+from deepen_ext.decoding.places import Reason
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError

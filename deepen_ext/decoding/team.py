@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.decoding.observed.history import History
 from deepen_ext.fusers import Fuser
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MemberMaps
@@ -26,6 +27,7 @@ class Team:
         weighs_prompts: these weights are where `prompt_weights` starts from, for each prompt.
         boundary_rule: when an assistant sits out; None for never.
         maps: the members' relative maps; None where the fuser has none.
+        histories: what runs found out about drafts, by whether they sampled.
     """
 
     members: tuple[Member, ...]
@@ -36,6 +38,7 @@ class Team:
     weighs_prompts: bool
     boundary_rule: BoundaryRule | None
     maps: MemberMaps | None
+    histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})
 
     @property
     def main(self) -> Member:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deepen_ext import ops
-from deepen_ext.decoding.assistants import AssistedStep
+from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.fusers import Part
+from deepen_ext.fusers import FusedStep, Part
 
 _TOP = 5  # candidates shown of each member
 
@@ -24,7 +24,8 @@ class Trace:
     ``main_choice`` (``id`` and ``text``); ``not_asked``, why the assistants had no say (null where they had);
     ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
     probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
-    and ``ms``, the step's milliseconds by stage, which the texts of a batch share.
+    ``draft``, what became of a token that was written ahead: "stood", "replaced" or "settled" (null where
+    none was); and ``ms``, the step's milliseconds by stage, which its tokens share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
@@ -48,38 +49,32 @@ class Trace:
         if self._file is not None:
             self._file.close()
 
-    def step(
-        self,
-        team: Team,
-        step: AssistedStep,
-        texts: Sequence[int],
-        positions: Sequence[int],
-        tokens: Sequence[int],
-        ms: Mapping[str, Any],
-    ) -> None:
-        """Record one step: of each of its texts the number, the token's position, the token."""
-        parts = [_readable(part) for part in step.fused.parts]
-        fused = ops.topk_softmax(step.fused.logits, min(_TOP, step.fused.logits.shape[1]))
-        fused_ids, fused_probs = fused.ids.tolist(), fused.probs.tolist()
-        main_choices, shares_by_row = step.fused.main_choice.tolist(), step.fused.shares
-        for i, (number, position, token) in enumerate(zip(texts, positions, tokens, strict=True)):
-            spoke = [(part, top[i]) for part, top in zip(step.fused.parts, parts, strict=True) if i in top]
+    def step(self, team: Team, fused: FusedStep, accepted: Sequence[Accepted], ms: Mapping[str, Any]) -> None:
+        """Record the tokens that a step gave."""
+        parts = [_readable(part) for part in fused.parts]
+        top = ops.topk_softmax(fused.logits, min(_TOP, fused.logits.shape[1]))
+        fused_ids, fused_probs = top.ids.tolist(), top.probs.tolist()
+        main_choices, shares_by_row = fused.main_choice.tolist(), fused.shares
+        for one in accepted:
+            i = one.row
+            spoke = [(part, said[i]) for part, said in zip(fused.parts, parts, strict=True) if i in said]
             shares = shares_by_row[i] or (1.0,)
-            weights = {part.member: share for part, share in zip(step.fused.parts, shares, strict=False)}
+            weights = {part.member: share for part, share in zip(fused.parts, shares, strict=False)}
             self._give(
                 {
-                    "row": number,
-                    "position": position,
-                    "token": _token(team, 0, token),
+                    "row": one.written.number,
+                    "position": one.position,
+                    "token": _token(team, 0, one.token),
                     "main_choice": _token(team, 0, main_choices[i]),
-                    "not_asked": step.reasons[i],
+                    "not_asked": one.proposal.place.reason,
+                    "draft": one.fate,
                     "members": [
                         {
                             "name": team.names[part.member],
                             "weight": weights.get(part.member, 0.0),
-                            "top": _candidates(team, part.member, *top),
+                            "top": _candidates(team, part.member, *said),
                         }
-                        for part, top in spoke
+                        for part, said in spoke
                     ],
                     "fused": _candidates(team, 0, fused_ids[i], fused_probs[i]),
                     "ms": dict(ms),

@@ -88,15 +88,11 @@ class Distribution:
 
     def at(self, positions: Sequence[int]) -> Distribution:
         """Some of the positions, in this order: a view where they follow one another, else a copy."""
-        first = positions[0] if positions else 0
-        if list(positions) == list(range(first, first + len(positions))):
-            rows: slice | torch.Tensor = slice(first, first + len(positions))
-        else:
-            rows = torch.tensor(positions, dtype=torch.long).to(self.device)
+        logits, known = self.logits, self.known_topk
         return replace(
             self,
-            logits=None if self.logits is None else self.logits[rows],
-            known_topk=None if self.known_topk is None else TopK(*(one[rows] for one in self.known_topk)),
+            logits=None if logits is None else select(logits, positions),
+            known_topk=None if known is None else TopK(*(select(one, positions) for one in known)),
         )
 
     def top(self, k: int) -> Distribution:
@@ -111,13 +107,24 @@ class Distribution:
 
     def clone(self) -> Distribution:
         """A copy of what the backend gave, which nothing else holds on to."""
-        if self.logits is not None:
-            return replace(self, logits=self.logits.clone(), known_topk=None)
-        return replace(self, known_topk=TopK(*(one.clone() for one in self.topk)))
+        logits, known = self.logits, self.known_topk
+        return replace(
+            self,
+            logits=None if logits is None else logits.clone(),
+            known_topk=None if known is None else TopK(*(one.clone() for one in known)),
+        )
 
     @property
     def _tensor(self) -> torch.Tensor:
         return self.logits if self.logits is not None else self.topk.ids
+
+
+def select(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """Some rows of a tensor [n, ...], in this order: a view where they follow one another, else a copy."""
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return tensor[first : first + len(rows)]
+    return tensor[torch.tensor(rows, dtype=torch.long).to(tensor.device)]
 
 
 def forbid(logits: torch.Tensor, ids: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
@@ -137,6 +144,18 @@ def joined(parts: Sequence[Distribution]) -> Distribution:
         return replace(first, logits=torch.cat([one.scores() for one in parts]), known_topk=None)
     tops = zip(*(one.topk for one in parts), strict=True)
     return replace(first, logits=None, known_topk=TopK(*(torch.cat(same) for same in tops)))
+
+
+def gathered(rows: Sequence[tuple[Distribution, int]]) -> Distribution:
+    """One member's positions, each row i of a distribution; no copy where these are all of one, in order."""
+    runs: list[tuple[Distribution, list[int]]] = []
+    for said, row in rows:
+        if not runs or runs[-1][0] is not said:
+            runs.append((said, []))
+        runs[-1][1].append(row)
+    if len(runs) == 1 and runs[0][1] == list(range(len(runs[0][0]))):
+        return runs[0][0]
+    return joined([said.at(own) for said, own in runs])
 
 
 def take_topk(distributions: Sequence[Distribution]) -> None:

@@ -91,6 +91,10 @@ class Member:
         name = self.tokenizer.convert_ids_to_tokens(token)
         return name if isinstance(name, str) else ""
 
+    def bytes_written(self, token: int) -> bytes:
+        """The token's bytes as other members read them: a special token, which has none, is its name."""
+        return self.vocabulary.bytes_of(token) or self.name_of(token).encode()
+
     def special_in(self, texts: Sequence[str]) -> list[int]:
         """The tokens without text whose names stand in one of these texts."""
         names = ((i, self.name_of(i)) for i in self._without_text) if texts else ()

@@ -1,0 +1,1 @@
+"""Drafts: who writes ahead, how far, and at what price."""

@@ -1,0 +1,222 @@
+"""Writing ahead: the main model's word on each place of a draft, and the token it would write there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.drafts.by_member import MemberDraft, in_main_tokens, write_by_member
+from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
+from deepen_ext.decoding.drafts.lookup import PromptLookup
+from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace
+from deepen_ext.decoding.places import Ahead, Draft, Place, Proposal
+from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.skips import Skips
+from deepen_ext.decoding.stopping import Stopping
+from deepen_ext.decoding.team import Team
+from deepen_ext.decoding.text_in_progress import TextInProgress
+from deepen_ext.members.backend import Session
+from deepen_ext.members.distribution import Distribution
+from deepen_ext.ops.topk_softmax import TopK
+
+_MOST_PLACES = 64  # of a draft, those that need no verification among them: their logits are kept
+
+
+class Writer:
+    """Makes the drafts of a run. A draft of one place is a step without a draft."""
+
+    def __init__(
+        self,
+        team: Team,
+        main: Session,
+        assistants: Assistants,
+        texts: Sequence[TextInProgress],
+        chooser: Chooser,
+        skips: Skips,
+        stopping: Stopping,
+        pace: Pace,
+        *,
+        unwritable: torch.Tensor,
+        in_place: bool,
+    ) -> None:
+        """Nothing is computed.
+
+        Args:
+            team: of the run.
+            main: the main model's session.
+            assistants: of the run; their texts follow the drafts.
+            texts: of the run.
+            chooser: picks the tokens.
+            skips: says which places need no assistant.
+            stopping: says which tokens end a text.
+            pace: decides how far to write.
+            unwritable: ids that are never written.
+            in_place: what the main model's session gives nobody else reads.
+        """
+        self._team = team
+        self._main = main
+        self._assistants = assistants
+        self._texts = texts
+        self._chooser = chooser
+        self._skips = skips
+        self._stopping = stopping
+        self._pace = pace
+        self._unwritable = unwritable
+        self._in_place = in_place
+        self._lookups: dict[int, PromptLookup] = {}
+
+    def write(self, active: Sequence[int], *, alone: bool) -> Ahead:
+        """Drafts for these texts, each of one place or more.
+
+        Args:
+            active: their numbers.
+            alone: of one place: the first token of a text is not to wait for others.
+        """
+        ahead = Ahead({number: [] for number in active}, MAIN)
+        going = list(active)
+        offers: Mapping[int, _Offer] = {}
+        length: int | None = 0
+        if not alone:
+            if LOOKUP in self._pace.settings.drafters:
+                ahead.looked_up = {number: self._looked_up(number) for number in active}
+            plan = self._pace.plan(len(active), list(map(len, ahead.looked_up.values())))
+            length, ahead.drafter = plan.length, plan.drafter
+            offers = self._offers(ahead, active, length or 0)
+        while True:
+            said = self._read(ahead, going, offers)
+            if offers or not any(one.place.is_open for draft in ahead.drafts.values() for one in draft):
+                return ahead
+            going = [number for number in going if self._can_go_on(number, ahead.drafts[number])]
+            if not going or not self._pace.goes_on(ahead.drafts, going, length):
+                return ahead
+            _keep(ahead.drafts, said)
+            for number in going:
+                self._go_on(ahead.drafts[number][-1])
+            going = [number for number in going if self._fits(number, ahead.drafts[number])]
+            if not going:
+                return ahead
+
+    def _looked_up(self, number: int) -> list[int]:
+        """What prompt lookup has for this text."""
+        found = self._lookups.setdefault(number, PromptLookup()).find(self._texts[number].ids, MOST_OFFERED)
+        return self._writable_part(number, found)
+
+    def _offers(self, ahead: Ahead, active: Sequence[int], length: int) -> dict[int, _Offer]:
+        """What a drafter other than the main model has for these texts."""
+        if ahead.drafter == MAIN or not length:
+            return {}
+        if ahead.drafter == LOOKUP:
+            found = {number: _Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
+        else:
+            began = perf_counter()
+            written = write_by_member(self._team, self._assistants, ahead.drafter, active, length)
+            ahead.writing_ms = (perf_counter() - began) * 1e3
+            found = {
+                number: _Offer(
+                    self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own
+                )
+                for number, own in written.items()
+            }
+        return {number: offer for number, offer in found.items() if offer.ids or offer.written}
+
+    def _writable_part(self, number: int, ids: list[int]) -> list[int]:
+        """The ids up to the first without text, and as many as fit before the text's last token."""
+        text, main = self._texts[number], self._team.main
+        room = text.new_tokens - text.written - 1
+        if main.context_length is not None:
+            room = min(room, main.context_length - len(text.ids))
+        ends = (i for i, token in enumerate(ids) if not main.vocabulary.bytes_of(token))
+        return ids[: max(0, min(room, next(ends, len(ids))))]
+
+    def _read(self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, _Offer]) -> Distribution:
+        """One forward of the main model: the next place of each draft, and those after what is on offer."""
+        team, lanes, drafts = self._team, self._assistants.lanes, ahead.drafts
+        offered = {number: offers[number].ids if number in offers else [] for number in going}
+        starts = {n: self._texts[n].ids + [one.token for one in drafts[n]] for n in going}
+        began = perf_counter()
+        said = self._main.ask(
+            {lanes[n]: starts[n] + offered[n] for n in going},
+            team.fuser.candidates,
+            {lanes[n]: len(offered[n]) + 1 for n in going},
+        ).wait()
+        said = said.without(self._unwritable, in_place=self._in_place)
+        spent = (perf_counter() - began) * 1e3
+        ahead.main_ms += spent
+        self._pace.read(len(going), max(map(len, offered.values())) + 1, spent)
+        part = team.fuser.part(0, said)
+        numbers = [n for n in going for _ in range(len(offered[n]) + 1)]
+        prefixes = [starts[n] + offered[n][:i] for n in going for i in range(len(offered[n]) + 1)]
+        reasons = self._skips.reasons(part, numbers, prefixes)
+        tokens = self._chooser.propose(said.scores(), numbers, prefixes, part.topk.ids[:, 0]).tolist()
+        sure = margins(part.topk)
+        began = perf_counter()
+        candidates = self._assistants.candidates(part, reasons)
+        row = 0
+        for n in going:
+            for i, following in enumerate([*offered[n], None]):
+                place = self._assistants.place(n, reasons[row + i], candidates.get(row + i, ()))
+                text = self._assistants.texts[n]
+                one = Proposal(place, tokens[row + i], sure[row + i], said, row + i, text, following)
+                drafts[n].append(one)
+                if n in offers:
+                    offers[n].mark_known(place, ahead.drafter)
+                # Where the main model would write something else, the offer is most likely wrong.
+                if following != one.token or self._stopping.ends_text(one.token):
+                    break
+                self._go_on(one)
+            row += len(offered[n]) + 1
+        ahead.handoff_ms += (perf_counter() - began) * 1e3
+        return said
+
+    def _can_go_on(self, number: int, draft: Draft) -> bool:
+        """Whether the text goes on after the draft's last token."""
+        text = self._texts[number]
+        more = text.written + len(draft) < text.new_tokens and len(draft) < _MOST_PLACES
+        return more and not self._stopping.ends_text(draft[-1].token)
+
+    def _fits(self, number: int, draft: Draft) -> bool:
+        """Whether every member can read the text with the draft."""
+        longer = len(self._texts[number].ids) + len(draft)
+        return self._team.main.fits(longer) and self._assistants.texts[number].fits()
+
+    def _go_on(self, one: Proposal) -> None:
+        """The next place comes after this token."""
+        number = one.place.text
+        text = one.before.copy()
+        one.piece = text.append(self._team.main.bytes_written(one.token))
+        self._assistants.texts[number] = text
+
+
+@dataclass
+class _Offer:
+    """Main-model tokens that a drafter has for a text."""
+
+    ids: list[int]
+    written: MemberDraft | None = None
+
+    def mark_known(self, place: Place, member: int) -> None:
+        """What the member said while it wrote, it need not be asked again."""
+        asked = place.asked.get(member - 1)
+        if self.written is not None and asked is not None:
+            known = self.written.known(asked)
+            if known is not None:
+                place.known[member - 1] = known
+
+
+def margins(top: TopK) -> list[float]:
+    """By how much the most probable token of each batch row is more probable than the next."""
+    first_two = top.probs[:, :2]
+    return (first_two[:, 0] - first_two[:, -1] * (first_two.shape[1] - 1)).tolist()
+
+
+def _keep(drafts: Mapping[int, Draft], said: Distribution) -> None:
+    """What the main model said just now is copied: its session may write over it at the next forward."""
+    copy = said.clone()
+    for draft in drafts.values():
+        for one in draft:
+            if one.main is said:
+                one.main = copy

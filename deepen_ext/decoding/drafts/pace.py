@@ -1,0 +1,223 @@
+"""How far to write ahead, and who writes: decided by measured times and by how often drafts stood.
+
+A cycle writes some tokens ahead and has them verified. Going on with one more token costs a forward of the
+main model, and makes the verification longer. It gains a token where all tokens before it stand. So it pays
+while
+
+    sum over texts of P(the draft stands so far) * r  >  write + read(w + 1) - read(w),
+
+r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
+one-step rule of renewal-reward theory for when to end a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deepen_ext.decoding.accept import Accepted
+from deepen_ext.decoding.assistants import AssistedStep
+from deepen_ext.decoding.drafts.draft_settings import LONGEST, LOOKUP, MAIN, DraftSettings
+from deepen_ext.decoding.observed.history import FUSION
+from deepen_ext.decoding.places import Ahead, Draft
+from deepen_ext.decoding.team import Team
+
+MOST_OFFERED = 8  # tokens that a member or prompt lookup writes ahead
+_CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
+_FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who writes a cycle's draft, and how many tokens; None where `Pace.goes_on` decides token by token."""
+
+    drafter: int
+    length: int | None
+
+
+class Pace:
+    """Of one run."""
+
+    def __init__(self, team: Team, settings: DraftSettings, *, sampled: bool) -> None:
+        """Nothing is known but what the team's earlier runs found out.
+
+        Args:
+            team: of the run.
+            settings: what was asked for.
+            sampled: whether tokens are drawn.
+        """
+        self.settings = settings
+        self._team = team
+        self._history = team.histories[sampled]
+        self._assistants = range(1, len(team.members))
+        self._learns = settings.length is None
+        self._unread: dict[int, int] = {}  # main tokens of each text since the assistants read it last
+
+    def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
+        """Who writes the next draft.
+
+        Args:
+            lanes: number of texts.
+            looked_up: of each of them, how many tokens prompt lookup has.
+        """
+        drafters, length = self.settings.drafters, self.settings.length
+        if length is not None:
+            return Plan(drafters[0], length)
+        rate = self._rate(lanes)
+        if rate is None:  # nothing is measured yet
+            return Plan(MAIN, 0)
+        best = Plan(MAIN, None if MAIN in drafters else 0)
+        for drafter in drafters:
+            for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
+                if expected is not None and expected < rate * _CLEARLY:
+                    best, rate = Plan(drafter, tokens), expected / _CLEARLY
+        return best
+
+    def goes_on(self, drafts: Mapping[int, Draft], going: Sequence[int], length: int | None) -> bool:
+        """Whether the main model writes on after these drafts.
+
+        Args:
+            drafts: of all texts of the cycle.
+            going: the texts whose drafts can go on.
+            length: of the cycle's `Plan`.
+        """
+        opened = max(sum(one.place.is_open for one in draft) for draft in drafts.values())
+        if length is not None:
+            return opened <= length
+        lanes, width = len(drafts), self._width(drafts)
+        rate, write = self._rate(lanes), self._history.cost(MAIN).ms(len(going), 1)
+        now, then = self._read_ms(lanes, width), self._read_ms(lanes, width + 1)
+        if rate is None or write is None or now is None or then is None or opened > LONGEST:
+            return False
+        accepted = self._history.accepted(MAIN)
+        gain = 0.0
+        for number in going:
+            stands = 1.0
+            for one in drafts[number]:
+                if one.place.is_open:
+                    stands *= accepted.chance(one.margin)
+            gain += stands
+        return gain * rate > write + then - now
+
+    def read(self, lanes: int, width: int, ms: float) -> None:
+        """A forward of the main model, of so many lanes and tokens a lane, took so long."""
+        if self._learns:
+            self._history.cost(MAIN).add(lanes, width, ms)
+
+    def learn(
+        self,
+        ahead: Ahead,
+        step: AssistedStep,
+        accepted: Sequence[Accepted],
+        *,
+        verified_ms: float,
+        cycle_ms: float,
+    ) -> None:
+        """A cycle is done.
+
+        Args:
+            ahead: its drafts.
+            step: their verification.
+            accepted: the tokens that were written.
+            verified_ms: what verification and choice took.
+            cycle_ms: what all took.
+        """
+        if not self._learns:
+            return
+        self._learn_costs(ahead.drafts, step, verified_ms)
+        self._learn_acceptance(ahead, step, accepted)
+        if ahead.drafter == MAIN:
+            lanes = len(ahead.drafts)
+            spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
+            self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
+        for number, draft in ahead.drafts.items():
+            kept = sum(one.proposal.place.text == number for one in accepted)
+            asked = [i for i, one in enumerate(draft[:kept]) if one.place.is_open]
+            self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept
+
+    def _learn_costs(self, drafts: Mapping[int, Draft], step: AssistedStep, ms: float) -> None:
+        lanes = sum(any(one.place.is_open for one in draft) for draft in drafts.values())
+        if not lanes:
+            return
+        width = self._width(drafts)
+        by_member = {i: own for i, own in enumerate(step.members_ms.values(), start=1) if own}
+        if step.fused.logits.device.type != "cpu":
+            # There forward passes are only queued, and done when the tokens are read: each gets its share.
+            by_member = {i: ms / len(by_member) for i in by_member}
+        for who, spent in by_member.items():
+            self._history.cost(who).add(lanes, width, spent)
+        self._history.cost(FUSION).add(lanes, width, max(ms - sum(by_member.values()), 0.0))
+
+    def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
+        """Of who wrote, what stood. Of who did not, whether it would have written that token."""
+        history, drafter = self._history, ahead.drafter
+        for one in accepted:
+            proposal = one.proposal
+            if proposal.place.is_open:
+                history.accepted(MAIN).see(proposal.margin, one.token == proposal.token)
+            if drafter != MAIN and proposal.offered is not None:
+                history.accepted(drafter).see(0.0, one.token == proposal.offered)
+            found = ahead.looked_up.get(proposal.place.text)
+            if drafter != LOOKUP and found and proposal is ahead.drafts[proposal.place.text][0]:
+                history.accepted(LOOKUP).see(0.0, one.token == found[0])
+        if step.fused.logits.device.type != "cpu":
+            return  # to look would be to wait for the device
+        written = {one.row: self._team.main.vocabulary.bytes_of(one.token) for one in accepted}
+        for part in step.fused.parts[1:]:
+            if part.member not in self.settings.drafters or part.member == drafter:
+                continue
+            tokens = self._team.members[part.member].vocabulary
+            for row, token in zip(part.rows, part.topk.ids[:, 0].tolist(), strict=True):
+                if row in written:
+                    agrees = _begins_alike(tokens.bytes_of(token), written[row])
+                    history.accepted(part.member).see(0.0, agrees)
+
+    def _rate(self, lanes: int) -> float | None:
+        """Milliseconds that a token costs, over all texts: as measured, and no more than without drafts."""
+        write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
+        if write is None or read is None:
+            return None
+        alone = (write + read) / lanes
+        spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
+        return min(alone, spent / tokens) if tokens else alone
+
+    def _read_ms(self, lanes: int, width: int, but: int | None = None) -> float | None:
+        """Verification of so many tokens a text, by all assistants but one."""
+        if not self._assistants:
+            return 0.0
+        costs = (self._history.costs.get(who) for who in (*self._assistants, FUSION) if who != but)
+        known = [ms for one in costs if one is not None and (ms := one.ms(lanes, width)) is not None]
+        return sum(known) if known else None
+
+    def _width(self, drafts: Mapping[int, Draft]) -> int:
+        """How many main tokens the assistants have to read, of the text with the most of them."""
+        widths = [1]
+        for number, draft in drafts.items():
+            asked = [i for i, one in enumerate(draft) if one.place.is_open]
+            if asked:
+                widths.append(self._unread.get(number, 0) + asked[-1] + 1)
+        return max(widths)
+
+    def _expected_rates(
+        self, drafter: int, lanes: int, looked_up: Sequence[int]
+    ) -> Iterable[tuple[int, float | None]]:
+        """Milliseconds a token with drafts of 1, 2, ... tokens by someone else than the main model."""
+        if drafter == MAIN:
+            return
+        history, stands = self._history, self._history.accepted(drafter).mean
+        most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
+        for length in range(1, most + 1):
+            lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
+            costs = [history.cost(MAIN).ms(lanes, length + 1), self._read_ms(lanes, length + 1, but=drafter)]
+            if drafter != LOOKUP:
+                # The place after its last token is one that the member has to be asked about, too.
+                writing = history.cost(drafter).ms(lanes, 1)
+                costs.append(None if writing is None else writing * (length + 1))
+            known = [one for one in costs if one is not None]
+            tokens = sum(sum(stands**n for n in range(own + 1)) for own in lengths)
+            yield length, sum(known) / tokens if len(known) == len(costs) else None
+
+
+def _begins_alike(one: bytes, other: bytes) -> bool:
+    """Whether two tokens' texts may go on to the same text."""
+    return bool(one and other) and (one.startswith(other) or other.startswith(one))

@@ -1,0 +1,84 @@
+"""The places of a draft: tokens that are to be written, each with who has a say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from deepen_ext.decoding.assistants_text import AssistantsText
+from deepen_ext.members.distribution import Distribution
+
+# Why no assistant was asked about a text's token; None where they were.
+Reason = Literal["settled", "gated", "unfinished character", "boundary"]
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a text's next token goes, and the assistants that are to speak of it.
+
+    Attributes:
+        text: the text's number.
+        reason: why no assistant is asked; None where some are, and where the team has none.
+        asked: the assistants that are to speak, with the ids each has for the text up to here.
+        known: what some of these have said of this place already, a `Distribution` of one position each.
+    """
+
+    text: int
+    reason: Reason | None
+    asked: Mapping[int, Sequence[int]]
+    known: dict[int, Distribution] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an assistant may still change the token: it has to be verified."""
+        return bool(self.asked)
+
+
+@dataclass(eq=False)
+class Proposal:
+    """A token that a draft has at a place.
+
+    Attributes:
+        place: where.
+        token: what the main model would write.
+        margin: by how much the main model's first choice there is more probable than its second.
+        main: what the main model says there is row `row` of this.
+        row: see `main`.
+        before: the text up to the place, as the assistants read it.
+        offered: the token that another drafter had here.
+        piece: the characters that the token completes; None where the draft did not go on with it.
+    """
+
+    place: Place
+    token: int
+    margin: float
+    main: Distribution
+    row: int
+    before: AssistantsText
+    offered: int | None = None
+    piece: str | None = None
+
+
+Draft = list[Proposal]  # of one text, in the order of its places
+
+
+@dataclass(eq=False)
+class Ahead:
+    """The drafts of one cycle.
+
+    Attributes:
+        drafts: of each text, by its number.
+        drafter: who wrote them (see `drafts.draft_settings`).
+        main_ms: what the main model's forward passes took.
+        handoff_ms: what re-tokenisation took.
+        writing_ms: what another drafter's forward passes took.
+        looked_up: what prompt lookup had for each text, whoever wrote.
+    """
+
+    drafts: dict[int, Draft]
+    drafter: int
+    main_ms: float = 0.0
+    handoff_ms: float = 0.0
+    writing_ms: float = 0.0
+    looked_up: dict[int, list[int]] = field(default_factory=dict)
