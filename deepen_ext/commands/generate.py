@@ -75,6 +75,17 @@ def generate(
         float | None,
         typer.Option(help="Do not ask them where the main model is at least so sure (0 to 1). Not exact."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N",
+            help="Tokens that are written ahead and verified at once: the same text, faster. 0 for none; auto, "
+            "as many as pay, is the default where every member is repeatable.",
+        ),
+    ] = None,
+    drafter: Annotated[
+        str, typer.Option(metavar="auto|main|lookup|NAME", help="Who writes ahead; NAME is a member's.")
+    ] = "auto",
     trace: Annotated[
         Path | None, typer.Option(help="Write a line of JSON for every token: what each member said.")
     ] = None,
@@ -99,6 +110,8 @@ def generate(
             stop_strings=stop or None,
             certified_skip=certified_skip,
             confidence_gate=confidence_gate,
+            draft=int(draft) if draft is not None and draft.isdecimal() else draft,
+            drafter=drafter,
             trace=trace,
             without_template=without_template.value,
             on_text=None if as_json else _writer("" if chat else text),
@@ -131,7 +144,7 @@ def _writer(prompt: str) -> Callable[[str], None]:
 
 def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
     """The JSON object; times in milliseconds, those per token without the step that reads the prompt."""
-    timings, later = result.timings, max(result.timings.steps - 1, 1)
+    timings, later = result.timings, result.timings.later_tokens
     return {
         "text": result.text,
         "tokens": len(result.token_ids),
@@ -144,6 +157,8 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         "prompt_ms": round(timings.prompt_ms, 3),
         "tokens_per_second": round(timings.tokens_per_second, 3),
         "skipped_share": round(timings.skipped_share, 4),
+        "drafted_tokens": timings.drafted,
+        "acceptance_rate": round(timings.acceptance, 4) if timings.drafted else None,
         "members": [
             {"name": name, "weight": weight, "ms_per_token": round(timings.members_ms[name] / later, 3)}
             for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
@@ -167,5 +182,7 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
     )
     if timings.skipped_share:
         line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
+    if timings.drafted:
+        line += f"; {timings.acceptance:.0%} of {timings.drafted} drafted tokens stood"
     line += f"; run by {' and '.join(dict.fromkeys(result.backends))}"
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
