@@ -9,14 +9,16 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.closing import Closing
-from deepen_ext.members.backend import Answer, Session
+from deepen_ext.members.asking import check_ids, check_positions
+from deepen_ext.members.backend import Answer, Backend, Session
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.member import Member
 
 _MOST_BYTES = 2 << 30  # of distributions kept
 
 # What a member said after some ids, one position each.
-_Kept = dict[tuple[int, ...], Distribution]
+_Ids = tuple[int, ...]
+_Kept = dict[_Ids, Distribution]
 
 
 class SharedForwards(Closing):
@@ -59,43 +61,58 @@ class SharedForwards(Closing):
         key = id(member), lanes
         if key not in self._sessions:
             self._sessions[key] = member.backend.open(lanes, capacity)
-        most = member.backend.capabilities.max_topk
-        return _SharedSession(self, self._sessions[key], self._kept.setdefault(id(member), {}), most)
+        kept = self._kept.setdefault(id(member), {})
+        return _SharedSession(self, self._sessions[key], kept, member.backend, lanes)
 
     def bytes_held(self, member: Member, lanes: int) -> Mapping[torch.device, int]:
         """Bytes by device of the caches that a run of so many texts finds here already."""
         session = self._sessions.get((id(member), lanes))
         return {} if session is None else session.bytes_held
 
-    def keep(self, kept: _Kept, ids: tuple[int, ...], said: Distribution) -> None:
-        """Keep what was said after these ids while there is room."""
-        if said.nbytes <= self._free_bytes:
-            self._free_bytes -= said.nbytes
+    def keep(self, kept: _Kept, ids: _Ids, said: Distribution) -> None:
+        """Keep what was said after these ids, if that is not kept yet, while there is room."""
+        before = kept.get(ids)
+        if before is not None and _says(before, said.k):
+            return
+        more = said.nbytes - (0 if before is None else before.nbytes)
+        if more <= self._free_bytes:
+            self._free_bytes -= more
             kept[ids] = said.clone()
 
 
 class _SharedSession:
     """One run's view of a session that outlives it: lanes are set aside, not released."""
 
-    def __init__(self, shared: SharedForwards, session: Session, kept: _Kept, most: int | None) -> None:
+    def __init__(
+        self, shared: SharedForwards, session: Session, kept: _Kept, backend: Backend, lanes: int
+    ) -> None:
         self._shared = shared
         self._session = session
         self._kept = kept
-        self._most = most  # tokens of a top-k; None for any
+        self._backend = backend
+        self._lanes = lanes
 
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
         return self._session.bytes_held
 
-    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
-        if positions > 1:
-            return self._session.ask(targets, k, positions)
-        k = k if self._most is None else min(k, self._most)
-        keys = {lane: tuple(ids) for lane, ids in targets.items()}
-        known = {lane: said for lane, ids in keys.items() if (said := self._known(ids, k)) is not None}
-        missing = {lane: targets[lane] for lane in targets if lane not in known}
-        answer = self._session.ask(missing, k) if missing else None
-        return _SharedAnswer(self._shared, self._kept, keys, known, answer)
+    def ask(
+        self, targets: Mapping[int, Sequence[int]], k: int, positions: int | Mapping[int, int] = 1
+    ) -> Answer:
+        for lane, ids in targets.items():
+            check_ids(self._backend, lane, self._lanes, ids)
+        counts = check_positions(self._backend.name, targets, positions)
+        most = self._backend.capabilities.max_topk
+        k = k if most is None else min(k, most)
+        texts = {lane: _texts(targets[lane], count) for lane, count in counts.items()}
+        known = {lane: said for lane, own in texts.items() if (said := self._known(own, k)) is not None}
+        if known and len(known) == len(targets):
+            return _SharedAnswer(self._shared, self._kept, texts, known, None)
+        missing = [lane for lane in targets if lane not in known]
+        answer = self._session.ask(
+            {lane: targets[lane] for lane in missing}, k, {lane: counts[lane] for lane in missing}
+        )
+        return _SharedAnswer(self._shared, self._kept, texts, known, answer)
 
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         return self._session.read(lane, ids, start, k)
@@ -109,31 +126,51 @@ class _SharedSession:
     def close(self) -> None:
         pass
 
-    def _known(self, ids: tuple[int, ...], k: int) -> Distribution | None:
-        """What is kept of these ids, if its top-k is or can be as large."""
-        said = self._kept.get(ids)
-        return None if said is None or (said.logits is None and said.k < k) else said.top(k)
+    def _known(self, texts: Sequence[_Ids], k: int) -> list[Distribution] | None:
+        """What is kept after each of these texts; None where it is not kept of all."""
+        found = []
+        for ids in texts:
+            said = self._kept.get(ids)
+            if said is None or not _says(said, k):
+                return None
+            found.append(said.top(k))
+        return found
 
 
 @dataclass(frozen=True)
 class _SharedAnswer:
     shared: SharedForwards
     kept: _Kept
-    keys: dict[int, tuple[int, ...]]
-    known: dict[int, Distribution]
-    answer: Answer | None
+    texts: dict[int, list[_Ids]]  # of each lane, the ids before each of its positions
+    known: dict[int, list[Distribution]]  # of lanes that need not be asked
+    answer: Answer | None  # of the others
 
     def wait(self) -> Distribution:
         found = dict(self.known)
         if self.answer is not None:
             given = self.answer.wait()
-            fresh = [lane for lane in self.keys if lane not in self.known]
-            for i, lane in enumerate(fresh):
-                found[lane] = given.at([i])
-                self.shared.keep(self.kept, self.keys[lane], found[lane])
+            at = 0
+            for lane, texts in self.texts.items():
+                if lane in self.known:
+                    continue
+                found[lane] = [given.at([at + i]) for i in range(len(texts))]
+                at += len(texts)
+                for ids, said in zip(texts, found[lane], strict=True):
+                    self.shared.keep(self.kept, ids, said)
             if not self.known:
                 return given
-        return joined([found[lane] for lane in self.keys])
+        return joined([said for lane in self.texts for said in found[lane]])
+
+
+def _texts(ids: Sequence[int], positions: int) -> list[_Ids]:
+    """The ids before each of the last positions."""
+    whole = tuple(ids)
+    return [whole[: len(whole) - left] for left in reversed(range(positions))]
+
+
+def _says(said: Distribution, k: int) -> bool:
+    """Whether its top-k has so many tokens, or can have."""
+    return said.logits is not None or said.k >= k
 
 
 def open_session(member: Member, lanes: int, capacity: int, shared: SharedForwards | None) -> Session:

@@ -65,19 +65,38 @@ def check_ids(backend: Limits, lane: int, count: int, ids: Sequence[int]) -> Non
         )
 
 
-def check_positions(name: str, wanted: Mapping[int, Sequence[int]], positions: int) -> int:
-    """That every text has as many ids as positions are asked for; the number of positions.
+def check_positions(
+    name: str, wanted: Mapping[int, Sequence[int]], positions: int | Mapping[int, int]
+) -> dict[int, int]:
+    """How many positions are asked for of each lane, in the order of `wanted`.
+
+    Args:
+        name: the member's.
+        wanted: whole id lists by lane.
+        positions: one number for all lanes, or a number for each.
 
     Raises:
-        InputError: one has fewer, or the number is none.
+        InputError: the numbers are of other lanes than the texts; a number is none, or more than the lane
+            has ids.
     """
-    positions = whole_number(f"{name}: positions", positions, 1)
-    for ids in wanted.values():
-        if len(ids) < positions:
+    if isinstance(positions, Mapping):
+        if positions.keys() != wanted.keys():
             raise InputError(
-                f"{name}: {positions} positions are asked for of a text of {len(ids)} tokens; ask for fewer"
+                f"{name}: positions are given for lanes {list(positions)} and texts for lanes "
+                f"{list(wanted)}; give a number for each text, or one number for all"
             )
-    return positions
+        counts = {
+            lane: whole_number(f"{name}, lane {lane}: positions", positions[lane], 1) for lane in wanted
+        }
+    else:
+        counts = dict.fromkeys(wanted, whole_number(f"{name}: positions", positions, 1))
+    for lane, count in counts.items():
+        if len(wanted[lane]) < count:
+            raise InputError(
+                f"{name}, lane {lane}: {count} positions are asked for of a text of {len(wanted[lane])} "
+                "tokens; ask for fewer"
+            )
+    return counts
 
 
 def check_start(name: str, ids: Sequence[int], start: int) -> None:

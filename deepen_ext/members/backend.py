@@ -62,7 +62,7 @@ class Answer(Protocol):
     """Distributions that are on their way."""
 
     def wait(self) -> Distribution:
-        """The distributions, once; for `positions` p, p of each lane, lane after lane in the order asked.
+        """The distributions, once: lane after lane in the order asked, of each lane its number of positions.
 
         Raises:
             ModelError: the forward pass failed; the member's name is in the message.
@@ -77,7 +77,9 @@ class Session(Protocol):
     read. Every error names the member.
     """
 
-    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
+    def ask(
+        self, targets: Mapping[int, Sequence[int]], k: int, positions: int | Mapping[int, int] = 1
+    ) -> Answer:
         """Bring lanes to these ids and ask for the distributions after the last `positions` ids of each.
 
         Of each lane the prefix that its present ids share with the new ones is kept, and only the rest is
@@ -87,12 +89,13 @@ class Session(Protocol):
         Args:
             targets: whole id lists by lane, the model's BOS included where it has one.
             k: how many of the most probable tokens are wanted.
-            positions: how many of the last ids; after each of them the distribution is given. At most as many
-                as the shortest of the lists has ids.
+            positions: how many of a lane's last ids; after each of them the distribution is given. A number
+                for all lanes, or by lane a number for each; at most as many as the lane has ids.
 
         Raises:
             InputError: no ids, an id outside the vocabulary, more ids than the context holds, fewer ids than
-                positions, or a lane that does not exist or was released.
+                positions, positions of other lanes than the targets', or a lane that does not exist or was
+                released.
             ModelError: the forward pass failed.
         """
         ...

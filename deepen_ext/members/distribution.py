@@ -140,10 +140,16 @@ def joined(parts: Sequence[Distribution]) -> Distribution:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if all(one.logits is not None for one in parts):
-        return replace(first, logits=torch.cat([one.scores() for one in parts]), known_topk=None)
-    tops = zip(*(one.topk for one in parts), strict=True)
-    return replace(first, logits=None, known_topk=TopK(*(torch.cat(same) for same in tops)))
+    logits = [one.logits for one in parts if one.logits is not None]
+    if len(logits) < len(parts):
+        return replace(first, logits=None, known_topk=_joined_topk([one.topk for one in parts]))
+    taken = [one.known_topk for one in parts if one.known_topk is not None and one.k == first.k]
+    known = _joined_topk(taken) if len(taken) == len(parts) else None
+    return replace(first, logits=torch.cat(logits), known_topk=known)
+
+
+def _joined_topk(parts: Sequence[TopK]) -> TopK:
+    return TopK(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 def gathered(rows: Sequence[tuple[Distribution, int]]) -> Distribution:

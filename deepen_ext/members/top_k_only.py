@@ -86,7 +86,9 @@ class _TopKSession:
     def bytes_held(self) -> Mapping[torch.device, int]:
         return self._session.bytes_held
 
-    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> Answer:
+    def ask(
+        self, targets: Mapping[int, Sequence[int]], k: int, positions: int | Mapping[int, int] = 1
+    ) -> Answer:
         return _TopKAnswer(self._session.ask(targets, min(k, self._k), positions))
 
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:

@@ -20,10 +20,21 @@ from deepen_ext.members.hf.small_products import small_products
 
 
 class Known(NamedTuple):
-    """Logits after a lane's last ids: a forward's output [b, positions, V], and where among the b it is."""
+    """Logits after a lane's last ids, as they lie in a forward's output.
+
+    Attributes:
+        logits: the output [b, positions, V].
+        at: where among the b the lane is.
+        valid: how many of the last positions are the lane's; those before are of padding.
+    """
 
     logits: torch.Tensor
     at: int
+    valid: int
+
+    def last(self, positions: int) -> torch.Tensor:
+        """A view [positions, V] of the lane's last ones."""
+        return self.logits[self.at, -positions:]
 
 
 class Forwards:
@@ -50,18 +61,23 @@ class Forwards:
         self._fixed = fixed
         self._turn = one_at_a_time(loaded.model)
 
-    def feed(self, new: dict[int, list[int]], positions: int) -> dict[int, Known]:
-        """Feed each of these lanes its new ids, `positions` of them or more, with what they cost least by."""
+    def feed(self, new: dict[int, list[int]], positions: Mapping[int, int]) -> dict[int, Known]:
+        """Feed each of these lanes its new ids, its `positions` or more, with what they cost least by.
+
+        Lanes that are fed together all get the logits of as many positions as any of them wants.
+        """
         known: dict[int, Known] = {}
         waiting = {lane: len(ids) for lane, ids in new.items()}
         if self._fixed and (short := [lane for lane in new if len(new[lane]) <= WIDTHS[-1]]):
-            known |= self._feed_fixed({lane: new[lane] for lane in short}, positions)
+            most = max(positions[lane] for lane in short)
+            known |= self._feed_fixed({lane: new[lane] for lane in short}, most)
             waiting = {lane: count for lane, count in waiting.items() if lane not in known}
         for group in groups(waiting, self._loaded.device.type):
+            most = max(positions[lane] for lane in group)
             if len(group) == 1:
-                known |= self._feed_one(group[0], new[group[0]], positions)
+                known |= self._feed_one(group[0], new[group[0]], most)
             else:
-                known |= self._feed_many({lane: new[lane] for lane in group}, positions)
+                known |= self._feed_many({lane: new[lane] for lane in group}, most)
         return known
 
     def run_lane(self, lane: int, piece: list[int], positions: int) -> torch.Tensor:
@@ -79,7 +95,7 @@ class Forwards:
         for start in starts:
             end = len(new) if start == starts[-1] else start + CHUNK
             logits = self.run_lane(lane, new[start:end], positions if end == len(new) else 1)
-        return {lane: Known(logits, 0)}
+        return {lane: Known(logits, 0, positions)}
 
     def _feed_many(self, new: dict[int, list[int]], positions: int) -> dict[int, Known]:
         """Lanes of different lengths in one forward."""
@@ -107,7 +123,8 @@ class Forwards:
 
     def _feed_fixed(self, new: dict[int, list[int]], positions: int) -> dict[int, Known]:
         """Short pieces of any lanes in one forward over all lanes, whose shape is one of a few."""
-        width = next(width for width in WIDTHS if width >= max(map(len, new.values())))
+        width = _width(max(map(len, new.values())))
+        positions = _width(positions)
         at = list(range(self._lanes.count))
         lines = self._lines(new, at, width)
         end = max(line[-1] + 1 for line in lines[1])
@@ -148,7 +165,10 @@ class Forwards:
         for lane, ids in new.items():
             self._lanes.ids[lane].extend(ids)
             self.tokens_fed += len(ids)
-        return {lane: Known(logits, index[self._lanes.cache_lane(lane)]) for lane in new}
+        return {
+            lane: Known(logits, index[self._lanes.cache_lane(lane)], min(len(ids), logits.shape[1]))
+            for lane, ids in new.items()
+        }
 
     def _on_host(self, values: list[Any]) -> torch.Tensor:
         """An int64 tensor, in memory from which it can be sent without waiting."""
@@ -170,3 +190,8 @@ class Forwards:
             output = self._loaded.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _width(tokens: int) -> int:
+    """The least of `WIDTHS` that holds so many."""
+    return next(width for width in WIDTHS if width >= tokens)

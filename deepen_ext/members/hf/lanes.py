@@ -41,13 +41,13 @@ class Lanes:
         """These lanes are fed again, should they have been set aside."""
         self._aside.difference_update(lanes)
 
-    def copy_prefixes(self, wanted: Mapping[int, list[int]], positions: int) -> None:
+    def copy_prefixes(self, wanted: Mapping[int, list[int]], positions: Mapping[int, int]) -> None:
         """What another lane holds of a lane's ids need not be fed: the lane takes its states.
 
-        The last `positions` ids are fed in any case, for their logits.
+        A lane's last `positions` ids are fed in any case, for their logits.
         """
         for lane, ids in wanted.items():
-            start, most = len(self.ids[lane]), len(ids) - positions
+            start, most = len(self.ids[lane]), len(ids) - positions[lane]
             if most - start < SHARED:
                 continue
             common = {other: common_prefix(self.ids[other], ids) for other in self._order}

@@ -81,30 +81,32 @@ class HFSession(Closing):
         self._lanes.check(lane)
         return list(self._lanes.ids[lane])
 
-    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> HFAnswer:
+    def ask(
+        self, targets: Mapping[int, Sequence[int]], k: int, positions: int | Mapping[int, int] = 1
+    ) -> HFAnswer:
         """See `Session`. On CUDA the work goes on until `wait`; the logits are an inference tensor."""
         loaded = self._loaded
         wanted = {lane: list(ids) for lane, ids in targets.items()}
         for lane, ids in wanted.items():
             self._check(lane, ids)
-        positions = check_positions(loaded.name, wanted, positions)
+        counts = check_positions(loaded.name, wanted, positions)
         if not wanted:
             logits = torch.empty((0, loaded.vocab_size), dtype=loaded.dtype, device=loaded.device)
             return self._answer(logits, k)
         self._lanes.take_back(list(wanted))
-        unfed = self._roll_back(wanted, positions)
+        unfed = self._roll_back(wanted, counts)
         self._usable = False  # for another session, should this fail
         with failures_of(loaded.name), self._work():
             self._let_go(unfed)
             self._cache.reserve(max(*map(len, wanted.values()), self._capacity))
             while unfed:
-                self._lanes.copy_prefixes(unfed, positions)
+                self._lanes.copy_prefixes(unfed, counts)
                 held = {lane: len(self._lanes.ids[lane]) for lane in unfed}
                 now = fed_first(unfed, held, loaded.device.type)
                 self._known |= self._forwards.feed(
-                    {lane: unfed.pop(lane)[held[lane] :] for lane in now}, positions
+                    {lane: unfed.pop(lane)[held[lane] :] for lane in now}, counts
                 )
-            logits = self._joined(list(wanted), positions)
+            logits = self._joined(counts)
         self._usable = True
         return self._answer(logits, k)
 
@@ -133,7 +135,7 @@ class HFSession(Closing):
                 self._cache.reserve(max(len(ids), self._capacity))
                 logits = self._forwards.run_lane(lane, ids[at:end], end - at if at >= start else 1)[0]
                 # A view would keep the whole block.
-                self._known[lane] = Known(logits[None, -1:].clone(), 0)
+                self._known[lane] = Known(logits[None, -1:].clone(), 0, 1)
             block = self._answer(logits, k).wait()
             self._usable = True
             if at >= start:
@@ -184,37 +186,43 @@ class HFSession(Closing):
         said = Distribution(self._loaded.name, self._loaded.vocab_size, k, logits)
         return HFAnswer(said, self._room.stream)
 
-    def _roll_back(self, wanted: Mapping[int, list[int]], positions: int) -> dict[int, list[int]]:
+    def _roll_back(
+        self, wanted: Mapping[int, list[int]], positions: Mapping[int, int]
+    ) -> dict[int, list[int]]:
         """Keep of each lane what it shares with these ids; the lanes that are to be fed."""
         unfed = dict(wanted)
         for lane, ids in wanted.items():
             held = self._lanes.ids[lane]
             keep = common_prefix(held, ids)
             known = self._known.get(lane)
-            if keep == len(ids) == len(held) and known is not None and known.logits.shape[1] >= positions:
+            if keep == len(ids) == len(held) and known is not None and known.valid >= positions[lane]:
                 del unfed[lane]
                 continue
             # The logits after a strict prefix are not kept: its last tokens go through the model once more.
             # Until that is done the lane holds the kept prefix only: an interrupt leaves it usable.
             self._known.pop(lane, None)
-            del held[min(keep, len(ids) - positions) :]
+            del held[min(keep, len(ids) - positions[lane]) :]
         return unfed
 
-    def _joined(self, lanes: list[int], positions: int) -> torch.Tensor:
-        """Logits of these lanes; where they are one forward's output as it is, no copy is made."""
-        found = [self._known[lane] for lane in lanes]
+    def _joined(self, positions: Mapping[int, int]) -> torch.Tensor:
+        """The last logits of lanes; of one lane, or where they are a forward's whole output, no copy."""
+        found = [self._known[lane] for lane in positions]
+        rows = [one.last(count) for one, count in zip(found, positions.values(), strict=True)]
+        if len(rows) == 1:
+            return rows[0]
         whole = found[0].logits
-        if whole.shape[:2] == (len(lanes), positions) and all(
-            one.logits is whole and one.at == i for i, one in enumerate(found)
+        if len(whole) == len(found) and all(
+            one.logits is whole and one.at == i and len(own) == whole.shape[1]
+            for i, (one, own) in enumerate(zip(found, rows, strict=True))
         ):
             return whole.flatten(0, 1)
-        return torch.cat([one.logits[one.at, -positions:] for one in found])
+        return torch.cat(rows)
 
     def _let_go(self, fed: Collection[int]) -> None:
         """Logits of lanes that are not fed now are kept, but not a whole batch's for the sake of a few."""
-        for lane, (logits, at) in list(self._known.items()):
-            if fed and lane not in fed and len(logits) > 1:
-                self._known[lane] = Known(logits[at : at + 1].clone(), 0)
+        for lane, known in list(self._known.items()):
+            if fed and lane not in fed and len(known.logits) > 1:
+                self._known[lane] = Known(known.last(known.valid)[None].clone(), 0, known.valid)
 
     def _check(self, lane: int, ids: list[int]) -> None:
         self._lanes.check(lane)

@@ -57,31 +57,33 @@ class LlamaSession(Closing):
         cells = 0 if self._context is None else self._context.cells
         return {self._loaded.device: self._loaded.cache_bytes(cells)}
 
-    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: int = 1) -> LlamaAnswer:
+    def ask(
+        self, targets: Mapping[int, Sequence[int]], k: int, positions: int | Mapping[int, int] = 1
+    ) -> LlamaAnswer:
         """See `Session`. The work is done when this returns."""
         loaded = self._loaded
         wanted = {lane: list(ids) for lane, ids in targets.items()}
         for lane, ids in wanted.items():
             self._check(lane, ids)
-        positions = check_positions(loaded.name, wanted, positions)
+        counts = check_positions(loaded.name, wanted, positions)
         if not wanted:
             return self._answer(torch.empty((0, loaded.vocab_size)), k)
-        unfed = {lane: ids for lane, ids in wanted.items() if not self._knows(lane, ids, positions)}
+        unfed = {lane: ids for lane, ids in wanted.items() if not self._knows(lane, ids, counts[lane])}
         if unfed:
             for lane, ids in unfed.items():
                 # The last ids go through the model in any case, for their logits.
-                self._drop_from(lane, min(common_prefix(self._ids[lane], ids), len(ids) - positions))
-            self._make_room(max(map(len, wanted.values())), positions * len(unfed))
-            self._share_prefixes(unfed, positions)
-            first = self._fed_first(unfed, positions)
-            logits = self._feed(first, positions)
+                self._drop_from(lane, min(common_prefix(self._ids[lane], ids), len(ids) - counts[lane]))
+            self._make_room(max(map(len, wanted.values())), sum(counts[lane] for lane in unfed))
+            self._share_prefixes(unfed, counts)
+            first = self._fed_first(unfed, counts)
+            logits = self._feed(first, counts)
             if len(first) < len(unfed):
                 later = {lane: ids for lane, ids in unfed.items() if lane not in first}
-                self._share_prefixes(later, positions)
-                self._feed(later, positions)
+                self._share_prefixes(later, counts)
+                self._feed(later, counts)
             elif len(unfed) == len(wanted) and logits is not None:
                 return self._answer(logits, k)
-        return self._answer(torch.cat([self._known[lane][-positions:] for lane in wanted]), k)
+        return self._answer(torch.cat([self._known[lane][-count:] for lane, count in counts.items()]), k)
 
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         """See `Session`; of the lane's present ids at most ``ids[:start]`` is kept."""
@@ -182,13 +184,15 @@ class LlamaSession(Closing):
             self._known[lane] = self._known[lane].clone()
         self._views.clear()
 
-    def _fed_first(self, unfed: Mapping[int, list[int]], positions: int) -> dict[int, list[int]]:
+    def _fed_first(
+        self, unfed: Mapping[int, list[int]], positions: Mapping[int, int]
+    ) -> dict[int, list[int]]:
         """The lanes to feed now. The others wait, to take over what they share with one of these."""
         if len(unfed) == 1 or not self._loaded.shares:
             return dict(unfed)
         first: dict[int, list[int]] = {}
         for lane, ids in sorted(unfed.items(), key=lambda one: -len(one[1])):
-            held, most = len(self._ids[lane]), len(ids) - positions
+            held, most = len(self._ids[lane]), len(ids) - positions[lane]
             spared = 0
             if most - held >= _SHARED:
                 shared = (common_prefix(ids, other) for other in first.values())
@@ -197,14 +201,14 @@ class LlamaSession(Closing):
                 first[lane] = ids
         return {lane: ids for lane, ids in unfed.items() if lane in first}
 
-    def _share_prefixes(self, unfed: Mapping[int, list[int]], positions: int) -> None:
+    def _share_prefixes(self, unfed: Mapping[int, list[int]], positions: Mapping[int, int]) -> None:
         """What another lane holds of a lane's ids need not be fed: the lane takes over its cells."""
         if self._count == 1 or not self._loaded.shares:
             return
         context = self._context
         assert context is not None
         for lane, ids in unfed.items():
-            held, most = self._ids[lane], len(ids) - positions
+            held, most = self._ids[lane], len(ids) - positions[lane]
             if len(held) >= most:
                 continue
             common = {other: common_prefix(own, ids) for other, own in self._ids.items() if other != lane}
@@ -216,10 +220,10 @@ class LlamaSession(Closing):
                 else:
                     context.remove(lane, 0)
 
-    def _feed(self, wanted: Mapping[int, list[int]], positions: int) -> torch.Tensor | None:
-        """Feed the lanes what they lack. Where one forward does, its logits [lanes * positions, V]."""
+    def _feed(self, wanted: Mapping[int, list[int]], positions: Mapping[int, int]) -> torch.Tensor | None:
+        """Feed the lanes what they lack. Where one forward does, its logits, lane after lane."""
         pieces = [
-            Feed(lane, at, piece, max(0, at + len(piece) - max(at, len(ids) - positions)))
+            Feed(lane, at, piece, max(0, at + len(piece) - max(at, len(ids) - positions[lane])))
             for lane, ids in wanted.items()
             for at in range(len(self._ids[lane]), len(ids), MOST_TOKENS)
             for piece in [ids[at : at + MOST_TOKENS]]
