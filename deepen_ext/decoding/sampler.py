@@ -228,7 +228,9 @@ def _draw(probs: torch.Tensor, seeds: Sequence[int], generator: torch.Generator)
     for row, seed in zip(noise, seeds, strict=True):
         row.exponential_(generator=generator.manual_seed(seed))
     noise.clamp_min_(torch.finfo(torch.float64).tiny)  # 0 / 0 would win
-    square = torch.nn.functional.pad(probs, (0, width * height - vocab_size)).view(count, height, width)
+    if width * height > vocab_size:
+        probs = torch.nn.functional.pad(probs, (0, width * height - vocab_size))
+    square = probs.view(count, height, width)
     # In float64, so that the order of the terms, which depends on b, does not matter.
     column = (square.sum(dim=1, dtype=torch.float64) / noise[:, :width]).argmax(dim=-1)
     inside = square.gather(2, column[:, None, None].expand(-1, height, 1)).squeeze(2)
