@@ -207,7 +207,7 @@ def stop_list(stop_strings: Any) -> list[str]:
 
 
 def check_seed(seed: Any) -> int | None:
-    """The seed, with room above it for each row's."""
+    """The seed, which fits in 64 bits."""
     return None if seed is None else whole_number("seed", seed, -(2**62), 2**62)
 
 
