@@ -16,10 +16,12 @@ from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from deepen_ext.measure.doctor.coverage import RowShape
     from deepen_ext.measure.doctor.diagnosis import Diagnosis, MemberFacts
+    from deepen_ext.measure.doctor.draft_times import DraftTimes
 
 
 @with_load_options
@@ -33,6 +35,7 @@ def doctor(
             help="What the models read, best of the kind they are for; a built-in sample by default."
         ),
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts written side by side when the time is taken.")] = 1,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -51,7 +54,7 @@ def doctor(
             from deepen_ext.members.loading import load_members
 
             members = load_members(named, progress=say, **loading.options())
-            diagnosis = diagnose(members, text=sample, progress=say)
+            diagnosis = diagnose(members, text=sample, batch=batch, progress=say)
         if as_json:
             write(json.dumps(diagnosis.as_dict(), ensure_ascii=False) + "\n")
         else:
@@ -86,6 +89,8 @@ def _show(found: Diagnosis) -> None:
         console.print(_gains(found))
     for text in _costs(found):
         line(text)
+    if found.drafts is not None:
+        _show_drafts(console, found.drafts)
     line("")
     for member in found.members:
         for trap in member.traps:
@@ -208,10 +213,40 @@ def _costs(found: Diagnosis) -> Iterator[str]:
     if (speed := found.speed) is not None:
         parts = [f"{name} {ms:.1f}" for name, ms in speed.members_ms.items()]
         parts += [f"fusion {speed.fusion_ms:.2f}", f"hand-off of text {speed.handoff_ms:.2f}"]
+        texts = "one text" if speed.texts == 1 else f"{speed.texts} texts side by side"
         yield (
-            f"About {speed.ms_per_token:.1f} ms a token over {speed.tokens} tokens of one text, without "
-            f"certified skip: {', '.join(parts)}."
+            f"About {speed.ms_per_token:.1f} ms a token over {speed.tokens} tokens of {texts}, without "
+            f"drafts and certified skip: {', '.join(parts)}."
         )
+
+
+def _show_drafts(console: Console, found: DraftTimes) -> None:
+    texts = "one text" if found.lanes == 1 else f"each of {found.lanes} texts"
+    console.print(
+        f"\nDrafts: expected milliseconds a token of {texts}, context {found.context}", style="bold"
+    )
+    expected = _table("who writes ahead", "tokens that stood", "of", "tokens ahead", "ms a token")
+    expected.add_row("nobody", "", "", "0", f"{found.without_ms:.1f}")
+    for one in found.drafters:
+        stood, bold = f"{one.acceptance:.0%}", "bold" if one == found.best else None
+        name = one.name if one.reach == 1 else f"{one.name}, at {one.reach:.0%} of the places"
+        expected.add_row(name, stood, str(one.seen), str(one.length), f"{one.ms_per_token:.1f}", style=bold)
+    console.print(expected)
+    console.print("Forward passes in milliseconds, by tokens of each text", style="bold")
+    forwards = _table("member", *map(str, found.widths), "more for going back")
+    for own in found.forwards:
+        forwards.add_row(own.name, *(f"{ms:.2f}" for ms in own.ms), f"{own.back_ms:.2f}")
+    console.print(forwards)
+    text = "No draft is expected to pay."
+    if (best := found.best) is not None:
+        text = (
+            f"Expected to be the fastest: {best.name} writes {best.length} "
+            f"{'token' if best.length == 1 else 'tokens'} ahead, {best.ms_per_token:.1f} instead of "
+            f"{found.without_ms:.1f} ms a token."
+        )
+    console.print(text, markup=False)
+    for name, said in found.allows.items():
+        console.print(f"{name}: {said}.", markup=False)
 
 
 def _million(count: int | None) -> str:

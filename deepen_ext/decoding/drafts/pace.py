@@ -169,7 +169,7 @@ class Pace:
             tokens = self._team.members[part.member].vocabulary
             for row, token in zip(part.rows, part.topk.ids[:, 0].tolist(), strict=True):
                 if row in written:
-                    agrees = _begins_alike(tokens.bytes_of(token), written[row])
+                    agrees = begins_alike(tokens.bytes_of(token), written[row])
                     history.accepted(part.member).see(0.0, agrees)
 
     def _rate(self, lanes: int) -> float | None:
@@ -218,6 +218,6 @@ class Pace:
             yield length, sum(known) / tokens if len(known) == len(costs) else None
 
 
-def _begins_alike(one: bytes, other: bytes) -> bool:
+def begins_alike(one: bytes, other: bytes) -> bool:
     """Whether two tokens' texts may go on to the same text."""
     return bool(one and other) and (one.startswith(other) or other.startswith(one))

@@ -13,6 +13,7 @@ import torch
 
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
     AnchorFacts,
@@ -24,6 +25,8 @@ from deepen_ext.measure.doctor.diagnosis import (
     give_verdict,
     is_sure,
 )
+from deepen_ext.measure.doctor.draft_model import WIDTHS
+from deepen_ext.measure.doctor.draft_times import SAMPLE_TOKENS, draft_times
 from deepen_ext.measure.doctor.member_facts import device_memory, is_same_model, member_facts
 from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT
 from deepen_ext.measure.likelihood.text_reading import TextReading
@@ -35,6 +38,7 @@ from deepen_ext.space.recipes import RECIPES
 
 MOST_CHARACTERS = 4000  # that are read of a text: more costs time and memory, and says little more
 PROMPT_CHARACTERS = 300
+_PROMPTS = 4  # from different places of the sample text
 _MAIN_WEIGHT = 0.8  # the weights tried beside the ensemble's own: the main model's; the others share the rest
 _HOPELESS = 2.0  # times the best member's bits a byte
 # An anchor's relative row that spreads over more than this share of the anchors hardly says which it is.
@@ -47,6 +51,7 @@ def diagnose(
     *,
     text: str | None = None,
     new_tokens: int = 16,
+    batch: int = 1,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Examine members before they become an ensemble with the default settings.
@@ -57,12 +62,13 @@ def diagnose(
         members: two or more, the main model first.
         text: what the models read; None for a built-in text of prose, arithmetic, code and questions. Only
             what fits every context is read, 4,000 characters at most.
-        new_tokens: how many are written to take the time.
+        new_tokens: how many are written of each text to take the time.
+        batch: how many texts are written side by side to take the time, and in the time model of drafts.
         progress: called with a line of text as each stage starts.
 
     Raises:
-        InputError: fewer than two members, fewer than two new tokens, a text too short to split in two or
-            with bytes that some tokenizer loses.
+        InputError: fewer than two members, fewer than two new tokens, no batch, a batch that exceeds the
+            memory, a text too short to split in two or with bytes that some tokenizer loses.
         ModelError: a forward pass failed.
     """
     if len(members) < 2:
@@ -71,6 +77,7 @@ def diagnose(
         )
     if new_tokens < 2:
         raise InputError(f"new_tokens is {new_tokens}; the first step reads the prompt, so choose 2 or more")
+    whole_number("batch", batch, 1)
     say = progress or (lambda _: None)
     whole = SAMPLE_TEXT if text is None else text
     sample = _fitting(members, whole)
@@ -79,7 +86,7 @@ def diagnose(
     prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
     rows: tuple[RowFacts, ...] = ()
     fused: tuple[Fused, ...] = ()
-    speed = ensemble = obstacle = None
+    speed = drafts = ensemble = obstacle = None
     means, alone = [], []
     with TextReading(members, *_split(sample)) as reading:
         for member in members:
@@ -96,8 +103,10 @@ def diagnose(
             obstacle = str(error)
     if ensemble is not None and obstacle is None:
         say("Taking the time")
-        prompt = _fitting(members, sample[:PROMPT_CHARACTERS], new_tokens)
-        speed = _speed(ensemble, prompt, new_tokens)
+        prompts = _prompts(members, sample, max(new_tokens, SAMPLE_TOKENS, WIDTHS[-1]))
+        speed = _speed(ensemble, prompts, batch, new_tokens)
+        say("Trying drafts")
+        drafts = draft_times(ensemble, prompts, speed.fusion_ms + speed.handoff_ms, lanes=batch)
     names = unique_names(members)
     facts = tuple(
         member_facts(name, member, own, coverage(anchors, prefixes, i, mean))
@@ -118,6 +127,7 @@ def diagnose(
         rows=rows,
         fused=fused,
         speed=speed,
+        drafts=drafts,
         memory=tuple(device_memory(members, ensemble)),
         same=same,
         obstacle=obstacle,
@@ -136,6 +146,13 @@ def _fitting(members: Sequence[Member], text: str, spare: int = 0) -> str:
             ends = member.vocabulary.encode_spans(text[:room])[1]
             room = min(room, ends[most - 1]) if len(ends) > most else room
     return text[:room]
+
+
+def _prompts(members: Sequence[Member], sample: str, spare: int) -> list[str]:
+    """Pieces of the sample text that begin with a word, and have room for `spare` tokens after them."""
+    count = max(1, min(_PROMPTS, len(sample) // PROMPT_CHARACTERS))
+    words = (sample.rfind(" ", 0, i * len(sample) // count) + 1 for i in range(count))
+    return [_fitting(members, sample[at : at + PROMPT_CHARACTERS], spare) for at in words]
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -209,10 +226,14 @@ def _fused(ensemble: Ensemble, reading: TextReading, alone: Sequence[TokenLikeli
         own.save_rows()
 
 
-def _speed(ensemble: Ensemble, prompt: str, new_tokens: int) -> Speed:
-    timings = ensemble.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens).timings
-    later = max(timings.steps - 1, 1)
+def _speed(ensemble: Ensemble, prompts: Sequence[str], batch: int, new_tokens: int) -> Speed:
+    texts = [prompts[i % len(prompts)] for i in range(batch)]
+    # Without drafts a member's forwards are of one token each, and so are the times by member.
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    timings = ensemble.generate(texts, draft=0, **length).timings
+    later = timings.later_tokens
     return Speed(
+        texts=batch,
         tokens=timings.tokens,
         ms_per_token=timings.ms_per_token,
         members_ms={name: ms / later for name, ms in timings.members_ms.items()},

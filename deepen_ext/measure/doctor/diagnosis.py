@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deepen_ext.measure.doctor.coverage import Coverage, RowShape
+from deepen_ext.measure.doctor.draft_times import DraftTimes
 from deepen_ext.measure.doctor.tokenizer_traps import Trap
 
 Outcome = Literal["worth fusing", "little to gain", "not worth fusing"]
@@ -114,8 +115,18 @@ class Fused:
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds of each step of a short run of one text, without the step that reads the prompt."""
+    """A short run without drafts and without certified skip: milliseconds a token of each text.
 
+    Attributes:
+        texts: how many were written side by side.
+        tokens: how many were written, over all texts.
+        ms_per_token: as the rest without the step that reads the prompts.
+        members_ms: forwards, by member.
+        fusion_ms: top-k, relative rows, search.
+        handoff_ms: bytes, re-tokenisation.
+    """
+
+    texts: int
     tokens: int
     ms_per_token: float
     members_ms: dict[str, float]
@@ -156,6 +167,7 @@ class Diagnosis:
         fused: by main model and weights, as named first; without main models that by themselves are far
             weaker than the best member; empty where the members cannot be fused.
         speed: None where the members cannot be fused.
+        drafts: what drafts are expected to bring; None where the members cannot be fused.
         memory: by device.
         same: pairs of members that are the same model.
         obstacle: why the members cannot be fused, or None.
@@ -171,6 +183,7 @@ class Diagnosis:
     rows: tuple[RowFacts, ...]
     fused: tuple[Fused, ...]
     speed: Speed | None
+    drafts: DraftTimes | None
     memory: tuple[DeviceMemory, ...]
     same: tuple[tuple[str, str], ...]
     obstacle: str | None
