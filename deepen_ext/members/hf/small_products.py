@@ -1,13 +1,14 @@
 """Linear layers of a few rows on the CPU, near the speed of the memory they read.
 
 A decoding step multiplies every weight matrix with one row; a batch, or the check of a draft, with a few.
-torch's own product is made for many rows and reads the weights at half of memory's speed or less. Two ways are
-faster:
+torch's own product is made for many rows and reads the weights at half of memory's speed or less. Two ways
+are faster:
 
 - oneDNN's product, by the operation that the code of torch.compile calls too. It reads the weights as they
   lie, so there is no second copy of them.
 - Turned around, ``(W x^T)^T``: torch's own product, with the weights as its large operand. It is the fastest
-  for 2 rows, and for 3 and 4 rows of a matrix that is wide and not deep (the head; gate and up of small models).
+  for 2 rows, and for 3 and 4 rows of a matrix that is wide and not deep (the head; gate and up of small
+  models).
 
 Microseconds of torch's own / turned around / oneDNN for weights [out, d] that are in no cache (AMD EPYC with
 AVX-512, two cores, torch 2.13; a second run gives other figures by a tenth, some by a quarter):
