@@ -129,7 +129,7 @@ class TestBatch:
         assert skipping.texts == batch.texts
 
     def test_a_run_closed_while_prompts_wait(self, pair):
-        run = pair.start(PROMPTS, max_new_tokens=3, batch_size=2)
+        run = pair.start(PROMPTS, max_new_tokens=3, batch_size=2, draft=0)
         for _ in range(4):
             next(iter(run))
         run.close()
@@ -226,7 +226,7 @@ class TestSkip:
 
         hook = pair.members[1].model.register_forward_pre_hook(count, with_kwargs=True)
         try:
-            pair.generate(SUMS[0], max_new_tokens=24, certified_skip=True, trace=records.append)
+            pair.generate(SUMS[0], max_new_tokens=24, certified_skip=True, draft=0, trace=records.append)
         finally:
             hook.remove()
         assert len(fed) == sum(one["not_asked"] is None for one in records) < 24
@@ -343,7 +343,8 @@ class TestBoundaries:
 class TestTrace:
     def test_every_token_is_explained(self, pair, tmp_path):
         records: list[dict] = []
-        batch = pair.generate(SUMS, max_new_tokens=12, certified_skip=True, trace=records.append)
+        settings = {"max_new_tokens": 12, "certified_skip": True, "draft": 3}
+        batch = pair.generate(SUMS, **settings, trace=records.append)
         assert len(records) == 24
         for row, generation in enumerate(batch):
             mine = [one for one in records if one["row"] == row]
@@ -360,7 +361,7 @@ class TestTrace:
             assert one["ms"]["members"][pair.names[0]] > 0
 
         file = tmp_path / "trace.jsonl"
-        pair.generate(SUMS, max_new_tokens=12, certified_skip=True, trace=file)
+        pair.generate(SUMS, **settings, trace=file)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         assert [{**one, "ms": None} for one in lines] == [{**one, "ms": None} for one in records]
 

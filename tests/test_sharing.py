@@ -47,10 +47,10 @@ def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> Non
         for one in ensembles[2:]:
             one.generate(PROMPTS, max_new_tokens=1, shared=shared)
         assert fed() == once
-        ensembles[2].generate(PROMPTS, max_new_tokens=12, shared=shared)
+        ensembles[2].generate(PROMPTS, max_new_tokens=12, draft=0, shared=shared)
         more = fed()
         assert more != once
-        ensembles[2].generate(PROMPTS, max_new_tokens=12, shared=shared)
+        ensembles[2].generate(PROMPTS, max_new_tokens=12, draft=0, shared=shared)
         assert fed() == more
 
 
@@ -140,7 +140,7 @@ def test_finished_rows_are_not_run(smollm2: Member) -> None:
         with SharedForwards(max_bytes=0) as shared:
             for stop in (" a", "e"):
                 seen.clear()
-                rows = alone.generate(prompts, max_new_tokens=12, stop_strings=[stop], shared=shared)
+                rows = alone.generate(prompts, max_new_tokens=12, draft=0, stop_strings=[stop], shared=shared)
                 lengths = [len(one.token_ids) for one in rows]
                 steps = [sum(length > step for length in lengths) for step in range(1, max(lengths))]
                 assert len(set(steps)) >= 3  # they end at different ones
