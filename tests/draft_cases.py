@@ -201,7 +201,11 @@ class Cases:
         if len(prompts) > 1 and rng.random() < 0.3:
             case.batch_size = rng.randrange(1, len(prompts))
         if rng.random() < 0.4:
-            settings |= {"do_sample": True, "seed": rng.randrange(99), "temperature": rng.choice([0.7, 1, 1.5])}
+            settings |= {
+                "do_sample": True,
+                "seed": rng.randrange(99),
+                "temperature": rng.choice([0.7, 1, 1.5]),
+            }
             if rng.random() < 0.5:
                 settings["top_p"] = rng.choice([0.5, 0.9])
         if rng.random() < 0.2:
@@ -229,7 +233,9 @@ class Cases:
     def ensemble(self, case: Case) -> Ensemble:
         """Of the case's members."""
         fusion = {
-            name: value for name, value in case.fusion.items() if case.fusion["fuser"] != "single" or name == "fuser"
+            name: value
+            for name, value in case.fusion.items()
+            if case.fusion["fuser"] != "single" or name == "fuser"
         }
         members = case.members[:1] if case.fusion["fuser"] == "single" else case.members
         key = (*map(id, members), *fusion.items())

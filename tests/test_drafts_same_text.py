@@ -2,8 +2,8 @@
 
     DEEPEN_DRAFT_CYCLES=10000 DEEPEN_DRAFT_SEED=1 python -m pytest -n 0 -s tests/test_drafts_same_text.py
 
-writes more of them, from another seed, and prints what they were. A cycle here is a draft of one text that was
-verified; those without drafts, which they are held against, are not counted.
+writes more of them, from another seed, and prints what they were. A cycle here is a draft of one text that
+was verified. The texts without drafts, which they are held against, are not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ SEED = int(os.environ.get("DEEPEN_DRAFT_SEED", "0"))
 
 @pytest.fixture(scope="module")
 def members(
-    tiny_smollm2: Member, tiny_gemma: Member, qwen_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_smollm2: Member,
+    tiny_gemma: Member,
+    qwen_tokenizer_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Member]:
     """Each has read another part of the same text."""
     qwen = tiny_of_tokenizer(tmp_path_factory.mktemp("qwen"), qwen_tokenizer_dir, Qwen2Config)
@@ -42,7 +45,9 @@ def members(
             layer_types=["sliding_attention", "full_attention"],
             **layers,
         ),
-        "qwen": tiny_reader(qwen, "qwen", PROSE[:3000] + AWKWARD * 2, seed=3, layer_types=["full_attention"] * 2, **layers),
+        "qwen": tiny_reader(
+            qwen, "qwen", PROSE[:3000] + AWKWARD * 2, seed=3, layer_types=["full_attention"] * 2, **layers
+        ),
     }
 
 
