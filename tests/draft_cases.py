@@ -31,6 +31,7 @@ PROMPTS = [
     "Ein Satz über Zürich, und e\u0301",
     "def quicksort(values):\n    if len(",
     "Привет, как дела? Сегодня",
+    PROSE[1300:1360] + " Again: " + PROSE[1300:1330],
 ]
 FORCED = ["🙂🙃🫠🦙", "日本の首都は東京です。", "e\u0301a\u0300o\u0302 n\u0303 ก็", "👩\u200d👩\u200d👧 €1"]
 TEAMS = [
@@ -191,12 +192,12 @@ class Cases:
         self.members = members
         self._ensembles: dict[Any, Ensemble] = {}
 
-    def draw(self, rng: random.Random) -> Case:
-        """One case, small enough for some 50 steps."""
-        names, fusion = rng.choice(TEAMS), rng.choice(FUSIONS)
+    def draw(self, rng: random.Random, number: int) -> Case:
+        """One case, of at most 20 tokens a text; teams and fusions take turns."""
+        names, fusion = TEAMS[number % len(TEAMS)], FUSIONS[number % len(FUSIONS)]
         members = [self.members[name] for name in names]
-        prompts = rng.sample(PROMPTS, rng.choice([1, 2, 3, 4]))
-        settings: dict[str, Any] = {"max_new_tokens": rng.choice([1, 2, 7, 13, 20, 26])}
+        prompts = rng.sample(PROMPTS, rng.choice([1, 2, 3, 4, 5]))
+        settings: dict[str, Any] = {"max_new_tokens": rng.choice([2, 7, 13, 20])}
         case = Case(members, names, fusion, prompts, settings)
         if len(prompts) > 1 and rng.random() < 0.3:
             case.batch_size = rng.randrange(1, len(prompts))
@@ -206,8 +207,12 @@ class Cases:
                 "seed": rng.randrange(99),
                 "temperature": rng.choice([0.7, 1, 1.5]),
             }
-            if rng.random() < 0.5:
+            if rng.random() < 0.3 and fusion["fuser"] != "average":
+                # "average" gives all tokens that no member names about the same probability. Where the
+                # nucleus ends among them, rounding decides which tokens are in it.
                 settings["top_p"] = rng.choice([0.5, 0.9])
+            elif rng.random() < 0.3:
+                settings["top_k"] = 30
         if rng.random() < 0.2:
             self._hide(rng, case)
         elif rng.random() < 0.2:
@@ -216,18 +221,19 @@ class Cases:
             settings["no_repeat_ngram_size"] = 2
         if rng.random() < 0.2:
             settings["min_new_tokens"] = 3
-        if rng.random() < 0.35 and fusion["fuser"] == "deepen" and not settings.get("do_sample"):
+        if rng.random() < 0.5 and fusion["fuser"] == "deepen" and not settings.get("do_sample"):
             case.more["certified_skip"] = True
-        if rng.random() < 0.1:
+            case.fusion = FUSIONS[0] | {"learning_rate": 0.1}
+        if number % 6 == 5:
             case.more["confidence_gate"] = rng.choice([0.5, 0.9])
-        visible = isinstance(case.members[0].backend, TopKOnly)
-        if not visible and rng.random() < 0.25:
+        hidden = isinstance(case.members[0].backend, TopKOnly)
+        if not hidden and rng.random() < 0.25:
             case.watched = True
             case.thirds, case.stops = rng.random() < 0.4, rng.random() < 0.4
-        elif not visible and rng.random() < 0.2:
+        elif not hidden and rng.random() < 0.2:
             self._force(rng, case)
-        if rng.random() < 0.15:
-            self._narrow(rng, case)
+        if number % 3 == 1:
+            self._narrow(case)
         return case
 
     def ensemble(self, case: Case) -> Ensemble:
@@ -266,15 +272,22 @@ class Cases:
         """Some members as a server would have them."""
         if case.fusion["fuser"] not in ("deepen", "average") or case.fusion.get("weights") == "prompt":
             return
+        seen = [rng.random() < 0.4 for _ in case.members]
+        seen[0] |= case.fusion["fuser"] == "average"  # which needs the main model's logits
         case.members = [
-            replace(one, backend=TopKOnly(one.backend, VISIBLE)) if rng.random() < 0.6 else one
-            for one in case.members
+            one if whole else replace(one, backend=TopKOnly(one.backend, VISIBLE))
+            for one, whole in zip(case.members, seen, strict=True)
         ]
         if case.settings.get("do_sample") and isinstance(case.members[0].backend, TopKOnly):
             case.settings["top_k"] = 20
 
-    def _narrow(self, rng: random.Random, case: Case) -> None:
-        """Contexts that hold prompts and as many new tokens, and nothing more: an assistant's may fill up."""
+    def _narrow(self, case: Case) -> None:
+        """Contexts that hold prompts and as many new tokens, and nothing more.
+
+        An assistant's fills up where it needs more tokens for the text than the main model.
+        """
+        if case.forced is None and not isinstance(case.members[0].backend, TopKOnly):
+            _bias_to(case, FORCED[1])
         more = case.settings["max_new_tokens"]
         narrow = []
         for one in case.members:
@@ -290,16 +303,21 @@ class Cases:
         if rng.random() < 0.3:
             case.forced = text
             return
-        ids = case.members[0].vocabulary.encode(text)
-        chain = {(ids[0],): 3.0} | {tuple(ids[max(0, i - 3) : i + 1]): 25.0 for i in range(1, len(ids))}
-        case.settings["sequence_bias"] = chain
+        _bias_to(case, text)
+
+
+def _bias_to(case: Case, text: str) -> None:
+    """Biases that make the main model go on with this text, once it has begun."""
+    ids = case.members[0].vocabulary.encode(text)
+    chain = {tuple(ids[max(0, i - 3) : i + 1]): 25.0 for i in range(1, len(ids))}
+    case.settings["sequence_bias"] = {(ids[0],): 6.0} | chain
 
 
 def drafts_of(rng: random.Random, case: Case, ensemble: Ensemble) -> dict[str, Any]:
     """`draft` and `drafter`."""
     others = [] if case.fusion["fuser"] == "single" else ensemble.names[1:]
-    drafter = rng.choice(["auto", "auto", "main", "lookup", *others])
-    return {"draft": rng.choice([1, 3, 3, 8, "auto"]), "drafter": drafter}
+    drafter = rng.choice(["auto", "main", "main", "lookup", *others, *others])
+    return {"draft": rng.choice([1, 3, 3, 8, 8, "auto"]), "drafter": drafter}
 
 
 def differences(want: Outcome, got: Outcome, prompts: Sequence[Sequence[int]]) -> Iterator[str]:

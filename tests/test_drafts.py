@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import AWKWARD
 
 from deepen_ext import Ensemble, InputError
@@ -402,6 +403,27 @@ class TestWhatIsAsked:
         assert verified_by_itself > 1  # drafts that stood to their end, but for the place after it
         assert run.timings.stood > 5
         assert run.results()[0].token_ids == pair.generate(PROMPT, max_new_tokens=40, draft=0).token_ids
+
+
+class TestEnds:
+    @pytest.mark.parametrize("ends", ["stopping_criteria", "eos"])
+    def test_with_part_of_a_character_in_place_of_a_drafted_token(self, pair, ends) -> None:
+        """What was drafted after it is dropped, and the part shows as U+FFFD."""
+        part, word = pair.members[0].vocabulary.encode("🙂")[0], pair.members[0].vocabulary.encode(" tea")[0]
+        start = len(pair.members[0].vocabulary.encode(PROMPT))
+        forced = [word, word, part, word] if ends == "stopping_criteria" else [word, word, part, 2]
+
+        def force(ids, scores):
+            scores[:, forced[ids.shape[1] - start]] = 1e4
+            return scores
+
+        def stop(ids, scores):
+            return torch.tensor([ends == "stopping_criteria" and int(ids[0, -1]) == part])
+
+        settings = {"max_new_tokens": 4, "logits_processor": [force], "stopping_criteria": [stop]}
+        for draft in (0, 1, 3):
+            found = pair.generate(PROMPT, draft=draft, **settings)
+            assert (found.finish_reason, found.text) == (ends, " tea tea\ufffd")
 
 
 class TestStreams:
