@@ -200,26 +200,19 @@ def acceptance(ensemble: Ensemble, prompts: Sequence[str], tokens: int) -> dict[
 
 def what_it_allows(member: Member, times: ForwardTimes) -> str:
     """What a member's capabilities and its measured times mean for drafts, in words."""
-    can = member.backend.capabilities
-    if can.repeatable:
-        said = ["drafts change no token"]
+    if member.backend.capabilities.repeatable:
+        same = "drafts change no token"
     else:
-        said = [
+        same = (
             "not repeatable: among near-ties a draft may give another token, so drafts are off unless asked "
             "for (draft='auto')"
-        ]
-    if times.reads_anew:
-        said.append(
-            f"going back takes {times.back_ms + times.ms[0]:.1f} ms, a token {times.ms[0]:.1f} ms: it seems "
-            "to read the whole text again after a draft token that falls"
         )
-    else:
-        said.append("it goes back without reading the text again")
-    if not can.logits:
-        said.append(
-            f"it gives its {can.max_topk} most probable tokens alone, which is enough to draft and to verify"
-        )
-    return "; ".join(said)
+    if not times.reads_anew:
+        return f"{same}; it goes back without reading the text again"
+    return (
+        f"{same}; going back takes {times.back_ms + times.ms[0]:.1f} ms, a token {times.ms[0]:.1f} ms: it "
+        "seems to read the whole text again after a draft token that falls"
+    )
 
 
 def _ids(member: Member, text: str) -> list[int]:
