@@ -191,7 +191,7 @@ class Ensemble:
                 each member reads by its own chat template; or a list of texts or of chats, written side by
                 side, `batch_size` at a time. A row gets the tokens it gets alone (greedy, float32).
             on_text: called with each new piece of text, whole characters only; for one prompt.
-            settings: those of `start`: max_new_tokens, do_sample, temperature, certified_skip, trace, ...
+            settings: those of `start`: max_new_tokens, do_sample, temperature, draft, certified_skip, ...
 
         Returns:
             A `Generation` for one prompt; a `BatchGeneration` (with ``.texts``) for a list.
@@ -207,8 +207,8 @@ class Ensemble:
         run = self.start(prompt, **settings)
         try:
             for written in run:
-                if on_text is not None and written[0].text:
-                    on_text(written[0].text)
+                if on_text is not None and (piece := "".join(one.text for one in written)):
+                    on_text(piece)
         finally:
             run.close()
         generations = run.results()
@@ -297,7 +297,8 @@ class Ensemble:
         """The ensemble's loop for the main model's ``generate(..., custom_generate=...)`` (see `adapters`).
 
         It takes what `generate` takes of transformers' settings, ``streamer`` included, and of ours ``seed``,
-        ``certified_skip``, ``confidence_gate``, ``trace``, ``messages`` and ``without_template``.
+        ``draft``, ``drafter``, ``certified_skip``, ``confidence_gate``, ``trace``, ``messages`` and
+        ``without_template``.
         """
         from deepen_ext.adapters import custom_generate
 

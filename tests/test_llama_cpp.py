@@ -143,6 +143,32 @@ def test_more_texts_than_it_can_run_at_once(tmp_path: Path) -> None:
     assert_says(backend, said, [ids_of(9), ids_of(8)])
 
 
+def test_logits_are_computed_where_they_are_asked_for(tmp_path: Path, monkeypatch) -> None:
+    """Each lane's own number of them, in one forward."""
+    backend = tiny(tmp_path)
+    outputs: list[dict[int, int]] = []
+    decode = Context.decode
+
+    def seen(context: Context, feeds: Sequence[Feed]) -> torch.Tensor:
+        outputs.append({feed.sequence: feed.outputs for feed in feeds})
+        return decode(context, feeds)
+
+    monkeypatch.setattr(Context, "decode", seen)
+    with backend.open(3, 60) as session:
+        held = {lane: ids_of(20 + lane, lane) for lane in range(3)}
+        session.ask(held, 5).wait()
+        counts = {2: 2, 0: 1, 1: 4}
+        longer = {lane: [*ids, *ids_of(5, 7)] for lane, ids in held.items()}
+        said = session.ask(longer, 5, counts).wait().clone()
+    assert outputs == [dict.fromkeys(range(3), 1), counts]
+    assert backend.tokens == 20 + 21 + 22 + 3 * 5
+    assert_says(
+        backend,
+        said,
+        [ids[: len(ids) - left] for lane, ids in longer.items() for left in reversed(range(counts[lane]))],
+    )
+
+
 class TestCaches:
     @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
     def test_a_cache_that_grows_keeps_what_it_has(self, tmp_path: Path, family: str) -> None:

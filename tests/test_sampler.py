@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 from tiny_models import tiny_main_model
 from transformers import LogitsProcessor
+from transformers.generation import logits_process
 
 from deepen_ext import InputError
-from deepen_ext.decoding.sampler import Chooser, _draw_noise, _draw_one_number
+from deepen_ext.decoding.sampler import _STATELESS, Chooser, _draw
 from deepen_ext.decoding.settings import Settings
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [10], [5, 6, 5, 6, 5]]
@@ -26,6 +30,8 @@ GREEDY = [
     {"no_repeat_ngram_size": 2, "suppress_tokens": [3, 4]},
     {"encoder_repetition_penalty": 2.0, "begin_suppress_tokens": [7]},
     {"sequence_bias": {(5, 6): -2.0, (9,): 1.5}, "bad_words_ids": [[6, 5]], "renormalize_logits": True},
+    {"forced_bos_token_id": 4, "encoder_no_repeat_ngram_size": 2, "min_length": 9, "max_length": 11},
+    {"forced_eos_token_id": 2, "max_new_tokens": 6, "exponential_decay_length_penalty": (1, 1.5)},
 ]
 
 
@@ -40,12 +46,11 @@ def scores_of(steps: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return (torch.randn(steps, len(PROMPTS), vocab, generator=random) * 8).round() / 2
 
 
-def write(chooser, scores, rows):
-    """The tokens of these rows, each with its own ids; row r's scores are scores[:, r]."""
+def write(chooser, scores, rows, numbers=None):
+    """The tokens of these rows, each with its own ids; row r's scores are scores[:, r], its text number r."""
     ids = {row: list(PROMPTS[row]) for row in rows}
-    own = range(len(rows)) if len(rows) < len(PROMPTS) else rows  # a chooser of one row calls it 0
     for step in scores:
-        tokens = chooser.choose(step[list(rows)], list(own), [ids[row] for row in rows])
+        tokens = chooser.choose(step[list(rows)], numbers or list(rows), [ids[row] for row in rows])
         for row, token in zip(rows, tokens.tolist(), strict=True):
             ids[row].append(token)
     return {row: ids[row][len(PROMPTS[row]) :] for row in rows}
@@ -54,13 +59,11 @@ def write(chooser, scores, rows):
 class TestBatch:
     @pytest.mark.parametrize("settings", SAMPLING, ids=lambda one: "-".join(one) or "plain")
     def test_a_row_draws_what_it_draws_alone(self, main, settings):
+        settings = Settings.read(main, do_sample=True, seed=11, **settings)
         scores = scores_of(6, main.vocab_size)
-        together = write(
-            Chooser(Settings.read(main, do_sample=True, seed=11, **settings), PROMPTS, "cpu"), scores, ROWS
-        )
+        together = write(Chooser(settings, PROMPTS, "cpu"), scores, ROWS)
         for row in ROWS:
-            alone = Settings.read(main, do_sample=True, seed=11 + row, **settings)
-            assert write(Chooser(alone, [PROMPTS[row]], "cpu"), scores, [row])[row] == together[row]
+            assert write(Chooser(settings, PROMPTS, "cpu"), scores, [row])[row] == together[row]
         assert len({tuple(one) for one in together.values()}) == len(PROMPTS)
 
     @pytest.mark.parametrize("settings", GREEDY, ids=lambda one: "-".join(one))
@@ -69,7 +72,8 @@ class TestBatch:
         scores = scores_of(6, main.vocab_size)
         together = write(Chooser(settings, PROMPTS, "cpu"), scores, ROWS)
         for row in ROWS:
-            assert write(Chooser(settings, [PROMPTS[row]], "cpu"), scores, [row])[row] == together[row]
+            alone = Chooser(settings, [PROMPTS[row]], "cpu")
+            assert write(alone, scores, [row], [0])[row] == together[row]
 
     def test_rows_that_finish_early_leave_the_others_alone(self, main):
         settings = Settings.read(main, do_sample=True, seed=3, repetition_penalty=1.2)
@@ -104,40 +108,6 @@ class TestChoice:
             expected = processors(torch.tensor([PROMPTS[row]]), scores[row : row + 1])
             torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=0)
 
-    def test_draws_follow_the_distribution(self, main):
-        """What the warpers keep is drawn as often as it is probable."""
-        settings = Settings.read(main, do_sample=True, top_k=4, temperature=2.0, seed=0)
-        logits = torch.full((1, main.vocab_size), -3.0)
-        logits[0, [1, 2, 3, 4]] = torch.tensor([4.0, 3.0, 2.0, 0.0])
-        chooser = Chooser(settings, [[5]], "cpu")
-        draws = torch.cat([chooser.choose(logits, [0], [[5]]) for _ in range(4000)])
-        share = torch.bincount(draws, minlength=main.vocab_size) / len(draws)
-        expected = torch.zeros(main.vocab_size)
-        expected[[1, 2, 3, 4]] = torch.softmax(torch.tensor([4.0, 3.0, 2.0, 0.0]) / 2, dim=0)
-        assert (share - expected).abs().max() < 0.03
-        assert share[expected == 0].sum() == 0
-
-    def test_both_ways_of_drawing(self):
-        """The one for CUDA too: shares like the probabilities, nothing without any, row by row."""
-        probs = torch.tensor([[0.0, 0.6, 0.0, 0.1, 0.3, 0.0], [0.25, 0.0, 0.75, 0.0, 0.0, 0.0]])
-        for draw in (_draw_one_number, _draw_noise):
-            generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-            draws = torch.stack([draw(probs.clone(), generators) for _ in range(4000)])
-            again = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-            alone = torch.cat([draw(probs[1:].clone(), again[1:]) for _ in range(4000)])
-            assert torch.equal(draws[:, 1], alone)
-            for row, expected in enumerate(probs):
-                share = torch.bincount(draws[:, row], minlength=6) / len(draws)
-                assert (share - expected).abs().max() < 0.03
-                assert share[expected == 0].sum() == 0
-
-    def test_the_ends_of_the_running_sum(self, monkeypatch):
-        probs = torch.tensor([[0.0, 0.0, 0.4, 0.6, 0.0]])
-        for number, token in ((0.0, 2), (1 - 2**-53, 3)):
-            fixed = torch.full((1, 1), number, dtype=torch.float64)
-            monkeypatch.setattr(torch, "rand", lambda *_, fixed=fixed, **__: fixed)
-            assert _draw_one_number(probs, [torch.Generator()]).tolist() == [token]
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_greedy_takes_the_known_argmax(self, main, dtype):
         scores = scores_of(1, main.vocab_size)[0].to(dtype)
@@ -149,15 +119,6 @@ class TestChoice:
         ]
         penalty = Chooser(Settings.read(main, suppress_tokens=[0, 1, 2, 3]), PROMPTS, "cpu")
         assert not set(penalty.choose(scores, ROWS, PROMPTS, known).tolist()) & {0, 1, 2, 3}
-
-    def test_seeds(self, main):
-        scores = scores_of(8, main.vocab_size)
-        texts = [
-            write(Chooser(Settings.read(main, do_sample=True, seed=seed), PROMPTS, "cpu"), scores, ROWS)[0]
-            for seed in (7, 7, 8, None, None)
-        ]
-        assert texts[0] == texts[1]
-        assert len({tuple(one) for one in texts}) == 4
 
     def test_the_callers_own_processor(self, main):
         """Called row by row with the row's ids; what it writes in place reaches nobody else's tensor."""
@@ -181,6 +142,269 @@ class TestChoice:
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
         with pytest.raises(InputError, match="text 0: the processors forbid every token, or give NaN"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
+
+
+def chi_square(draws, probs):
+    """How far the counts of the draws are from what is expected, in standard deviations of chi-square."""
+    counts, expected = torch.bincount(draws, minlength=len(probs)), probs * len(draws)
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    assert expected.min() > 5
+    freedom = len(expected) - 1
+    return ((((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)).item()
+
+
+class TestDraws:
+    """What a draw depends on, and how often each token is drawn."""
+
+    def draws(self, chooser, logits, positions, text=0):
+        """A token at each of these positions, from the same logits; the chooser's prompt is [5]."""
+        ids = [[5] * (1 + one) for one in positions]
+        return chooser.choose(logits.expand(len(ids), -1), [text] * len(ids), ids)
+
+    def test_seeds(self, main):
+        scores = scores_of(8, main.vocab_size)
+        texts = [
+            write(Chooser(Settings.read(main, do_sample=True, seed=seed), PROMPTS, "cpu"), scores, ROWS)
+            for seed in (7, 7, 8, None, None)
+        ]
+        assert texts[0] == texts[1]
+        assert len({tuple(one[0]) for one in texts}) == 4
+
+    @pytest.mark.parametrize("seed", [-(2**62), 2**62])
+    def test_the_widest_seeds(self, main, seed):
+        chooser = Chooser(Settings.read(main, do_sample=True, seed=seed), [[5]] * 2, "cpu")
+        logits = torch.zeros(1, main.vocab_size)
+        assert len({*self.draws(chooser, logits, range(20)).tolist()}) > 10
+
+    def test_the_next_seed_and_the_next_text_have_nothing_in_common(self, main):
+        logits = torch.zeros(1, main.vocab_size)
+        one, other = (
+            Chooser(Settings.read(main, do_sample=True, seed=seed), [[5]] * 3, "cpu") for seed in (1, 2)
+        )
+        lists = [self.draws(one, logits, range(50), text) for text in (0, 1, 2)]
+        lists += [self.draws(other, logits, range(50), text) for text in (0, 1, 2)]
+        lists.append(self.draws(one, logits, range(1, 51)))
+        for i, some in enumerate(lists):
+            for others in lists[:i]:
+                assert (some == others).sum() < 10
+
+    def test_the_order_and_number_of_calls_do_not_matter(self, main):
+        settings = Settings.read(main, do_sample=True, seed=4, temperature=0.8)
+        scores = scores_of(8, main.vocab_size)[:, 0]
+        ids = [[5] * (1 + position) for position in range(8)]
+        chooser = Chooser(settings, [[5]], "cpu")
+        expected = [chooser.choose(scores[i : i + 1], [0], [ids[i]]).item() for i in range(8)]
+        assert len(set(expected)) > 4
+        other = Chooser(settings, [[5]], "cpu")
+        for i in random.Random(0).choices(range(8), k=40):
+            assert other.choose(scores[i : i + 1], [0], [ids[i]]).item() == expected[i]
+        # New tokens are counted: a prompt's length does not matter, nor what the ids are.
+        longer = Chooser(settings, [[9, 8, 7, 6]], "cpu")
+        for i, own in enumerate(ids):
+            assert longer.choose(scores[i : i + 1], [0], [[9, 8, 7, 6] + [3] * (len(own) - 1)]) == expected[i]
+
+    @pytest.mark.parametrize("top_k", [0, 12])
+    def test_draws_follow_the_distribution(self, main, top_k):
+        """Over positions, over texts, and from each position to the next."""
+        settings = Settings.read(main, do_sample=True, top_k=top_k, temperature=2.0, seed=0)
+        logits = torch.full((1, main.vocab_size), -torch.inf)
+        random_ids = torch.randperm(main.vocab_size, generator=torch.Generator().manual_seed(0))
+        logits[0, random_ids[:60]] = torch.linspace(0, 5, 60)
+        probs = torch.zeros(main.vocab_size, dtype=torch.float64)
+        kept = random_ids[:60][-top_k:]
+        probs[kept] = torch.softmax(logits[0, kept].double() / 2, dim=0)
+        chooser = Chooser(settings, [[5]] * 4000, "cpu")
+        draws = self.draws(chooser, logits, range(4000))
+        assert chi_square(draws, probs) < 3
+        of_texts = chooser.choose(logits.expand(4000, -1), range(4000), [[5]] * 4000)
+        assert chi_square(of_texts, probs) < 3
+        parts = (probs.cumsum(0) * 3.999).long()  # of neighbouring tokens, and pairs of parts
+        shares = torch.bincount(parts, weights=probs)
+        pairs = parts[draws[:-1]] * 4 + parts[draws[1:]]
+        assert chi_square(pairs, (shares[:, None] * shares).flatten()) < 3
+
+    @pytest.mark.parametrize("vocab_size", [1, 2, 3, 15, 16, 17, 250])
+    def test_every_size_of_vocabulary(self, vocab_size):
+        """Row by row: what a row draws does not depend on the others."""
+        probs = torch.softmax(torch.linspace(0, 3, vocab_size, dtype=torch.float64), dim=0)
+        if vocab_size > 2:
+            probs[1] = 0
+            probs /= probs.sum()
+        generator = torch.Generator()
+        draws = _draw(probs.float().expand(20_000, -1), range(20_000), generator)
+        if vocab_size > 1:
+            assert chi_square(draws, probs) < 3
+        for seed in range(20):
+            assert _draw(probs.float()[None], [seed], generator) == draws[seed]
+
+    def test_similar_distributions_draw_the_same_token(self):
+        """Up to the bound for two races; a running sum with one random number does much worse."""
+        noise = torch.Generator().manual_seed(0)
+        logits = torch.randn(3000, generator=noise, dtype=torch.float64) * 3
+        p, q = torch.softmax(torch.stack([logits, logits + logits.new_empty(3000).normal_(0, 0.1)]), dim=1)
+        distance = ((p - q).abs().sum() / 2).item()
+        assert 0.02 < distance < 0.1
+        generator = torch.Generator()
+        draws = [_draw(one.float().expand(4000, -1), range(4000), generator) for one in (p, q)]
+        differ = (draws[0] != draws[1]).double().mean().item()
+        assert 0.01 < differ < 2 * distance / (1 + distance)
+        share = torch.rand(4000, generator=noise, dtype=torch.float64)
+        sums = [torch.searchsorted(one.cumsum(0), share) for one in (p, q)]
+        assert (sums[0] != sums[1]).double().mean() > 2 * differ
+
+    def test_random_numbers_that_are_zero(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, **_: self.zero_())
+        probs = torch.tensor(
+            [[0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0, 0.6], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]]
+        )
+        assert _draw(probs, [1, 2], torch.Generator()).tolist() == [7, 6]
+
+    def test_nan_gives_some_token(self):
+        probs = torch.full((2, 250), torch.nan)
+        probs[1, 1:] = 0
+        assert _draw(probs, [1, 2], torch.Generator()).max() < 250
+
+
+class TestPlaces:
+    """Rows of one text at several positions: a draft's places."""
+
+    @pytest.mark.parametrize("settings", [*SAMPLING, *GREEDY], ids=lambda one: "-".join(one) or "plain")
+    def test_one_call_gives_what_one_call_each_gives(self, main, settings):
+        settings = Settings.read(main, do_sample=settings in SAMPLING, seed=5, **settings)
+        scores = scores_of(6, main.vocab_size)
+        written = write(Chooser(settings, PROMPTS, "cpu"), scores, ROWS)
+        places = [(row, place) for row in ROWS for place in range(6)]
+        random.Random(1).shuffle(places)
+        ids = [[*PROMPTS[row], *written[row][:place]] for row, place in places]
+        rows, steps = zip(*places, strict=True)
+        tokens = Chooser(settings, PROMPTS, "cpu").choose(scores[list(steps), list(rows)], rows, ids)
+        assert tokens.tolist() == [written[row][place] for row, place in places]
+
+    def test_going_back(self, main):
+        """After a dropped draft the ids are those that are given, and no other."""
+        settings = Settings.read(main, repetition_penalty=1.5, no_repeat_ngram_size=2)
+        scores = scores_of(1, main.vocab_size)[0][:1]
+        chooser, rng = Chooser(settings, PROMPTS, "cpu"), random.Random(2)
+        ids, seen = list(PROMPTS[0]), set()
+        for _ in range(60):
+            kept = rng.randint(len(PROMPTS[0]), len(ids))
+            ids = ids[:kept] + [rng.randrange(12) for _ in range(rng.randrange(4))]
+            fresh = Chooser(settings, PROMPTS, "cpu").processed(scores, [0], [ids])
+            assert torch.equal(chooser.processed(scores, [0], [ids]), fresh)
+            seen.add(tuple(fresh.flatten().tolist()))
+        assert len(seen) > 20
+
+    def test_ids_that_were_given_out_stay(self, main):
+        """Also where rows of one call disagree, and where a processor keeps the tensor."""
+        given = []
+
+        class Keeps(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                given.append(input_ids)
+                return scores
+
+        chooser = Chooser(Settings.read(main, logits_processor=[Keeps()]), [[5]], "cpu")
+        ids = [[5, 1, 2, 3], [5, 1], [5, 1, 4, 6, 7], [5], [5, 1, 2], [5, 1, 4], [5] * 40, [5, 2]]
+        chooser.processed(torch.zeros(4, main.vocab_size), [0] * 4, ids[:4])
+        for one in ids[4:]:
+            chooser.processed(torch.zeros(1, main.vocab_size), [0], [one])
+        assert [one.tolist() for one in given] == [[one] for one in ids]
+
+
+class Counts(LogitsProcessor):
+    """Forbids another token at every call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        scores[:, self.calls] = -torch.inf
+        self.calls += 1
+        return scores
+
+
+class WarmerTemperature(logits_process.TemperatureLogitsWarper):
+    """A class of the caller's, whatever it is derived from."""
+
+
+class TestState:
+    @pytest.mark.parametrize("settings", [*SAMPLING, *GREEDY], ids=lambda one: "-".join(one) or "plain")
+    def test_of_settings(self, main, settings):
+        chooser = Chooser(Settings.read(main, do_sample=settings in SAMPLING, **settings), PROMPTS, "cpu")
+        assert chooser.keeps_state == ("watermarking_config" in settings)
+
+    def test_every_class_is_tried(self, main):
+        """By `TestPlaces`: it would show a class that keeps a state."""
+        made = {logits_process.InfNanRemoveLogitsProcessor}  # no setting asks for it
+        for settings in (*SAMPLING, *GREEDY):
+            read = Settings.read(main, do_sample=settings in SAMPLING, **settings)
+            made |= {type(one) for one in read.processors([5, 6])}
+        assert made >= _STATELESS
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"logits_processor": [Counts()]},
+            {"logits_processor": [WarmerTemperature(1.5)]},
+            {"logits_processor": [lambda ids, scores: scores], "repetition_penalty": 1.1},
+            {"prefix_allowed_tokens_fn": lambda text, ids: [1, 2, 3]},
+        ],
+    )
+    def test_what_the_caller_gives_may_keep_one(self, main, settings):
+        assert Chooser(Settings.read(main, **settings), PROMPTS, "cpu").keeps_state
+        known = [logits_process.RepetitionPenaltyLogitsProcessor(1.2)]
+        assert not Chooser(Settings.read(main, logits_processor=known), PROMPTS, "cpu").keeps_state
+
+
+class TestProposals:
+    @pytest.mark.parametrize("settings", [*SAMPLING[:-1], *GREEDY], ids=lambda one: "-".join(one) or "plain")
+    def test_a_guess_is_what_would_be_chosen(self, main, settings):
+        settings = Settings.read(main, do_sample=settings in SAMPLING, seed=5, **settings)
+        scores = scores_of(4, main.vocab_size)
+        written = write(Chooser(settings, PROMPTS, "cpu"), scores, ROWS)
+        chooser = Chooser(settings, PROMPTS, "cpu")
+        for step in range(4):
+            ids = [[*PROMPTS[row], *written[row][:step]] for row in ROWS]
+            expected = [written[row][step] for row in ROWS]
+            for _ in range(2):
+                assert chooser.propose(scores[step], ROWS, ids).tolist() == expected
+
+    @pytest.mark.parametrize("do_sample", [False, True])
+    def test_what_keeps_a_state_is_left_out(self, main, do_sample):
+        counts = Counts()
+        given = {"do_sample": do_sample, "seed": 2, "repetition_penalty": 1.4}
+        without = Chooser(Settings.read(main, **given), PROMPTS, "cpu")
+        chooser = Chooser(Settings.read(main, logits_processor=[counts], **given), PROMPTS, "cpu")
+        scores = scores_of(1, main.vocab_size)[0]
+        scores[:, 0] = 30
+        guesses = chooser.propose(scores, ROWS, PROMPTS)
+        assert counts.calls == 0
+        assert torch.equal(guesses, without.choose(scores, ROWS, PROMPTS))
+        assert guesses.tolist() == [0] * 4
+        assert chooser.choose(scores, ROWS, PROMPTS)[0] != 0
+        assert counts.calls == 4
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_greedy_takes_the_known_argmax(self, main, dtype):
+        scores = scores_of(1, main.vocab_size)[0].to(dtype)
+        counts = Counts()
+        for more in ({}, {"logits_processor": [counts]}):
+            chooser = Chooser(Settings.read(main, **more), PROMPTS, "cpu")
+            known = torch.arange(4, dtype=torch.int32)
+            assert chooser.propose(scores, ROWS, PROMPTS, known).tolist() == [0, 1, 2, 3]
+            assert chooser.propose(scores, ROWS, PROMPTS).tolist() == scores.argmax(dim=1).tolist()
+        assert counts.calls == 0
+
+    @pytest.mark.parametrize("do_sample", [False, True])
+    def test_every_token_forbidden(self, main, do_sample):
+        settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
+        chooser = Chooser(settings, PROMPTS, "cpu")
+        guesses = chooser.propose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
+        assert guesses.dtype == torch.int64
+        assert ((guesses >= 0) & (guesses < main.vocab_size)).all()
+        nan = chooser.propose(torch.full((4, main.vocab_size), torch.nan), ROWS, PROMPTS)
+        assert ((nan >= 0) & (nan < main.vocab_size)).all()
 
 
 @pytest.mark.parametrize(

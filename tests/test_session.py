@@ -234,6 +234,47 @@ class TestBatch:
         assert_fresh(smollm2, targets, sync(session, targets))
         assert session.tokens_fed == fed
 
+    def test_positions_by_row_feed_no_more_than_they_need(self, smollm2: Member) -> None:
+        """A draft of each row's own length: one forward, and of a row that has none its one new token."""
+        ids = ids_of(smollm2, 60)
+        session = open_session(smollm2, lanes=3)
+        held = {row: ids[row : 20 + 2 * row] for row in range(3)}
+        sync(session, held)
+        fed = session.tokens_fed
+        with forwards(smollm2) as seen:
+            counts = {0: 1, 1: 5, 2: 3}
+            drafts = {row: [*held[row], *ids[40 : 40 + count]] for row, count in counts.items()}
+            said = session.ask(drafts, 1, counts).wait().scores()
+            assert seen == [(3, 5)]
+            assert session.tokens_fed == fed + 1 + 5 + 3
+            expected = [
+                fresh_logits(smollm2, ids, [len(ids) - left for left in reversed(range(counts[row]))])
+                for row, ids in drafts.items()
+            ]
+            torch.testing.assert_close(said, torch.cat(expected), atol=1e-3, rtol=0)
+            seen.clear()
+            # Row 1 knows its five, row 2 only the three it was fed; row 0 is asked for what it has.
+            session.ask(drafts, 1, {0: 1, 1: 5, 2: 4})
+            assert session.tokens_fed == fed + 1 + 5 + 3 + 4
+
+    def test_no_copy_of_one_row_or_of_a_whole_forward(self, smollm2: Member) -> None:
+        ids = ids_of(smollm2, 60)
+        session = open_session(smollm2, lanes=2)
+        targets = {0: ids[:20], 1: ids[5:25]}
+
+        def asked(targets: dict[int, list[int]], positions: int | dict[int, int]) -> torch.Tensor:
+            return session.ask(targets, 1, positions).wait().scores()
+
+        whole = asked(targets, 3)
+        row = whole.stride(0) * whole.element_size()
+        assert asked(targets, {1: 3, 0: 3}).data_ptr() == whole.data_ptr()
+        for lane, ids in targets.items():
+            for positions in (1, 2, 3):
+                one = asked({lane: ids}, positions)
+                assert one.data_ptr() == whole.data_ptr() + row * (3 * lane + 3 - positions)
+                assert one.shape == (positions, smollm2.vocab_size)
+                assert one.is_contiguous()
+
     def test_released_rows(self, smollm2: Member) -> None:
         ids = ids_of(smollm2, 80)
         session = open_session(smollm2, lanes=4)
@@ -383,6 +424,30 @@ class TestFixedBuffers:
             steps += sum(shape[1] <= 8 for shape in seen)
             assert_fresh(member, part, logits)
         assert steps > 10
+
+    def test_few_shapes_for_any_positions(self, tiny) -> None:
+        """A captured step's number of positions is one of a few; each row takes what it asked for."""
+        member = tiny("gemma3_text")
+        rng = random.Random(3)
+        session = open_session(member, lanes=3, capacity=100)
+        held = {row: [rng.randrange(5, 999) for _ in range(12 + row)] for row in range(3)}
+        sync(session, held)
+        asked = set()
+        for _ in range(25):
+            counts = {row: rng.randint(1, 8) for row in held}
+            held = {row: [*ids[:20], *(rng.randrange(5, 999) for _ in range(8))] for row, ids in held.items()}
+            held = {row: ids[: len(ids) - 8 + counts[row]] for row, ids in held.items()}
+            said = session.ask(held, 1, counts).wait().scores()
+            expected = [
+                fresh_logits(member, ids, [len(ids) - left for left in reversed(range(counts[row]))])
+                for row, ids in held.items()
+            ]
+            torch.testing.assert_close(said, torch.cat(expected), atol=1e-3, rtol=0)
+            asked.add(max(counts.values()))
+        assert len(asked) >= 4
+        steps = {(width, positions) for width, _, positions in session._room.steps._steps}
+        assert all(positions in fixed_steps.WIDTHS and positions <= width for width, positions in steps)
+        assert len({positions for _, positions in steps}) >= 2
 
     def test_past_the_window_and_past_the_first_span(self, gemma: Member) -> None:
         ids = ids_of(gemma, 700)

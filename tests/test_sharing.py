@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from sessions import open_session as member_session
+from sessions import sync
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.member import Member
 
 PROMPTS = ["The capital of France is", "Question: What is 12 + 30?\nAnswer:", "def fib(n):\n"]
@@ -48,6 +52,51 @@ def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> Non
         assert more != once
         ensembles[2].generate(PROMPTS, max_new_tokens=12, shared=shared)
         assert fed() == more
+
+
+def test_positions_are_found_by_the_ids_before_them(smollm2: Member) -> None:
+    """A draft and the same text token by token share; a lane of which one position is missing is asked."""
+    text = smollm2.vocabulary.encode(PROMPTS[1] * 3)
+    other = smollm2.vocabulary.encode(PROMPTS[2] * 4)[:14]
+
+    def fed() -> int:
+        (session,) = shared._sessions.values()
+        return session.tokens_fed
+
+    def compare(said: Distribution, texts: list[list[int]]) -> None:
+        assert len(said) == len(texts)
+        for got, ids in zip(said.scores(), texts, strict=True):
+            with member_session(smollm2) as alone:
+                torch.testing.assert_close(got, sync(alone, {0: ids})[0], atol=1e-3, rtol=0)
+
+    with SharedForwards() as shared:
+        session = shared.session(smollm2, 2, 60)
+        for length in range(10, 15):  # without drafts
+            session.ask({0: text[:length], 1: other[: length - 2]}, 5).wait()
+        before = fed()
+        targets = {1: other[:12], 0: text[:14]}
+        counts = {0: 5, 1: 2}
+        texts = [*(other[:length] for length in (11, 12)), *(text[:length] for length in range(10, 15))]
+        again = shared.session(smollm2, 2, 60)
+        compare(again.ask(targets, 5, counts).wait(), texts)
+        assert fed() == before
+        # Lane 0's first position is not kept: its six are fed, and lane 1 is not.
+        compare(again.ask(targets, 5, {0: 6, 1: 2}).wait(), [*texts[:2], text[:9], *texts[2:]])
+        assert fed() == before + 6
+        # What a draft said, a run without drafts finds.
+        again.ask({1: other[:14], 0: text[:17]}, 5, {0: 3, 1: 1}).wait()
+        before = fed()
+        for length in (15, 16, 17):
+            compare(session.ask({0: text[:length]}, 5).wait(), [text[:length]])
+        assert fed() == before
+        kept = shared._free_bytes
+        again.ask(targets, 5, counts).wait()
+        assert shared._free_bytes == kept  # nothing is kept twice
+        with pytest.raises(InputError, match=r"lanes \[0\] and texts for lanes \[1, 0\]"):
+            again.ask(targets, 5, {0: 1})
+        with pytest.raises(InputError, match="nothing to feed"):
+            again.ask({0: []}, 5)
+        assert len(again.ask({}, 5, {}).wait()) == 0
 
 
 def test_prompts_that_wait_share_too(ensembles) -> None:

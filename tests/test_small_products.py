@@ -9,43 +9,73 @@ from torch.nn.functional import linear
 from deepen_ext.members.hf.small_products import small_products
 
 CPU = torch.device("cpu")
+WIDE, SQUARE, DEEP = (200, 48), (70, 48), (4200, 1024)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """How many products went the other way around."""
+    """The rows of each product that torch's own linear layer did not compute, with the way it went."""
     seen = []
-    original = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *operands: seen.append(1) or original(*operands))
+    mm, onednn = torch.mm, torch.ops.mkldnn._linear_pointwise
+
+    def turned(weight, columns):
+        seen.append(("turned", columns.shape[1]))
+        return mm(weight, columns)
+
+    def by_onednn(rows, *others):
+        seen.append(("oneDNN", len(rows)))
+        return onednn(rows, *others)
+
+    monkeypatch.setattr(torch, "mm", turned)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", by_onednn)
     return seen
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1), (2, 8), (1, 16), (5,), ()])
-def test_as_torch_does_it(products, shape, bias):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*shape, 48, generator=generator)
-    weight = torch.randn(70, 48, generator=generator)
-    offset = torch.randn(70, generator=generator) if bias else None
+def check(x, weight, offset=None):
+    """What the products give is the linear layer's, computed in double precision."""
     want = linear(x.double(), weight.double(), None if offset is None else offset.double())
-    assert products == []
     with small_products(CPU, torch.float32):
         found = linear(x, weight, offset)
-    assert products == [1]
     assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.double(), want, atol=1e-4, rtol=1e-5)
 
 
-def test_strided_rows(products):
-    x = torch.randn(4, 6, 48)[:, ::2]
-    weight = torch.randn(48, 70).t()
-    with small_products(CPU, torch.float32):
-        found = linear(x, weight)
-    assert products == [1]
-    torch.testing.assert_close(found, linear(x, weight))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "matrix", "way"),
+    [
+        ((), SQUARE, ("oneDNN", 1)),
+        ((1, 1), WIDE, ("oneDNN", 1)),
+        ((1, 2), SQUARE, ("turned", 2)),
+        ((2, 1), DEEP, ("turned", 2)),
+        ((3, 1), SQUARE, ("oneDNN", 3)),
+        ((1, 3), WIDE, ("turned", 3)),
+        ((4,), WIDE, ("turned", 4)),
+        ((4,), DEEP, ("oneDNN", 4)),
+        ((5,), WIDE, ("oneDNN", 5)),
+        ((2, 4), SQUARE, ("oneDNN", 8)),
+        ((3, 3), SQUARE, ("oneDNN", 16)),
+        ((4, 4), SQUARE, ("oneDNN", 16)),
+        ((1, 50), SQUARE, ("oneDNN", 56)),
+        ((16, 4), WIDE, ("oneDNN", 64)),
+    ],
+)
+def test_as_torch_does_it(products, shape, matrix, way, bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, matrix[1], generator=generator)
+    weight = torch.randn(*matrix, generator=generator)
+    check(x, weight, torch.randn(matrix[0], generator=generator) if bias else None)
+    assert products == [way]
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(17, torch.float32), (2, torch.bfloat16), (0, torch.float32)])
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_operands_with_gaps(products, lanes):
+    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(48, 70).t(), torch.randn(140)[::2])
+    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(140, 96)[::2, ::2], torch.randn(70, 2)[:, 1])
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(65, torch.float32), (2, torch.bfloat16), (0, torch.float32)])
 def test_the_rest_is_left_to_torch(products, rows, dtype):
     x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(70, 48, dtype=dtype)
     with small_products(CPU, torch.float32):
@@ -54,9 +84,36 @@ def test_the_rest_is_left_to_torch(products, rows, dtype):
     assert torch.equal(found, linear(x, weight))
 
 
-def test_where_it_is_of_no_use(products):
+@pytest.mark.parametrize(
+    "operands",
+    [
+        (torch.zeros(5, 40), torch.zeros(70, 48)),
+        (torch.zeros(5, 48), torch.zeros(70, 48), torch.zeros(60)),
+        (torch.zeros(5, 48), torch.zeros(70, 48, dtype=torch.float64)),
+    ],
+)
+def test_operands_that_do_not_fit_together_get_torchs_error(products, operands):
+    with pytest.raises(RuntimeError) as ours, small_products(CPU, torch.float32):
+        linear(*operands)
+    with pytest.raises(RuntimeError) as torchs:
+        linear(*operands)
+    assert products == []
+    assert str(ours.value) == str(torchs.value)
+
+
+def test_where_it_is_of_no_use(products, monkeypatch):
     x, weight = torch.randn(2, 48), torch.randn(70, 48)
-    for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda"), torch.float32)):
+
+    def run(device, dtype):
         with small_products(device, dtype):
             linear(x, weight)
+
+    run(CPU, torch.bfloat16)
+    run(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    run(CPU, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with small_products(CPU, torch.float32) as nothing:
+        assert nothing is None
     assert products == []

@@ -212,8 +212,18 @@ class TestDistribution:
                 assert torch.equal(part.topk.ids, full.topk.ids[positions])
             both = joined([one.at([2, 3]), one.at([0])])
             assert torch.equal(both.topk.probs, full.topk.probs[[2, 3, 0]])
+            assert both.known_topk is not None  # not taken twice
+            assert torch.equal(both.scores().softmax(-1), one.scores()[[2, 3, 0]].softmax(-1))
             assert torch.equal(one.clone().topk.ids, full.topk.ids)
             assert one.clone().nbytes == one.nbytes > 0
+
+    def test_joined_parts_of_which_some_have_no_topk_or_another_one(self, full: Distribution) -> None:
+        whole = full.topk
+        for first, second in ((full.clone(), full), (full, full.clone()), (full, full.top(2))):
+            both = joined([first, second])
+            assert both.known_topk is None
+            assert both.k == 6
+            assert torch.equal(both.topk.ids, whole.ids.repeat(2, 1))
 
     def test_without(self, full: Distribution, short: Distribution) -> None:
         forbidden = full.topk.ids[0, [0, 3]].long()

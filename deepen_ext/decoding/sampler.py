@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
+import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -12,11 +15,13 @@ from transformers.generation import logits_process
 
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.errors import InputError
+from deepen_ext.members.asking import common_prefix
 
 # They look at the scores alone, and are the same for all texts.
 _BATCHED = {
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
     logits_process.LogitNormalization,
     logits_process.MinPLogitsWarper,
     logits_process.SuppressTokensLogitsProcessor,
@@ -27,32 +32,62 @@ _BATCHED = {
     logits_process.TypicalLogitsWarper,
 }
 
+# What they give depends on the ids and scores of the call alone. (Some keep what they work out in their first
+# call: tensors made of their settings.) Not among them: PrefixConstrainedLogitsProcessor, which calls a
+# function of the caller's, watermarks, and guidance, which has a KV cache.
+_STATELESS = _BATCHED | {
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+}
+
 
 class Chooser:
     """The next token of each text of a batch: processors, warpers, then the most probable token or a draw.
 
-    A text's token depends on its own scores, ids and seed alone, never on its batch mates.
+    A text's token depends on its scores, its ids, the seed and the text's number alone. It does not depend on
+    the other texts of the batch, nor on what was chosen before and dropped: a token's random numbers are a
+    function of the seed, the text's number and how many new tokens come before the token.
     """
 
     def __init__(
         self, settings: Settings, prompts: Sequence[Sequence[int]], device: str | torch.device
     ) -> None:
-        """Prepare one text for each prompt; text b draws by `settings.seed + b`.
+        """Prepare one text for each prompt.
 
         Args:
             settings: of the generation.
             prompts: of each text, in the main model's tokens.
-            device: of the scores; a seed has another sequence on each kind of device.
+            device: of the scores; a seed gives other random numbers on each kind of device.
         """
         self.settings = settings
+        self._prompt_lengths = [len(one) for one in prompts]
         self._ids = [_TextIds(torch.device(device)) for _ in prompts]
         self._processors = [settings.processors(one, device, text) for text, one in enumerate(prompts)]
-        self._generators: list[torch.Generator] = []
+        self._stateless = [
+            LogitsProcessorList(one for one in own if type(one) in _STATELESS) for own in self._processors
+        ]
         if settings.do_sample:
-            seed = secrets.randbits(60) if settings.seed is None else settings.seed
-            self._generators = [
-                torch.Generator(device).manual_seed(seed + text) for text in range(len(prompts))
-            ]
+            self._seed = secrets.randbits(62) if settings.seed is None else settings.seed
+            self._generator = torch.Generator(device)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether what a processor gives may depend on its earlier calls.
+
+        Then `choose` must be called once for each token of a text, in order, with one row for the text.
+        Otherwise it may be called as often as needed, in any order.
+        """
+        return len(self._stateless[0]) < len(self._processors[0])  # the classes do not depend on the text
 
     def processors(self, text: int) -> LogitsProcessorList:
         """The text's own, in order: processors, then warpers where something is drawn."""
@@ -65,24 +100,64 @@ class Chooser:
         ids: Sequence[Sequence[int]],
         chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One token id for each of some texts, int64 [b], where the scores are.
+        """One token id for each row, int64 [b], where the scores are.
 
+        A text may have several rows with different ids, such as the places of a draft, in any order.
         Nothing here waits for a CUDA device (a processor of the caller's might).
 
         Args:
             scores: the main model's new logits [b, V], in any float dtype; left as they are.
-            texts: the numbers of the texts they are of, one for each row.
-            ids: of each of them, prompt and new tokens so far.
+            texts: the number of the text of each row.
+            ids: of each row, prompt and new tokens so far.
             chosen: their argmax, if it is known: greedy decoding without processors then costs nothing.
 
         Raises:
             InputError: on the CPU, a text whose processors forbid every token or give NaN.
         """
-        if not self.settings.do_sample and not self._processors[texts[0]]:
+        return self._choose(self._processors, scores, texts, ids, chosen, check=scores.device.type == "cpu")
+
+    def propose(
+        self,
+        scores: torch.Tensor,
+        texts: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        chosen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A guess for each row what `choose` will take there, for a draft; int64 [b], where the scores are.
+
+        It is what `choose` takes of these scores, with the same random numbers, but without the processors
+        that may keep a state: these must not see a token that may be dropped. Where processors forbid every
+        token or give NaN, the guess is any token.
+
+        Args:
+            scores: the logits of the model that drafts [b, V], as in `choose`.
+            texts: as in `choose`.
+            ids: as in `choose`; the draft's tokens so far are among them.
+            chosen: as in `choose`.
+        """
+        return self._choose(self._stateless, scores, texts, ids, chosen, check=False)
+
+    def processed(
+        self, scores: torch.Tensor, texts: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """The scores after processors and, for sampling, warpers: float32 [b, V]; see `choose`."""
+        return self._processed(self._processors, scores, texts, ids)
+
+    def _choose(
+        self,
+        processors: Sequence[LogitsProcessorList],
+        scores: torch.Tensor,
+        texts: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        chosen: torch.Tensor | None,
+        *,
+        check: bool,
+    ) -> torch.Tensor:
+        """`choose` with these processors of each text; with `check` its error, which waits for the scores."""
+        if not self.settings.do_sample and not processors[texts[0]]:
             return scores.argmax(dim=-1) if chosen is None else chosen.long()
-        scores = self.processed(scores, texts, ids)
-        on_cpu = scores.device.type == "cpu"
-        if on_cpu:
+        scores = self._processed(processors, scores, texts, ids)
+        if check:
             for text, best in zip(texts, scores.amax(dim=-1).tolist(), strict=True):
                 if not math.isfinite(best):
                     raise InputError(
@@ -90,50 +165,76 @@ class Chooser:
                     )
         if not self.settings.do_sample:
             return scores.argmax(dim=-1)
-        probs = torch.softmax(scores, dim=-1)
-        generators = [self._generators[text] for text in texts]
-        return _draw_one_number(probs, generators) if on_cpu else _draw_noise(probs, generators)
+        seeds = [
+            _seed_of(self._seed, text, len(own) - self._prompt_lengths[text])
+            for text, own in zip(texts, ids, strict=True)
+        ]
+        return _draw(torch.softmax(scores, dim=-1), seeds, self._generator)
 
-    def processed(
-        self, scores: torch.Tensor, texts: Sequence[int], ids: Sequence[Sequence[int]]
+    def _processed(
+        self,
+        processors: Sequence[LogitsProcessorList],
+        scores: torch.Tensor,
+        texts: Sequence[int],
+        ids: Sequence[Sequence[int]],
     ) -> torch.Tensor:
-        """The scores after processors and, for sampling, warpers: float32 [b, V]; see `choose`."""
         # A copy, as in transformers: the caller's own processors may write into what they are given.
         scores = scores.to(torch.float32, copy=True)
-        if not self._processors[texts[0]]:  # how many there are does not depend on the text
-            return scores
-        tokens = [self._ids[text].read(own) for text, own in zip(texts, ids, strict=True)]
-        for processors in zip(*(self._processors[text] for text in texts), strict=True):
-            if type(processors[0]) in _BATCHED:
-                # The ids it takes are for repetition penalties and the like.
-                scores = processors[0](tokens[0], scores)
+        of_rows: list[Any] = [processors[text] for text in texts]
+        if all(type(one) in _BATCHED for one in of_rows[0]):  # the classes do not depend on the text
+            tokens = [torch.empty(1, 0, dtype=torch.long, device=scores.device)] * len(texts)  # not looked at
+        else:
+            tokens = [self._ids[text].read(own) for text, own in zip(texts, ids, strict=True)]
+        for of_each in zip(*of_rows, strict=True):
+            if type(of_each[0]) in _BATCHED:
+                scores = of_each[0](tokens[0], scores)
                 continue
             parts = [
                 processor(own, scores[i : i + 1])
-                for i, (processor, own) in enumerate(zip(processors, tokens, strict=True))
+                for i, (processor, own) in enumerate(zip(of_each, tokens, strict=True))
             ]
             scores = torch.cat(parts) if len(parts) > 1 else parts[0]
         return scores
 
 
-def _draw_one_number(probs: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Where the running sum first exceeds a random share of the whole: one random number a text, not V."""
-    sums = probs.cumsum(dim=-1, dtype=torch.float64)
-    share = torch.cat([torch.rand(1, 1, dtype=torch.float64, generator=one) for one in generators])
-    # Below the whole even after rounding. A token of probability 0 is never the first to exceed anything.
-    wanted = share * (1 - 2**-50) * sums[:, -1:]
-    return torch.searchsorted(sums, wanted, right=True).squeeze(1)
+def _seed_of(seed: int, text: int, position: int) -> int:
+    """The seed, of 63 bits, of one token's random numbers."""
+    data = hashlib.blake2b(struct.pack("<qqq", seed, text, position), digest_size=8).digest()
+    return int.from_bytes(data, "little") >> 1
 
 
-def _draw_noise(probs: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """What torch.multinomial computes for one draw, without its look at the probabilities.
+def _draw(probs: torch.Tensor, seeds: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """One draw for each row of probabilities [b, V], with the random numbers of the row's seed; int64 [b].
 
-    On CUDA that look ends the whole process for a row of NaN, which the step's status reports as an error.
+    A draw is an exponential race. Every token has a random number E ~ Exp(1), and the token with the largest
+    p / E wins: token v with probability p_v. Races with the same random numbers from two distributions are
+    coupled ("Gumbel coupling": log p - log E is log p plus Gumbel noise). Their winners differ with
+    probability 2 TV / (1 + TV) at most, where TV is the total variation distance of the distributions
+    (Daliri, Musco and Suresh, arXiv 2408.07978). So a draft and its verification, which draw with the same
+    random numbers from similar distributions, mostly take the same token. With one random number and the
+    running sum of the probabilities they would not: what the first tokens gain moves all tokens behind them.
+
+    V random numbers take 20 ns each on a CPU. Two races need 2 sqrt(V) of them: the tokens are laid out in a
+    square, row by row; the columns race by their sums, then the tokens of the column that won. Tokens of
+    neighbouring ids, which are often alike, are in different columns.
+
+    Nothing waits for a device, and NaN gives some token (torch.multinomial ends the process on CUDA). A token
+    of probability 0 is never drawn.
     """
-    noise = torch.empty_like(probs)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(1, generator=generator)
-    return probs.div_(noise).argmax(dim=-1)
+    count, vocab_size = probs.shape
+    width = math.isqrt(vocab_size - 1) + 1
+    height = -(-vocab_size // width)
+    noise = probs.new_empty(count, width + height, dtype=torch.float64)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.exponential_(generator=generator.manual_seed(seed))
+    noise.clamp_min_(torch.finfo(torch.float64).tiny)  # 0 / 0 would win
+    if width * height > vocab_size:
+        probs = torch.nn.functional.pad(probs, (0, width * height - vocab_size))
+    square = probs.view(count, height, width)
+    # In float64, so that the order of the terms, which depends on b, does not matter.
+    column = (square.sum(dim=1, dtype=torch.float64) / noise[:, :width]).argmax(dim=-1)
+    inside = square.gather(2, column[:, None, None].expand(-1, height, 1)).squeeze(2)
+    return (inside / noise[:, width:]).argmax(dim=-1) * width + column
 
 
 class _TextIds:
@@ -144,15 +245,22 @@ class _TextIds:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._length = 0
+        self._held: list[int] = []
         self._buffer = torch.empty(0, dtype=torch.long)
 
     def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """The ids as int64 [1, L] on the device. They are those of the last call, and more of them."""
-        start = self._length
-        if len(ids) > len(self._buffer):
-            start = 0
-            self._buffer = torch.empty(2 * len(ids), dtype=torch.long, pin_memory=self._device.type == "cuda")
-        self._buffer[start : len(ids)] = torch.tensor(ids[start:], dtype=torch.long)
-        self._length = len(ids)
+        """The ids as int64 [1, L] on the device.
+
+        What was given out is never written over: it may still be looked at, or on its way to the device.
+        """
+        ids = list(ids)
+        shared = common_prefix(self._held, ids)
+        if shared < len(ids):
+            if shared < len(self._held) or len(ids) > len(self._buffer):
+                pinned = self._device.type == "cuda"
+                buffer = torch.empty(2 * len(ids), dtype=torch.long, pin_memory=pinned)
+                buffer[:shared] = self._buffer[:shared]
+                self._buffer = buffer
+            self._buffer[shared : len(ids)] = torch.tensor(ids[shared:], dtype=torch.long)
+            self._held = ids
         return self._buffer[None, : len(ids)].to(self._device, non_blocking=True)

@@ -60,7 +60,7 @@ SAMPLING = {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "eps
 NO_EFFECT = {"pad_token_id", "bos_token_id", "disable_compile", "transformers_version"}
 
 _BEAMS = "beam search is not there; the logits processor adapter brings fusion into the main model's own"
-_DRAFT = "there is no drafting of several tokens at once; leave it out"
+_DRAFT = "drafts have settings of their own, `draft` and `drafter`; give those instead"
 _CACHE = "the members' caches are the ensemble's own; leave it out"
 _OUTPUT = (
     "the result is a text with its token ids and timings, and `trace` explains every token; leave it out"
@@ -207,7 +207,7 @@ def stop_list(stop_strings: Any) -> list[str]:
 
 
 def check_seed(seed: Any) -> int | None:
-    """The seed, with room above it for each row's."""
+    """The seed, which fits in 64 bits."""
     return None if seed is None else whole_number("seed", seed, -(2**62), 2**62)
 
 

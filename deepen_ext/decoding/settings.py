@@ -127,7 +127,8 @@ class Settings:
             stopping_criteria: more of them, called for each text with ids [1, L] and the fused
                 logits in a tuple, ([1, V],).
             prefix_allowed_tokens_fn: (number of the text, ids [L]) -> the token ids allowed next.
-            seed: of sampling; text b draws by `seed + b`.
+            seed: of sampling. A token's random numbers depend on the seed, the text's number in this call and
+                how many new tokens come before the token.
             keywords: fields of GenerationConfig; None is as good as not given.
 
         With `max_new_tokens` and `max_length` from one source the shorter holds, with `min_new_tokens` and

@@ -73,13 +73,22 @@ def close(subject: Subject, found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def compare(
-    subject: Subject, found: Distribution, targets: Mapping[int, Sequence[int]], positions: int = 1
+    subject: Subject,
+    found: Distribution,
+    targets: Mapping[int, Sequence[int]],
+    positions: int | Mapping[int, int] = 1,
 ) -> None:
     """The answer for these targets: lane after lane in their order, each position in the order of the ids."""
-    texts = [ids[: len(ids) - n] for ids in targets.values() for n in reversed(range(positions))]
+    counts = positions if isinstance(positions, Mapping) else dict.fromkeys(targets, positions)
+    texts = [ids[: len(ids) - n] for lane, ids in targets.items() for n in reversed(range(counts[lane]))]
     assert_same(subject, found, [fresh(subject, ids) for ids in texts])
 
 
-def ask(subject: Subject, session: Session, targets: Mapping[int, Sequence[int]], positions: int = 1) -> None:
+def ask(
+    subject: Subject,
+    session: Session,
+    targets: Mapping[int, Sequence[int]],
+    positions: int | Mapping[int, int] = 1,
+) -> None:
     """Ask, and compare."""
     compare(subject, session.ask(targets, K, positions).wait(), targets, positions)

@@ -32,8 +32,8 @@ class TestAsk:
                     held[lane] = (held[lane][:kept] + new)[: subject.context_length] or text(2, lane)
                     longest = max(longest, len(held[lane]))
                 asked = {lane: held[lane] for lane in rng.sample(range(lanes), rng.randint(1, lanes))}
-                most = min(map(len, asked.values()))
-                ask(subject, session, asked, min(rng.choice([1, 1, 1, 2, 4]), most))
+                counts = {lane: min(rng.choice([1, 1, 1, 2, 4]), len(ids)) for lane, ids in asked.items()}
+                ask(subject, session, asked, rng.choice([counts, min(counts.values())]))
         assert min(backward, forward) > 3
         assert longest > 20
 
@@ -116,6 +116,76 @@ class TestPositions:
             ask(subject, session, held, positions)
             ask(subject, session, {0: [*held[0], *text(positions, 8)]}, positions + 1)
             ask(subject, session, held)
+
+    @pytest.mark.parametrize("positions", [(1, 3, 2), (4, 4, 1), (2, 1, 9)])
+    def test_of_each_lane_its_own(self, subject: Subject, positions: tuple[int, ...]) -> None:
+        """Prompts, drafts of different lengths, their rollback, and lanes that hold their ids already."""
+        counts = dict(enumerate(positions))
+        held = {lane: text(20 + lane, lane) for lane in counts}
+        with opened(subject.backend, 3) as session:
+            ask(subject, session, held, counts)
+            held = {lane: [*ids, *text(counts[lane], lane + 5)] for lane, ids in held.items()}
+            ask(subject, session, held, counts)
+            held = {lane: [*ids[: -counts[lane]], 3] for lane, ids in held.items()}
+            ask(subject, session, {lane: held[lane] for lane in (2, 0, 1)}, counts)
+            for lane in counts:  # beside two lanes that know theirs
+                held[lane] = [*held[lane][:-1], 4, 5]
+                ask(subject, session, held, counts)
+            fewer = {lane: max(1, count - 1) for lane, count in counts.items()}
+            said, spent = _spent(subject, lambda: session.ask(held, K, fewer).wait())
+            compare(subject, said, held, fewer)
+            assert spent in (0, None)
+            # A lane that was fed beside a longer one has no distributions before its own new ids.
+            held = {lane: [*ids, *text(counts[lane], lane + 9)] for lane, ids in held.items()}
+            ask(subject, session, held, counts)
+            ask(subject, session, held, {lane: count + 3 for lane, count in counts.items()})
+            ask(subject, session, held, max(positions))
+
+    def test_a_text_shorter_than_another_lanes_positions(self, subject: Subject, lanes: int) -> None:
+        targets = {lane: text(1 + lane, lane) for lane in range(lanes - 1)} | {lanes - 1: text(12, 9)}
+        counts = {lane: 1 + lane for lane in range(lanes - 1)} | {lanes - 1: 11}
+        with opened(subject.backend, lanes) as session:
+            ask(subject, session, targets, counts)
+            ask(subject, session, targets)
+            ask(subject, session, {lane: [*ids, 4] for lane, ids in targets.items()}, counts)
+
+    def test_only_what_a_lane_needs_is_fed(self, subject: Subject) -> None:
+        """Other lanes' positions cost a lane nothing."""
+        held = {lane: text(40 + lane, lane) for lane in range(3)}
+        more = {0: [*held[0], 5], 1: held[1], 2: [*held[2], 6]}
+        with opened(subject.backend, 3) as session:
+            ask(subject, session, held)
+            said, spent = _spent(subject, lambda: session.ask(held, K, {0: 1, 1: 12, 2: 1}).wait())
+            compare(subject, said, held, {0: 1, 1: 12, 2: 1})
+            assert spent in (12, None) or not subject.cuts
+            said, spent = _spent(subject, lambda: session.ask(more, K, {0: 1, 1: 12, 2: 1}).wait())
+            compare(subject, said, more, {0: 1, 1: 12, 2: 1})
+            assert spent is None or 0 < spent <= 3 or not subject.cuts
+
+    def test_of_other_lanes_or_none(self, subject: Subject) -> None:
+        """Said with the member's name, early: no lane has changed."""
+        name = subject.backend.name
+        held = {0: text(8), 1: text(9, 1)}
+        more = {lane: [*ids, 5] for lane, ids in held.items()}
+        wrong = {
+            r"lanes \[0\] and texts for lanes \[0, 1\]": {0: 2},
+            r"lanes \[0, 1, 2\] and texts for lanes \[0, 1\]": {0: 1, 1: 1, 2: 1},
+            r"lanes \[\] and texts": {},
+            "lane 1: positions is 0": {0: 3, 1: 0},
+            "lane 0: positions is 1.5": {0: 1.5, 1: 1},
+            "lane 1: 11 positions are asked for of a text of 10 tokens": {0: 1, 1: 11},
+        }
+        with opened(subject.backend, 2) as session:
+            ask(subject, session, held)
+            for message, positions in wrong.items():
+                with pytest.raises(InputError, match=f"^{name}.*{message}"):
+                    session.ask(more, K, positions)
+            with pytest.raises(InputError, match=f"^{name}.*lanes"):
+                session.ask({}, K, {0: 1})
+            assert len(session.ask({}, K, {}).wait()) == 0
+            said, spent = _spent(subject, lambda: session.ask(held, K).wait())
+            compare(subject, said, held)
+            assert spent in (0, None)
 
     def test_more_than_there_are(self, subject: Subject) -> None:
         name = subject.backend.name

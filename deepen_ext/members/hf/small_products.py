@@ -1,11 +1,24 @@
-"""Linear layers of a few rows on the CPU, at the speed of the memory they read.
+"""Linear layers of a few rows on the CPU, near the speed of the memory they read.
 
-A decoding step multiplies every weight matrix with a handful of vectors. torch takes one vector through a
-matrix-vector routine and a few through a product blocked for many; neither reads the weights as fast as the
-memory gives them. Turned around, ``(W x^T)^T``, the weights are the large operand and the product is read at
-full speed; one vector goes in twice, which costs nothing. Measured on two CPU cores (AMD EPYC, torch 2.13),
-in milliseconds, torch's own and turned around: Gemma's head [262144, 640] by 1, 2, 4, 16 rows 69 / 31,
-166 / 31, 132 / 40, 161 / 122; a step of Gemma-3-270M 99 / 53, of two tokens 140 / 65.
+A decoding step multiplies every weight matrix with one row; a batch, or the check of a draft, with a few.
+torch's own product is made for many rows and reads the weights at half of memory's speed or less. Two ways are
+faster:
+
+- oneDNN's product, by the operation that the code of torch.compile calls too. It reads the weights as they
+  lie, so there is no second copy of them.
+- Turned around, ``(W x^T)^T``: torch's own product, with the weights as its large operand. It is the fastest
+  for 2 rows, and for 3 and 4 rows of a matrix that is wide and not deep (the head; gate and up of small models).
+
+Microseconds of torch's own / turned around / oneDNN for weights [out, d] that are in no cache (AMD EPYC with
+AVX-512, two cores, torch 2.13; a second run gives other figures by a tenth, some by a quarter):
+
+    rows  [576, 576]       [896, 4864]         [4864, 896]         [151936, 896]
+    1     119 / 162 / 116   887 /  996 /  662  1314 /  707 /  730   39,008 / 19,134 /  16,315
+    2     263 / 158 / 168  1775 /  980 /  777  2942 /  708 / 1037   87,949 / 18,117 /  27,512
+    4     268 / 219 / 171  1686 / 1435 / 1106  2334 /  823 /  987   83,998 / 21,770 /  30,140
+    8     229 / 340 / 169  1876 / 1943 /  971  2129 / 2424 / 1333   87,543 / 56,417 /  34,876
+    16    214 / 255 / 196  1865 / 1748 / 1262  2611 / 2420 / 1531  104,797 / 82,179 /  45,807
+    64    400 / 423 / 359  3949 / 3809 / 3129  4915 / 6849 / 3506  233,482 / 175,856 / 120,888
 """
 
 from __future__ import annotations
@@ -14,23 +27,37 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from deepen_ext.members.hf.loaded_model import is_plain
 
 _LINEAR = torch.nn.functional.linear
-_MOST_ROWS = 16  # at 32 both ways take the same time
+# The more rows, the nearer torch's own comes: it takes 1.1 to 1.5 times as long as oneDNN's with 64 rows of a
+# layer, 1.1 to 1.2 times with 512.
+_MOST_ROWS = 64
+# oneDNN makes a kernel for every number of rows of a shape: about 1 ms once, and 0.5 MB that stay. So larger
+# numbers of rows are rounded up to a multiple of 8.
+_EXACT_ROWS = 8
 
 
 def small_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """What to run a model's forward pass in: on the CPU in float32 this module's products, else nothing.
+    """What to run a model's forward pass in: this module's products where they are faster, else nothing.
 
-    The results are those of torch up to the rounding of sums; only this thread is affected.
+    They are used in float32 on x86 CPUs with AVX2 or AVX-512, where torch was built with oneDNN. On other
+    CPUs they were not measured, and torch's own products stay.
+
+    The results are those of torch up to the rounding of sums. They have no gradients. Only this thread is
+    affected.
     """
-    return _TurnedAround() if device.type == "cpu" and dtype == torch.float32 else nullcontext()
+    on_x86 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if on_x86 and has_onednn and dtype == torch.float32:
+        return _SmallProducts()
+    return nullcontext()
 
 
-class _TurnedAround(TorchFunctionMode):
+class _SmallProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _LINEAR and not kwargs and _takes(*args):
             return _linear(*args)
@@ -39,20 +66,40 @@ class _TurnedAround(TorchFunctionMode):
 
 def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     # Of quantised and other special weights (subclasses, sparse layouts) only the package that made them
-    # knows the products.
-    if not (is_plain(x) and is_plain(weight) and (bias is None or is_plain(bias))):
+    # knows the products. For shapes that do not fit together torch has the error message.
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    if not all(is_plain(operand) and operand.dtype == torch.float32 for operand in operands):
         return False
-    rows = x.numel() // max(x.shape[-1], 1)
-    return 1 <= rows <= _MOST_ROWS and x.dtype == weight.dtype == torch.float32 and weight.dim() == 2
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+        return False
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    return 1 <= x.numel() // max(x.shape[-1], 1) <= _MOST_ROWS
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x [..., d]`` by ``weight [out, d]``: ``x weight^T + bias``, ``[..., out]``."""
     rows = x.reshape(-1, x.shape[-1])
-    count = len(rows)
-    if count == 1:
-        rows = torch.cat([rows, rows])
-    product = torch.mm(weight, rows.t()).t()[:count].contiguous()
-    if bias is not None:
-        product += bias
+    product = (_turned_around if _better_turned(len(rows), weight) else _by_onednn)(rows, weight, bias)
     return product.view(*x.shape[:-1], len(weight))
+
+
+def _better_turned(count: int, weight: torch.Tensor) -> bool:
+    # Of a matrix of depth 1,024 and more, 3 rows turned around take up to twice as long as 2.
+    out, depth = weight.shape
+    return count == 2 or (count in (3, 4) and depth < 1024 and out > 4 * depth)
+
+
+def _turned_around(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    product = torch.mm(weight, rows.t()).t().contiguous()
+    return product if bias is None else product.add_(bias)
+
+
+def _by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    count = len(rows)
+    if count > _EXACT_ROWS:
+        rows = pad(rows, (0, 0, 0, -count % 8))
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN would read a bias with gaps as if it had none
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product[:count]
