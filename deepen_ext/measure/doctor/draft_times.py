@@ -26,7 +26,7 @@ from deepen_ext.members.member import Member
 
 SAMPLE_TOKENS = 32  # that are written after each prompt to see which drafts would have stood
 _WARM_UP = 2  # on CUDA a shape's second forward is captured as a graph
-_REPETITIONS = 3
+_REPETITIONS = 5
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,9 @@ def forward_times(member: Member, name: str, texts: Sequence[str]) -> ForwardTim
 
     try:
         timed(0)
-        for width in WIDTHS:
-            for repetition in range(_WARM_UP + _REPETITIONS):
+        # Width after width, again and again: what disturbs the machine for a second disturbs all alike.
+        for repetition in range(_WARM_UP + _REPETITIONS):
+            for width in WIDTHS:
                 forward, return_ = timed(width), timed(0)
                 if repetition >= _WARM_UP:
                     spent[width].append(forward)
