@@ -79,8 +79,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="auto|N",
-            help="Tokens written ahead and verified at once: same text, faster. 0: none. auto: as many as pay, "
-            "the default where every member is repeatable.",
+            help="Tokens written ahead and verified at once: same text, faster. 0 for none; auto for as many "
+            "as pay, the default where every member is repeatable.",
         ),
     ] = None,
     drafter: Annotated[

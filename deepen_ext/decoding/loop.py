@@ -211,7 +211,7 @@ class Run:
             stages,
             [one.proposal.place.reason for one in accepted],
             texts=len(ahead.drafts),
-            drafted=sum(one.piece is not None for one in proposals),
+            drafted=ahead.drafted,
             stood=sum(one.stood for one in accepted),
         )
         return [one.written for one in accepted]

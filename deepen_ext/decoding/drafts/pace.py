@@ -12,7 +12,8 @@ one-step rule of renewal-reward theory for when to end a cycle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepen_ext.decoding.accept import Accepted
@@ -69,7 +70,7 @@ class Pace:
         best = Plan(MAIN, None if MAIN in drafters else 0)
         for drafter in drafters:
             for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
-                if expected is not None and expected < rate * _CLEARLY:
+                if expected < rate * _CLEARLY:
                     best, rate = Plan(drafter, tokens), expected / _CLEARLY
         return best
 
@@ -200,22 +201,23 @@ class Pace:
 
     def _expected_rates(
         self, drafter: int, lanes: int, looked_up: Sequence[int]
-    ) -> Iterable[tuple[int, float | None]]:
+    ) -> Iterator[tuple[int, float]]:
         """Milliseconds a token with drafts of 1, 2, ... tokens by someone else than the main model."""
         if drafter == MAIN:
             return
         history, stands = self._history, self._history.accepted(drafter).mean
         most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
+        # The place after its last token is one that a member has to be asked about, too.
+        writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
+        expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
         for length in range(1, most + 1):
+            expected.append(expected[-1] + stands**length)
+            read = history.cost(MAIN).ms(lanes, length + 1)
+            verified = self._read_ms(lanes, length + 1, but=drafter)
+            if writing is None or read is None or verified is None or math.inf in (read, verified):
+                return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
-            costs = [history.cost(MAIN).ms(lanes, length + 1), self._read_ms(lanes, length + 1, but=drafter)]
-            if drafter != LOOKUP:
-                # The place after its last token is one that the member has to be asked about, too.
-                writing = history.cost(drafter).ms(lanes, 1)
-                costs.append(None if writing is None else writing * (length + 1))
-            known = [one for one in costs if one is not None]
-            tokens = sum(sum(stands**n for n in range(own + 1)) for own in lengths)
-            yield length, sum(known) / tokens if len(known) == len(costs) else None
+            yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
 
 
 def begins_alike(one: bytes, other: bytes) -> bool:
