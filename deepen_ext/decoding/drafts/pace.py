@@ -13,6 +13,7 @@ one-step rule of renewal-reward theory for when to end a cycle.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,9 +132,8 @@ class Pace:
             lanes = len(ahead.drafts)
             spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
             self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
-        for number, draft in ahead.drafts.items():
-            kept = sum(one.proposal.place.text == number for one in accepted)
-            asked = [i for i, one in enumerate(draft[:kept]) if one.place.is_open]
+        for number, kept in Counter(one.proposal.place.text for one in accepted).items():
+            asked = [i for i, one in enumerate(ahead.drafts[number][:kept]) if one.place.is_open]
             self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept
 
     def _learn_costs(self, drafts: Mapping[int, Draft], step: AssistedStep, ms: float) -> None:
