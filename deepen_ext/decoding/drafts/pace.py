@@ -7,7 +7,8 @@ while
     sum over texts of P(the draft stands so far) * r  >  write + read(w + 1) - read(w),
 
 r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
-one-step rule of renewal-reward theory for when to end a cycle.
+one-step rule of renewal-reward theory for when to end a cycle. All of it is estimated, and what is gained by
+a narrow margin may as well be lost: the left side has to be larger by a tenth.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that a member or prompt lookup writes ahead
-_CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
+_CLEARLY = 0.9
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
 
@@ -99,7 +100,7 @@ class Pace:
                 if one.place.is_open:
                     stands *= accepted.chance(one.margin)
             gain += stands
-        return gain * rate > write + then - now
+        return gain * rate * _CLEARLY > write + then - now
 
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
@@ -152,6 +153,9 @@ class Pace:
     def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
         """Of who wrote, what stood. Of who did not, whether it would have written that token."""
         history, drafter = self._history, ahead.drafter
+        opened, every = history.opened
+        count = sum(one.proposal.place.is_open for one in accepted)
+        history.opened = (opened * _FADE + count, every * _FADE + len(accepted))
         for one in accepted:
             proposal = one.proposal
             if proposal.place.is_open:
@@ -178,7 +182,8 @@ class Pace:
         write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
         if write is None or read is None:
             return None
-        alone = (write + read) / lanes
+        opened, every = self._history.opened
+        alone = (write + read * opened / every) / lanes
         spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
         return min(alone, spent / tokens) if tokens else alone
 
