@@ -1,7 +1,7 @@
 """What drafts are worth: an ensemble with and without them, beside its members alone.
 
     python bench/drafts.py                    everything: some 20 minutes on two cores
-    python bench/drafts.py --part pair        one part; the file keeps the others of the same commit
+    python bench/drafts.py --part pair        one part; the file keeps the others of this commit
 
 Parts: `pair` and `trio` (one text, beside transformers' `generate` and the main model alone; where a token's
 time goes), `batches` (1, 4, 16 texts, sampled too), `latency` (first piece of text, times between pieces),
@@ -30,13 +30,19 @@ from drafts_figures import figures
 from drafts_parts import PARTS, QUICK, Bench, Size
 
 
+def identity(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What has to be the same where parts of several runs stand in one file."""
+    machine = result["machine"]
+    return result["commit"], result["quick"], result["threads"], machine["cpu"], machine["isa"]
+
+
 def kept(target: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """What the file has of earlier parts of this commit."""
+    """What the file has of earlier parts of this commit, by as many threads."""
     if not target.is_file():
         return {}
     old = json.loads(target.read_text(encoding="utf-8"))
-    if (old["commit"], old["quick"]) != (found["commit"], found["quick"]):
-        say(f"{target} is of commit {old['commit'][:10]}: its figures go")
+    if identity(old) != identity(found):
+        say(f"{target}: its figures go; it is of {identity(old)}, this run of {identity(found)}")
         return {}
     found["dirty"] = found["dirty"] or old["dirty"]
     return dict(old["raw"])
