@@ -5,8 +5,9 @@
 
 Parts: `pair` and `trio` (one text, beside transformers' `generate` and the main model alone; where a token's
 time goes), `batches` (1, 4, 16 texts, sampled too), `latency` (first piece of text, times between pieces),
-all in transformers, float32; `native` (the same batches in llama.cpp); `larger` (a main model in transformers
-that is larger than its assistants in llama.cpp, with each of them drafting).
+all in transformers, float32; `native` (these batches in llama.cpp, but for 16 texts of 1,024 tokens);
+`larger` (a main model in transformers that is larger than its assistants in llama.cpp, with each of them
+drafting).
 
 All kinds of run of a case take turns within a repetition, each repetition from another one on; before any
 figure is made, float32 members must have written the same token ids with every draft. Each ensemble first
@@ -27,7 +28,8 @@ import torch
 from common import ROOT, environment, speed_file, write_json
 from decode_parts import say
 from drafts_figures import figures
-from drafts_parts import PARTS, QUICK, Bench, Size
+from drafts_parts import PARTS
+from drafts_runs import QUICK, Bench, Size
 
 
 def identity(result: dict[str, Any]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common import Figure, percentile, spread
-from drafts_parts import AUTO, GENERATE, MAIN, WITHOUT, Record
+from drafts_runs import AUTO, GENERATE, MAIN, WITHOUT, Record
 
 Case = Mapping[str, Any]
 MOST = 1.03  # times no drafts that "auto" may take
@@ -95,7 +95,7 @@ def _of_drafts(records: Sequence[Record]) -> str:
     shown = [f"{statistics.mean(one['tokens_a_cycle'] for one in records):.2f} tokens a cycle"]
     if drafted:
         stood = sum(one["stood"] for one in records)
-        shown.append(f"{drafted / tokens:.0%} of the tokens drafted, {stood / drafted:.0%} of these stood")
+        shown.append(f"{drafted} tokens drafted, {stood / drafted:.0%} of these stood")
     else:
         shown.append("none drafted")
     if settled := statistics.mean(one["skipped"] for one in records):
