@@ -101,7 +101,7 @@ def run(ensemble: Any, prompts: Any, tokens: int, **settings: Any) -> Record:
         "texts": timings.rows,
         "tokens": timings.tokens,
         "cycles": timings.steps,
-        "tokens_a_cycle": (timings.tokens_a_text - 1) / max(timings.steps - 1, 1),
+        "tokens_a_cycle": (timings.tokens - timings.rows) / max(sum(timings.step_texts[1:]), 1),
         "drafted": timings.drafted,
         "stood": timings.stood,
         "skipped": timings.skipped_share,
