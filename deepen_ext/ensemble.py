@@ -57,11 +57,7 @@ class Ensemble:
     def variant(self, **settings: Any) -> Ensemble:
         """The same members with some settings changed; relative maps are shared where they stay the same.
 
-        Args:
-            settings: what `Ensemble(...)` takes.
-
-        Raises:
-            InputError: see `Ensemble`.
+        Settings and errors are those of `Ensemble(...)`.
         """
         twin = Ensemble.__new__(Ensemble)
         twin._settings = self._settings.changed(**settings)
@@ -157,11 +153,7 @@ class Ensemble:
 
     @property
     def anchors(self) -> Anchors:
-        """The tokens that the members share.
-
-        Raises:
-            InputError: the fuser has no relative space.
-        """
+        """The tokens that the members share; InputError where the fuser has no relative space."""
         if self.team.maps is None:
             raise InputError(f"the fuser {self.method} has no relative space, and so no anchors")
         return self.team.maps.anchors
@@ -246,11 +238,10 @@ class Ensemble:
         Args:
             prompt: see `generate`.
             generation_config: transformers' settings; those set in it count, keywords come before them.
-            certified_skip: greedy only: do not ask the assistants where they cannot change the token.
-                The text is the same with and without; `timings.settled` counts the tokens. (A stopping
-                criterion that looks at scores sees the main model's own there.)
-            confidence_gate: not exact: do not ask them either where the main model's first choice has at
-                least this probability.
+            certified_skip: greedy only: do not ask the assistants where they cannot change the token. The
+                text is the same; `timings.settled` counts the tokens. (A stopping criterion that looks at
+                scores sees the main model's own there.)
+            confidence_gate: not exact: nor where the main model's first choice has at least this probability.
             draft: how many tokens are written ahead and verified at once: "auto" for as many as pay, by
                 measured times; 0 for none. The text is the same. None: "auto" where all members are
                 `repeatable`; else 0, because among their near-ties another token could win.
@@ -258,8 +249,7 @@ class Ensemble:
                 earlier in the text), or "auto" (with a number for `draft` the main model).
             streamer: one of transformers' streamers, for one prompt.
             trace: a file for one JSON line a token, or a function that gets each record (see `Trace`).
-            shared: what members gave for the same prompts in other runs, and what this one adds to it (see
-                `SharedForwards`).
+            shared: forwards to share with other runs over the same prompts (see `SharedForwards`).
             batch_size: of a list of prompts, how many are written at once (None: all); where a text ends, the
                 next prompt begins.
             without_template: in a chat, what to do for a member that has no chat template: "error", or

@@ -12,19 +12,36 @@ import pytest
 import torch
 import transformers
 from command_line import run
+from gguf_files import write_tiny_model
 from sessions import changed
 from tiny_models import one_byte_tokens, save_model
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
+from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnose import MOST_CHARACTERS, diagnose
 from deepen_ext.measure.doctor.diagnosis import Diagnosis, Fused, MemberFacts, give_verdict
+from deepen_ext.measure.doctor.draft_model import (
+    Acceptance,
+    ForwardTimes,
+    best_length,
+    cycle_ms,
+    expected_tokens,
+    ms_per_token,
+)
+from deepen_ext.measure.doctor.draft_times import acceptance, forward_times, what_it_allows
 from deepen_ext.measure.doctor.member_facts import is_same_model
 from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT
 from deepen_ext.measure.doctor.tokenizer_traps import tokenizer_traps
+from deepen_ext.members.gguf.facts import read_facts
+from deepen_ext.members.llama_cpp.backend import LlamaBackend
+from deepen_ext.members.llama_cpp.library import load_library
+from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import PrefixColumns, shared_anchors
@@ -405,11 +422,150 @@ def test_wrong_input(tiny_smollm2: Member) -> None:
     for arguments, says in (
         ({"members": [tiny_smollm2]}, "needs two or more members"),
         ({"members": pair, "new_tokens": 1}, "choose 2 or more"),
+        ({"members": pair, "batch": 0}, "batch is 0; choose 1 or more"),
         ({"members": pair, "text": ""}, "fewer than two words"),
         ({"members": pair, "text": "  word\n"}, "fewer than two words"),
     ):
         with pytest.raises(InputError, match=says):
             diagnose(**arguments)
+
+
+# ---------------------------------------------------------------- drafts
+
+# Milliseconds of 1, 2, 4 and 8 tokens of each text; the last one cannot go back for nothing.
+TIMES = [
+    ForwardTimes("main", (10.0, 12.0, 16.0, 24.0), 0.0, reads_anew=False),
+    ForwardTimes("A", (4.0, 5.0, 7.0, 11.0), 0.0, reads_anew=False),
+    ForwardTimes("B", (2.0, 3.0, 5.0, 9.0), 6.0, reads_anew=True),
+]
+
+
+def test_forwards_between_measured_widths() -> None:
+    assert [TIMES[0].of(width) for width in (1, 2, 3, 4, 5, 8)] == [10, 12, 14, 16, 18, 24]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "length", "ms"),
+    [
+        (MAIN, 0, 10 + 4 + 2 + 1),
+        (MAIN, 3, 4 * 10 + 7 + 5 + 4 + (1 - 0.8**3) * 6),
+        (MAIN, 2, 3 * 10 + 6 + 4 + 3 + (1 - 0.8**2) * 6),
+        (2, 3, 4 * 2 + 16 + 7 + 4 + (1 - 0.8**3) * 6),
+        (LOOKUP, 3, 16 + 7 + 5 + 4 + (1 - 0.8**3) * 6),
+    ],
+)
+def test_a_cycle_by_hand(drafter: int, length: int, ms: float) -> None:
+    """Of a place the fusion takes 1 ms; tokens stand with a chance of 0.8."""
+    asked = {"drafter": drafter, "length": length, "acceptance": 0.8}
+    assert cycle_ms(TIMES, 1.0, **asked) == pytest.approx(ms)
+    tokens = {0: 1.0, 2: 1 + 0.8 + 0.64, 3: 1 + 0.8 + 0.64 + 0.512}[length]
+    assert expected_tokens(0.8, length) == pytest.approx(tokens)
+    assert ms_per_token(TIMES, 1.0, **asked) == pytest.approx(ms / tokens)
+
+
+def test_a_cycle_of_two_texts_by_hand() -> None:
+    """Prompt lookup has a token at every second place: at 3 of 4 for one of the two texts."""
+    asked = {"drafter": LOOKUP, "length": 1, "acceptance": 0.8, "lanes": 2, "reach": 0.5}
+    drafted = 12 + 5 + 3 + 2 + (1 - 0.8**2) * 6
+    assert ms_per_token(TIMES, 1.0, **asked) == pytest.approx((0.75 * drafted + 0.25 * 17) / 1.4)
+
+
+def test_best_lengths() -> None:
+    plain = ms_per_token(TIMES, 1.0, drafter=MAIN, length=0, acceptance=1.0)
+    length, ms = best_length(TIMES, 1.0, drafter=MAIN, found=Acceptance(0, 50))
+    assert (length, ms > plain) == (1, True)  # nothing stands: the shortest draft costs least, and too much
+    length, ms = best_length(TIMES, 1.0, drafter=2, found=Acceptance(50, 50))
+    assert (length, ms) == (7, pytest.approx((8 * 2 + 24 + 11 + 8) / 8))
+    length, ms = best_length(TIMES, 1.0, drafter=MAIN, found=Acceptance(25, 50))
+    by_hand = [
+        ((g + 1) * 11 + TIMES[1].of(g + 1) + TIMES[2].of(g + 1) + (1 - 0.5**g) * 6) / (2 - 0.5**g)
+        for g in range(1, 8)
+    ]
+    assert (length, ms) == (1 + by_hand.index(min(by_hand)), pytest.approx(min(by_hand)))
+
+
+def in_llama_cpp(member: Member, folder: Path, family: str) -> Member:
+    """The member's tokens with a model of this family in llama.cpp behind them."""
+    path = write_tiny_model(
+        folder / f"{family}.gguf", family, vocab_size=member.vocab_size, context_length=400
+    )
+    model = LlamaModel(load_library(), path, family, torch.device("cpu"))
+    backend = LlamaBackend(family, model, path, read_facts(path), threads=Threads(1, fixed=True))
+    return replace(member, name=family, backend=backend)
+
+
+@pytest.mark.parametrize(("family", "anew"), [("mamba", True), ("llama", False)])
+def test_going_back(bytes_dir: Path, tmp_path: Path, family: str, anew: bool) -> None:
+    """After 300 tokens: states that cannot be cut are made again, others stay."""
+    member = in_llama_cpp(load_member(bytes_dir), tmp_path, family)
+    times = forward_times(member, family, [SAMPLE_TEXT[:300], SAMPLE_TEXT[300:600]])
+    assert all(ms > 0 for ms in times.ms)
+    assert times.reads_anew == anew
+    assert (times.back_ms > 2 * times.ms[0]) == anew
+    words = what_it_allows(member, times)
+    assert words.startswith("drafts change no token; ")
+    assert ("it seems to read the whole text again" in words) == anew
+
+
+def test_acceptance_against_the_texts(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    """The main model's tokens fall where the ensemble changed them; looked up is what stood there before."""
+    ensemble, prompts = Ensemble([tiny_smollm2, tiny_gemma]), [SAMPLE_TEXT[:200], SAMPLE_TEXT[700:900]]
+    found = acceptance(ensemble, prompts, 24)
+    written = ensemble.generate(prompts, max_new_tokens=24, draft=0)
+    changed = sum(one.changed_tokens for one in written)
+    assert 0 < changed == found[MAIN].seen - found[MAIN].stood
+    assert 0 < found[1].stood < found[1].seen <= found[MAIN].seen
+    offered = stood = places = 0
+    for prompt, one in zip(prompts, written, strict=True):
+        ids = tiny_smollm2.vocabulary.encode(prompt)
+        for token in one.token_ids:
+            earlier = [at for at in range(3, len(ids)) if ids[at - 3 : at] == ids[-3:]]
+            places, offered = places + 1, offered + bool(earlier)
+            stood += bool(earlier) and ids[earlier[-1]] == token
+            ids.append(token)
+    if offered:
+        lookup = found[LOOKUP]
+        assert (lookup.stood, lookup.seen, lookup.reach) == (stood, offered, offered / places)
+    else:
+        assert LOOKUP not in found
+
+
+def test_drafts_in_the_diagnosis(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    found = diagnose([tiny_smollm2, tiny_gemma], text=SAMPLE_TEXT[:700], new_tokens=3, batch=2)
+    assert found.speed is not None
+    assert (found.speed.texts, found.speed.tokens) == (2, 6)
+    drafts = found.drafts
+    assert drafts is not None
+    names = [tiny_smollm2.name, tiny_gemma.name]
+    assert (drafts.lanes, drafts.widths, [one.name for one in drafts.forwards]) == (2, (1, 2, 4, 8), names)
+    assert drafts.place_ms == pytest.approx(found.speed.fusion_ms + found.speed.handoff_ms)
+    assert drafts.without_ms == pytest.approx(sum(one.ms[0] for one in drafts.forwards) + drafts.place_ms)
+    assert [one.name for one in drafts.drafters][:2] == names
+    fastest = min(drafts.drafters, key=lambda one: one.ms_per_token)
+    assert drafts.best == (fastest if fastest.ms_per_token < drafts.without_ms else None)
+    again = json.loads(json.dumps(found.as_dict()))["drafts"]
+    assert set(again) == {
+        *("lanes", "context", "widths", "forwards", "place_ms", "without_ms", "drafters", "best", "allows")
+    }
+    assert set(again["forwards"][0]) == {"name", "ms", "back_ms", "reads_anew"}
+    assert set(again["drafters"][0]) == {*("name", "acceptance", "seen", "reach", "length", "ms_per_token")}
+    assert set(again["allows"]) == set(names)
+
+
+def test_members_that_are_alike_draft_what_stands(bytes_dir: Path) -> None:
+    """Beside itself a member that knows the text loses no token; one of two bytes is named."""
+    one, coarse = load_member(bytes_dir), load_member(bytes_dir, dtype="bfloat16")
+    learn(one, SHORT)
+    drafts = diagnose([one, one], text=SHORT[:200], new_tokens=2).drafts
+    assert drafts is not None
+    assert [entry.acceptance for entry in drafts.drafters[:2]] == [1.0, 1.0]
+    assert drafts.allows["bytes#0"].startswith("drafts change no token")
+    assert drafts.allows["bytes#1"].startswith("drafts change no token")
+    drafts = diagnose([one, coarse], text=SHORT[:200], new_tokens=2).drafts
+    assert drafts is not None
+    assert drafts.allows["bytes#0"].startswith("drafts change no token")
+    assert drafts.allows["bytes#1"].startswith("not repeatable: among near-ties a draft may give another")
+    assert "(draft='auto')" in drafts.allows["bytes#1"]
 
 
 # ---------------------------------------------------------------- the command
@@ -426,7 +582,8 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
     assert report["verdict"]["outcome"] == "not worth fusing"
     assert {one["backend"] for one in report["members"]} == {f"transformers {transformers.__version__}"}
     assert report["characters_given"] == len(SAMPLE_TEXT * 3)
-    readable = run("doctor", "--model", str(bytes_dir), "--model", str(bytes_dir))
+    assert report["drafts"] is None
+    readable = run("doctor", "--model", str(bytes_dir), "--model", str(bytes_dir), "--batch", "2")
     assert readable.returncode == 0, readable.stderr
     shown = " ".join(readable.stdout.split())
     for part in (
@@ -434,7 +591,11 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
         "257",
         f"run by transformers {transformers.__version__}",
         "Relative rows",
-        "ms a token",
+        "32 tokens of 2 texts side by side, without drafts and certified skip",
+        "Drafts: expected milliseconds a token of each of 2 texts, context 300",
+        "nobody",
+        "Forward passes in milliseconds",
+        "bytes#1: drafts change no token; it goes back without reading the text again.",
         "Memory on cpu",
         "no BOS",
     ):

@@ -63,7 +63,7 @@ class TestGenerate:
         result = pair.generate(PROMPT, max_new_tokens=24, on_text=pieces.append)
         assert "Paris" in result.text
         assert result.finish_reason == "length"
-        assert len(result.token_ids) == result.timings.steps == 24
+        assert len(result.token_ids) == result.timings.tokens == 24
         assert "".join(pieces) == result.text
         assert pair.members[0].vocabulary.decode(result.token_ids).decode() == result.text
 
@@ -130,12 +130,15 @@ class TestGenerate:
         monkeypatch.setattr(
             GrowingText, "append", lambda self, text: read.append(text) or original(self, text)
         )
-        result = pair.generate("Hi", max_new_tokens=len(spelled), logits_processor=[forcing(spelled)])
+        asked = {"max_new_tokens": len(spelled), "logits_processor": [forcing(spelled)]}
+        result = pair.generate("Hi", draft=0, **asked)  # a draft's text is read, too
         assert result.text == f" {emoji}!"
         assert "".join(read) == f" {emoji}"  # nobody reads the last token
         assert all("\ufffd" not in piece for piece in read)
 
-    def test_no_token_is_fed_twice(self, pair, monkeypatch):
+    @pytest.mark.parametrize("draft", [0, 3])
+    def test_no_token_is_fed_twice(self, pair, draft):
+        """Beside the text only what a draft had and did not stand is fed."""
         fed: dict[str, int] = dict.fromkeys(pair.names, 0)
         hooks = []
         for name, member in zip(pair.names, pair.members, strict=True):
@@ -145,13 +148,15 @@ class TestGenerate:
 
             hooks.append(member.model.register_forward_pre_hook(count, with_kwargs=True))
         try:
-            result = pair.generate(LONG, max_new_tokens=32)
+            result = pair.generate(LONG, max_new_tokens=32, draft=draft)
         finally:
             for hook in hooks:
                 hook.remove()
         main, assistant = pair.members
         prompt = len(main.vocabulary.prefix_ids + main.vocabulary.encode(LONG))
-        assert fed[pair.names[0]] == prompt + 31
+        dropped = result.timings.drafted - result.timings.stood
+        assert (dropped > 0) == (draft > 0)
+        assert fed[pair.names[0]] == prompt + 31 + dropped
         text = LONG + result.text
         tokens = len(assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text))
         # Re-tokenising the end of the text rolls a few tokens back, never the prompt.
@@ -232,10 +237,11 @@ class TestRepeatable:
 class TestRowsOnDisk:
     def test_a_second_run_computes_none(self, smollm2, gemma, cache):
         first = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
-        text = first.generate(PROMPT, max_new_tokens=8).text
+        asked = {"max_new_tokens": 8, "draft": 0}  # how far "auto" writes ahead depends on the time
+        text = first.generate(PROMPT, **asked).text
         assert first.rows_computed > 0
         second = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
-        assert second.generate(PROMPT, max_new_tokens=8).text == text
+        assert second.generate(PROMPT, **asked).text == text
         assert second.rows_computed == 0
         # Other settings are other rows.
         third = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=22)

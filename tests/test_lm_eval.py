@@ -214,6 +214,25 @@ def test_sampling_follows_the_harness_seed(model: DeepenLM) -> None:
     assert len(set(own)) > 1  # also over batches, of two here
 
 
+def test_what_is_drawn_does_not_depend_on_the_batch_size(ensemble: Ensemble) -> None:
+    contexts = ["Once upon a time", "The sea was calm", "One morning", "One morning", "She said"]
+
+    def draw(batch_size: int, **more: Any) -> list[str]:
+        settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 4, **more}
+        torch.manual_seed(7)
+        model = DeepenLM(ensemble, batch_size=batch_size)
+        return model.generate_until([asked(one, settings) for one in contexts], disable_tqdm=True)
+
+    by_seed, by_state = draw(1, seed=3), draw(1)
+    assert by_seed[2] != by_seed[3]  # a repeated request is another draw
+    for batch_size in (2, 5):
+        assert draw(batch_size, seed=3) == by_seed
+        assert draw(batch_size) == by_state
+    assert len({tuple(one) for one in (by_seed, by_state, draw(5, seed=4))}) == 3
+    with pytest.raises(InputError, match=r"seed is 1\.5; give a whole number"):
+        draw(1, seed=1.5)
+
+
 def test_settings_of_generation_are_honoured_or_refused(model: DeepenLM) -> None:
     def write(context: str = "One, two, three,", **settings: Any) -> str:
         return model.generate_until([asked(context, settings)], disable_tqdm=True)[0]

@@ -171,6 +171,21 @@ class TestDraws:
         assert texts[0] == texts[1]
         assert len({tuple(one[0]) for one in texts}) == 4
 
+    def test_a_seed_for_each_text(self, main):
+        """A text's random numbers are those that it has alone, whatever its number."""
+        logits = torch.zeros(1, main.vocab_size)
+        several = Chooser(Settings.read(main, do_sample=True, seed=[4, 9, 4]), [[5]] * 3, "cpu")
+        lists = [self.draws(several, logits, range(20), text).tolist() for text in range(3)]
+        assert lists[0] == lists[2] != lists[1]
+        for seed, drawn in ((4, lists[0]), (9, lists[1])):
+            alone = Chooser(Settings.read(main, do_sample=True, seed=seed), [[5]], "cpu")
+            assert self.draws(alone, logits, range(20)).tolist() == drawn
+
+    def test_too_few_seeds(self, main):
+        settings = Settings.read(main, do_sample=True, seed=[4, 9])
+        with pytest.raises(InputError, match="2 seeds for 3 prompts; give one for each, or one for all"):
+            Chooser(settings, [[5]] * 3, "cpu")
+
     @pytest.mark.parametrize("seed", [-(2**62), 2**62])
     def test_the_widest_seeds(self, main, seed):
         chooser = Chooser(Settings.read(main, do_sample=True, seed=seed), [[5]] * 2, "cpu")

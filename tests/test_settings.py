@@ -171,6 +171,7 @@ class TestValues:
             ({"stop_strings": [3]}, "stop_strings"),
             ({"max_time": 0}, "max_time is 0"),
             ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+            ({"seed": [1, True]}, "seed is True; give a whole number"),
             (
                 {"generation_config": {"top_k": 3}},
                 "generation_config must be a transformers.GenerationConfig",

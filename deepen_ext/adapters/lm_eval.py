@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 import lm_eval.models  # noqa: F401  # its own models: the registry fills itself only as long as it is empty
@@ -164,7 +165,8 @@ class DeepenLM(LM):  # type: ignore[misc]
 
         A request's settings are the harness's (`until`, `max_gen_toks`, `do_sample`, `temperature`) and all
         that `Ensemble.generate` takes; it refuses others by name. Sampling draws by torch's random state,
-        which the harness's `--seed` sets, or by a `seed` among the settings.
+        which the harness's `--seed` sets, or by a `seed` among the settings and the request's place in the
+        order of the work (the longest context first). What is drawn does not depend on the batch size.
 
         Raises:
             InputError: a setting that is unknown or out of range, or a context that is empty.
@@ -196,8 +198,8 @@ class DeepenLM(LM):  # type: ignore[misc]
         stops = [stop for stop in settings.pop("until") if stop]
         new_tokens = settings.pop("max_gen_toks")
         if settings["do_sample"]:
-            seed = settings.get("seed")
-            settings["seed"] = int(torch.randint(2**48, ())) if seed is None else seed + done
+            numbers = range(done, done + len(contexts))
+            settings["seed"] = [_seed_of(settings.get("seed"), number) for number in numbers]
         elif not settings.get("temperature"):
             settings.pop("temperature", None)  # the harness's way to say that nothing is drawn
         members = self.ensemble.members
@@ -260,6 +262,13 @@ class DeepenLM(LM):  # type: ignore[misc]
             ],
             "weights": "prompt" if ensemble.weighs_prompts else ensemble.weights,
         }
+
+
+def _seed_of(seed: int | None, number: int) -> int:
+    """A text's own seed: made of the request's seed and the text's number, or of torch's random state."""
+    if seed is None:
+        return int(torch.randint(2**48, ()))
+    return Random(f"{whole_number('seed', seed, -(2**62))} {number}").getrandbits(48)
 
 
 def _warn_of_cuts(cut: int, total: int) -> None:

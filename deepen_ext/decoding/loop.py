@@ -166,6 +166,8 @@ class Run:
                 if self._timings.steps == 1:
                     self._timings.end_of_prompt()
                 yield written
+                if self._acceptor.failure is not None:
+                    raise self._acceptor.failure
                 began = perf_counter()
             rest = [self._end_of_text(number) for number in range(len(self._texts))]
             if any(one.text for one in rest):
@@ -211,7 +213,7 @@ class Run:
             stages,
             [one.proposal.place.reason for one in accepted],
             texts=len(ahead.drafts),
-            drafted=sum(one.piece is not None for one in proposals),
+            drafted=ahead.drafted,
             stood=sum(one.stood for one in accepted),
         )
         return [one.written for one in accepted]

@@ -70,6 +70,7 @@ class Ahead:
     Attributes:
         drafts: of each text, by its number.
         drafter: who wrote them (see `drafts.draft_settings`).
+        drafted: how many tokens were written ahead, or offered.
         main_ms: what the main model's forward passes took.
         handoff_ms: what re-tokenisation took.
         writing_ms: what another drafter's forward passes took.
@@ -78,6 +79,7 @@ class Ahead:
 
     drafts: dict[int, Draft]
     drafter: int
+    drafted: int = 0
     main_ms: float = 0.0
     handoff_ms: float = 0.0
     writing_ms: float = 0.0

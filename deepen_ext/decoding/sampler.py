@@ -68,6 +68,9 @@ class Chooser:
             settings: of the generation.
             prompts: of each text, in the main model's tokens.
             device: of the scores; a seed gives other random numbers on each kind of device.
+
+        Raises:
+            InputError: a list of seeds that has not one for each prompt.
         """
         self.settings = settings
         self._prompt_lengths = [len(one) for one in prompts]
@@ -76,8 +79,8 @@ class Chooser:
         self._stateless = [
             LogitsProcessorList(one for one in own if type(one) in _STATELESS) for own in self._processors
         ]
+        self._seeds = _seeds_and_numbers(settings.seed, len(prompts))
         if settings.do_sample:
-            self._seed = secrets.randbits(62) if settings.seed is None else settings.seed
             self._generator = torch.Generator(device)
 
     @property
@@ -166,7 +169,7 @@ class Chooser:
         if not self.settings.do_sample:
             return scores.argmax(dim=-1)
         seeds = [
-            _seed_of(self._seed, text, len(own) - self._prompt_lengths[text])
+            _seed_of(*self._seeds[text], len(own) - self._prompt_lengths[text])
             for text, own in zip(texts, ids, strict=True)
         ]
         return _draw(torch.softmax(scores, dim=-1), seeds, self._generator)
@@ -195,6 +198,16 @@ class Chooser:
             ]
             scores = torch.cat(parts) if len(parts) > 1 else parts[0]
         return scores
+
+
+def _seeds_and_numbers(seed: int | Sequence[int] | None, count: int) -> list[tuple[int, int]]:
+    """Of each text, a seed, and its number among the texts that have this seed."""
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise InputError(f"{len(seed)} seeds for {count} prompts; give one for each, or one for all")
+        return [(one, 0) for one in seed]
+    seed = secrets.randbits(62) if seed is None else seed
+    return [(seed, text) for text in range(count)]
 
 
 def _seed_of(seed: int, text: int, position: int) -> int:

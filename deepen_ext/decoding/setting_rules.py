@@ -206,9 +206,13 @@ def stop_list(stop_strings: Any) -> list[str]:
     return stops
 
 
-def check_seed(seed: Any) -> int | None:
-    """The seed, which fits in 64 bits."""
-    return None if seed is None else whole_number("seed", seed, -(2**62), 2**62)
+def check_seed(seed: Any) -> int | tuple[int, ...] | None:
+    """The seed, which fits in 64 bits; or a seed for each text."""
+    if seed is None:
+        return None
+    if isinstance(seed, (list, tuple)):
+        return tuple(whole_number("seed", one, -(2**62), 2**62) for one in seed)
+    return whole_number("seed", seed, -(2**62), 2**62)
 
 
 def callables(name: str, given: Any) -> list[Any]:

@@ -76,7 +76,7 @@ class Settings:
         max_new_tokens: at most so many in any text; `new_tokens` says how many after some prompt.
         max_length: at most so many tokens together with the prompt, where that was asked for.
         do_sample: draw from the fused distribution; otherwise its most probable token is taken.
-        seed: of sampling; None for another text every time.
+        seed: of sampling, one for all texts or one for each; None for another text every time.
         stop_strings: the text ends once the new text, special tokens written out, holds one of them. (For
             transformers it may begin in the prompt.)
         eos_ids: the main model's token ids that end the text.
@@ -85,7 +85,7 @@ class Settings:
     max_new_tokens: int
     max_length: int | None
     do_sample: bool
-    seed: int | None
+    seed: int | tuple[int, ...] | None
     stop_strings: list[str]
     eos_ids: frozenset[int]
     _config: GenerationConfig = field(repr=False)
@@ -110,7 +110,7 @@ class Settings:
         logits_processor: Iterable[Any] | None = None,
         stopping_criteria: Iterable[Any] | None = None,
         prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         **keywords: Any,
     ) -> Settings:
         """Check what was asked for.
@@ -128,7 +128,8 @@ class Settings:
                 logits in a tuple, ([1, V],).
             prefix_allowed_tokens_fn: (number of the text, ids [L]) -> the token ids allowed next.
             seed: of sampling. A token's random numbers depend on the seed, the text's number in this call and
-                how many new tokens come before the token.
+                how many new tokens come before the token. Or a list of seeds, one for each text, which then
+                has the random numbers that it has with its seed in a call of its own.
             keywords: fields of GenerationConfig; None is as good as not given.
 
         With `max_new_tokens` and `max_length` from one source the shorter holds, with `min_new_tokens` and

@@ -12,7 +12,7 @@ from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.drafts.by_member import MemberDraft, in_main_tokens, write_by_member
 from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
 from deepen_ext.decoding.drafts.lookup import PromptLookup
-from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace
+from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace, Plan
 from deepen_ext.decoding.places import Ahead, Draft, Place, Proposal
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.skips import Skips
@@ -23,7 +23,8 @@ from deepen_ext.members.backend import Session
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK
 
-_MOST_PLACES = 64  # of a draft, those that need no verification among them: their logits are kept
+# What a cycle keeps: the logits of one member at the places of all drafts.
+_MOST_PLACES, _MOST_BYTES = 64, 128 << 20
 
 
 class Writer:
@@ -77,28 +78,32 @@ class Writer:
             alone: of one place: the first token of a text is not to wait for others.
         """
         ahead = Ahead({number: [] for number in active}, MAIN)
+        plan = Plan(MAIN, 0) if alone else self._plan(ahead, active)
+        if plan.drafter != MAIN:
+            ahead.drafter = plan.drafter
+            offers = self._offers(ahead, active, plan.length or 0)
+            self._read(ahead, active, offers)
+            return ahead
         going = list(active)
-        offers: Mapping[int, _Offer] = {}
-        length: int | None = 0
-        if not alone:
-            if LOOKUP in self._pace.settings.drafters:
-                ahead.looked_up = {number: self._looked_up(number) for number in active}
-            plan = self._pace.plan(len(active), list(map(len, ahead.looked_up.values())))
-            length, ahead.drafter = plan.length, plan.drafter
-            offers = self._offers(ahead, active, length or 0)
         while True:
-            said = self._read(ahead, going, offers)
-            if offers or not any(one.place.is_open for draft in ahead.drafts.values() for one in draft):
+            said = self._read(ahead, going, {}, timed=not alone)  # the first reads a prompt
+            if not any(one.place.is_open for draft in ahead.drafts.values() for one in draft):
                 return ahead
             going = [number for number in going if self._can_go_on(number, ahead.drafts[number])]
-            if not going or not self._pace.goes_on(ahead.drafts, going, length):
+            if not going or not self._pace.goes_on(ahead.drafts, going, plan.length):
                 return ahead
             _keep(ahead.drafts, said)
+            ahead.drafted += len(going)
             for number in going:
                 self._go_on(ahead.drafts[number][-1])
             going = [number for number in going if self._fits(number, ahead.drafts[number])]
             if not going:
                 return ahead
+
+    def _plan(self, ahead: Ahead, active: Sequence[int]) -> Plan:
+        if LOOKUP in self._pace.settings.drafters:
+            ahead.looked_up = {number: self._looked_up(number) for number in active}
+        return self._pace.plan(len(active), list(map(len, ahead.looked_up.values())))
 
     def _looked_up(self, number: int) -> list[int]:
         """What prompt lookup has for this text."""
@@ -107,21 +112,17 @@ class Writer:
 
     def _offers(self, ahead: Ahead, active: Sequence[int], length: int) -> dict[int, _Offer]:
         """What a drafter other than the main model has for these texts."""
-        if ahead.drafter == MAIN or not length:
+        if not length:
             return {}
         if ahead.drafter == LOOKUP:
-            found = {number: _Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
-        else:
-            began = perf_counter()
-            written = write_by_member(self._team, self._assistants, ahead.drafter, active, length)
-            ahead.writing_ms = (perf_counter() - began) * 1e3
-            found = {
-                number: _Offer(
-                    self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own
-                )
-                for number, own in written.items()
-            }
-        return {number: offer for number, offer in found.items() if offer.ids or offer.written}
+            return {number: _Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
+        began = perf_counter()
+        written = write_by_member(self._team, self._assistants, ahead.drafter, active, length)
+        ahead.writing_ms = (perf_counter() - began) * 1e3
+        return {
+            number: _Offer(self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own)
+            for number, own in written.items()
+        }
 
     def _writable_part(self, number: int, ids: list[int]) -> list[int]:
         """The ids up to the first without text, and as many as fit before the text's last token."""
@@ -132,7 +133,9 @@ class Writer:
         ends = (i for i, token in enumerate(ids) if not main.vocabulary.bytes_of(token))
         return ids[: max(0, min(room, next(ends, len(ids))))]
 
-    def _read(self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, _Offer]) -> Distribution:
+    def _read(
+        self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, _Offer], *, timed: bool = True
+    ) -> Distribution:
         """One forward of the main model: the next place of each draft, and those after what is on offer."""
         team, lanes, drafts = self._team, self._assistants.lanes, ahead.drafts
         offered = {number: offers[number].ids if number in offers else [] for number in going}
@@ -146,7 +149,9 @@ class Writer:
         said = said.without(self._unwritable, in_place=self._in_place)
         spent = (perf_counter() - began) * 1e3
         ahead.main_ms += spent
-        self._pace.read(len(going), max(map(len, offered.values())) + 1, spent)
+        if timed:
+            self._pace.read(len(going), max(map(len, offered.values())) + 1, spent)
+        ahead.drafted += sum(map(len, offered.values()))
         part = team.fuser.part(0, said)
         numbers = [n for n in going for _ in range(len(offered[n]) + 1)]
         prefixes = [starts[n] + offered[n][:i] for n in going for i in range(len(offered[n]) + 1)]
@@ -168,6 +173,8 @@ class Writer:
                 if following != one.token or self._stopping.ends_text(one.token):
                     break
                 self._go_on(one)
+                if not self._fits(n, drafts[n]):
+                    break
             row += len(offered[n]) + 1
         ahead.handoff_ms += (perf_counter() - began) * 1e3
         return said
@@ -175,8 +182,13 @@ class Writer:
     def _can_go_on(self, number: int, draft: Draft) -> bool:
         """Whether the text goes on after the draft's last token."""
         text = self._texts[number]
-        more = text.written + len(draft) < text.new_tokens and len(draft) < _MOST_PLACES
+        more = text.written + len(draft) < text.new_tokens and len(draft) < self._most_places()
         return more and not self._stopping.ends_text(draft[-1].token)
+
+    def _most_places(self) -> int:
+        """Of a draft, those that need no verification among them."""
+        largest = max(member.vocab_size for member in self._team.members) * 4
+        return max(2, min(_MOST_PLACES, _MOST_BYTES // (largest * len(self._assistants.lanes))))
 
     def _fits(self, number: int, draft: Draft) -> bool:
         """Whether every member can read the text with the draft."""

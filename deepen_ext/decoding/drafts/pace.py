@@ -7,12 +7,15 @@ while
     sum over texts of P(the draft stands so far) * r  >  write + read(w + 1) - read(w),
 
 r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
-one-step rule of renewal-reward theory for when to end a cycle.
+one-step rule of renewal-reward theory for when to end a cycle. All of it is estimated, and what is gained by
+a narrow margin may as well be lost: the left side has to be larger by a tenth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepen_ext.decoding.accept import Accepted
@@ -23,7 +26,7 @@ from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that a member or prompt lookup writes ahead
-_CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
+_CLEARLY = 0.9
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
 
@@ -69,7 +72,7 @@ class Pace:
         best = Plan(MAIN, None if MAIN in drafters else 0)
         for drafter in drafters:
             for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
-                if expected is not None and expected < rate * _CLEARLY:
+                if expected < rate * _CLEARLY:
                     best, rate = Plan(drafter, tokens), expected / _CLEARLY
         return best
 
@@ -97,7 +100,7 @@ class Pace:
                 if one.place.is_open:
                     stands *= accepted.chance(one.margin)
             gain += stands
-        return gain * rate > write + then - now
+        return gain * rate * _CLEARLY > write + then - now
 
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
@@ -130,9 +133,8 @@ class Pace:
             lanes = len(ahead.drafts)
             spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
             self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
-        for number, draft in ahead.drafts.items():
-            kept = sum(one.proposal.place.text == number for one in accepted)
-            asked = [i for i, one in enumerate(draft[:kept]) if one.place.is_open]
+        for number, kept in Counter(one.proposal.place.text for one in accepted).items():
+            asked = [i for i, one in enumerate(ahead.drafts[number][:kept]) if one.place.is_open]
             self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept
 
     def _learn_costs(self, drafts: Mapping[int, Draft], step: AssistedStep, ms: float) -> None:
@@ -151,6 +153,9 @@ class Pace:
     def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
         """Of who wrote, what stood. Of who did not, whether it would have written that token."""
         history, drafter = self._history, ahead.drafter
+        opened, every = history.opened
+        count = sum(one.proposal.place.is_open for one in accepted)
+        history.opened = (opened * _FADE + count, every * _FADE + len(accepted))
         for one in accepted:
             proposal = one.proposal
             if proposal.place.is_open:
@@ -177,7 +182,8 @@ class Pace:
         write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
         if write is None or read is None:
             return None
-        alone = (write + read) / lanes
+        opened, every = self._history.opened
+        alone = (write + read * opened / every) / lanes
         spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
         return min(alone, spent / tokens) if tokens else alone
 
@@ -200,22 +206,23 @@ class Pace:
 
     def _expected_rates(
         self, drafter: int, lanes: int, looked_up: Sequence[int]
-    ) -> Iterable[tuple[int, float | None]]:
+    ) -> Iterator[tuple[int, float]]:
         """Milliseconds a token with drafts of 1, 2, ... tokens by someone else than the main model."""
         if drafter == MAIN:
             return
         history, stands = self._history, self._history.accepted(drafter).mean
         most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
+        # The place after its last token is one that a member has to be asked about, too.
+        writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
+        expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
         for length in range(1, most + 1):
+            expected.append(expected[-1] + stands**length)
+            read = history.cost(MAIN).ms(lanes, length + 1)
+            verified = self._read_ms(lanes, length + 1, but=drafter)
+            if writing is None or read is None or verified is None or math.inf in (read, verified):
+                return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
-            costs = [history.cost(MAIN).ms(lanes, length + 1), self._read_ms(lanes, length + 1, but=drafter)]
-            if drafter != LOOKUP:
-                # The place after its last token is one that the member has to be asked about, too.
-                writing = history.cost(drafter).ms(lanes, 1)
-                costs.append(None if writing is None else writing * (length + 1))
-            known = [one for one in costs if one is not None]
-            tokens = sum(sum(stands**n for n in range(own + 1)) for own in lengths)
-            yield length, sum(known) / tokens if len(known) == len(costs) else None
+            yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
 
 
 def begins_alike(one: bytes, other: bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections import deque
 
 _RECENT = 7  # measurements kept of a shape; their median counts
@@ -18,42 +19,48 @@ class Costs:
     """
 
     def __init__(self) -> None:
-        self._measured: dict[int, dict[int, deque[float]]] = {}  # by lanes, by width
+        self._recent: dict[tuple[int, int], deque[float]] = {}  # by lanes and width
         self._last: dict[tuple[int, int], int] = {}
+        self._medians: dict[int, dict[int, float]] = {}  # by lanes, by width in rising order
         self._count = 0
 
     def add(self, lanes: int, width: int, ms: float) -> None:
         """A forward pass of so many lanes, of at most `width` tokens each, took so long."""
         self._count += 1
         self._last[lanes, width] = self._count
-        own = self._measured.setdefault(lanes, {})
-        own.setdefault(width, deque(maxlen=_RECENT)).append(ms)
-        if width > 1:
-            return
-        for other in [w for w, found in own.items() if w > 1 and len(found) < _FEW]:
-            if self._count - self._last[lanes, other] > _OLD:
-                del own[other]
+        recent = self._recent.setdefault((lanes, width), deque(maxlen=_RECENT))
+        recent.append(ms)
+        medians = self._medians.get(lanes, {}) | {width: statistics.median(recent)}
+        if width == 1:  # as a run goes on without drafts
+            for other in [w for w in medians if w > 1 and self._is_doubtful(lanes, w)]:
+                del medians[other], self._recent[lanes, other]
+        self._medians[lanes] = dict(sorted(medians.items()))
 
     def ms(self, lanes: int, width: int) -> float | None:
         """Expected milliseconds; infinite for a width to be tried later, None where nothing is known.
 
         Of a number of lanes that was not measured, the nearest one's.
         """
-        known = [lanes] if lanes in self._measured else sorted(self._measured, key=lambda n: abs(n - lanes))
-        own = next((self._measured[n] for n in known if 1 in self._measured[n]), None)
-        if own is None:
-            return None
-        medians = {w: statistics.median(found) for w, found in sorted(own.items())}
-        if width in medians:
-            return medians[width]
-        below = max(w for w in medians if w < width)
-        above = min((w for w in medians if w > width), default=None)
-        if above is None:
-            if width > 2 * below:
+        known = self._medians.get(lanes, {})
+        if 1 not in known:
+            others = [n for n, medians in self._medians.items() if 1 in medians]
+            if not others:
+                return None
+            known = self._medians[min(others, key=lambda n: abs(n - lanes))]
+        if width in known:
+            return known[width]
+        widths = list(known)
+        at = bisect_left(widths, width)
+        if at == len(widths):
+            if width > 2 * widths[-1]:
                 return math.inf
-            above = below
-            below = 1
-            if above == 1:
-                return medians[1]
-        slope = max(medians[above] - medians[below], 0.0) / (above - below)
-        return medians[below] + slope * (width - below)
+            if len(widths) == 1:
+                return known[1]
+            at -= 1
+        below, above = widths[at - 1], widths[at]
+        slope = max(known[above] - known[below], 0.0) / (above - below)
+        return known[below] + slope * (width - below)
+
+    def _is_doubtful(self, lanes: int, width: int) -> bool:
+        """Measured a few times only, and long ago."""
+        return len(self._recent[lanes, width]) < _FEW and self._count - self._last[lanes, width] > _OLD

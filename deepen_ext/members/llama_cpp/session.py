@@ -202,7 +202,12 @@ class LlamaSession(Closing):
         return {lane: ids for lane, ids in unfed.items() if lane in first}
 
     def _share_prefixes(self, unfed: Mapping[int, list[int]], positions: Mapping[int, int]) -> None:
-        """What another lane holds of a lane's ids need not be fed: the lane takes over its cells."""
+        """What another lane holds of a lane's ids need not be fed: the lane takes over its cells.
+
+        Even for one token: the copy takes no forward apart and costs no more than the token. One token spared
+        saves 9 to 13 ms of CPU time for SmolLM2, and none for Gemma, whose cells are really copied; two
+        tokens save Gemma 8 to 11 ms (the embedded files, contexts of 256 and 1,000).
+        """
         if self._count == 1 or not self._loaded.shares:
             return
         context = self._context
