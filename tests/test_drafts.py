@@ -91,7 +91,7 @@ class TestCosts:
         costs.add(1, 2, 14.0)
         assert [costs.ms(1, width) for width in (2, 3, 4, 5)] == [14.0, 18.0, 22.0, math.inf]
         costs.add(1, 8, 20.0)
-        assert [costs.ms(1, width) for width in (5, 8, 16, 17)] == [17.0, 20.0, 20.0 + 8 * 10 / 7, math.inf]
+        assert [costs.ms(1, width) for width in (5, 8, 16, 17)] == [17.0, 20.0, 28.0, math.inf]
 
     def test_a_wider_pass_that_was_faster_is_no_gain_by_width(self) -> None:
         costs = Costs()
