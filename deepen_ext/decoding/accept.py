@@ -123,11 +123,11 @@ class Acceptor:
                 text.changed += token != choices.main_choices[row]
                 accepted.append(Accepted(one, row, token, text.written, self._write(text, one, token)))
                 text.finish_reason = self._stopping.reason(number, text, fused.logits[row : row + 1])
-                more = depth + 1 < len(drafts[number])
-                if text.finish_reason is not None and more:
-                    self._assistants.texts[number] = drafts[number][depth + 1].before
-                elif text.finish_reason is None and more and token == one.token:
-                    following.append(number)
+                if token == one.token and depth + 1 < len(drafts[number]):
+                    if text.finish_reason is None:
+                        following.append(number)
+                    else:
+                        self._assistants.texts[number] = drafts[number][depth + 1].before
             going, depth = following, depth + 1
 
     def _write(self, text: TextInProgress, one: Proposal, token: int) -> Written:
