@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from deepen_ext.members.backend import Backend
+from deepen_ext.members.backend import Backend, Capabilities
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.hf import session as hf_session
@@ -98,6 +98,10 @@ def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
 
 class _OnFixedBuffers(HFBackend):
     """Its sessions work as on CUDA: short pieces over fixed buffers, which the next session takes over."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, writes=True)
 
     def open(self, lanes: int = 1, capacity: int = 0) -> HFSession:
         with patch.object(hf_session, "_on_fixed_buffers", lambda loaded, cache: True):

@@ -8,6 +8,10 @@ while
 
 r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
 one-step rule of renewal-reward theory for when to end a cycle.
+
+Where the length has to be known beforehand (a member writes, or the main model on a device that the host
+does not wait for), it is the one of the fewest milliseconds a token: with a the share of tokens that stand, a
+draft of g tokens takes (g + 1) * write + read(g + 1) and gives 1 + a + ... + a^g of them.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from deepen_ext.decoding.observed.history import FUSION
 from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
-MOST_OFFERED = 8  # tokens that a member or prompt lookup writes ahead
+MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
 _CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
@@ -39,14 +43,16 @@ class Plan:
 class Pace:
     """Of one run."""
 
-    def __init__(self, team: Team, settings: DraftSettings, *, sampled: bool) -> None:
+    def __init__(self, team: Team, settings: DraftSettings, *, sampled: bool, at_once: bool) -> None:
         """Nothing is known but what the team's earlier runs found out.
 
         Args:
             team: of the run.
             settings: what was asked for.
             sampled: whether tokens are drawn.
+            at_once: the main model writes a draft of a length known beforehand.
         """
+        self._at_once = at_once
         self.settings = settings
         self._team = team
         self._history = team.histories[sampled]
@@ -64,10 +70,11 @@ class Pace:
         drafters, length = self.settings.drafters, self.settings.length
         if length is not None:
             return Plan(drafters[0], length)
-        rate = self._rate(lanes)
+        # With drafts at once, those of the main model are compared with none, not with the present pace.
+        rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
         if rate is None:  # nothing is measured yet
             return Plan(MAIN, 0)
-        best = Plan(MAIN, None if MAIN in drafters else 0)
+        best = Plan(MAIN, None if MAIN in drafters and not self._at_once else 0)
         for drafter in drafters:
             for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
                 if expected < rate * _CLEARLY:
@@ -175,12 +182,14 @@ class Pace:
 
     def _rate(self, lanes: int) -> float | None:
         """Milliseconds that a token costs, over all texts: as measured, and no more than without drafts."""
-        write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
-        if write is None or read is None:
-            return None
-        alone = (write + read) / lanes
+        alone = self._rate_alone(lanes)
         spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
-        return min(alone, spent / tokens) if tokens else alone
+        return alone if alone is None or not tokens else min(alone, spent / tokens)
+
+    def _rate_alone(self, lanes: int) -> float | None:
+        """The same without drafts."""
+        write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
+        return None if write is None or read is None else (write + read) / lanes
 
     def _read_ms(self, lanes: int, width: int, but: int | None = None) -> float | None:
         """Verification of so many tokens a text, by all assistants but one."""
@@ -202,18 +211,19 @@ class Pace:
     def _expected_rates(
         self, drafter: int, lanes: int, looked_up: Sequence[int]
     ) -> Iterator[tuple[int, float]]:
-        """Milliseconds a token with drafts of 1, 2, ... tokens by someone else than the main model."""
-        if drafter == MAIN:
+        """Milliseconds a token with drafts of 1, 2, ... tokens: by others than the main model, or at once."""
+        if drafter == MAIN and not self._at_once:
             return
         history, stands = self._history, self._history.accepted(drafter).mean
         most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
-        # The place after its last token is one that a member has to be asked about, too.
+        # A forward of the writer for each token, and one for the place after the last of them.
         writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
         expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
         for length in range(1, most + 1):
             expected.append(expected[-1] + stands**length)
-            read = history.cost(MAIN).ms(lanes, length + 1)
-            verified = self._read_ms(lanes, length + 1, but=drafter)
+            # What the main model wrote it need not read.
+            read = 0.0 if drafter == MAIN else history.cost(MAIN).ms(lanes, length + 1)
+            verified = self._read_ms(lanes, length + 1, but=None if drafter == MAIN else drafter)
             if writing is None or read is None or verified is None or math.inf in (read, verified):
                 return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
