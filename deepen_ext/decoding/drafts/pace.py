@@ -29,6 +29,7 @@ from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
 _CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
+_WARM_UP = 2  # forward passes of a shape on CUDA: one as it is, and one that is captured
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
 
@@ -58,6 +59,7 @@ class Pace:
         self._history = team.histories[sampled]
         self._assistants = range(1, len(team.members))
         self._learns = settings.length is None
+        self._warm_up = 0 if team.device.type == "cpu" else _WARM_UP
         self._unread: dict[int, int] = {}  # main tokens of each text since the assistants read it last
 
     def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
@@ -110,7 +112,7 @@ class Pace:
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
         if self._learns:
-            self._history.cost(MAIN).add(lanes, width, ms)
+            self._history.cost(MAIN).add(lanes, width, ms, warm_up=self._warm_up)
 
     def learn(
         self,
@@ -153,8 +155,9 @@ class Pace:
             # There forward passes are only queued, and done when the tokens are read: each gets its share.
             by_member = {i: ms / len(by_member) for i in by_member}
         for who, spent in by_member.items():
-            self._history.cost(who).add(lanes, width, spent)
-        self._history.cost(FUSION).add(lanes, width, max(ms - sum(by_member.values()), 0.0))
+            self._history.cost(who).add(lanes, width, spent, warm_up=self._warm_up)
+        rest = max(ms - sum(by_member.values()), 0.0)
+        self._history.cost(FUSION).add(lanes, width, rest, warm_up=self._warm_up)
 
     def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
         """Of who wrote, what stood. Of who did not, whether it would have written that token."""
