@@ -65,7 +65,7 @@ class FusedStep:
     def read(self, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
         """The sampled tokens (an integer dtype, [B]) and the main model's own choices, on the host.
 
-        With what `check` looks at this is one copy from the device, the only one of a step.
+        With what `check` looks at this is one copy from the device, the only one of a fusion step.
 
         Raises:
             InputError: see `check`.
