@@ -1,8 +1,8 @@
 """Milliseconds a token of every way of fusing, each with forwards of its own, beside its members alone.
 
-One prompt at a time, greedy, the configurations in turn for every prompt, so that a drift of the machine hits
-all of them. Each prompt is continued twice: the first time relative rows may still have to be computed, the
-second time they are there. A configuration's figure is the median over prompts. Writes
+One prompt at a time, greedy, without drafts, the configurations in turn for every prompt, so that a drift of
+the machine hits all of them. Each prompt is continued twice: the first time relative rows may still have to
+be computed, the second time they are there. A configuration's figure is the median over prompts. Writes
 bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
 """
 
@@ -43,6 +43,7 @@ def main() -> None:
                     prompt,
                     max_new_tokens=options.tokens,
                     min_new_tokens=options.tokens,
+                    draft=0,
                     certified_skip=skip,
                 )
                 times[key].append(written.timings.ms_per_token)

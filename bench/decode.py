@@ -1,8 +1,9 @@
 """Ensemble decoding beside its members alone, and beside the authors' way of running assistants.
 
-Everything is greedy and in one process with the same threads; what is compared alternates. Times a token
-leave out the step that reads the prompt, on both sides; the time to the first token is that step. Relative
-rows are cold in the first generation (the cache folder is empty) and warm in all others.
+Everything is greedy, without drafts (bench/drafts.py times those), and in one process with the same threads;
+what is compared alternates. Times a token leave out the step that reads the prompt, on both sides; the time
+to the first token is that step. Relative rows are cold in the first generation (the cache folder is empty)
+and warm in all others.
 
 `--backend llama.cpp` measures the members there instead (`decode_native`), and writes a file of its own into
 bench/results/.
@@ -30,7 +31,7 @@ from common import (
     start_of_peak,
     write_json,
 )
-from decode_parts import alone_in_transformers, say, split_of, texts_of
+from decode_parts import alone_in_transformers, questions_of, say, split_of, texts_of
 
 from deepen_ext.measure.evaluation.tasks import TASKS
 
@@ -52,10 +53,10 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
     members = [load_member(folder) for folder in folders[:2]]
     pair = Ensemble(members, **TIMED)
     prompt = texts_of(members[0], CONTEXT, 1)[0]
-    cold = pair.generate(prompt, max_new_tokens=new_tokens)
+    cold = pair.generate(prompt, max_new_tokens=new_tokens, draft=0)
     rows = pair.rows_computed
     warm = Ensemble(members, **TIMED)  # reads the rows from the cache folder, as a second process would
-    if warm.generate(prompt, max_new_tokens=new_tokens).token_ids != cold.token_ids:
+    if warm.generate(prompt, max_new_tokens=new_tokens, draft=0).token_ids != cold.token_ids:
         raise RuntimeError("warm and cold rows give different texts")
     if rows == 0 or warm.rows_computed != 0:
         raise RuntimeError(f"rows computed: {rows} cold, {warm.rows_computed} warm; expected some and none")
@@ -63,7 +64,7 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
     found: dict[str, Any] = {
         "cold": split_of(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
         "prose": _beside_members(warm, [prompt], new_tokens, repetitions),
-        "gsm8k": _beside_members(warm, _questions(members[0], data), new_tokens, 1),
+        "gsm8k": _beside_members(warm, questions_of(members[0], data, CONTEXT, QUESTIONS), new_tokens, 1),
         "few-shot": _few_shot(warm, data, 2),
         "authors": _authors(warm, prompt, new_tokens),
         "batches": [
@@ -76,18 +77,9 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
     }
     say("three members")
     trio = Ensemble([*members, load_member(folders[2])], **TIMED)
-    trio.generate(prompt, max_new_tokens=8)  # its rows
+    trio.generate(prompt, max_new_tokens=8, draft=0)  # its rows
     found["trio"] = _beside_members(trio, [prompt], BATCH_TOKENS, 2)
     return found
-
-
-def _questions(main: Any, data: Path) -> list[str]:
-    """GSM8K as the paper asks it, the last 256 tokens of examples and question."""
-    texts = []
-    for item in TASKS["gsm8k"].items(data, "dev")[:QUESTIONS]:
-        ids = main.vocabulary.encode(item.prompt)[-CONTEXT:]
-        texts.append(main.vocabulary.decode(ids, continues=True).decode(errors="ignore"))
-    return texts
 
 
 def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[float]]:
@@ -102,7 +94,7 @@ def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[flo
         for _ in range(repetitions):
             for kind, spared in (("once", fewest), ("by every row", 1 << 60)):
                 attention._FEWEST_SPARED = spared
-                done = ensemble.generate(prompts, max_new_tokens=FEW_SHOT_TOKENS)
+                done = ensemble.generate(prompts, max_new_tokens=FEW_SHOT_TOKENS, draft=0)
                 texts.append(done.texts)
                 steps[kind] += done.timings.step_ms[1:]
     finally:
@@ -127,7 +119,7 @@ def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetiti
             for kind, skip in (("asked", False), ("skip", True)):
                 start_of_peak()
                 base = resident()
-                done = ensemble.generate(prompt, max_new_tokens=new_tokens, certified_skip=skip)
+                done = ensemble.generate(prompt, max_new_tokens=new_tokens, draft=0, certified_skip=skip)
                 texts.append(done.token_ids)
                 runs[kind].append(
                     split_of(done.timings)
@@ -152,7 +144,7 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
     import torch
 
     say("the authors' way")
-    done = ensemble.generate(prompt, max_new_tokens=new_tokens)
+    done = ensemble.generate(prompt, max_new_tokens=new_tokens, draft=0)
     main = ensemble.members[0].vocabulary
     every: list[float] = []
     last: list[float] = []
@@ -174,9 +166,9 @@ def _authors(ensemble: Any, prompt: str, new_tokens: int) -> dict[str, list[floa
 def _batch(ensemble: Any, context: int, batch: int, skip: bool) -> dict[str, Any]:
     say(f"batch {batch}, context {context}{', certified skip' if skip else ''}")
     prompts = texts_of(ensemble.members[0], context, batch)
-    ensemble.generate(prompts[:1], max_new_tokens=2)
+    ensemble.generate(prompts[:1], max_new_tokens=2, draft=0)
     base = start_of_peak()
-    timings = ensemble.generate(prompts, max_new_tokens=BATCH_TOKENS, certified_skip=skip).timings
+    timings = ensemble.generate(prompts, max_new_tokens=BATCH_TOKENS, draft=0, certified_skip=skip).timings
     return {
         "context": context,
         "batch": batch,

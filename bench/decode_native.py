@@ -2,8 +2,8 @@
 
 All that is compared runs in one process with the same threads, in turns: each member by a plain loop over
 llama.cpp's C API, each by transformers' greedy `generate` on the dequantised float32 weights, and the
-ensemble with the default settings. Greedy; times a token leave out the step that reads the prompt, on every
-side.
+ensemble with the default settings. Greedy, without drafts (bench/drafts.py times those); times a token leave
+out the step that reads the prompt, on every side.
 
 The three members with a main model of 1.5 billion weights run in a process of their own, for its peak memory.
 """
@@ -115,7 +115,7 @@ def _check_loops(members: Sequence[Any], text: str, threads: int) -> None:
 
 
 def _ensemble_run(ensemble: Any, prompts: Any, tokens: int, skip: bool) -> dict[str, Any]:
-    done = ensemble.generate(prompts, max_new_tokens=tokens, certified_skip=skip)
+    done = ensemble.generate(prompts, max_new_tokens=tokens, draft=0, certified_skip=skip)
     rows = 1 if isinstance(prompts, str) else len(prompts)
     if done.timings.tokens != rows * tokens:
         raise RuntimeError(f"{done.timings.tokens} tokens came instead of {rows * tokens}: take another text")

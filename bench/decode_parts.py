@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from common import LONG_TEXT
+
+from deepen_ext.measure.evaluation.tasks import TASKS
 
 
 def say(stage: str) -> None:
@@ -19,6 +22,15 @@ def texts_of(main: Any, context: int, count: int) -> list[str]:
     for row in range(count):
         ids = main.vocabulary.encode(" ".join(words[5 * row :]))
         texts.append(main.vocabulary.decode(ids[:context]).decode(errors="ignore"))
+    return texts
+
+
+def questions_of(main: Any, data: Path, context: int, count: int) -> list[str]:
+    """GSM8K as the paper asks it, the last `context` tokens of examples and question."""
+    texts = []
+    for item in TASKS["gsm8k"].items(data, "dev")[:count]:
+        ids = main.vocabulary.encode(item.prompt)[-context:]
+        texts.append(main.vocabulary.decode(ids, continues=True).decode(errors="ignore"))
     return texts
 
 
@@ -56,7 +68,8 @@ def alone_in_transformers(member: Any, prompt: str, new_tokens: int) -> float:
 
 
 def split_of(timings: Any) -> dict[str, float]:
-    tokens = max(timings.steps - 1, 1)
+    """Milliseconds a token of each text, by stage; of one text, or of a batch without drafts."""
+    tokens = timings.later_tokens
     members = {f"forward of {name}": value / tokens for name, value in timings.members_ms.items()}
     split = {
         **members,

@@ -58,7 +58,7 @@ def measure(folders: list[str], new_tokens: int) -> dict[str, Any]:
     return {
         "base": base,
         "stages": stages,
-        "new_tokens": generation.timings.steps,
+        "new_tokens": generation.timings.tokens,
         "rows": ensemble.rows_computed,
     }
 

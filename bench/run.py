@@ -59,6 +59,8 @@ def main() -> None:
         memory = _script(folder, "memory")
     native = ["--backend", "llama.cpp", "--results", str(options.results)]  # it writes a file of its own
     _run([str(BENCH / "decode.py"), *native])
+    drafts = options.results / f"{Path(speed_file(found)).stem}-drafts.json"  # this too
+    _run([str(BENCH / "drafts.py"), "--json", str(drafts)])
     figures["decode"] = decode["figures"]
     figures["memory"] = memory["figures"]
     target = options.results / speed_file(found)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepen_ext import Ensemble
 from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN, DraftSettings
 from deepen_ext.decoding.drafts.main_word import WordReader
-from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace, Plan
+from deepen_ext.decoding.drafts.pace import _CLEARLY, MOST_OFFERED, Pace, Plan
 from deepen_ext.decoding.observed.costs import Costs
 from deepen_ext.decoding.observed.history import FUSION, History
 from deepen_ext.decoding.sampler import Chooser
@@ -254,12 +254,23 @@ class TestPace:
         ]
         best = min(range(len(rates)), key=rates.__getitem__)
         plan = self.pace(history).plan(1, [])
-        assert plan == Plan(MAIN, best if rates[best] < 0.97 * rates[0] else 0)
+        assert plan == Plan(MAIN, best if rates[best] < _CLEARLY * rates[0] else 0)
         assert (plan.length > 0) == (share > 0.5)
 
     def test_none_where_reading_costs_by_the_token(self) -> None:
         history = self.history(8.0, {width: 10.0 * width for width in range(1, 10)}, 0.9)
         assert self.pace(history).plan(1, []) == Plan(MAIN, 0)
+
+    def test_what_no_assistant_is_asked_about(self) -> None:
+        """It stands: longer drafts. But without a draft, too, there is little to verify, and dear tokens."""
+        history = self.history(1.0, dict.fromkeys(range(1, 10), 12.0), 0.6)
+        before = self.pace(history).plan(1, []).length
+        history.opened = (30.0, 100.0)
+        assert self.pace(history).plan(1, []).length > before > 0
+        history = self.history(8.0, dict.fromkeys(range(1, 10), 12.0), 0.6)
+        assert self.pace(history).plan(1, []).length == 1
+        history.opened = (30.0, 100.0)
+        assert self.pace(history).plan(1, []).length == 0
 
     def test_widths_are_tried_by_and_by(self) -> None:
         """What was never measured is tried, not more than twice as wide as what was."""

@@ -10,6 +10,7 @@ import torch
 from gguf_files import CountingLlama, dequantised, write_tiny_model
 
 from deepen_ext import Ensemble, demo, fuse_logits, load_members
+from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.errors import ModelError
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.gguf.facts import read_facts
@@ -113,6 +114,22 @@ class TestGreedyText:
             )
             assert skipping.timings.settled > 0
             assert skipping.token_ids == plain.token_ids
+
+    def test_with_and_without_drafts(self, exact: list[Member]) -> None:
+        ensemble = Ensemble(exact)
+        assert DraftSettings.read(ensemble.team, None, "auto").length is None  # on, as far as they pay
+        plain = ensemble.generate(PROMPTS[:2], max_new_tokens=12, draft=0)
+        assert sum(one.changed_tokens for one in plain) > 0
+        for draft, drafter in ((None, "auto"), (3, "main"), (4, ensemble.names[1])):
+            found = ensemble.generate(PROMPTS[:2], max_new_tokens=12, draft=draft, drafter=drafter)
+            assert [one.token_ids for one in found] == [one.token_ids for one in plain]
+            assert found.timings.stood > 0 or draft is None
+
+    def test_quantised_members_draft_only_where_asked_to(self, quantised: list[Member]) -> None:
+        """Among their near-ties another token could win."""
+        ensemble = Ensemble(quantised)
+        assert ensemble.generate(PROMPTS[0], max_new_tokens=12).timings.drafted == 0
+        assert ensemble.generate(PROMPTS[0], max_new_tokens=12, draft=3).timings.drafted > 3
 
 
 def tiny(folder: Path, family: str = "llama") -> CountingLlama:

@@ -78,6 +78,19 @@ def results(tmp_path: Path) -> Path:
         "figures": {"gpu": [figure("step, warm L2", 40.0, budget="at most 50 µs", met=True)]},
         "skipped": [],
     }
+    beside = {"baseline": "the same without drafts", "baseline_value": 200.0, "ratio": 0.6}
+    drafts = {
+        **cpu,
+        "kind": "drafts",
+        "quick": False,
+        "threads": 2,
+        "versions": {**versions, "llama.cpp": "llama.cpp 1"},
+        "figures": {
+            "larger": [figure("draft auto, drafter auto", 110.0, **beside)],
+            "pair": [figure("the pair, draft auto", 120.0, note="80% of these stood", **beside)],
+        },
+    }
+    (folder / "some-cpu-drafts.json").write_text(json.dumps({**common, **drafts}))
     (folder / "some-cpu.json").write_text(json.dumps({**common, **cpu}))
     (folder / "card.json").write_text(json.dumps({**common, **gpu}))
     (folder / "other.json").write_text(json.dumps({"no": "figures"}))
@@ -111,7 +124,13 @@ def test_a_page_of_small_results(results: Path, docs: Path) -> None:
     assert page.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in page
     assert "| prose, context 256, batch 1, warm rows | 120 ms a token (115 to 125) |" in page
-    assert page.count("![") == 1  # the card has no such figures
+    assert page.count("![") == 1  # neither the card nor the drafts have such figures
+    _, pair, larger = page.partition("**Some CPU, 2 cores** (avx2), drafts, 2 threads")[2].split(
+        "\n| drafts, "
+    )[:3]
+    row = "| the same without drafts: 200 ms a token | 0.60 × |"
+    assert f"| the pair, draft auto | 120 ms a token (115 to 125) {row}  | 80% of these stood |" in pair
+    assert f"| draft auto, drafter auto | 110 ms a token (105 to 115) {row}" in larger
     assert "](performance/speed-some-cpu.svg)" in page
 
     plot = docs / "performance" / "speed-some-cpu.svg"

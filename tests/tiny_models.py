@@ -11,9 +11,17 @@ import torch
 from sessions import changed
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT as PROSE
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
 __all__ = [
@@ -23,6 +31,7 @@ __all__ = [
     "one_byte_tokens",
     "save_model",
     "tiny_main_model",
+    "tiny_of_tokenizer",
     "tiny_reader",
 ]
 
@@ -114,3 +123,25 @@ def tiny_reader(member: Member, name: str, text: str, *, seed: int, **settings: 
     head.copy_(14 * knows + 0.1 * torch.randn_like(head))
     head[counts == 0, 0] -= 6 / states[:, 0].mean()
     return changed(member, name=name, model=model)
+
+
+def tiny_of_tokenizer(folder: Path, tokenizer_folder: Path, architecture: type[PretrainedConfig]) -> Member:
+    """A member with this tokenizer and a model of this architecture, for `tiny_reader` to replace.
+
+    Args:
+        folder: an empty one, for the model.
+        tokenizer_folder: where the tokenizer is.
+        architecture: the class of the model's config.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    config = architecture(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_member(folder)

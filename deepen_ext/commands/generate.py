@@ -94,6 +94,8 @@ def generate(
 ) -> None:
     """Continue a text with two or more models together."""
     with exit_codes(debug):
+        from deepen_ext.decoding.drafts.draft_settings import draft_length
+
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
         given = {name: value for name, value in sampling.items() if value is not None}
         if given and not sample:
@@ -102,6 +104,8 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
+        if draft is not None:
+            draft_length(draft)
         ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate)
         result = ensemble.generate(
             [{"role": "user", "content": text}] if chat else text,
@@ -110,7 +114,7 @@ def generate(
             stop_strings=stop or None,
             certified_skip=certified_skip,
             confidence_gate=confidence_gate,
-            draft=int(draft) if draft is not None and draft.isdecimal() else draft,
+            draft=draft,
             drafter=drafter,
             trace=trace,
             without_template=without_template.value,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 from typing import Literal
 
@@ -62,6 +63,8 @@ class Acceptor:
 
     Attributes:
         sampling_ms: time spent on the last drafts' choices.
+        failure: what a processor or a criterion raised after other tokens of the last drafts were written.
+            These are for the reader first.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Acceptor:
         self._chooser = chooser
         self._stopping = stopping
         self.sampling_ms = 0.0
+        self.failure: Exception | None = None
 
     def accept(self, drafts: Mapping[int, Draft], fused: FusedStep) -> list[Accepted]:
         """Write what stands of each draft, and the first token that is another one.
@@ -89,12 +93,24 @@ class Acceptor:
             fused: its rows are the drafts' places, draft after draft.
 
         Raises:
-            InputError: a member that gave NaN; processors that forbid every token.
+            InputError: a member that gave NaN; processors that forbid every token. After other tokens of
+                these drafts were written, this is in `failure`.
         """
         began = perf_counter()
         choices = _Choices(self._chooser, drafts, self._texts, fused)
         self.sampling_ms = (perf_counter() - began) * 1e3
-        accepted = []
+        accepted: list[Accepted] = []
+        try:
+            self._accept(drafts, choices, fused, accepted)
+        except Exception as error:
+            if not accepted:
+                raise
+            self.failure = error
+        return accepted
+
+    def _accept(
+        self, drafts: Mapping[int, Draft], choices: _Choices, fused: FusedStep, accepted: list[Accepted]
+    ) -> None:
         going, depth = list(drafts), 0
         while going:
             began = perf_counter()
@@ -113,7 +129,6 @@ class Acceptor:
                 elif text.finish_reason is None and more and token == one.token:
                     following.append(number)
             going, depth = following, depth + 1
-        return accepted
 
     def _write(self, text: TextInProgress, one: Proposal, token: int) -> Written:
         """Give the token's text to the assistants; a special token has none, and they read its name."""
@@ -149,9 +164,8 @@ class _Choices:
         self._texts = texts
         self._fused = fused
         self._lengths = {number: len(texts[number].ids) for number in drafts}
-        self.starts: dict[int, int] = {}
-        for number in drafts:
-            self.starts[number] = sum(len(drafts[other]) for other in self.starts)
+        starts = accumulate(map(len, drafts.values()), initial=0)
+        self.starts = dict(zip(drafts, starts, strict=False))
         # All at once where that costs nothing, or saves reads of the device. Else in order: of the places
         # that are dropped nobody should compute anything, and a caller's processor may count its calls.
         plain = not chooser.settings.do_sample and not chooser.processors(next(iter(drafts)))

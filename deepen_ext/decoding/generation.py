@@ -22,7 +22,6 @@ class Timings:
 
     steps: int = 0
     tokens: int = 0
-    tokens_a_text: float = 0.0  # summed over the steps: the tokens of a step by the texts it had
     drafted: int = 0  # tokens that were written ahead, to be verified later
     stood: int = 0  # of these, those that were kept
     settled: int = 0  # tokens that no assistant could have changed (the certified skip), so none was asked
@@ -34,6 +33,7 @@ class Timings:
     sampling_ms: float = 0.0
     total_ms: float = 0.0
     step_ms: list[float] = field(default_factory=list)  # of every step, the first included
+    step_texts: list[int] = field(default_factory=list)  # how many texts were being written in it
     rows: int = 1  # texts of the first step
 
     def add_step(
@@ -63,7 +63,7 @@ class Timings:
         self.handoff_ms += stages["handoff"]
         self.steps += 1
         self.tokens += len(reasons)
-        self.tokens_a_text += len(reasons) / texts
+        self.step_texts.append(texts)
         self.drafted += drafted
         self.stood += stood
         self.settled += list(reasons).count("settled")
@@ -77,8 +77,13 @@ class Timings:
 
     @property
     def later_tokens(self) -> float:
-        """Tokens of a text after its first, on average over the texts: what times a token divide by."""
-        return max(self.tokens_a_text - 1, 1.0)
+        """Tokens of a text after the first step: all of them by the texts there were, averaged over time.
+
+        What times a token of a text divide by."""
+        later = list(zip(self.step_ms, self.step_texts, strict=False))[1:]
+        spent = sum(ms for ms, _ in later)
+        texts = sum(ms * count for ms, count in later) / spent if spent else 1.0
+        return max((self.tokens - self.rows) / texts, 1.0)
 
     @property
     def ms_per_token(self) -> float:

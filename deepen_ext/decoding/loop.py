@@ -169,6 +169,8 @@ class Run:
                 if self._timings.steps == 1:
                     self._timings.end_of_prompt()
                 yield written
+                if self._acceptor.failure is not None:
+                    raise self._acceptor.failure
                 began = perf_counter()
             rest = [self._end_of_text(number) for number in range(len(self._texts))]
             if any(one.text for one in rest):

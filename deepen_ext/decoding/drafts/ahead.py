@@ -24,7 +24,8 @@ from deepen_ext.decoding.text_in_progress import TextInProgress
 from deepen_ext.members.backend import Session, WritingSession
 from deepen_ext.members.distribution import Distribution, forbid
 
-_MOST_PLACES = 64  # of a draft, those that need no verification among them: their logits are kept
+# What a cycle keeps: the logits of one member at the places of all drafts.
+_MOST_PLACES, _MOST_BYTES = 64, 128 << 20
 
 
 class Writer:
@@ -239,8 +240,13 @@ class Writer:
     def _can_go_on(self, number: int, draft: Draft) -> bool:
         """Whether the text goes on after the draft's last token."""
         text = self._texts[number]
-        more = text.written + len(draft) < text.new_tokens and len(draft) < _MOST_PLACES
+        more = text.written + len(draft) < text.new_tokens and len(draft) < self._most_places()
         return more and not self._stopping.ends_text(draft[-1].token)
+
+    def _most_places(self) -> int:
+        """Of a draft, those that need no verification among them."""
+        largest = max(member.vocab_size for member in self._team.members) * 4
+        return max(2, min(_MOST_PLACES, _MOST_BYTES // (largest * len(self._assistants.lanes))))
 
     def _fits(self, number: int, draft: Draft) -> bool:
         """Whether every member can read the text with the draft."""

@@ -29,7 +29,7 @@ class DraftSettings:
     drafters: tuple[int, ...]
 
     @classmethod
-    def read(cls, team: Team, draft: Literal["auto"] | int | None, drafter: str) -> DraftSettings:
+    def read(cls, team: Team, draft: Literal["auto"] | int | str | None, drafter: str) -> DraftSettings:
         """Check `draft` and `drafter` of `Ensemble.start`.
 
         Raises:
@@ -38,13 +38,23 @@ class DraftSettings:
         if draft is None:
             repeatable = all(member.backend.capabilities.repeatable for member in team.members)
             draft = "auto" if repeatable else 0
-        if draft == "auto":
-            length = None
-        elif isinstance(draft, str):
-            raise InputError(f"draft is {draft!r}; give 'auto', 0 for no drafts, or a number of tokens")
-        else:
-            length = whole_number("draft (or give 'auto')", draft, 0, LONGEST)
+        length = draft_length(draft)
         return cls(length, _drafters(team.names, length, drafter))
+
+
+def draft_length(draft: Literal["auto"] | int | str) -> int | None:
+    """How many tokens are to be written ahead; None for "auto". A text may be a number.
+
+    Raises:
+        InputError: neither "auto" nor a number, or out of range.
+    """
+    if draft == "auto":
+        return None
+    if isinstance(draft, str):
+        if not draft.isdecimal():
+            raise InputError(f"draft is {draft!r}; give 'auto', 0 for no drafts, or a number of tokens")
+        draft = int(draft)
+    return whole_number("draft (or give 'auto')", draft, 0, LONGEST)
 
 
 def _drafters(names: Sequence[str], length: int | None, drafter: str) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ while
     sum over texts of P(the draft stands so far) * r  >  write + read(w + 1) - read(w),
 
 r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
-one-step rule of renewal-reward theory for when to end a cycle.
+one-step rule of renewal-reward theory for when to end a cycle. All of it is estimated, and what is gained by
+a narrow margin may as well be lost: the left side has to be larger by a tenth.
 
 Where the length has to be known beforehand (a member writes, or the main model on a device that the host
 does not wait for), it is the one of the fewest milliseconds a token: with a the share of tokens that stand, a
@@ -17,6 +18,7 @@ draft of g tokens takes (g + 1) * write + read(g + 1) and gives 1 + a + ... + a^
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
-_CLEARLY = 0.97  # another drafter has to be cheaper by this much: estimates are no measurements
+_CLEARLY = 0.9
 _WARM_UP = 2  # forward passes of a shape on CUDA: one as it is, and one that is captured
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
@@ -107,7 +109,7 @@ class Pace:
                 if one.place.is_open:
                     stands *= accepted.chance(one.margin)
             gain += stands
-        return gain * rate > write + then - now
+        return gain * rate * _CLEARLY > write + then - now
 
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
@@ -140,9 +142,8 @@ class Pace:
             lanes = len(ahead.drafts)
             spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
             self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
-        for number, draft in ahead.drafts.items():
-            kept = sum(one.proposal.place.text == number for one in accepted)
-            asked = [i for i, one in enumerate(draft[:kept]) if one.place.is_open]
+        for number, kept in Counter(one.proposal.place.text for one in accepted).items():
+            asked = [i for i, one in enumerate(ahead.drafts[number][:kept]) if one.place.is_open]
             self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept
 
     def _learn_costs(self, drafts: Mapping[int, Draft], step: AssistedStep, ms: float) -> None:
@@ -162,6 +163,9 @@ class Pace:
     def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
         """Of who wrote, what stood. Of who did not, whether it would have written that token."""
         history, drafter = self._history, ahead.drafter
+        opened, every = history.opened
+        count = sum(one.proposal.place.is_open for one in accepted)
+        history.opened = (opened * _FADE + count, every * _FADE + len(accepted))
         for one in accepted:
             proposal = one.proposal
             if proposal.place.is_open:
@@ -192,7 +196,10 @@ class Pace:
     def _rate_alone(self, lanes: int) -> float | None:
         """The same without drafts."""
         write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
-        return None if write is None or read is None else (write + read) / lanes
+        if write is None or read is None:
+            return None
+        opened, every = self._history.opened
+        return (write + read * opened / every) / lanes
 
     def _read_ms(self, lanes: int, width: int, but: int | None = None) -> float | None:
         """Verification of so many tokens a text, by all assistants but one."""
@@ -214,23 +221,37 @@ class Pace:
     def _expected_rates(
         self, drafter: int, lanes: int, looked_up: Sequence[int]
     ) -> Iterator[tuple[int, float]]:
-        """Milliseconds a token with drafts of 1, 2, ... tokens: by others than the main model, or at once."""
-        if drafter == MAIN and not self._at_once:
+        """Milliseconds a token with drafts of 1, 2, ... tokens, where the length is chosen beforehand."""
+        if drafter == MAIN:
+            yield from self._rates_at_once(lanes) if self._at_once else ()
             return
         history, stands = self._history, self._history.accepted(drafter).mean
         most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
-        # A forward of the writer for each token, and one for the place after the last of them.
+        # The place after its last token is one that a member has to be asked about, too.
         writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
         expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
         for length in range(1, most + 1):
             expected.append(expected[-1] + stands**length)
-            # What the main model wrote it need not read.
-            read = 0.0 if drafter == MAIN else history.cost(MAIN).ms(lanes, length + 1)
-            verified = self._read_ms(lanes, length + 1, but=None if drafter == MAIN else drafter)
+            read = history.cost(MAIN).ms(lanes, length + 1)
+            verified = self._read_ms(lanes, length + 1, but=drafter)
             if writing is None or read is None or verified is None or math.inf in (read, verified):
                 return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
             yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
+
+    def _rates_at_once(self, lanes: int) -> Iterator[tuple[int, float]]:
+        """The same of the main model, which writes one token more than it drafts: the choice after them."""
+        opened, every = self._history.opened
+        share = opened / every  # of places that an assistant is asked about; at the others a token stands
+        stands = 1 - share * (1 - self._history.accepted(MAIN).mean)
+        write, tokens = self._history.cost(MAIN).ms(lanes, 1), 1.0
+        for length in range(1, MOST_OFFERED + 1):
+            read = self._read_ms(lanes, length + 1)
+            if write is None or read is None or math.isinf(read):
+                return
+            tokens += stands**length
+            needed = 1 - (1 - share) ** (length + 1)  # whether there is anything to verify
+            yield length, (write * (length + 1) + read * needed) / (tokens * lanes)
 
 
 def begins_alike(one: bytes, other: bytes) -> bool:

@@ -18,11 +18,13 @@ class History:
         costs: of reading and writing, by member index and `FUSION`.
         acceptance: of each drafter's tokens (`MAIN`, `LOOKUP`, member indices).
         spent: milliseconds and tokens of recent cycles, fading, by number of lanes.
+        opened: of recent tokens, fading, those that an assistant could change, and all.
     """
 
     costs: dict[int, Costs] = field(default_factory=dict)
     acceptance: dict[int, Acceptance] = field(default_factory=dict)
     spent: dict[int, tuple[float, float]] = field(default_factory=dict)
+    opened: tuple[float, float] = (1.0, 1.0)
 
     def cost(self, who: int) -> Costs:
         """Of this member, or `FUSION`."""

@@ -1,0 +1,436 @@
+"""Drafts: what they cost and gain as measured, who writes them, what is asked for, what is said of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import AWKWARD
+
+from deepen_ext import Ensemble, InputError
+from deepen_ext.decoding.drafts.draft_settings import LONGEST, LOOKUP, MAIN, DraftSettings
+from deepen_ext.decoding.drafts.lookup import PromptLookup
+from deepen_ext.decoding.drafts.pace import Pace, Plan
+from deepen_ext.decoding.generation import Timings
+from deepen_ext.decoding.observed.acceptance import Acceptance
+from deepen_ext.decoding.observed.costs import Costs
+from deepen_ext.decoding.observed.history import FUSION, History
+from deepen_ext.members.member import Member
+
+PROMPT = "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into"
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
+    return Ensemble([tiny_smollm2, tiny_gemma], learning_rate=1.0)
+
+
+class Spy:
+    """A backend that keeps what its sessions are asked."""
+
+    def __init__(self, member: Member) -> None:
+        self.asked: list[tuple[dict[int, list[int]], dict[int, int]]] = []
+        self._backend = member.backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def open(self, lanes: int = 1, capacity: int = 0) -> Any:
+        return _SpySession(self, self._backend.open(lanes, capacity))
+
+    @property
+    def texts(self) -> list[tuple[int, ...]]:
+        """The ids before every position that was asked for."""
+        return [
+            tuple(ids[: len(ids) - left])
+            for targets, positions in self.asked
+            for lane, ids in targets.items()
+            for left in range(positions[lane])
+        ]
+
+
+class _SpySession:
+    def __init__(self, spy: Spy, session: Any) -> None:
+        self._spy = spy
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def ask(self, targets: Mapping[int, Sequence[int]], k: int, positions: Any = 1) -> Any:
+        each = positions if isinstance(positions, Mapping) else dict.fromkeys(targets, positions)
+        self._spy.asked.append(({lane: list(ids) for lane, ids in targets.items()}, dict(each)))
+        return self._session.ask(targets, k, positions)
+
+
+def watched(ensemble: Ensemble) -> tuple[Ensemble, list[Spy]]:
+    """The ensemble again, of members whose backends keep what they are asked."""
+    spies = [Spy(one) for one in ensemble.members]
+    members = [replace(one, backend=spy) for one, spy in zip(ensemble.members, spies, strict=True)]
+    return Ensemble(members, learning_rate=1.0), spies
+
+
+class TestCosts:
+    def test_nothing_is_known(self) -> None:
+        assert Costs().ms(1, 1) is None
+        costs = Costs()
+        costs.add(1, 2, 5.0)
+        assert costs.ms(1, 2) is None  # of one token nothing is known: no width can be compared with it
+        assert costs.ms(4, 1) is None
+
+    def test_a_width_is_tried_up_to_twice_the_largest_known(self) -> None:
+        costs = Costs()
+        costs.add(1, 1, 10.0)
+        assert [costs.ms(1, width) for width in (1, 2, 3)] == [10.0, 10.0, math.inf]
+        costs.add(1, 2, 14.0)
+        assert [costs.ms(1, width) for width in (2, 3, 4, 5)] == [14.0, 18.0, 22.0, math.inf]
+        costs.add(1, 8, 20.0)
+        assert [costs.ms(1, width) for width in (5, 8, 16, 17)] == [17.0, 20.0, 20.0 + 8 * 10 / 7, math.inf]
+
+    def test_a_wider_pass_that_was_faster_is_no_gain_by_width(self) -> None:
+        costs = Costs()
+        costs.add(1, 1, 10.0)
+        costs.add(1, 4, 8.0)
+        assert [costs.ms(1, width) for width in (2, 3, 8)] == [10.0, 10.0, 10.0]
+
+    def test_the_median_of_the_last_measurements(self) -> None:
+        costs = Costs()
+        for ms in (10.0, 500.0, 11.0):
+            costs.add(1, 1, ms)
+        assert costs.ms(1, 1) == 11.0
+        for _ in range(7):
+            costs.add(1, 1, 20.0)
+        assert costs.ms(1, 1) == 20.0
+
+    def test_other_numbers_of_lanes_take_the_nearest(self) -> None:
+        costs = Costs()
+        costs.add(1, 1, 10.0)
+        costs.add(8, 1, 30.0)
+        assert [costs.ms(lanes, 1) for lanes in (1, 2, 7, 8, 32)] == [10.0, 10.0, 30.0, 30.0, 30.0]
+        costs.add(2, 3, 1.0)  # without a width of 1, two lanes are as good as not measured
+        assert costs.ms(1, 1) == 10.0
+
+    @pytest.mark.parametrize(("measured", "kept"), [(1, False), (2, False), (3, True)])
+    def test_a_width_that_was_measured_once_or_twice_is_tried_again_some_time(self, measured, kept) -> None:
+        """What it took then may have been a disturbance."""
+        costs = Costs()
+        costs.add(1, 1, 10.0)
+        for _ in range(measured):
+            costs.add(1, 2, 900.0)
+        for _ in range(64):
+            costs.add(1, 1, 10.0)
+        assert costs.ms(1, 2) == 900.0
+        for _ in range(2):
+            costs.add(1, 1, 10.0)
+        assert costs.ms(1, 2) == (900.0 if kept else 10.0)
+
+
+class TestAcceptance:
+    def test_before_anything_is_known(self) -> None:
+        acceptance = Acceptance()
+        assert acceptance.mean == 0.5
+        assert 0.5 <= acceptance.chance(0.0) < 0.55
+        assert 0.95 < acceptance.chance(0.99) <= 1
+        chances = [acceptance.chance(margin / 20) for margin in range(21)]
+        assert chances == sorted(chances)
+
+    def test_it_is_counted_by_margin(self) -> None:
+        acceptance = Acceptance()
+        for i in range(400):
+            acceptance.see(0.95, stood=True)
+            acceptance.see(0.15, stood=i % 4 == 0)
+        assert acceptance.chance(0.92) > 0.99
+        assert acceptance.chance(0.12) == pytest.approx(0.25, abs=0.02)
+        assert acceptance.chance(0.5) == Acceptance().chance(0.5)
+        assert acceptance.mean == pytest.approx(0.625, abs=0.02)
+
+    def test_what_was_seen_long_ago_fades(self) -> None:
+        acceptance = Acceptance()
+        for _ in range(1000):
+            acceptance.see(0.6, stood=True)
+        assert acceptance.chance(0.6) > 0.99
+        for _ in range(400):
+            acceptance.see(0.6, stood=False)
+        assert acceptance.chance(0.6) < 0.15
+        assert acceptance.mean < 0.15
+
+
+def history_of(*, write: float, read: float, more: float, agrees: bool) -> History:
+    """A main model that writes in `write` ms; an assistant that reads one token in `read` ms and each further
+    one in `more` ms. Whether the drafts of everybody stood."""
+    history = History()
+    for width in (1, 2, 4, 8, 16, 33):
+        history.cost(MAIN).add(1, width, write)
+        history.cost(1).add(1, width, read + (width - 1) * more)
+        history.cost(FUSION).add(1, width, 0.1)
+    for drafter in (MAIN, LOOKUP, 1):
+        for _ in range(300):
+            for margin in (0.0, 0.5, 0.99):
+                history.accepted(drafter).see(margin, agrees)
+    return history
+
+
+def pace_of(history: History, drafters: Sequence[int] = (MAIN,), length: int | None = None) -> Pace:
+    team: Any = SimpleNamespace(
+        histories={False: history, True: History()},
+        members=["main", "assistant"],
+        device=torch.device("cpu"),
+    )
+    return Pace(team, DraftSettings(length, tuple(drafters)), sampled=False, at_once=False)
+
+
+def draft_of(places: int, *, margin: float = 0.99, is_open: bool = True) -> Any:
+    one = SimpleNamespace(margin=margin, place=SimpleNamespace(is_open=is_open))
+    return {0: [one] * places}
+
+
+def places_written(pace: Pace, length: int | None = None, **draft: Any) -> int:
+    return next(n for n in range(1, 100) if not pace.goes_on(draft_of(n, **draft), [0], length))
+
+
+class TestPace:
+    def test_drafts_that_never_pay(self) -> None:
+        dear = history_of(write=10, read=10, more=12, agrees=True)
+        assert places_written(pace_of(dear)) == 1
+        wrong = history_of(write=10, read=30, more=0, agrees=False)
+        assert places_written(pace_of(wrong)) == 1
+        free = history_of(write=10, read=0.2, more=0, agrees=True)
+        assert places_written(pace_of(free), margin=0.6) == 1  # there is nothing to save
+
+    def test_drafts_that_always_pay(self) -> None:
+        pace = pace_of(history_of(write=10, read=40, more=0, agrees=True))
+        assert places_written(pace) == LONGEST + 1
+        assert 1 < places_written(pace_of(history_of(write=10, read=40, more=4, agrees=True))) <= LONGEST + 1
+
+    def test_the_less_sure_the_shorter(self) -> None:
+        history = history_of(write=10, read=30, more=0, agrees=True)
+        for i in range(600):
+            history.accepted(MAIN).see(0.25, stood=i % 10 < 6)
+        pace = pace_of(history)
+        assert 1 < places_written(pace, margin=0.25) < places_written(pace, margin=0.99)
+
+    def test_nothing_is_known(self) -> None:
+        assert pace_of(History(), (MAIN, LOOKUP, 1)).plan(1, [5]) == Plan(MAIN, 0)
+        assert not pace_of(History()).goes_on(draft_of(1), [0], None)
+
+    def test_a_length_that_was_asked_for(self) -> None:
+        """Measurements do not count then, nor do places that need no verification."""
+        pace = pace_of(history_of(write=10, read=0, more=10, agrees=False), length=3)
+        assert pace.plan(1, []) == Plan(MAIN, 3)
+        assert places_written(pace, 3) == 4
+        assert pace.goes_on(draft_of(50, is_open=False), [0], 3)
+        lookup = pace_of(History(), (LOOKUP,), length=5)
+        assert lookup.plan(1, [2]) == Plan(LOOKUP, 5)
+
+    def test_another_drafter_is_taken_where_it_is_clearly_cheaper(self) -> None:
+        history = history_of(write=40, read=4, more=0, agrees=True)
+        assert pace_of(history).plan(1, []) == Plan(MAIN, None)
+        by_member = pace_of(history, (MAIN, 1)).plan(1, [])
+        assert by_member.drafter == 1
+        assert by_member.length is not None
+        assert by_member.length > 1
+        assert pace_of(history, (MAIN, LOOKUP)).plan(1, [6]) == Plan(LOOKUP, 6)
+        assert pace_of(history, (MAIN, LOOKUP)).plan(1, [0]) == Plan(MAIN, None)
+        assert pace_of(history, (MAIN, LOOKUP, 1)).plan(1, [8]).drafter == LOOKUP  # its tokens cost nothing
+
+    def test_another_drafter_is_left_where_it_is_not(self) -> None:
+        wrong = history_of(write=40, read=4, more=0, agrees=False)
+        assert pace_of(wrong, (MAIN, LOOKUP, 1)).plan(1, [8]) == Plan(MAIN, None)
+        slow = history_of(write=4, read=40, more=0, agrees=True)
+        slow.spent[1] = (160.0, 20.0)
+        assert pace_of(slow, (MAIN, 1)).plan(1, []) == Plan(MAIN, None)
+        # Drafts of the main model made a token that cheap already.
+        history = history_of(write=40, read=4, more=0, agrees=True)
+        history.spent[1] = (100.0, 20.0)
+        assert pace_of(history, (MAIN, 1)).plan(1, []) == Plan(MAIN, None)
+
+    def test_without_the_main_model_there_may_be_no_draft(self) -> None:
+        wrong = history_of(write=40, read=4, more=0, agrees=False)
+        assert pace_of(wrong, (1,)).plan(1, []) == Plan(MAIN, 0)
+
+
+class TestPromptLookup:
+    def test_what_followed_the_last_time(self) -> None:
+        lookup = PromptLookup()
+        text = [1, 2, 3, 10, 11, 1, 2, 3]
+        assert lookup.find(text, 4) == [10, 11, 1, 2]
+        assert lookup.find(text, 1) == [10]
+        text += [20, 21, 1, 2, 3]
+        assert lookup.find(text, 3) == [20, 21, 1]  # later than the 10
+
+    def test_nothing_came_before(self) -> None:
+        lookup = PromptLookup()
+        assert lookup.find([], 4) == []
+        assert lookup.find([1, 2], 4) == []
+        assert lookup.find([1, 2, 3], 4) == []
+        assert lookup.find([1, 2, 3, 4, 2, 3], 4) == []  # two of three
+
+    def test_a_text_that_repeats_itself(self) -> None:
+        assert PromptLookup().find([7] * 6, 4) == [7]  # no further than the text goes
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"draft": "often"}, "draft is 'often'; give 'auto', 0 for no drafts, or a number"),
+            ({"draft": -1}, r"draft \(or give 'auto'\) is -1; choose 0 to 32"),
+            ({"draft": 33}, "33; choose 0 to 32"),
+            ({"draft": 2.5}, "2.5; give a whole number"),
+            ({"draft": True}, "True; give a whole number"),
+            ({"drafter": "nobody"}, "drafter is 'nobody'; give 'auto', 'main', 'lookup' or.*tiny-gemma"),
+            ({"drafter": ""}, "drafter is ''"),
+        ],
+    )
+    def test_what_does_not_fit(self, pair, settings, message) -> None:
+        with pytest.raises(InputError, match=message):
+            pair.generate(PROMPT, max_new_tokens=2, **settings)
+
+    def test_who_may_write(self, pair) -> None:
+        def drafters(draft: Any, drafter: str) -> DraftSettings:
+            return DraftSettings.read(pair.team, draft, drafter)
+
+        assert drafters("auto", "auto") == DraftSettings(None, (MAIN, LOOKUP, 1))
+        assert drafters(None, "auto") == drafters("auto", "auto")  # both members are repeatable
+        assert drafters(4, "auto") == DraftSettings(4, (MAIN,))
+        assert drafters(4, "lookup") == DraftSettings(4, (LOOKUP,))
+        assert drafters("auto", "tiny-gemma") == DraftSettings(None, (1,))
+        assert drafters(4, "tiny-smollm2") == drafters(4, "main") == DraftSettings(4, (MAIN,))
+
+
+class TestWhatIsSaid:
+    def test_acceptance(self) -> None:
+        assert Timings().acceptance == 0
+        assert Timings(drafted=8, stood=6).acceptance == 0.75
+
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_the_trace(self, pair, skip) -> None:
+        """Written by the main model, a token stands where it is the main model's own choice."""
+        records: list[dict[str, Any]] = []
+        settings = {"max_new_tokens": 60, "certified_skip": skip, "draft": 3}
+        ensemble = pair.variant(learning_rate=0.1) if skip else pair
+        found = ensemble.generate(PROMPT, **settings, trace=records.append)
+        fates = Counter(one["draft"] for one in records)
+        assert min(fates[None], fates["stood"], fates["replaced"]) > 0
+        assert (fates["settled"] > 0) == skip
+        for one in records:
+            own = one["token"] == one["main_choice"]
+            if one["draft"] is not None:
+                assert own == (one["draft"] != "replaced")
+            assert (one["draft"] == "settled") == (one["not_asked"] == "settled")
+        timings = found.timings
+        assert fates["settled"] == timings.settled
+        assert fates["stood"] <= timings.stood <= fates["stood"] + fates["settled"]
+        if not skip:  # a cycle ends with a token that was replaced, or that no draft went on with
+            assert timings.stood == fates["stood"]
+            assert timings.steps == fates["replaced"] + fates[None]
+
+    def test_without_drafts(self, pair) -> None:
+        records: list[dict[str, Any]] = []
+        found = pair.generate(PROMPT, max_new_tokens=10, draft=0, trace=records.append)
+        assert {one["draft"] for one in records} == {None}
+        assert found.timings.drafted == found.timings.stood == 0
+        assert found.timings.steps == 10
+
+
+class TestWhatIsAsked:
+    @pytest.mark.parametrize("drafter", ["auto", "main", "lookup", "tiny-gemma"])
+    def test_the_first_token_is_written_alone(self, pair, drafter) -> None:
+        """It is not to wait for others: one forward of each member, of one position."""
+        ensemble, spies = watched(pair)
+        for draft in ("auto", 8):
+            run = ensemble.start(PROMPT, max_new_tokens=20, draft=draft, drafter=drafter)
+            written = next(run.__iter__())
+            assert len(written) == 1
+            for spy in spies:
+                assert [positions for _, positions in spy.asked] == [{0: 1}]
+                spy.asked.clear()
+            run.close()
+
+    def test_the_first_token_of_a_text_that_waited(self, pair) -> None:
+        ensemble, spies = watched(pair)
+        run = ensemble.start([PROMPT, "Once", "def f(x):"], max_new_tokens=9, draft=3, batch_size=2)
+        begun: set[int] = set()
+        for written in run:
+            new = {one.number for one in written} - begun
+            if new:
+                assert len(spies[0].asked) == 1
+                assert set(spies[0].asked[0][1].values()) == {1}
+                assert len(written) == 2
+            begun |= new
+            spies[0].asked.clear()
+        assert begun == {0, 1, 2}
+
+    def test_four_places_are_one_question(self, pair) -> None:
+        ensemble, spies = watched(pair)
+        found = ensemble.generate(PROMPT, max_new_tokens=40, draft=3)
+        assert len(spies[1].asked) <= found.timings.steps + 3  # more where a token reaches across a place
+        assert max(max(positions.values()) for _, positions in spies[1].asked) >= 4
+        plain = pair.generate(PROMPT, max_new_tokens=40, draft=0)
+        assert found.token_ids == plain.token_ids
+
+    def test_where_an_assistants_token_reaches_across_a_place(self, pair) -> None:
+        """The main model goes on in two tokens with what is one of the assistant's."""
+        main, gemma = (one.vocabulary for one in pair.members)
+        parts = [main.tokens.index(b" straw"), main.tokens.index(b"berries")]
+        assert len(gemma.encode(" strawberries")) == 1
+        bias = {(parts[0],): 30.0, tuple(parts): 30.0}
+        settings = {"max_new_tokens": 9, "sequence_bias": bias}
+        ensemble, spies = watched(pair.variant())
+        unaware = ensemble.variant(boundary_aware=False)  # else it would sit out there
+        plain = unaware.generate(PROMPT, draft=0, **settings)
+        assert "strawberries" in plain.text
+        for spy in spies:
+            spy.asked.clear()
+        found = unaware.generate(PROMPT, draft=8, **settings)
+        assert (found.text, found.token_ids) == (plain.text, plain.token_ids)
+        assert found.timings.stood > 4
+        assert len(spies[1].asked) > found.timings.steps
+        texts = [gemma.decode(list(ids[-1:])) for ids in spies[1].texts]
+        assert {b" straw", b" strawberries"} <= set(texts)
+
+    def test_a_member_that_drafts_is_not_asked_again(self, pair) -> None:
+        ensemble, spies = watched(pair)
+        run = ensemble.start(PROMPT, max_new_tokens=40, draft=3, drafter="tiny-gemma")
+        verified_by_itself = 0
+        for _ in run:
+            texts = spies[1].texts
+            assert len(texts) == len(set(texts)) <= 4  # as it writes, and what follows its last token
+            verified_by_itself += len(texts) == 4
+            spies[1].asked.clear()
+        assert verified_by_itself > 1  # drafts that stood to their end, but for the place after it
+        assert run.timings.stood > 5
+        assert run.results()[0].token_ids == pair.generate(PROMPT, max_new_tokens=40, draft=0).token_ids
+
+
+class TestStreams:
+    @pytest.mark.parametrize("draft", [0, 3, 8])
+    def test_pieces(self, pair, draft) -> None:
+        """Whole characters, in order, nothing after a stop."""
+        ids = pair.members[0].vocabulary.encode(AWKWARD)
+        assert "\ufffd" in pair.members[0].vocabulary.decode(ids[:2]).decode(errors="replace")
+        # The last three tokens before: parts of characters are often the same ones.
+        bias = {tuple(ids[max(0, i - 3) : i + 1]): 40.0 for i in range(len(ids))}
+        settings = {"max_new_tokens": len(ids), "draft": draft, "sequence_bias": bias}
+        prompt, stop = PROMPT, "です。 🙂🙃"
+        whole = pair.generate(prompt, **settings)
+        assert "日本の首都は東京です。 🙂🙃🫠 and" in whole.text
+        assert (whole.timings.stood > 20) == (draft > 0)
+        ended = pair.generate(prompt, **settings, stop_strings=[stop])
+        assert ended.finish_reason == "stop_string"
+        for more, wanted in (({}, whole), ({"stop_strings": [stop]}, ended)):
+            pieces: list[str] = []
+            given = pair.generate(prompt, **settings, **more, on_text=pieces.append)
+            with pair.stream(prompt, **settings, **more) as stream:
+                streamed = list(stream)
+                assert stream.result.token_ids == wanted.token_ids
+            assert "".join(pieces) == "".join(streamed) == given.text == wanted.text
+            assert "\ufffd" not in "".join(pieces[:-1])
+        assert whole.text.startswith(ended.text)
+        assert ended.text.count(stop) == 1
