@@ -109,10 +109,10 @@ gpu-build:  ## build with CUDA into this tree: DEEPEN_CUDA_ARCHITECTURES=90-real
 
 gpu-test:  ## the tests marked gpu: every operation, dtype and edge case against its CPU twin
 	$(GPU_PYTEST) $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses $(GPU_JOBS) --dist loadfile) \
-	  tests/gpu --ignore tests/gpu/test_gpu_session.py $(GPU_LOG)
+	  tests/gpu --ignore tests/gpu/test_gpu_session.py --ignore tests/gpu/test_gpu_drafts.py $(GPU_LOG)
 
-gpu-test-sessions:  ## the tests of captured steps, over random weights
-	$(GPU_PYTEST) tests/gpu/test_gpu_session.py $(GPU_LOG)
+gpu-test-sessions:  ## the tests of captured steps and drafts, over random weights
+	$(GPU_PYTEST) tests/gpu/test_gpu_session.py tests/gpu/test_gpu_drafts.py $(GPU_LOG)
 
 gpu-sanitize: GPU_SECONDS := 280
 gpu-sanitize:  ## memcheck and racecheck over a short list, where compute-sanitizer exists

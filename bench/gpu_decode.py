@@ -2,9 +2,15 @@
 
 Beside the members' own steps, as CUDA graphs, one after the other. A step of the ensemble is both forward
 passes, side by side, the fusion, and the tokens' copy to the host; random weights have no text, so the
-assistant reads the same token, and there is no hand-off. `--results FOLDER` writes FOLDER/<gpu>-decode.json
-after each figure. `--device cpu --tiny` runs all of it on a machine without a card, as a check: its figures
-mean nothing.
+assistant reads the same token, and there is no hand-off.
+
+Then the loop itself, with drafts and without, against the main model alone. The members have a tokenizer of
+single bytes and write printable ASCII. Random weights agree about nothing, so no draft stands and drafts can
+only lose; beside them stands a pair of equal weights, of which nearly every draft stands. Real pairs are in
+between.
+
+`--results FOLDER` writes FOLDER/<gpu>-decode.json after each figure. `--device cpu --tiny` runs all of it on
+a machine without a card, as a check: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -17,20 +23,25 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import Figure, percentile, spread
 from gpu_clock import Bench, bandwidth, file_stem, gpu_environment, line
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from deepen_ext import RelativeMap
+from deepen_ext import Ensemble, RelativeMap
 from deepen_ext.fusers import DeepenFuser
 from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.load import member_of
 from deepen_ext.members.member import Member
 
 CONTEXT, STEPS, WARM_UP = 256, 64, 8
 TOLERATED = 1.10
+OF_MAIN = 1.25  # a token by drafts, against a step of the main model alone
+DRAFTS: tuple[int | Literal["auto"], ...] = (0, 3, "auto")
 
 
 def shapes(tiny: bool) -> dict[str, Any]:
@@ -49,12 +60,16 @@ def shapes(tiny: bool) -> dict[str, Any]:
     }
 
 
-def _member(name: str, config: Any, device: torch.device) -> Member:
+def _model(config: Any, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def _member(name: str, config: Any, device: torch.device) -> Member:
+    model = _model(config, device)
     size: Any = SimpleNamespace(vocab_size=config.vocab_size)
-    backend = HFBackend(name, model, config.vocab_size, None, device, dtype)
+    backend = HFBackend(name, model, config.vocab_size, None, device, model.dtype)
     return Member(name, backend, None, size, ())  # type: ignore[arg-type]  # no text, no tokenizer
 
 
@@ -69,6 +84,16 @@ def _times(step: Callable[[list[int]], int], length: int) -> list[float]:
     return taken[WARM_UP:]
 
 
+def _alone(member: Member, capacity: int, smallest: int | None = None) -> list[float]:
+    """A member's own steps; its tokens are below `smallest`."""
+    with member.backend.open(1, capacity) as session:
+
+        def step(ids: list[int]) -> int:
+            return int(session.ask({0: ids}, 1).wait().scores().argmax()) % (smallest or member.vocab_size)
+
+        return _times(step, CONTEXT)
+
+
 def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny: bool = False) -> None:
     """The members' own steps, and the ensemble's beside them; `keep` is given each figure as it is made."""
     members = [_member(name, config, device) for name, config in shapes(tiny).items()]
@@ -78,17 +103,9 @@ def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny:
     fuser = DeepenFuser(maps, learning_rate=0.15, min_probability=1e-4)
     capacity = CONTEXT + WARM_UP + STEPS
 
-    def alone(member: Member) -> list[float]:
-        with member.backend.open(1, capacity) as session:
-
-            def step(ids: list[int]) -> int:
-                return int(session.ask({0: ids}, 1).wait().scores().argmax()) % smallest
-
-            return _times(step, CONTEXT)
-
     own = []
     for member in members:
-        times = alone(member)
+        times = _alone(member, capacity, smallest)
         own.append(times)
         name = f"a step of {member.name} alone"
         keep(Figure(name, statistics.median(times), "ms", spread(times), len(times)))
@@ -132,6 +149,85 @@ def time_decoding(device: torch.device, keep: Callable[[Figure], None], *, tiny:
     )
 
 
+def _make_sure(model: Any) -> None:
+    """Let its logits lie 10 apart, as a rule.
+
+    Members that agree leave the search no gradient but rounding, of which AdamW makes whole steps: the gaps
+    between random logits are smaller than these.
+    """
+    head = model.get_output_embeddings().weight
+    head.mul_(10 / (0.02 * math.sqrt(head.shape[1])))
+
+
+def _bytes() -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes."""
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def time_drafts(device: torch.device, keep: Callable[[Figure], None], *, tiny: bool = False) -> None:
+    """The loop against the main model alone: two random models, and one model as both members."""
+    (name, config), (other, other_config) = shapes(tiny).items()
+    for one in (config, other_config):
+        one.eos_token_id = None  # nothing ends a text
+    main = member_of(_model(config, device), _bytes(), name)
+    assistant = member_of(_model(other_config, device), _bytes(), other)
+    alone = _alone(main, CONTEXT + WARM_UP + STEPS)
+    pairs = {
+        f"{name} and {other}, random weights": [main, assistant],
+        f"{name} twice, the same weights": [main, main],
+    }
+    for pair, members in pairs.items():
+        agrees = members[0] is members[1]
+        if agrees:
+            _make_sure(main.model)
+        ensemble = Ensemble(members)
+        for draft in DRAFTS:
+            value, times, stood = _tokens(ensemble, draft)
+            ratio = value / statistics.median(alone)
+            budgeted = agrees and draft != 0
+            keep(
+                Figure(
+                    f"greedy decoding by the loop, draft {draft}, {pair}, batch 1, context {CONTEXT}",
+                    value,
+                    "ms",
+                    spread(times),
+                    len(times),
+                    baseline="a step of its main model alone",
+                    baseline_value=statistics.median(alone),
+                    ratio=ratio,
+                    ratio_of="ours / baseline",
+                    budget=f"at most {OF_MAIN:.2f} times the baseline" if budgeted else "",
+                    met=ratio <= OF_MAIN if budgeted else None,
+                    note="milliseconds a token"
+                    + (f"; {stood:.0%} of the drafted tokens stood" if draft else ""),
+                )
+            )
+
+
+def _tokens(ensemble: Ensemble, draft: int | Literal["auto"]) -> tuple[float, list[float], float]:
+    """Milliseconds a token, all in all and by cycle, when all is captured; the share of drafts that stood."""
+    texts = map(ensemble.members[0].vocabulary.bytes_of, range(256))
+    rare = [i for i, text in enumerate(texts) if not (text.isascii() and text >= b" ")]
+    # As many tokens beforehand as `draft="auto"` takes to know its times.
+    warm_up, prompt = 40 * WARM_UP, ("the lighthouse stood at the end of a spit " * 7)[:CONTEXT]
+    most = warm_up + 8 * STEPS
+    run = ensemble.start(prompt, max_new_tokens=most, draft=draft, drafter="main", suppress_tokens=rare)
+    spent, tokens = [], []
+    for written in run:
+        if run.timings.tokens >= warm_up:
+            spent.append(run.timings.step_ms[-1])
+            tokens.append(len(written))
+            if len(spent) == STEPS:
+                break
+    run.close()
+    each = [ms / count for ms, count in zip(spent, tokens, strict=True)]
+    return sum(spent) / sum(tokens), each, run.timings.acceptance
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda:0")
@@ -140,7 +236,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.results is None:
-        time_decoding(device, lambda figure: print(line(figure), flush=True), tiny=options.tiny)
+        for timed in (time_decoding, time_drafts):
+            timed(device, lambda figure: print(line(figure), flush=True), tiny=options.tiny)
         return
     if device.type != "cuda" or options.tiny:
         parser.error("figures of the CPU or of --tiny mean nothing: give no --results")
@@ -149,6 +246,8 @@ def main() -> None:
     file = options.results / f"{file_stem()}-decode.json"
     bench = Bench(file, gpu_environment(rate), rate, torch.empty(0), math.inf, group="decode")
     bench.case("decoding", partial(time_decoding, device, bench.keep))
+    torch.cuda.empty_cache()
+    bench.case("drafts", partial(time_drafts, device, bench.keep))
     if bench.failed:
         parser.exit(1, "failed: " + "\n".join(bench.failed) + "\n")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from deepen_ext.members.backend import Session
+from deepen_ext.members.backend import Capabilities, Session
+from deepen_ext.members.hf import session as hf_session
+from deepen_ext.members.hf.backend import HFBackend
+from deepen_ext.members.hf.loaded_model import LoadedModel
 from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.member import Member
 
@@ -32,3 +36,21 @@ def changed(member: Member, **changes: Any) -> Member:
     """The member with something else about its model: ``model``, ``context_length``, ``name``, ..."""
     backend = replace(member.backend, **changes)
     return replace(member, name=backend.name, backend=backend)
+
+
+class OnFixedBuffers(HFBackend):
+    """Its sessions work as on CUDA: short pieces over fixed buffers, which the next session takes over."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, writes=True)
+
+    def open(self, lanes: int = 1, capacity: int = 0) -> HFSession:
+        with patch.object(hf_session, "_on_fixed_buffers", lambda loaded, cache: True):
+            return super().open(lanes, capacity)
+
+
+def on_fixed_buffers(member: Member) -> Member:
+    """The member, computed as on CUDA; nothing is captured on the CPU."""
+    facts = {one.name: getattr(member.backend, one.name) for one in fields(LoadedModel)}
+    return replace(member, backend=OnFixedBuffers(**facts))

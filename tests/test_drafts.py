@@ -177,8 +177,12 @@ def history_of(*, write: float, read: float, more: float, agrees: bool) -> Histo
 
 
 def pace_of(history: History, drafters: Sequence[int] = (MAIN,), length: int | None = None) -> Pace:
-    team: Any = SimpleNamespace(histories={False: history, True: History()}, members=["main", "assistant"])
-    return Pace(team, DraftSettings(length, tuple(drafters)), sampled=False)
+    team: Any = SimpleNamespace(
+        histories={False: history, True: History()},
+        members=["main", "assistant"],
+        device=torch.device("cpu"),
+    )
+    return Pace(team, DraftSettings(length, tuple(drafters)), sampled=False, at_once=False)
 
 
 def draft_of(places: int, *, margin: float = 0.99, is_open: bool = True) -> Any:

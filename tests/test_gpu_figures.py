@@ -49,6 +49,19 @@ def test_decoding_keeps_every_figure_at_once(tmp_path: Path) -> None:
     assert together["met"] == (together["ratio"] <= gpu_decode.TOLERATED)
 
 
+def test_drafts_beside_the_main_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_decode, "WARM_UP", 2)
+    monkeypatch.setattr(gpu_decode, "STEPS", 5)
+    found: list[Figure] = []
+    gpu_decode.time_drafts(torch.device("cpu"), found.append, tiny=True)
+    assert len(found) == 2 * len(gpu_decode.DRAFTS)
+    for figure in found:
+        assert figure.ratio == pytest.approx(figure.value / figure.baseline_value)
+        assert bool(figure.budget) == ("same weights" in figure.name and "draft 0" not in figure.name)
+    (agreeing,) = [one for one in found if "draft 3" in one.name and "same weights" in one.name]
+    assert int(agreeing.note.split()[-6].rstrip("%")) > 90
+
+
 def test_a_figure_has_its_budget_once_whatever_stands_beside_it(tmp_path: Path) -> None:
     kept = bench(tmp_path / "card.json")
     kept.keep(step(budget="at most 30 µs", met=False))

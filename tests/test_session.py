@@ -449,6 +449,32 @@ class TestFixedBuffers:
         assert all(positions in fixed_steps.WIDTHS and positions <= width for width, positions in steps)
         assert len({positions for _, positions in steps}) >= 2
 
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+    def test_writing_past_the_first_span(self, tiny, family: str) -> None:
+        """Into buffers that have to grow: they do so before the first token, and stay where they are."""
+        member = changed(tiny(family), context_length=400)
+        rng = random.Random(5)
+        session = open_session(member, lanes=3, capacity=100)
+        held = {row: [rng.randrange(5, 999) for _ in range(250 + row)] for row in (0, 2)}
+        sync(session, {row: ids[:200] for row, ids in held.items()})
+        assert session._cache.slots == 256
+        places = set()
+
+        def choose(logits: torch.Tensor, n: int) -> torch.Tensor:
+            places.update(buffer.data_ptr() for buffer in session._cache._buffers())
+            return logits.topk(2).indices[:, n % 2]
+
+        tokens, said = session.write(held, 1, 9, choose)
+        assert session._cache.slots == 512
+        assert len(places) == len(list(session._cache._buffers()))
+        for (row, ids), written, logits in zip(
+            held.items(), tokens.tolist(), said.scores().view(2, 10, -1), strict=True
+        ):
+            whole = ids + written
+            assert session.ids(row) == whole
+            expected = fresh_logits(member, whole, list(range(len(ids), len(whole) + 1)))
+            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+
     def test_past_the_window_and_past_the_first_span(self, gemma: Member) -> None:
         ids = ids_of(gemma, 700)
         session = open_session(gemma, lanes=2)

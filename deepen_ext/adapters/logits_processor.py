@@ -92,7 +92,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         fuser, main = self._team.fuser, self._team.main
         said = Distribution(main.name, writable.shape[-1], fuser.candidates, writable)
         part, rows = fuser.part(0, said), range(len(input_ids))
-        candidates = assistants.candidates(part, [None] * len(input_ids))
+        candidates = assistants.candidates(part.topk, [None] * len(input_ids))
         places = [assistants.place(row, None, candidates.get(row, ())) for row in rows]
         fused = assistants.step(part, places).fused
         fused.check()

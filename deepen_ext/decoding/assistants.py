@@ -21,6 +21,7 @@ from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.members.backend import Session
 from deepen_ext.members.chat import PromptText
 from deepen_ext.members.distribution import Distribution, joined
+from deepen_ext.ops.topk_softmax import TopK
 
 
 @dataclass
@@ -124,15 +125,15 @@ class Assistants:
         """The text is another now; its lane keeps what the two begin with."""
         self.texts[text] = AssistantsText(self._members, prompts)
 
-    def candidates(self, main: Part, reasons: Sequence[Reason | None]) -> dict[int, list[tuple[int, float]]]:
-        """What `place` needs of the main model's word, by batch row; one read of the device for all.
+    def candidates(self, main: TopK, reasons: Sequence[Reason | None]) -> dict[int, list[tuple[int, float]]]:
+        """What `place` needs of the main model's word, by batch row.
 
         Args:
-            main: `team.fuser.part(0, ...)` of some next tokens.
+            main: its most probable tokens at some places, `CANDIDATES` or more.
             reasons: of each of them, why it needs no assistant, or None.
         """
         rows = [row for row, reason in enumerate(reasons) if reason is None]
-        return candidates_of(main.topk, rows) if self._team.boundary_rule is not None and rows else {}
+        return candidates_of(main, rows) if self._team.boundary_rule is not None and rows else {}
 
     def place(
         self, number: int, reason: Reason | None = None, candidates: Sequence[tuple[int, float]] = ()

@@ -116,7 +116,9 @@ class Run:
         named = team.main.special_in(settings.every_stop_string)  # they end the text: they can be written
         stopping = Stopping(settings, len(prompts))
         self._acceptor = Acceptor(team, self._texts, self._assistants, chooser, stopping)
-        self._pace = Pace(team, drafts or DraftSettings(0, (MAIN,)), sampled=settings.do_sample)
+        writes = team.main.backend.capabilities.writes and shared is None and chooser.guesses_by_scores
+        drafts = drafts or DraftSettings(0, (MAIN,))
+        self._pace = Pace(team, drafts, sampled=settings.do_sample, at_once=writes)
         self._writer = Writer(
             team,
             self._main,
@@ -128,6 +130,7 @@ class Run:
             self._pace,
             unwritable=team.main.unwritable([*settings.eos_ids, *named]),
             in_place=shared is None,  # what a session of its own gives nobody else reads
+            at_once=writes,
         )
         self._cancelled = False
         self._streamer = streamer

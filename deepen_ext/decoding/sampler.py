@@ -92,6 +92,11 @@ class Chooser:
         """
         return len(self._stateless[0]) < len(self._processors[0])  # the classes do not depend on the text
 
+    @property
+    def guesses_by_scores(self) -> bool:
+        """Whether `propose` looks at the scores, and of the ids at nothing but how many there are."""
+        return all(type(one) in _BATCHED for one in self._stateless[0])
+
     def processors(self, text: int) -> LogitsProcessorList:
         """The text's own, in order: processors, then warpers where something is drawn."""
         return self._processors[text]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.places import Reason
 from deepen_ext.decoding.sampler import Chooser
@@ -11,6 +13,8 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
 from deepen_ext.ground.numbers import real_number
+
+REASONS: tuple[Reason | None, ...] = (None, "gated", "settled")
 
 
 class Skips:
@@ -46,19 +50,21 @@ class Skips:
             raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
         self._certificate = Certificate(bound, chooser)
 
-    def reasons(self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]) -> list[Reason | None]:
-        """Of each text, why its next token needs no assistant, or None.
+    def flags(self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Of each text, the place in `REASONS` of why its next token needs no assistant, int32 [b].
+
+        They are where the main model's word is. Nothing waits for the device.
 
         Args:
             main: what the main model says of them.
             texts: their numbers.
             ids: of each of them, prompt and new tokens so far.
         """
-        reasons: list[Reason | None] = [None] * len(texts)
+        first = main.topk.probs[:, 0]
+        flags = torch.zeros_like(first, dtype=torch.int32)
         if self._gate is not None:
-            sure = (main.topk.probs[:, 0] >= self._gate).tolist()
-            reasons = ["gated" if one else None for one in sure]
+            flags.masked_fill_(first >= self._gate, REASONS.index("gated"))
         if self._certificate is not None:
-            settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk).tolist()
-            reasons = ["settled" if one else old for one, old in zip(settled, reasons, strict=True)]
-        return reasons
+            settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk)
+            flags.masked_fill_(settled, REASONS.index("settled"))
+        return flags

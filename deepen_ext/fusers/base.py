@@ -23,6 +23,7 @@ from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.members.distribution import Distribution, take_topk
 from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status
+from deepen_ext.ops.transfer import to_device
 
 _SHARES_KEPT = 256  # weights on the device, for that many different sets of members and weights
 
@@ -188,16 +189,15 @@ class Fuser(ABC):
             fused_rows = [row for row, own in enumerate(shares) if own]
             if not fused_rows:
                 return FusedStep(logits, main_choice, main_choice, tuple(parts))
-            whole = len(fused_rows) == len(logits)
+            there = None if len(fused_rows) == len(logits) else to_device(fused_rows, self.device)
             fused = plain_copy(logits)
-            there = torch.tensor(fused_rows, dtype=torch.long).to(self.device)
-            ours = fused if whole else fused[there]
+            ours = fused if there is None else fused[there]
             said = [self._said(part, fused_rows) for part in parts]
             by_row = self._share(tuple(shares[row] for row in fused_rows))
             if self.confidence:
                 by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
             chosen = self.fuse(ours, said, by_row)
-            if not whole:
+            if there is not None:
                 fused[there] = ours
                 chosen = main_choice.index_copy(0, there, chosen)
             return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
@@ -235,14 +235,14 @@ class Fuser(ABC):
         return shares
 
     def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
-        """The weights float32 [B, n], where the main model is; kept, since a copy to a device waits for it.
+        """The weights float32 [B, n], where the main model is; kept for the steps that follow.
 
         A CUDA graph of the step reads this tensor: it must not outlive the Fuser."""
         found = self._shares.get(weights)
         if found is None:
             if len(self._shares) >= _SHARES_KEPT:
                 self._shares.clear()
-            found = torch.tensor(weights, dtype=torch.float32).to(self.device)
+            found = to_device(weights, self.device, torch.float32)
             self._shares[weights] = found
         return found
 

@@ -10,6 +10,7 @@ import torch
 from deepen_ext.errors import InputError
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK, check_status
+from deepen_ext.ops.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class FusedStep:
     def read(self, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
         """The sampled tokens (an integer dtype, [B]) and the main model's own choices, on the host.
 
-        With what `check` looks at this is one copy from the device, the only one of a step.
+        With what `check` looks at this is one copy from the device, the only one of a fusion step.
 
         Raises:
             InputError: see `check`.
@@ -72,8 +73,7 @@ class FusedStep:
         if tokens.device.type == "cpu":  # `Fuser.parts` has looked at the status
             return tokens.tolist(), self.main_choice.tolist()
         wanted = [tokens.int(), self.main_choice, *(part.topk.status for part in self.parts)]
-        read = torch.split(torch.cat(wanted).cpu(), [len(one) for one in wanted])
-        chosen, main_choice, *status = (one.tolist() for one in read)
+        chosen, main_choice, *status = (one.tolist() for one in to_host(*wanted))
         for part, found in zip(self.parts, status, strict=True):
             check_status(part.name, found, part.rows)
         return chosen, main_choice
@@ -117,8 +117,8 @@ def placed(tensors: Sequence[torch.Tensor], places: Sequence[int], count: int) -
     All on one device, to which the places are sent once.
     """
     device = tensors[0].device
-    kept = torch.tensor([i for i, place in enumerate(places) if place >= 0], dtype=torch.long).to(device)
-    there = torch.tensor([place for place in places if place >= 0], dtype=torch.long).to(device)
+    kept = to_device([i for i, place in enumerate(places) if place >= 0], device)
+    there = to_device([place for place in places if place >= 0], device)
     return [
         one.new_zeros(count, *one.shape[1:]).index_copy_(0, there, one.index_select(0, kept))
         for one in tensors

@@ -10,7 +10,7 @@ backend is a file here or a folder of its own, and passes tests/contract/.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +30,14 @@ class Capabilities:
         repeatable: a text gets the same numbers however it was fed: in one piece or token by token, alone or
             beside others (up to the rounding of float32 sums). Servers with prefix caches and models of
             quantised activations do not promise that.
+        writes: its sessions can write several tokens without the host reading each: they are
+            `WritingSession`s. It pays where the host and the device work side by side.
     """
 
     logits: bool
     max_topk: int | None
     repeatable: bool
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,39 @@ class Session(Protocol):
     @property
     def bytes_held(self) -> Mapping[torch.device, int]:
         """Bytes of its caches by device, as far as they are allocated; {} where they are elsewhere."""
+        ...
+
+
+# Picks the tokens int64 [b] after logits [b, V], both on the device, given how many were picked before.
+Choose = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class WritingSession(Session, Protocol):
+    """A session of a backend with `Capabilities.writes`."""
+
+    def write(
+        self, targets: Mapping[int, Sequence[int]], k: int, count: int, choose: Choose
+    ) -> tuple[torch.Tensor, Distribution]:
+        """Bring lanes to these ids, and then by `count` tokens further, without waiting for the device.
+
+        Afterwards the lanes hold the tokens that were picked. What is given is what `ask` would give, token
+        by token.
+
+        Args:
+            targets: as in `ask`.
+            k: as in `ask`.
+            count: how many tokens every lane gets; at least 1.
+            choose: called `count` times, in order, on a stream of the session's. It must not wait for the
+                device. It may write to the logits: what is given shows it.
+
+        Returns:
+            the tokens, int64 [b, count], on the device; and the distributions after the last of the
+            lane's ids and after each token, lane after lane: count + 1 positions each.
+
+        Raises:
+            InputError: as in `ask`; a count below 1; more ids and tokens than the context holds.
+            ModelError: a forward pass failed.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deepen_ext.ops.topk_softmax import TopK, launch_many
+from deepen_ext.ops.transfer import to_device
 
 
 @dataclass(eq=False)
@@ -124,7 +125,7 @@ def select(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     first = rows[0] if rows else 0
     if list(rows) == list(range(first, first + len(rows))):
         return tensor[first : first + len(rows)]
-    return tensor[torch.tensor(rows, dtype=torch.long).to(tensor.device)]
+    return tensor[to_device(rows, tensor.device)]
 
 
 def forbid(logits: torch.Tensor, ids: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:

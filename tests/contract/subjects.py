@@ -15,16 +15,15 @@ import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
+from sessions import OnFixedBuffers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from deepen_ext.members.backend import Backend
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.gguf.facts import read_facts
-from deepen_ext.members.hf import session as hf_session
 from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.loaded_model import dense
 from deepen_ext.members.hf.quantisation import quantise
-from deepen_ext.members.hf.session import HFSession
 from deepen_ext.members.llama_cpp import api
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
@@ -94,14 +93,6 @@ def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
         head = model.get_output_embeddings().weight
         head[1::10] = head[0::10]  # so that tokens tie
     return model.to(dtype)
-
-
-class _OnFixedBuffers(HFBackend):
-    """Its sessions work as on CUDA: short pieces over fixed buffers, which the next session takes over."""
-
-    def open(self, lanes: int = 1, capacity: int = 0) -> HFSession:
-        with patch.object(hf_session, "_on_fixed_buffers", lambda loaded, cache: True):
-            return super().open(lanes, capacity)
 
 
 def _transformers(
@@ -259,7 +250,7 @@ def _llama_cpp(
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": lambda: _transformers("llama"),
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
-    "transformers, fixed buffers": lambda: _transformers("gemma3_text", kind=_OnFixedBuffers),
+    "transformers, fixed buffers": lambda: _transformers("gemma3_text", kind=OnFixedBuffers),
     "transformers, float16": lambda: _transformers("llama", torch.float16, tolerance=0.1),
     "transformers, on disk": lambda: _transformers("llama", prepared=_on_disk),
     "transformers, int8": lambda: _transformers("llama", prepared=_int8, same_in_plain=_rounded),

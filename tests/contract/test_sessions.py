@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import torch
 from asking import K, ask, assert_same, compare, fresh, opened, text
 from subjects import SUBJECTS, Subject
 
@@ -197,6 +198,115 @@ class TestPositions:
                 with pytest.raises(InputError, match=rf"{name}.*positions"):
                     session.ask({0: text(9)}, K, positions)
             ask(subject, session, {0: text(9), 1: text(3)}, 3)
+
+
+def pick(logits: torch.Tensor, n: int) -> torch.Tensor:
+    """One of the three most probable tokens, another one at each turn and in each lane."""
+    turns = (torch.arange(len(logits), device=logits.device) + n) % 3
+    return logits[:, :100].topk(3).indices.gather(1, turns[:, None])[:, 0]
+
+
+class TestWrite:
+    """Of the sessions that can: what they write is what `ask` gives token by token."""
+
+    def test_as_asked_token_by_token(self, subject: Subject, lanes: int) -> None:
+        """Prompts, what follows, rollbacks into what was written, some of the lanes in any order."""
+        if not subject.backend.capabilities.writes:
+            return
+        rng = random.Random(lanes)
+        with opened(subject.backend, lanes, capacity=20) as session:
+            held = {lane: text(rng.randint(1, 40), lane) for lane in range(lanes)}
+            for turn in range(12):
+                named = rng.sample(range(lanes), rng.randint(1, lanes))
+                for lane in named:
+                    kept = max(len(held[lane]) - rng.choice([0, 1, 2, 5]), 1) if turn else None
+                    held[lane] = [*held[lane][:kept], *text(rng.choice([0, 1, 1, 3]), rng.random())]
+                written = write(subject, session, {lane: held[lane] for lane in named}, rng.choice([1, 3, 4]))
+                for lane, ids in zip(named, written, strict=True):
+                    held[lane] += ids
+                if turn % 3 == 0:  # the lanes hold what was written, and what was said of it
+                    last = {lane: held[lane] for lane in reversed(named)}
+                    said, spent = _spent(subject, lambda last=last: session.ask(last, K, 2).wait())
+                    compare(subject, said, last, 2)
+                    assert spent in (0, None)
+                if turn % 4 == 1:
+                    ask(subject, session, {lane: [*ids[:-1], 7] for lane, ids in held.items()}, 1)
+
+    def test_lanes_released_and_set_aside(self, subject: Subject) -> None:
+        if not subject.backend.capabilities.writes:
+            return
+        with opened(subject.backend, 4) as session:
+            held = {lane: text(15 + 4 * lane, lane) for lane in range(4)}
+            ask(subject, session, held)
+            session.set_aside(3)
+            written = write(subject, session, {lane: held[lane] for lane in (2, 0, 1)}, 3)
+            held |= {lane: held[lane] + ids for lane, ids in zip((2, 0, 1), written, strict=True)}
+            session.release(0)  # the others move up, with what was written
+            said, spent = _spent(subject, lambda: session.ask({1: held[1], 2: held[2]}, K, 3).wait())
+            compare(subject, said, {1: held[1], 2: held[2]}, 3)
+            assert spent in (0, None)
+            write(subject, session, {3: held[3], 1: held[1][:-1]}, 4)
+            list(session.read(2, held[2], len(held[2]) - 2, K))
+            write(subject, session, {2: held[2], 1: held[1]}, 2)
+
+    def test_to_the_end_of_the_context(self, subject: Subject) -> None:
+        if not subject.backend.capabilities.writes:
+            return
+        name, length = subject.backend.name, subject.context_length
+        assert length is not None
+        ids = text(length - 3)
+        with opened(subject.backend, 2) as session:
+            with pytest.raises(InputError, match=f"{name}.*{length + 1} tokens exceed its context"):
+                session.write({0: ids}, K, 4, pick)
+            for wrong, message in (
+                ({}, "nothing to write"),
+                ({0: []}, "nothing to feed"),
+                ({5: ids}, "lane 5"),
+            ):
+                with pytest.raises(InputError, match=f"{name}.*{message}"):
+                    session.write(wrong, K, 1, pick)
+            with pytest.raises(InputError, match=f"{name}.*number of tokens"):
+                session.write({0: ids}, K, 0, pick)
+            write(subject, session, {0: ids, 1: ids[:4]}, 3)
+
+    def test_a_forward_that_fails(self, subject: Subject, lanes: int) -> None:
+        """And a choice that fails: the lanes hold what they were brought to, and the session goes on."""
+        if not subject.backend.capabilities.writes or subject.breaks is None:
+            return
+
+        def fail(logits: torch.Tensor, n: int) -> torch.Tensor:
+            if n == 2:
+                raise InputError("none of these")
+            return pick(logits, n)
+
+        held = {lane: text(20 + lane, lane) for lane in range(lanes)}
+        with opened(subject.backend, lanes) as session:
+            with failing(subject):
+                session.write(held, K, 3, pick)
+            ask(subject, session, held)
+            with failing(subject):  # in the first forward of what is written
+                session.write(held, K, 3, pick)
+            with pytest.raises(InputError, match="none of these"):
+                session.write(held, K, 3, fail)
+            said, spent = _spent(subject, lambda: session.ask(held, K).wait())
+            compare(subject, said, held)
+            assert spent in (0, None)
+            write(subject, session, held, 3)
+        with opened(subject.backend, lanes) as session:
+            write(subject, session, held, 2)
+
+
+def write(subject: Subject, session: Session, targets: dict[int, list[int]], count: int) -> list[list[int]]:
+    """Write by `pick`, and compare with what is asked token by token; the tokens of each lane."""
+    tokens, said = session.write(targets, K, count, pick)
+    assert tokens.dtype == torch.int64
+    assert tokens.shape == (len(targets), count)
+    written = tokens.tolist()
+    longer = {lane: ids + new for (lane, ids), new in zip(targets.items(), written, strict=True)}
+    compare(subject, said, longer, count + 1)
+    for n in range(count):
+        assert pick(said.scores()[n :: count + 1], n).tolist() == [new[n] for new in written]
+    return written
 
 
 class TestRead:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,34 @@ def test_earlier_logits_outlive_later_steps(device: str) -> None:
     for logits, ids in kept:
         for row in ids:
             torch.testing.assert_close(logits[row], fresh(member, ids[row]), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_is_written_without_the_host(device: str, no_waiting, family: str) -> None:
+    """Several lanes, past the window: first as it is, then captured, then replayed; nothing waits."""
+    member = random_member(family, device)
+    session = open_session(member, 3, capacity=200)
+    held = {row: [*range(5 + row, 40 + 3 * row)] for row in range(3)}
+
+    def second(logits: torch.Tensor, n: int) -> torch.Tensor:
+        return logits.topk(2).indices[:, n % 2]
+
+    for turn in range(5):
+        named = [2, 0] if turn == 3 else [0, 1, 2]
+        targets = {row: [*held[row][: len(held[row]) - turn % 2], 7 + turn] for row in named}
+        sync(session, targets)  # a prompt goes another way
+        with no_waiting() if turn > 2 else nullcontext():
+            tokens, said = session.write(targets, 1, 3, second)
+        for row, ids, logits in zip(
+            named, tokens.tolist(), said.scores().view(len(named), 4, -1), strict=True
+        ):
+            held[row] = targets[row] + ids
+            for n in range(4):
+                expected = fresh(member, targets[row] + ids[:n])
+                torch.testing.assert_close(logits[n], expected, atol=2e-3, rtol=1e-3)
+    assert (1, 256) in session._room.steps.captured
+    for row in range(3):
+        assert session.ids(row) == held[row]
 
 
 def test_members_side_by_side(device: str) -> None:

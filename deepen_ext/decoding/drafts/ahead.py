@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import cast
 
 import torch
 
@@ -12,6 +13,7 @@ from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.drafts.by_member import MemberDraft, in_main_tokens, write_by_member
 from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
 from deepen_ext.decoding.drafts.lookup import PromptLookup
+from deepen_ext.decoding.drafts.main_word import Word, WordReader
 from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace, Plan
 from deepen_ext.decoding.places import Ahead, Draft, Place, Proposal
 from deepen_ext.decoding.sampler import Chooser
@@ -19,9 +21,8 @@ from deepen_ext.decoding.skips import Skips
 from deepen_ext.decoding.stopping import Stopping
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress
-from deepen_ext.members.backend import Session
-from deepen_ext.members.distribution import Distribution
-from deepen_ext.ops.topk_softmax import TopK
+from deepen_ext.members.backend import Session, WritingSession
+from deepen_ext.members.distribution import Distribution, forbid
 
 # What a cycle keeps: the logits of one member at the places of all drafts.
 _MOST_PLACES, _MOST_BYTES = 64, 128 << 20
@@ -43,6 +44,7 @@ class Writer:
         *,
         unwritable: torch.Tensor,
         in_place: bool,
+        at_once: bool,
     ) -> None:
         """Nothing is computed.
 
@@ -57,17 +59,19 @@ class Writer:
             pace: decides how far to write.
             unwritable: ids that are never written.
             in_place: what the main model's session gives nobody else reads.
+            at_once: the main model's session is a `WritingSession`, and writes whole drafts.
         """
         self._team = team
         self._main = main
         self._assistants = assistants
         self._texts = texts
         self._chooser = chooser
-        self._skips = skips
         self._stopping = stopping
         self._pace = pace
         self._unwritable = unwritable
         self._in_place = in_place
+        self._at_once = at_once
+        self._words = WordReader(team, assistants, chooser, skips)
         self._lookups: dict[int, PromptLookup] = {}
 
     def write(self, active: Sequence[int], *, alone: bool) -> Ahead:
@@ -84,13 +88,19 @@ class Writer:
             offers = self._offers(ahead, active, plan.length or 0)
             self._read(ahead, active, offers)
             return ahead
+        length = plan.length
+        if self._at_once and length:
+            length = max(0, min(length, *map(self._room, active)))
+        if self._at_once and length:
+            self._write_at_once(ahead, active, length)
+            return ahead
         going = list(active)
         while True:
             said = self._read(ahead, going, {}, timed=not alone)  # the first reads a prompt
             if not any(one.place.is_open for draft in ahead.drafts.values() for one in draft):
                 return ahead
             going = [number for number in going if self._can_go_on(number, ahead.drafts[number])]
-            if not going or not self._pace.goes_on(ahead.drafts, going, plan.length):
+            if not going or not self._pace.goes_on(ahead.drafts, going, length):
                 return ahead
             _keep(ahead.drafts, said)
             ahead.drafted += len(going)
@@ -126,12 +136,43 @@ class Writer:
 
     def _writable_part(self, number: int, ids: list[int]) -> list[int]:
         """The ids up to the first without text, and as many as fit before the text's last token."""
-        text, main = self._texts[number], self._team.main
+        vocabulary = self._team.main.vocabulary
+        ends = (i for i, token in enumerate(ids) if not vocabulary.bytes_of(token))
+        return ids[: max(0, min(self._room(number), next(ends, len(ids))))]
+
+    def _room(self, number: int) -> int:
+        """How many tokens may be drafted, so that one more can follow."""
+        text, most = self._texts[number], self._team.main.context_length
         room = text.new_tokens - text.written - 1
-        if main.context_length is not None:
-            room = min(room, main.context_length - len(text.ids))
-        ends = (i for i, token in enumerate(ids) if not main.vocabulary.bytes_of(token))
-        return ids[: max(0, min(room, next(ends, len(ids))))]
+        return room if most is None else min(room, most - len(text.ids))
+
+    def _write_at_once(self, ahead: Ahead, active: Sequence[int], count: int) -> None:
+        """The main model writes so many tokens of each text; the host reads them when all are there."""
+        lanes, lengths = self._assistants.lanes, [len(self._texts[n].ids) for n in active]
+
+        def choose(logits: torch.Tensor, n: int) -> torch.Tensor:
+            writable = forbid(logits, self._unwritable, in_place=self._in_place)
+            # Of the ids only their number counts (`Chooser.guesses_by_scores`).
+            return self._chooser.propose(writable, active, [range(length + n) for length in lengths])
+
+        began = perf_counter()
+        tokens, said = cast(WritingSession, self._main).write(
+            {lanes[n]: self._texts[n].ids for n in active}, self._team.fuser.candidates, count, choose
+        )
+        said = said.without(self._unwritable, in_place=self._in_place)
+        last = choose(said.scores()[count :: count + 1], count)
+        word = self._words.read(
+            said,
+            [n for n in active for _ in range(count + 1)],
+            [range(length + i) for length in lengths for i in range(count + 1)],
+            torch.cat([tokens, last[:, None]], dim=1).flatten(),
+            began=began,
+        )
+        ahead.main_ms += word.spent_ms
+        self._pace.read(len(active), 1, word.spent_ms / (count + 1))
+        starts = {n: i * (count + 1) for i, n in enumerate(active)}
+        self._add_places(ahead, said, word, {n: word.tokens[at : at + count] for n, at in starts.items()}, {})
+        ahead.drafted += sum(one.piece is not None for draft in ahead.drafts.values() for one in draft)
 
     def _read(
         self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, _Offer], *, timed: bool = True
@@ -147,37 +188,54 @@ class Writer:
             {lanes[n]: len(offered[n]) + 1 for n in going},
         ).wait()
         said = said.without(self._unwritable, in_place=self._in_place)
-        spent = (perf_counter() - began) * 1e3
-        ahead.main_ms += spent
-        if timed:
-            self._pace.read(len(going), max(map(len, offered.values())) + 1, spent)
-        ahead.drafted += sum(map(len, offered.values()))
-        part = team.fuser.part(0, said)
         numbers = [n for n in going for _ in range(len(offered[n]) + 1)]
         prefixes = [starts[n] + offered[n][:i] for n in going for i in range(len(offered[n]) + 1)]
-        reasons = self._skips.reasons(part, numbers, prefixes)
-        tokens = self._chooser.propose(said.scores(), numbers, prefixes, part.topk.ids[:, 0]).tolist()
-        sure = margins(part.topk)
+        word = self._words.read(said, numbers, prefixes, began=began)
+        ahead.main_ms += word.spent_ms
+        if timed:
+            self._pace.read(len(going), max(map(len, offered.values())) + 1, word.spent_ms)
+        ahead.drafted += sum(map(len, offered.values()))
+        self._add_places(ahead, said, word, offered, offers)
+        return said
+
+    def _add_places(
+        self,
+        ahead: Ahead,
+        said: Distribution,
+        word: Word,
+        following: Mapping[int, list[int]],
+        offers: Mapping[int, _Offer],
+    ) -> None:
+        """The next places of each draft: one, and one more after each token that follows and stands.
+
+        Args:
+            ahead: gets them.
+            said: by the main model, of each text one position more than tokens follow.
+            word: of it, what the host has read.
+            following: tokens of each text that were read, or written, after its draft.
+            offers: of these, what another drafter had.
+        """
         began = perf_counter()
-        candidates = self._assistants.candidates(part, reasons)
         row = 0
-        for n in going:
-            for i, following in enumerate([*offered[n], None]):
-                place = self._assistants.place(n, reasons[row + i], candidates.get(row + i, ()))
+        for n, tokens in following.items():
+            draft = ahead.drafts[n]
+            for i, token in enumerate([*tokens, None]):
+                at = row + i
+                place = self._assistants.place(n, word.reasons[at], word.candidates.get(at, ()))
                 text = self._assistants.texts[n]
-                one = Proposal(place, tokens[row + i], sure[row + i], said, row + i, text, following)
-                drafts[n].append(one)
+                one = Proposal(place, word.tokens[at], word.margins[at], said, at, text)
+                draft.append(one)
                 if n in offers:
+                    one.offered = token
                     offers[n].mark_known(place, ahead.drafter)
                 # Where the main model would write something else, the offer is most likely wrong.
-                if following != one.token or self._stopping.ends_text(one.token):
+                if token != one.token or self._stopping.ends_text(one.token):
                     break
                 self._go_on(one)
-                if not self._fits(n, drafts[n]):
+                if not self._fits(n, draft):
                     break
-            row += len(offered[n]) + 1
+            row += len(tokens) + 1
         ahead.handoff_ms += (perf_counter() - began) * 1e3
-        return said
 
     def _can_go_on(self, number: int, draft: Draft) -> bool:
         """Whether the text goes on after the draft's last token."""
@@ -217,12 +275,6 @@ class _Offer:
             known = self.written.known(asked)
             if known is not None:
                 place.known[member - 1] = known
-
-
-def margins(top: TopK) -> list[float]:
-    """By how much the most probable token of each batch row is more probable than the next."""
-    first_two = top.probs[:, :2]
-    return (first_two[:, 0] - first_two[:, -1] * (first_two.shape[1] - 1)).tolist()
 
 
 def _keep(drafts: Mapping[int, Draft], said: Distribution) -> None:

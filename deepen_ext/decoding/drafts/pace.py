@@ -9,6 +9,10 @@ while
 r the milliseconds that a token costs at the present pace, read(w) the verification of w tokens a text: the
 one-step rule of renewal-reward theory for when to end a cycle. All of it is estimated, and what is gained by
 a narrow margin may as well be lost: the left side has to be larger by a tenth.
+
+Where the length has to be known beforehand (a member writes, or the main model on a device that the host
+does not wait for), it is the one of the fewest milliseconds a token: with a the share of tokens that stand, a
+draft of g tokens takes (g + 1) * write + read(g + 1) and gives 1 + a + ... + a^g of them.
 """
 
 from __future__ import annotations
@@ -25,8 +29,9 @@ from deepen_ext.decoding.observed.history import FUSION
 from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
-MOST_OFFERED = 8  # tokens that a member or prompt lookup writes ahead
+MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
 _CLEARLY = 0.9
+_WARM_UP = 2  # forward passes of a shape on CUDA: one as it is, and one that is captured
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
 
@@ -41,19 +46,22 @@ class Plan:
 class Pace:
     """Of one run."""
 
-    def __init__(self, team: Team, settings: DraftSettings, *, sampled: bool) -> None:
+    def __init__(self, team: Team, settings: DraftSettings, *, sampled: bool, at_once: bool) -> None:
         """Nothing is known but what the team's earlier runs found out.
 
         Args:
             team: of the run.
             settings: what was asked for.
             sampled: whether tokens are drawn.
+            at_once: the main model writes a draft of a length known beforehand.
         """
+        self._at_once = at_once
         self.settings = settings
         self._team = team
         self._history = team.histories[sampled]
         self._assistants = range(1, len(team.members))
         self._learns = settings.length is None
+        self._warm_up = 0 if team.device.type == "cpu" else _WARM_UP
         self._unread: dict[int, int] = {}  # main tokens of each text since the assistants read it last
 
     def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
@@ -66,10 +74,11 @@ class Pace:
         drafters, length = self.settings.drafters, self.settings.length
         if length is not None:
             return Plan(drafters[0], length)
-        rate = self._rate(lanes)
+        # With drafts at once, those of the main model are compared with none, not with the present pace.
+        rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
         if rate is None:  # nothing is measured yet
             return Plan(MAIN, 0)
-        best = Plan(MAIN, None if MAIN in drafters else 0)
+        best = Plan(MAIN, None if MAIN in drafters and not self._at_once else 0)
         for drafter in drafters:
             for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
                 if expected < rate * _CLEARLY:
@@ -105,7 +114,7 @@ class Pace:
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
         if self._learns:
-            self._history.cost(MAIN).add(lanes, width, ms)
+            self._history.cost(MAIN).add(lanes, width, ms, warm_up=self._warm_up)
 
     def learn(
         self,
@@ -147,8 +156,9 @@ class Pace:
             # There forward passes are only queued, and done when the tokens are read: each gets its share.
             by_member = {i: ms / len(by_member) for i in by_member}
         for who, spent in by_member.items():
-            self._history.cost(who).add(lanes, width, spent)
-        self._history.cost(FUSION).add(lanes, width, max(ms - sum(by_member.values()), 0.0))
+            self._history.cost(who).add(lanes, width, spent, warm_up=self._warm_up)
+        rest = max(ms - sum(by_member.values()), 0.0)
+        self._history.cost(FUSION).add(lanes, width, rest, warm_up=self._warm_up)
 
     def _learn_acceptance(self, ahead: Ahead, step: AssistedStep, accepted: Sequence[Accepted]) -> None:
         """Of who wrote, what stood. Of who did not, whether it would have written that token."""
@@ -179,13 +189,17 @@ class Pace:
 
     def _rate(self, lanes: int) -> float | None:
         """Milliseconds that a token costs, over all texts: as measured, and no more than without drafts."""
+        alone = self._rate_alone(lanes)
+        spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
+        return alone if alone is None or not tokens else min(alone, spent / tokens)
+
+    def _rate_alone(self, lanes: int) -> float | None:
+        """The same without drafts."""
         write, read = self._history.cost(MAIN).ms(lanes, 1), self._read_ms(lanes, 1)
         if write is None or read is None:
             return None
         opened, every = self._history.opened
-        alone = (write + read * opened / every) / lanes
-        spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
-        return min(alone, spent / tokens) if tokens else alone
+        return (write + read * opened / every) / lanes
 
     def _read_ms(self, lanes: int, width: int, but: int | None = None) -> float | None:
         """Verification of so many tokens a text, by all assistants but one."""
@@ -207,8 +221,9 @@ class Pace:
     def _expected_rates(
         self, drafter: int, lanes: int, looked_up: Sequence[int]
     ) -> Iterator[tuple[int, float]]:
-        """Milliseconds a token with drafts of 1, 2, ... tokens by someone else than the main model."""
+        """Milliseconds a token with drafts of 1, 2, ... tokens, where the length is chosen beforehand."""
         if drafter == MAIN:
+            yield from self._rates_at_once(lanes) if self._at_once else ()
             return
         history, stands = self._history, self._history.accepted(drafter).mean
         most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
@@ -223,6 +238,20 @@ class Pace:
                 return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
             yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
+
+    def _rates_at_once(self, lanes: int) -> Iterator[tuple[int, float]]:
+        """The same of the main model, which writes one token more than it drafts: the choice after them."""
+        opened, every = self._history.opened
+        share = opened / every  # of places that an assistant is asked about; at the others a token stands
+        stands = 1 - share * (1 - self._history.accepted(MAIN).mean)
+        write, tokens = self._history.cost(MAIN).ms(lanes, 1), 1.0
+        for length in range(1, MOST_OFFERED + 1):
+            read = self._read_ms(lanes, length + 1)
+            if write is None or read is None or math.isinf(read):
+                return
+            tokens += stands**length
+            needed = 1 - (1 - share) ** (length + 1)  # whether there is anything to verify
+            yield length, (write * (length + 1) + read * needed) / (tokens * lanes)
 
 
 def begins_alike(one: bytes, other: bytes) -> bool:

@@ -19,13 +19,20 @@ class Costs:
     """
 
     def __init__(self) -> None:
+        self._run: dict[tuple[int, int], int] = {}  # how often a shape was run
         self._recent: dict[tuple[int, int], deque[float]] = {}  # by lanes and width
         self._last: dict[tuple[int, int], int] = {}
         self._medians: dict[int, dict[int, float]] = {}  # by lanes, by width in rising order
         self._count = 0
 
-    def add(self, lanes: int, width: int, ms: float) -> None:
-        """A forward pass of so many lanes, of at most `width` tokens each, took so long."""
+    def add(self, lanes: int, width: int, ms: float, *, warm_up: int = 0) -> None:
+        """A forward pass of so many lanes, of at most `width` tokens each, took so long.
+
+        The first `warm_up` of a shape do not count.
+        """
+        run = self._run[lanes, width] = self._run.get((lanes, width), 0) + 1
+        if run <= warm_up:
+            return
         self._count += 1
         self._last[lanes, width] = self._count
         recent = self._recent.setdefault((lanes, width), deque(maxlen=_RECENT))

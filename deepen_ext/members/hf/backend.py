@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from transformers import __version__
 
+from deepen_ext.errors import ModelError
 from deepen_ext.members.backend import Capabilities, Description
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
-from deepen_ext.members.hf.kv_cache import cache_bytes
+from deepen_ext.members.hf.kv_cache import LaneCache, cache_bytes
 from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 from deepen_ext.members.hf.rooms import forget_room, idle_bytes
-from deepen_ext.members.hf.session import HFSession
+from deepen_ext.members.hf.session import HFSession, _on_fixed_buffers
 from deepen_ext.members.hf.weights import embedding, fingerprint, parameter_count, stored_bytes
 
 
@@ -28,7 +29,8 @@ class HFBackend(LoadedModel):
         """
         quantiser = getattr(inner_model(self.model), "hf_quantizer", None)
         known = quantiser is None or not quantiser.pre_quantized
-        return Capabilities(logits=True, max_topk=None, repeatable=known and self.dtype == torch.float32)
+        repeatable = known and self.dtype == torch.float32
+        return Capabilities(logits=True, max_topk=None, repeatable=repeatable, writes=_can_write(self))
 
     def open(self, lanes: int = 1, capacity: int = 0) -> HFSession:
         """See `Backend`."""
@@ -62,3 +64,11 @@ class HFBackend(LoadedModel):
     def close(self) -> None:
         """Free the room that is kept for the model's next session."""
         forget_room(self)
+
+
+def _can_write(loaded: LoadedModel) -> bool:
+    """Whether its sessions are `WritingSession`s: on CUDA, where short pieces go over fixed buffers."""
+    try:
+        return loaded.device.type == "cuda" and _on_fixed_buffers(loaded, LaneCache(loaded, 1))
+    except ModelError:  # it opens no session
+        return False

@@ -47,7 +47,14 @@ class FixedSteps:
         self._slots = 0
 
     def run(
-        self, inputs: torch.Tensor, end: int, slots: int, positions: int, forward: Forward
+        self,
+        inputs: torch.Tensor,
+        end: int,
+        slots: int,
+        positions: int,
+        forward: Forward,
+        *,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The logits [lanes, positions, V] of these inputs (on the host).
 
@@ -57,19 +64,23 @@ class FixedSteps:
             slots: of the cache.
             positions: how many of the last positions have logits.
             forward: what to run.
+            ids: [lanes, width] on the device, in the place of those of the inputs.
         """
         if slots != self._slots:  # the cache has grown: its buffers are others
             self.forget()
             self._slots = slots
         end = min(max(BLOCK, 1 << (end - 1).bit_length()), slots)
         key = (inputs.shape[2], end, positions)
-        step = self._steps.get(key)
-        if step is None:  # runs as it is: nothing is captured that comes once, and capture finds all warm
-            step = _Step(inputs.to(self._device, non_blocking=True))
+        step, is_new = self._steps.get(key), key not in self._steps
+        if step is None:
+            step = _Step(torch.empty(inputs.shape, dtype=torch.long, device=self._device))
+        step.inputs.copy_(inputs, non_blocking=True)
+        if ids is not None:
+            step.inputs[0].copy_(ids)
+        if is_new:  # runs as it is: nothing is captured that comes once, and capture finds all warm
             logits = forward(step.inputs, end)  # every layer has its buffers now: none is made in a capture
             self._steps[key] = step
             return logits
-        step.inputs.copy_(inputs, non_blocking=True)
         if step.graph is None and self._captures:
             self._capture(step, end, forward)
         if step.graph is None or step.logits is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from deepen_ext.members.hf.masks import attention_mask
 from deepen_ext.members.hf.placement import one_at_a_time
 from deepen_ext.members.hf.rooms import Room
 from deepen_ext.members.hf.small_products import small_products
+from deepen_ext.ops.transfer import to_device
 
 
 class Known(NamedTuple):
@@ -126,7 +127,36 @@ class Forwards:
         width = _width(max(map(len, new.values())))
         positions = _width(positions)
         at = list(range(self._lanes.count))
-        lines = self._lines(new, at, width)
+        logits = self._run_fixed(self._lines(new, at, width), positions)
+        return self._fed(new, at, logits.clone())  # the step's own are overwritten by the next
+
+    def feed_unread(self, lanes: Sequence[int], tokens: torch.Tensor, ahead: int) -> torch.Tensor:
+        """One more token of each of these lanes, over fixed buffers; the host does not know it.
+
+        The lanes (`Lanes.ids`) get it when it was read, as the tokens fed before it in this way.
+
+        Args:
+            lanes: each with ids.
+            tokens: int64 [len(lanes)], on the device.
+            ahead: how many of each lane's tokens were fed before it in this way.
+
+        Returns:
+            logits [len(lanes), V], which the next step may write over.
+        """
+        at = [self._lanes.cache_lane(lane) for lane in lanes]
+        # What stands in for the tokens' ids on the host is what lanes that are not fed read.
+        lines = self._lines({lane: [0] for lane in lanes}, list(range(self._lanes.count)), 1, ahead)
+        whole = at == list(range(self._lanes.count))
+        index = None if whole else to_device(at, self._loaded.device)
+        ids = tokens if index is None else tokens.new_zeros(self._lanes.count).index_copy_(0, index, tokens)
+        logits = self._run_fixed(lines, 1, ids[:, None])[:, 0]
+        self.tokens_fed += len(lanes)
+        return logits if index is None else logits.index_select(0, index)
+
+    def _run_fixed(
+        self, lines: list[list[list[int]]], positions: int, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A forward over all lanes, whose shape is one of a few; see `FixedSteps.run`."""
         end = max(line[-1] + 1 for line in lines[1])
 
         def forward(inputs: torch.Tensor, end: int) -> torch.Tensor:
@@ -134,24 +164,26 @@ class Forwards:
             first = dict.fromkeys(self._cache.windows, 0)
             return self._masked(ManyLanes(slice(None), index, inputs[2], first, end), inputs, positions)
 
-        logits = self._steps.run(self._on_host(lines), end, self._cache.slots, positions, forward)
-        return self._fed(new, at, logits.clone())  # the step's own are overwritten by the next
+        slots = self._cache.slots
+        return self._steps.run(self._on_host(lines), end, slots, positions, forward, ids=ids)
 
-    def _lines(self, new: Mapping[int, list[int]], at: list[int], width: int) -> list[list[list[int]]]:
+    def _lines(
+        self, new: Mapping[int, list[int]], at: list[int], width: int, ahead: int = 0
+    ) -> list[list[list[int]]]:
         """Ids, positions and slots ``[3][cache lanes][width]`` of a forward, padded on the left.
 
         So that each lane's last token is the last of its line. Padding repeats the lane's first new token: it
         attends to what that one attends to, and its states go to the slot that nothing ever reads. A lane
-        that is not fed has padding only.
+        that is not fed has padding only. The new tokens come `ahead` places after what the lanes hold.
         """
         unread = self._cache.slots - 1
-        lowest = min(len(self._lanes.ids[lane]) for lane in new)
+        lowest = min(len(self._lanes.ids[lane]) for lane in new) + ahead
         filler = next(iter(new.values()))[0]
         tokens, positions, slots = [], [], []
         for cache_lane in at:
             lane = self._lanes.at(cache_lane)
             ids = [] if lane is None else new.get(lane, [])
-            start = len(self._lanes.ids[lane]) if lane is not None and ids else lowest
+            start = len(self._lanes.ids[lane]) + ahead if lane is not None and ids else lowest
             padding = width - len(ids)
             following = list(range(start, start + len(ids)))
             tokens.append([ids[0] if ids else filler] * padding + ids)

@@ -12,6 +12,7 @@ from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix
+from deepen_ext.members.backend import Choose
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf.attention import share_heads
 from deepen_ext.members.hf.feed_plan import fed_first
@@ -22,6 +23,7 @@ from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 from deepen_ext.members.hf.masks import check_batches
 from deepen_ext.members.hf.placement import is_spread, layer_devices
 from deepen_ext.members.hf.rooms import leave_room, take_room
+from deepen_ext.members.hf.unread import Unread, write_unread
 
 READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144 in float32
 
@@ -55,6 +57,7 @@ class HFSession(Closing):
         self._lanes = Lanes(loaded.name, lanes, self._cache)
         self._forwards = Forwards(loaded, self._lanes, self._room, fixed=self._fixed)
         self._known: dict[int, Known] = {}
+        self._unread: Unread | None = None
         self._capacity = capacity if self._fixed else 0
         self._usable = True
         self._closed = False  # not the same as all lanes released, which is how a generation ends
@@ -79,6 +82,7 @@ class HFSession(Closing):
     def ids(self, lane: int) -> list[int]:
         """Token ids that the lane's cache holds."""
         self._lanes.check(lane)
+        self._take_unread()
         return list(self._lanes.ids[lane])
 
     def ask(
@@ -93,6 +97,7 @@ class HFSession(Closing):
         if not wanted:
             logits = torch.empty((0, loaded.vocab_size), dtype=loaded.dtype, device=loaded.device)
             return self._answer(logits, k)
+        self._take_unread()
         self._lanes.take_back(list(wanted))
         unfed = self._roll_back(wanted, counts)
         self._usable = False  # for another session, should this fail
@@ -110,6 +115,28 @@ class HFSession(Closing):
         self._usable = True
         return self._answer(logits, k)
 
+    def write(
+        self, targets: Mapping[int, Sequence[int]], k: int, count: int, choose: Choose
+    ) -> tuple[torch.Tensor, Distribution]:
+        """See `WritingSession`; InputError also where the session works without fixed buffers."""
+        loaded, wanted = self._loaded, {lane: list(ids) for lane, ids in targets.items()}
+        count = whole_number(f"{loaded.name}: the number of tokens to write", count, 1)
+        if not self._fixed or not wanted:
+            reason = "nothing to write to" if self._fixed else "it works without fixed buffers"
+            raise InputError(f"{loaded.name}: {reason}; ask token by token")
+        for lane, ids in wanted.items():
+            self._check(lane, ids + ids[-1:] * count)
+        # For all tokens at once, so that no buffer moves in between.
+        self._capacity = max(self._capacity, max(map(len, wanted.values())) + count)
+        logits = self.ask(wanted, k).said.scores()
+        self._usable = False
+        with self._work(after_the_caller=True):
+            unread = write_unread(loaded.name, self._forwards, list(wanted), logits, count, choose)
+        self._unread, self._usable = unread, True
+        if self._room.stream is not None:
+            unread.tokens.record_stream(torch.cuda.current_stream(loaded.device))
+        return unread.tokens, self._answer(unread.logits.flatten(0, 1), k).wait()
+
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         """See `Session`; of the lane's present ids at most ``ids[:start]`` is kept."""
         wanted = list(ids)
@@ -118,12 +145,14 @@ class HFSession(Closing):
         return self._read(lane, wanted, start, k)
 
     def _read(self, lane: int, ids: list[int], start: int, k: int) -> Iterator[Distribution]:
+        self._take_unread()
         held = self._lanes.ids
         at = min(common_prefix(held[lane], ids), start)
         self._known.pop(lane, None)
         del held[lane][at:]
         while at < len(ids):
             self._lanes.check(lane)
+            self._take_unread()
             if held[lane] != ids[:at]:
                 raise InputError(
                     f"{self._loaded.name}: lane {lane} was given other ids while it was read; read it to its "
@@ -145,6 +174,7 @@ class HFSession(Closing):
     def release(self, lane: int) -> None:
         """See `Session`."""
         self._lanes.check(lane)
+        self._take_unread()
         self._known.pop(lane, None)
         self._lanes.release(lane, self._on_own_stream())
 
@@ -166,11 +196,14 @@ class HFSession(Closing):
             self._cache.clear()
         self._lanes.clear()
         self._known.clear()
+        self._unread = None
 
     @contextmanager
-    def _work(self) -> Iterator[None]:
+    def _work(self, *, after_the_caller: bool = False) -> Iterator[None]:
         """On CUDA members work side by side, each on a stream of its own."""
         stream = self._room.stream
+        if after_the_caller and stream is not None:  # what the work reads of the caller's is done by then
+            stream.wait_stream(torch.cuda.current_stream(self._loaded.device))
         with torch.inference_mode(), torch.cuda.stream(stream) if stream is not None else nullcontext():
             yield
 
@@ -185,6 +218,14 @@ class HFSession(Closing):
     def _answer(self, logits: torch.Tensor, k: int) -> HFAnswer:
         said = Distribution(self._loaded.name, self._loaded.vocab_size, k, logits)
         return HFAnswer(said, self._room.stream)
+
+    def _take_unread(self) -> None:
+        """The lanes hold what was written last, now that the host can read it."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            for lane, (ids, known) in unread.read().items():
+                self._lanes.ids[lane].extend(ids)
+                self._known[lane] = known
 
     def _roll_back(
         self, wanted: Mapping[int, list[int]], positions: Mapping[int, int]
