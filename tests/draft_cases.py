@@ -366,7 +366,8 @@ def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
             yield f"{where}: {name} {one[name]}, with drafts {other[name]}"
     if [own["name"] for own in one["members"]] != [own["name"] for own in other["members"]]:
         yield f"{where}: other members"
-    for own, others in zip([*one["members"], one], [*other["members"], other], strict=False):
+        return
+    for own, others in zip([*one["members"], one], [*other["members"], other], strict=True):
         if not math.isclose(own.get("weight", 0), others.get("weight", 0), abs_tol=CLOSE):
             yield f"{where}: weight {own['weight']}, with drafts {others['weight']}"
         top, theirs = own.get("top", own.get("fused")), others.get("top", others.get("fused"))
