@@ -245,6 +245,9 @@ class TestPace:
         slow = history_of(write=4, read=40, more=0, agrees=True)
         slow.spent[1] = (160.0, 20.0)
         assert pace_of(slow, (MAIN, 1)).plan(1, []) == Plan(MAIN, None)
+        # Its own drafts were never tried, and would be the cheapest.
+        untried = history_of(write=10, read=40, more=0, agrees=True)
+        assert pace_of(untried, (MAIN, 1)).plan(1, []) == Plan(MAIN, None)
         # Drafts of the main model made a token that cheap already.
         history = history_of(write=40, read=4, more=0, agrees=True)
         history.spent[1] = (100.0, 20.0)

@@ -78,6 +78,9 @@ class Pace:
         rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
         if rate is None:  # nothing is measured yet
             return Plan(MAIN, 0)
+        if MAIN in drafters and not self._at_once:
+            # It may not have drafted yet; then the others are compared with what its drafts would cost.
+            rate = min([rate, *(expected for _, expected in self._rates_at_once(lanes))])
         best = Plan(MAIN, None if MAIN in drafters and not self._at_once else 0)
         for drafter in drafters:
             for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
@@ -240,7 +243,10 @@ class Pace:
             yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
 
     def _rates_at_once(self, lanes: int) -> Iterator[tuple[int, float]]:
-        """The same of the main model, which writes one token more than it drafts: the choice after them."""
+        """The same of the main model, which writes one token more than it drafts: the choice after them.
+
+        Where it decides token by token it does better than this.
+        """
         opened, every = self._history.opened
         share = opened / every  # of places that an assistant is asked about; at the others a token stands
         stands = 1 - share * (1 - self._history.accepted(MAIN).mean)
