@@ -84,6 +84,13 @@ class TestCosts:
         assert costs.ms(1, 2) is None  # of one token nothing is known: no width can be compared with it
         assert costs.ms(4, 1) is None
 
+    def test_what_a_number_of_lanes_lacks_is_taken_from_the_nearest(self) -> None:
+        costs = Costs()
+        costs.add(15, 1, 10.0)
+        costs.add(2, 1, 1.0)
+        costs.add(16, 2, 20.0)
+        assert [costs.ms(16, width) for width in (1, 2, 3)] == [10.0, 20.0, 30.0]
+
     def test_a_width_is_tried_up_to_twice_the_largest_known(self) -> None:
         costs = Costs()
         costs.add(1, 1, 10.0)
@@ -231,13 +238,25 @@ class TestPace:
     def test_another_drafter_is_taken_where_it_is_clearly_cheaper(self) -> None:
         history = history_of(write=40, read=4, more=0, agrees=True)
         assert pace_of(history).plan(1, []) == Plan(MAIN, None)
-        by_member = pace_of(history, (MAIN, 1)).plan(1, [])
-        assert by_member.drafter == 1
-        assert by_member.length is not None
-        assert by_member.length > 1
-        assert pace_of(history, (MAIN, LOOKUP)).plan(1, [6]) == Plan(LOOKUP, 6)
-        assert pace_of(history, (MAIN, LOOKUP)).plan(1, [0]) == Plan(MAIN, None)
+        by_member = pace_of(history, (MAIN, 1))
+        assert by_member.plan(1, []) == Plan(1, 1)
+        by_member._longest[1] = 8
+        plan = by_member.plan(1, [])
+        assert plan.drafter == 1
+        assert plan.length is not None
+        assert plan.length > 1
+        looking = pace_of(history, (MAIN, LOOKUP))
+        assert looking.plan(1, [6]) == Plan(LOOKUP, 1)
+        looking._longest[LOOKUP] = 8
+        assert looking.plan(1, [6]) == Plan(LOOKUP, 6)
+        assert looking.plan(1, [0]) == Plan(MAIN, None)
         assert pace_of(history, (MAIN, LOOKUP, 1)).plan(1, [8]).drafter == LOOKUP  # its tokens cost nothing
+        # What it would have written stood; what it wrote did not.
+        for _ in range(40):
+            history.saw_offer(1, False)
+        assert by_member.plan(1, []) == Plan(MAIN, None)
+        history.forget_offers(500)
+        assert by_member.plan(1, []).drafter == 1
 
     def test_another_drafter_is_left_where_it_is_not(self) -> None:
         wrong = history_of(write=40, read=4, more=0, agrees=False)

@@ -62,6 +62,8 @@ class Pace:
         self._assistants = range(1, len(team.members))
         self._learns = settings.length is None
         self._warm_up = 0 if team.device.type == "cpu" else _WARM_UP
+        # Most tokens that others than the main model write: more after drafts that stood, fewer after a miss.
+        self._longest: dict[int, int] = {}
         self._unread: dict[int, int] = {}  # main tokens of each text since the assistants read it last
 
     def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
@@ -150,10 +152,10 @@ class Pace:
             self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept
 
     def _learn_costs(self, drafts: Mapping[int, Draft], step: AssistedStep, ms: float) -> None:
-        lanes = sum(any(one.place.is_open for one in draft) for draft in drafts.values())
-        if not lanes:
+        if not any(one.place.is_open for draft in drafts.values() for one in draft):
             return
-        width = self._width(drafts)
+        # Of all texts, those that need no verification among them: so every width of a batch is found again.
+        lanes, width = len(drafts), self._width(drafts)
         by_member = {i: own for i, own in enumerate(step.members_ms.values(), start=1) if own}
         if step.fused.logits.device.type != "cpu":
             # There forward passes are only queued, and done when the tokens are read: each gets its share.
@@ -169,12 +171,17 @@ class Pace:
         opened, every = history.opened
         count = sum(one.proposal.place.is_open for one in accepted)
         history.opened = (opened * _FADE + count, every * _FADE + len(accepted))
+        history.forget_offers(len(accepted) // len(ahead.drafts))
+        offers = [one.token == one.proposal.offered for one in accepted if one.proposal.offered is not None]
+        for stood in offers:
+            history.saw_offer(drafter, stood)
+        if offers:
+            longer = 2 * self._longest.get(drafter, 1) if all(offers) else sum(offers) // len(ahead.drafts)
+            self._longest[drafter] = max(1, min(longer, MOST_OFFERED))
         for one in accepted:
             proposal = one.proposal
             if proposal.place.is_open:
                 history.accepted(MAIN).see(proposal.margin, one.token == proposal.token)
-            if drafter != MAIN and proposal.offered is not None:
-                history.accepted(drafter).see(0.0, one.token == proposal.offered)
             found = ahead.looked_up.get(proposal.place.text)
             if drafter != LOOKUP and found and proposal is ahead.drafts[proposal.place.text][0]:
                 history.accepted(LOOKUP).see(0.0, one.token == found[0])
@@ -202,7 +209,8 @@ class Pace:
         if write is None or read is None:
             return None
         opened, every = self._history.opened
-        return (write + read * opened / every) / lanes
+        needed = 1 - (1 - opened / every) ** lanes  # whether there is anything to verify
+        return (write + read * needed) / lanes
 
     def _read_ms(self, lanes: int, width: int, but: int | None = None) -> float | None:
         """Verification of so many tokens a text, by all assistants but one."""
@@ -228,8 +236,10 @@ class Pace:
         if drafter == MAIN:
             yield from self._rates_at_once(lanes) if self._at_once else ()
             return
-        history, stands = self._history, self._history.accepted(drafter).mean
-        most = max(looked_up) if drafter == LOOKUP else MOST_OFFERED
+        history, stands = self._history, self._history.offers_stand(drafter)
+        most = self._longest.get(drafter, 1)
+        if drafter == LOOKUP:
+            most = min(most, max(looked_up))
         # The place after its last token is one that a member has to be asked about, too.
         writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
         expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
@@ -256,7 +266,7 @@ class Pace:
             if write is None or read is None or math.isinf(read):
                 return
             tokens += stands**length
-            needed = 1 - (1 - share) ** (length + 1)  # whether there is anything to verify
+            needed = 1 - (1 - share) ** (lanes * (length + 1))  # whether there is anything to verify
             yield length, (write * (length + 1) + read * needed) / (tokens * lanes)
 
 

@@ -46,14 +46,15 @@ class Costs:
     def ms(self, lanes: int, width: int) -> float | None:
         """Expected milliseconds; infinite for a width to be tried later, None where nothing is known.
 
-        Of a number of lanes that was not measured, the nearest one's.
+        What was not measured for a number of lanes is taken from the nearest one.
         """
         known = self._medians.get(lanes, {})
         if 1 not in known:
             others = [n for n, medians in self._medians.items() if 1 in medians]
             if not others:
                 return None
-            known = self._medians[min(others, key=lambda n: abs(n - lanes))]
+            nearest = self._medians[min(others, key=lambda n: abs(n - lanes))]
+            known = dict(sorted((nearest | known).items()))
         if width in known:
             return known[width]
         widths = list(known)
