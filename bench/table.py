@@ -120,16 +120,24 @@ def _decode_table(of: str, figures: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _native_section(result: dict[str, Any]) -> str:
-    """The demo pair and three members in llama.cpp: a file of their own."""
+def _measured(result: dict[str, Any], what: str, threads: int, others: str = "") -> str:
+    """What was measured, on which machine, with which versions, at which commit."""
     machine, versions = result["machine"], result["versions"]
     run = ", a quick run" if result["quick"] else ""
+    return (
+        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {what}, {threads} threads; "
+        f"Python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}{others}; "
+        f"commit {_commit(result)}, {result['date'][:10]}{run}"
+    )
+
+
+def _native_section(result: dict[str, Any]) -> str:
+    """The demo pair and three members in llama.cpp: a file of their own."""
+    llama_cpp = result["versions"]["llama.cpp"]
     lines = [
-        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), members in "
-        f"{versions['llama.cpp']}, {result['llama_cpp_threads']} threads; Python {versions['python']}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; commit {_commit(result)}, "
-        f"{result['date'][:10]}{run}. Medians, in brackets the 10th and 90th percentile; of batches means. "
-        "Quantised weights, the default recipe. The ratio is ours / baseline.",
+        f"{_measured(result, f'members in {llama_cpp}', result['llama_cpp_threads'])}. Medians, in brackets "
+        "the 10th and 90th percentile; of batches means. Quantised weights, the default recipe. The ratio is "
+        "ours / baseline.",
         "",
         *_decode_table("greedy decoding, members in llama.cpp", result["figures"]["llama.cpp"]),
     ]
@@ -148,13 +156,10 @@ _DRAFT_PARTS = {
 
 def _drafts_section(result: dict[str, Any]) -> str:
     """With and without drafts: a file of their own, a table for each part."""
-    machine, versions = result["machine"], result["versions"]
-    run = ", a quick run" if result["quick"] else ""
+    others = f", {result['versions']['llama.cpp']}"
     lines = [
-        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), drafts, {result['threads']} "
-        f"threads; Python {versions['python']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, {versions['llama.cpp']}; commit {_commit(result)}, "
-        f"{result['date'][:10]}{run}. Greedy where no temperature is named, the default recipe; float32 in "
+        f"{_measured(result, 'drafts', result['threads'], others)}. Greedy where no "
+        "temperature is named, the default recipe; float32 in "
         "transformers, quantised weights in llama.cpp. Medians, in brackets the 10th and 90th percentile; "
         "the ratio, ours / baseline, is the median of the ratios within a repetition. Each ensemble wrote a "
         "text before it was timed, so that the members' speed was known. In transformers all texts were the "

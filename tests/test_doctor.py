@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
+from deepen_ext.decoding.observed.acceptance import expected_tokens
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
@@ -30,7 +31,6 @@ from deepen_ext.measure.doctor.draft_model import (
     ForwardTimes,
     best_length,
     cycle_ms,
-    expected_tokens,
     ms_per_token,
 )
 from deepen_ext.measure.doctor.draft_times import acceptance, forward_times, what_it_allows

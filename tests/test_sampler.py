@@ -12,7 +12,8 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from deepen_ext import InputError
-from deepen_ext.decoding.sampler import _STATELESS, Chooser, _draw
+from deepen_ext.decoding.processor_kinds import STATELESS
+from deepen_ext.decoding.sampler import Chooser, _draw
 from deepen_ext.decoding.settings import Settings
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [10], [5, 6, 5, 6, 5]]
@@ -355,7 +356,7 @@ class TestState:
         for settings in (*SAMPLING, *GREEDY):
             read = Settings.read(main, do_sample=settings in SAMPLING, **settings)
             made |= {type(one) for one in read.processors([5, 6])}
-        assert made >= _STATELESS
+        assert made >= STATELESS
 
     @pytest.mark.parametrize(
         "settings",

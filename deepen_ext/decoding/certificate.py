@@ -21,28 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers.generation import logits_process
 
+from deepen_ext.decoding.processor_kinds import ORDERLY
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.ops.topk_softmax import TopK, launch
-
-# Score by score, rising (or constant), without a state that a second call would change. Not among them:
-# ExponentialDecayLengthPenalty, which may fall with a negative logit, and what looks at all scores.
-_ORDERLY = {
-    logits_process.EncoderNoRepeatNGramLogitsProcessor,
-    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
-    logits_process.ForcedBOSTokenLogitsProcessor,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-    logits_process.SuppressTokensLogitsProcessor,
-}
 
 
 class Certificate:
@@ -76,7 +59,7 @@ class Certificate:
             bool [b], where the logits are.
         """
         processors = self._chooser.processors(rows[0])
-        if self._chooser.settings.do_sample or any(type(one) not in _ORDERLY for one in processors):
+        if self._chooser.settings.do_sample or any(type(one) not in ORDERLY for one in processors):
             return torch.zeros(len(rows), dtype=torch.bool, device=main_logits.device)
         if top is None or top.ids.shape[1] < 2:
             # One read: a sixth of torch.topk's time at 262,144 tokens on the CPU.

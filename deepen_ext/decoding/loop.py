@@ -205,8 +205,8 @@ class Run:
         }
         if self._trace is not None:
             self._trace.step(self._team, step.fused, accepted, {"members": members_ms, **stages})
-        for one in accepted:
-            if self._streamer is not None:
+        if self._streamer is not None:
+            for one in accepted:
                 self._streamer.put(torch.tensor([one.token]))
         for number in ahead.drafts:
             if self._texts[number].finish_reason is not None:

@@ -11,44 +11,11 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
 
+from deepen_ext.decoding.processor_kinds import BATCHED, STATELESS
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.errors import InputError
 from deepen_ext.members.asking import common_prefix
-
-# They look at the scores alone, and are the same for all texts.
-_BATCHED = {
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
-    logits_process.MinPLogitsWarper,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopHLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-}
-
-# What they give depends on the ids and scores of the call alone. (Some keep what they work out in their first
-# call: tensors made of their settings.) Not among them: PrefixConstrainedLogitsProcessor, which calls a
-# function of the caller's, watermarks, and guidance, which has a KV cache.
-_STATELESS = _BATCHED | {
-    logits_process.EncoderNoRepeatNGramLogitsProcessor,
-    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
-    logits_process.ExponentialDecayLengthPenalty,
-    logits_process.ForcedBOSTokenLogitsProcessor,
-    logits_process.ForcedEOSTokenLogitsProcessor,
-    logits_process.MinLengthLogitsProcessor,
-    logits_process.MinNewTokensLengthLogitsProcessor,
-    logits_process.NoBadWordsLogitsProcessor,
-    logits_process.NoRepeatNGramLogitsProcessor,
-    logits_process.RepetitionPenaltyLogitsProcessor,
-    logits_process.SequenceBiasLogitsProcessor,
-    logits_process.SuppressTokensAtBeginLogitsProcessor,
-}
 
 
 class Chooser:
@@ -77,7 +44,7 @@ class Chooser:
         self._ids = [_TextIds(torch.device(device)) for _ in prompts]
         self._processors = [settings.processors(one, device, text) for text, one in enumerate(prompts)]
         self._stateless = [
-            LogitsProcessorList(one for one in own if type(one) in _STATELESS) for own in self._processors
+            LogitsProcessorList(one for one in own if type(one) in STATELESS) for own in self._processors
         ]
         self._seeds = _seeds_and_numbers(settings.seed, len(prompts))
         if settings.do_sample:
@@ -95,7 +62,7 @@ class Chooser:
     @property
     def guesses_by_scores(self) -> bool:
         """Whether `propose` looks at the scores, and of the ids at nothing but how many there are."""
-        return all(type(one) in _BATCHED for one in self._stateless[0])
+        return all(type(one) in BATCHED for one in self._stateless[0])
 
     def processors(self, text: int) -> LogitsProcessorList:
         """The text's own, in order: processors, then warpers where something is drawn."""
@@ -189,12 +156,12 @@ class Chooser:
         # A copy, as in transformers: the caller's own processors may write into what they are given.
         scores = scores.to(torch.float32, copy=True)
         of_rows: list[Any] = [processors[text] for text in texts]
-        if all(type(one) in _BATCHED for one in of_rows[0]):  # the classes do not depend on the text
+        if all(type(one) in BATCHED for one in of_rows[0]):  # the classes do not depend on the text
             tokens = [torch.empty(1, 0, dtype=torch.long, device=scores.device)] * len(texts)  # not looked at
         else:
             tokens = [self._ids[text].read(own) for text, own in zip(texts, ids, strict=True)]
         for of_each in zip(*of_rows, strict=True):
-            if type(of_each[0]) in _BATCHED:
+            if type(of_each[0]) in BATCHED:
                 scores = of_each[0](tokens[0], scores)
                 continue
             parts = [

@@ -73,6 +73,4 @@ def in_main_tokens(team: Team, member: int, draft: MemberDraft) -> list[int]:
     """The draft as the main model would write it, up to its last whole character."""
     data = team.members[member].vocabulary.decode(draft.ids[draft.start :], continues=True)
     # As text that goes on from earlier text: no dummy space, nothing before it.
-    ids, _ = team.main.vocabulary.encode_part(whole_characters(data), 1)
-    ends = (i for i, token in enumerate(ids) if not team.main.vocabulary.bytes_of(token))
-    return ids[: next(ends, len(ids))]
+    return team.main.vocabulary.encode_part(whole_characters(data), 1)[0]

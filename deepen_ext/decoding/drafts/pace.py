@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.assistants import AssistedStep
 from deepen_ext.decoding.drafts.draft_settings import LONGEST, LOOKUP, MAIN, DraftSettings
+from deepen_ext.decoding.observed.acceptance import expected_tokens
 from deepen_ext.decoding.observed.history import FUSION
 from deepen_ext.decoding.places import Ahead, Draft
 from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
-_CLEARLY = 0.9
+_CLEARLY = 0.9  # by this much the other way has to be cheaper: estimates are no measurements
 _WARM_UP = 2  # forward passes of a shape on CUDA: one as it is, and one that is captured
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
@@ -242,15 +243,14 @@ class Pace:
             most = min(most, max(looked_up))
         # The place after its last token is one that a member has to be asked about, too.
         writing = 0.0 if drafter == LOOKUP else history.cost(drafter).ms(lanes, 1)
-        expected = [1.0]  # tokens of a cycle, by the draft's length: those that stand, and the one after them
         for length in range(1, most + 1):
-            expected.append(expected[-1] + stands**length)
             read = history.cost(MAIN).ms(lanes, length + 1)
             verified = self._read_ms(lanes, length + 1, but=drafter)
             if writing is None or read is None or verified is None or math.inf in (read, verified):
                 return
             lengths = [min(own, length) for own in looked_up] if drafter == LOOKUP else [length] * lanes
-            yield length, (writing * (length + 1) + read + verified) / sum(expected[n] for n in lengths)
+            tokens = sum(expected_tokens(stands, own) for own in lengths)
+            yield length, (writing * (length + 1) + read + verified) / tokens
 
     def _rates_at_once(self, lanes: int) -> Iterator[tuple[int, float]]:
         """The same of the main model, which writes one token more than it drafts: the choice after them.
@@ -260,14 +260,14 @@ class Pace:
         opened, every = self._history.opened
         share = opened / every  # of places that an assistant is asked about; at the others a token stands
         stands = 1 - share * (1 - self._history.accepted(MAIN).mean)
-        write, tokens = self._history.cost(MAIN).ms(lanes, 1), 1.0
+        write = self._history.cost(MAIN).ms(lanes, 1)
         for length in range(1, MOST_OFFERED + 1):
             read = self._read_ms(lanes, length + 1)
             if write is None or read is None or math.isinf(read):
                 return
-            tokens += stands**length
+            tokens = lanes * expected_tokens(stands, length)
             needed = 1 - (1 - share) ** (lanes * (length + 1))  # whether there is anything to verify
-            yield length, (write * (length + 1) + read * needed) / (tokens * lanes)
+            yield length, (write * (length + 1) + read * needed) / tokens
 
 
 def begins_alike(one: bytes, other: bytes) -> bool:

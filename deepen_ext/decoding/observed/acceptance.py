@@ -41,3 +41,12 @@ class Acceptance:
     def mean(self) -> float:
         """Of any token to stand."""
         return self._all_stood / self._all_seen
+
+
+def expected_tokens(acceptance: float, length: int) -> float:
+    """Tokens that a cycle writes: those of its draft that stand, and the one after them.
+
+    1 + a + ... + a^g, with a the chance of each token to stand and g the draft's length (Leviathan et al.
+    2023, equation 1).
+    """
+    return float(sum(acceptance**j for j in range(length + 1)))

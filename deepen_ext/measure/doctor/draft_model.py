@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepen_ext.decoding.drafts.draft_settings import MAIN
+from deepen_ext.decoding.observed.acceptance import expected_tokens
 
 WIDTHS = (1, 2, 4, 8)  # tokens of each text in the forwards that are timed
 LONGEST = WIDTHS[-1] - 1  # tokens of a draft: with the place after them they fill the widest forward
@@ -60,11 +61,6 @@ class Acceptance:
     def share(self) -> float:
         """Of the tokens that stood."""
         return self.stood / self.seen
-
-
-def expected_tokens(acceptance: float, length: int) -> float:
-    """Tokens that a cycle writes: Σ a^j over j = 0..g, with a the acceptance and g the draft's length."""
-    return float(sum(acceptance**j for j in range(length + 1)))
 
 
 def cycle_ms(
