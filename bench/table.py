@@ -158,8 +158,9 @@ def _drafts_section(result: dict[str, Any]) -> str:
     """With and without drafts: a file of their own, a table for each part."""
     others = f", {result['versions']['llama.cpp']}"
     lines = [
-        f"{_measured(result, 'drafts', result['threads'], others)}. Greedy where no temperature "
-        "is named, the default recipe; float32 in transformers, quantised weights in llama.cpp. Medians, in brackets the 10th and 90th percentile; "
+        f"{_measured(result, 'drafts', result['threads'], others)}. Greedy where no temperature is named, "
+        "the default recipe; float32 in transformers, quantised weights in llama.cpp. Medians, in brackets "
+        "the 10th and 90th percentile; "
         "the ratio, ours / baseline, is the median of the ratios within a repetition. Each ensemble wrote a "
         "text before it was timed, so that the members' speed was known. In transformers all texts were the "
         "same, token for token, with every draft.",
