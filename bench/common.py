@@ -83,6 +83,47 @@ class Figure:
         return {key: value for key, value in asdict(self).items() if value not in ("", None)}
 
 
+def compared(
+    name: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    baseline: str,
+    ratio: float,
+    *,
+    unit: str = "ms a token",
+    budget: float | None = None,
+    **more: Any,
+) -> Figure:
+    """Two kinds of run: medians, and how many times the baseline ours took.
+
+    Args:
+        name: of the figure.
+        ours: the value of each repetition.
+        theirs: the baseline's.
+        baseline: what it is.
+        ratio: ours / baseline, as the caller takes it.
+        unit: of the values.
+        budget: the largest ratio that is good enough.
+        more: other fields of the figure.
+    """
+    return Figure(
+        name,
+        statistics.median(ours),
+        unit,
+        spread(ours),
+        len(ours),
+        baseline=baseline,
+        baseline_value=statistics.median(theirs),
+        baseline_spread=spread(theirs),
+        baseline_repetitions=len(theirs),
+        ratio=ratio,
+        ratio_of="ours / baseline",
+        budget="" if budget is None else f"at most {budget:.2f} times the baseline",
+        met=None if budget is None else ratio <= budget,
+        **more,
+    )
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

@@ -25,6 +25,7 @@ from common import (
     TIMED,
     Figure,
     again_with_an_empty_cache,
+    compared,
     percentile,
     resident,
     spread,
@@ -196,23 +197,20 @@ def figures(found: dict[str, Any]) -> list[Figure]:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(totals, sums, strict=True))
         steps = [step for one in runs[kind] for step in one["steps"]]
         skipped = statistics.mean(one["skipped"] for one in runs[kind])
-        add(
+        figure = compared(
             what,
             totals,
-            baseline="sum of the members alone, transformers generate",
-            baseline_value=statistics.median(sums),
-            baseline_spread=spread(sums),
-            baseline_repetitions=len(sums),
-            ratio=ratio,
-            ratio_of="ours / baseline",
-            budget="" if budget is None else f"at most {budget:.2f} times the baseline",
-            met=None if budget is None else ratio <= budget,
+            sums,
+            "sum of the members alone, transformers generate",
+            ratio,
+            budget=budget,
             p99=percentile(steps, 0.99),
             note=f"first token {statistics.median(one['prompt'] for one in runs[kind]):.0f} ms; p50 "
             f"{percentile(steps, 0.5):.0f} ms a token; {skipped:.0%} of the tokens settled; largest member "
             f"alone {max(map(statistics.median, runs['alone'].values())):.0f} ms; resident set "
             f"+{max(one['peak'] for one in runs[kind]):.0f} MB at the peak; {runs['new_tokens']} new tokens",
         )
+        made.append(figure)
 
     prose, gsm8k, trio = found["prose"], found["gsm8k"], found["trio"]
     beside(f"prose, context {CONTEXT}, batch 1, warm rows", prose, "asked", 1.10)

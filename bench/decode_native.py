@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Figure, environment, percentile, resident, speed_file, spread, write_json
+from common import Figure, compared, environment, percentile, resident, speed_file, spread, write_json
 from decode_parts import alone_in_transformers, say, split_of, texts_of
 from plain_llama_cpp import PlainLoop, speed
 
@@ -221,21 +221,13 @@ def _beside(
 ) -> Figure:
     totals = [one["total"] for one in runs]
     steps = [step for one in runs for step in one["steps"]]
-    ratio = statistics.median(totals) / statistics.median(theirs)
-    return Figure(
+    return compared(
         name,
-        statistics.median(totals),
-        "ms a token",
-        spread(totals),
-        len(totals),
-        baseline=baseline,
-        baseline_value=statistics.median(theirs),
-        baseline_spread=spread(theirs),
-        baseline_repetitions=len(theirs),
-        ratio=ratio,
-        ratio_of="ours / baseline",
-        budget="" if budget is None else f"at most {budget:.2f} times the baseline",
-        met=None if budget is None else ratio <= budget,
+        totals,
+        theirs,
+        baseline,
+        statistics.median(totals) / statistics.median(theirs),
+        budget=budget,
         p99=percentile(steps, 0.99),
         note=note,
         equality=f"each plain loop's first {CHECKED} tokens are those of the member's session",

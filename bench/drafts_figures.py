@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common import Figure, percentile, spread
+from common import Figure, compared, percentile, spread
 from drafts_runs import AUTO, GENERATE, MAIN, WITHOUT, Record
 
 Case = Mapping[str, Any]
@@ -38,22 +38,8 @@ def _beside(
 ) -> Figure:
     """Two kinds of run, the values of each in the order of their repetitions."""
     ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
-    return Figure(
-        name,
-        statistics.median(ours),
-        unit,
-        spread(ours),
-        len(ours),
-        baseline=baseline,
-        baseline_value=statistics.median(theirs),
-        baseline_spread=spread(theirs),
-        baseline_repetitions=len(theirs),
-        ratio=ratio,
-        ratio_of="ours / baseline",
-        equality=equality,
-        budget="" if budget is None else f"at most {budget:.2f} times the baseline",
-        met=None if budget is None else ratio <= budget,
-        note=note,
+    return compared(
+        name, ours, theirs, baseline, ratio, unit=unit, budget=budget, equality=equality, note=note
     )
 
 
