@@ -185,22 +185,36 @@ class Fuser(ABC):
         with self._lock:
             logits = parts[0].said.scores()
             main_choice = parts[0].topk.ids[:, 0]
-            shares = self._shares_by_row(len(logits), parts, weights)
-            fused_rows = [row for row, own in enumerate(shares) if own]
+            fused_rows, said, by_row = self._weighed(parts, weights)
             if not fused_rows:
                 return FusedStep(logits, main_choice, main_choice, tuple(parts))
             there = None if len(fused_rows) == len(logits) else to_device(fused_rows, self.device)
             fused = plain_copy(logits)
             ours = fused if there is None else fused[there]
-            said = [self._said(part, fused_rows) for part in parts]
-            by_row = self._share(tuple(shares[row] for row in fused_rows))
-            if self.confidence:
-                by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
             chosen = self.fuse(ours, said, by_row)
             if there is not None:
                 fused[there] = ours
                 chosen = main_choice.index_copy(0, there, chosen)
             return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
+
+    def _weighed(
+        self, parts: Sequence[Part], weights: Sequence[float] | Sequence[Sequence[float]]
+    ) -> tuple[list[int], list[Said], torch.Tensor]:
+        """Who speaks for the rows of a step, and how much each counts there.
+
+        Returns:
+            the b rows in which an assistant speaks, what each member says of them, and the weights float32
+            [b, parts], as `fuse` takes them.
+        """
+        shares = self._shares_by_row(len(parts[0].rows), parts, weights)
+        fused_rows = [row for row, own in enumerate(shares) if own]
+        if not fused_rows:
+            return [], [], torch.empty(0, len(parts), device=self.device)
+        said = [self._said(part, fused_rows) for part in parts]
+        by_row = self._share(tuple(shares[row] for row in fused_rows))
+        if self.confidence:
+            by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
+        return fused_rows, said, by_row
 
     def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
         """A member's logits [n, V_i] as what it says."""
