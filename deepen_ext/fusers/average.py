@@ -44,7 +44,7 @@ class AverageFuser(Fuser):
             maps: relative maps of sparse rows, the main model's first.
             anchor_ids: int64 [A], the main model's token for each anchor.
             min_probability: less probable tokens count as their member's tail, spread over all anchors.
-            common: candidates, confidence, names: see `Fuser`.
+            common: candidates, rule, names: see `Fuser`.
         """
         if not maps or any(one.is_dense for one in maps):
             raise InputError("the average needs relative maps of sparse rows, the main model's first")

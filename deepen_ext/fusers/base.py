@@ -18,8 +18,8 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
 from deepen_ext.fusers.search_bound import SearchBound
-from deepen_ext.fusers.weights import confident_weights
-from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.distribution import Distribution, take_topk
 from deepen_ext.ops.copy import plain_copy
 from deepen_ext.ops.topk_softmax import TopK, check_status
@@ -65,7 +65,7 @@ class Fuser(ABC):
         device: torch.device,
         *,
         candidates: int = 128,
-        confidence: float = 0.0,
+        rule: Rule | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         """Check the settings.
@@ -74,13 +74,14 @@ class Fuser(ABC):
             vocab_sizes: V_i of each member, the main model's first.
             device: the main model's.
             candidates: how many of a member's most probable tokens are looked at one by one.
-            confidence: how much more a member counts where it is sure (see `confident_weights`); 0: not.
+            rule: who counts how much at a token, by what the members say there; None: the weights as given.
             names: the members', for error messages.
 
         Raises:
             InputError: a setting out of range.
         """
-        self.confidence = real_number("confidence", confidence, "0 to 10", lambda x: 0 <= x <= 10)
+        self.rule = rule
+        self.weighing = "" if rule is None else str(rule)  # records of results tell fusers apart by it
         self.vocab_sizes = list(vocab_sizes)
         self.device = device
         self.candidates = whole_number("candidates", candidates, 1)
@@ -212,8 +213,8 @@ class Fuser(ABC):
             return [], [], torch.empty(0, len(parts), device=self.device)
         said = [self._said(part, fused_rows) for part in parts]
         by_row = self._share(tuple(shares[row] for row in fused_rows))
-        if self.confidence:
-            by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
+        if self.rule is not None:
+            by_row = self.rule.weigh(by_row, said)
         return fused_rows, said, by_row
 
     def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:

@@ -57,7 +57,7 @@ class DeepenFuser(Fuser):
             min_probability: see above.
             log_probs: search on the main model's log-probabilities: a constant added to its logits then
                 changes nothing. False: on its logits as they are, as in the paper.
-            common: candidates, confidence, names: see `Fuser`.
+            common: candidates, rule, names: see `Fuser`.
 
         Raises:
             InputError: a setting out of range, or maps that do not fit together.

@@ -9,15 +9,20 @@ from pathlib import Path
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.consistent import ConsistentFuser
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.function import FunctionFuser
+from deepen_ext.fusers.product import ProductFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
-_CLASSES: list[type[Fuser]] = [DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser, SingleFuser]
+_CLASSES: list[type[Fuser]] = [
+    *(DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser),
+    *(ProductFuser, ConsistentFuser, SingleFuser),
+]
 FUSERS = {one.name: one for one in _CLASSES}
 
 

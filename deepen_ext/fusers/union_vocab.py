@@ -46,8 +46,12 @@ class UnionVocabFuser(Fuser):
         """See `Fuser.fuse`."""
         fused = said[0].probabilities() * weights[:, :1]
         for i, one in enumerate(said[1:], start=1):
-            table = self._tables[one.member - 1]
-            mass = one.probabilities() * (table >= 0) * weights[:, i : i + 1]
-            fused.index_add_(1, table.clamp(min=0), mass)
+            fused += self.mapped(one) * weights[:, i : i + 1]
         logits.copy_(fused.log())
         return logits.argmax(dim=-1).int()
+
+    def mapped(self, said: Said) -> torch.Tensor:
+        """What an assistant says, in the main model's tokens, float32 [b, V_main]; 0 where it is silent."""
+        table = self._tables[said.member - 1]
+        mass = said.probabilities() * (table >= 0)
+        return mass.new_zeros(len(mass), self.vocab_sizes[0]).index_add_(1, table.clamp(min=0), mass)
