@@ -338,7 +338,7 @@ class TestFused:
             with open_session(member) as session:
                 ids = first_ids(member, context) + member.vocabulary.encode(context)
                 found.append(read_prompts(session, member, {0: ids})[0])
-        weights = prompt_weights(found, [0.5, 0.5])
+        weights = prompt_weights(found, [0.5, 0.5], 8.0)
         assert abs(weights[0] - 0.5) > 0.1
         with TextReading([tiny_smollm2, tiny_gemma], context, text) as reading:
             got = reading.fused(weighs)

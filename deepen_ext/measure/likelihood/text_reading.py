@@ -148,7 +148,9 @@ class TextReading(Closing):
         main, *assistants = [self._reading(member) for member in members]
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
         if weights is None and ensemble.weighs_prompts:
-            shares = prompt_weights([one.prompt_score for one in (main, *assistants)], shares)
+            shares = prompt_weights(
+                [one.prompt_score for one in (main, *assistants)], shares, ensemble.team.sharpness
+            )
         require(main.member.backend, "logits", _USE)
         main.read()
         steps = self._steps(ensemble, main, assistants, shares)
