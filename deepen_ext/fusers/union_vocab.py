@@ -36,6 +36,8 @@ class UnionVocabFuser(Fuser):
         """Look up every token of every assistant, some seconds for a large vocabulary."""
         super().__init__(vocab_sizes, device, **common)
         self._tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
+        # The main model's tokens in order, and for each one of the assistant's tokens that counts for it.
+        self._sorted = [table.sort() for table in self._tables]
 
     @classmethod
     def make(cls, given: Ingredients) -> UnionVocabFuser:
@@ -51,3 +53,19 @@ class UnionVocabFuser(Fuser):
             fused.index_add_(1, table.clamp(min=0), mass)
         logits.copy_(fused.log())
         return logits.argmax(dim=-1).int()
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`. Of an assistant, the tokens are needed that count for the main model's."""
+        rows = torch.arange(len(tokens), device=self.device)
+        found, total = weights[:, 0] * said[0].logprobs(rows, tokens).exp(), weights[:, 0].double()
+        for i, one in enumerate(said[1:], start=1):
+            targets, sources = self._sorted[one.member - 1]
+            begins, ends = (torch.searchsorted(targets, tokens, right=right) for right in (False, True))
+            counts = ends - begins
+            own = rows.repeat_interleave(counts)
+            nth = torch.arange(len(own), device=self.device) - (counts.cumsum(0) - counts)[own]
+            probs = one.logprobs(own, sources[begins[own] + nth]).exp()
+            found.index_add_(0, own, weights[own, i] * probs)
+            nowhere = sources[: int(torch.searchsorted(targets, 0))]
+            total += weights[:, i] * (1 - one.logprobs(rows[:, None], nowhere).exp().sum(dim=1))
+        return (found / total).log()
