@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
+from deepen_ext.fusers.mapped import MappedFuser
 from deepen_ext.fusers.parts import Said
-from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
 BETA = 2.0  # as the authors have it
 
 
-class ConsistentFuser(UnionVocabFuser):
+class ConsistentFuser(MappedFuser):
     """``q = w_0 p_0 + sum_i w_i s_i q_i``, normalised; q_i is what `union-vocab` makes of member i.
 
     s_i falls from 1 to 0 with the distance d of q_i[t] from the mean of all: ``(exp(-beta d) - exp(-beta)) /

@@ -47,3 +47,9 @@ class FollowFuser(UnionVocabFuser):
         chosen = torch.where(leads, first, super().fuse(logits, said, weights))
         logits.copy_(torch.where(leads[:, None], searched, logits))
         return chosen
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`."""
+        leads = weights[:, 0] >= weights[:, 1:].amax(dim=1)
+        searched = self._search.logprobs(said, weights, tokens)
+        return torch.where(leads, searched, super().logprobs(said, weights, tokens))

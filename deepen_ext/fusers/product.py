@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 
+from deepen_ext.fusers.mapped import MappedFuser
 from deepen_ext.fusers.parts import Said
-from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
 _FLOOR = 1e-4  # share of the main model's own distribution in each assistant's
 
 
-class ProductFuser(UnionVocabFuser):
+class ProductFuser(MappedFuser):
     """``log p = sum_i w_i log q_i``, normalised; q_i is what `union-vocab` makes of member i.
 
     Hinton's product of experts (2002); of language models with different vocabularies it is reported best for
