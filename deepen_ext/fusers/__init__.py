@@ -6,6 +6,7 @@
 | average | the same relative rows (of the bytes recipe), no search | ours |
 | union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
 | union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
+| draw | one member, drawn by the weights; the average of union-vocab | ME, Fu et al., arXiv 2605.00419 |
 | single | the main model alone | |
 | a function | yours: `FuseFunction` | |
 
@@ -19,6 +20,7 @@ from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.make import FUSERS, fuser_class, map_settings, method_name, parse_fuser
@@ -32,6 +34,7 @@ __all__ = [
     "FUSERS",
     "AverageFuser",
     "DeepenFuser",
+    "DrawFuser",
     "FunctionFuser",
     "FuseFunction",
     "FusedStep",

@@ -10,6 +10,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
@@ -17,7 +18,14 @@ from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
-_CLASSES: list[type[Fuser]] = [DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser, SingleFuser]
+_CLASSES: list[type[Fuser]] = [
+    DeepenFuser,
+    AverageFuser,
+    UnionTopkFuser,
+    UnionVocabFuser,
+    DrawFuser,
+    SingleFuser,
+]
 FUSERS = {one.name: one for one in _CLASSES}
 
 

@@ -36,9 +36,9 @@ class FusionSettings:
     Attributes:
         weights: lambda_i, one for each member, summing to 1. None: equal weights. "prompt": found for each
             prompt, from how well each member reads it (see `prompt_weights`).
-        fuser: a name of `FUSERS`: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single"
-            (the main model alone: one member is enough, and others are not used). Or a function of your own
-            (see `FunctionFuser`).
+        fuser: a name of `FUSERS`: "deepen"; for comparison "average", "union-topk", "union-vocab", "draw"
+            (with sampling only) or "single" (the main model alone: one member is enough, and others are not
+            used). Or a function of your own (see `FunctionFuser`).
         recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
         learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
