@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 from typing import NamedTuple
 
@@ -136,7 +137,11 @@ class Assistants:
         return candidates_of(main, rows) if self._team.boundary_rule is not None and rows else {}
 
     def place(
-        self, number: int, reason: Reason | None = None, candidates: Sequence[tuple[int, float]] = ()
+        self,
+        number: int,
+        reason: Reason | None = None,
+        candidates: Sequence[tuple[int, float]] = (),
+        share: float | None = None,
     ) -> Place:
         """Who is to speak of the next token of a text as it stands; nobody is asked yet.
 
@@ -144,15 +149,23 @@ class Assistants:
             number: of the text.
             reason: why the token needs no assistant, or None.
             candidates: the main model's most probable tokens there, for the boundary rule.
+            share: a random number of 0 to below 1 that draws, by the weights, the one member that is to speak
+                of those that would; None where all of them are.
         """
-        text = self.texts[number]
+        text, weights = self.texts[number], self.weights[number]
         if reason is None and text.unfinished:
             reason = "unfinished character"
         if reason is not None or not self._sessions:
-            return Place(number, reason, {})
+            return Place(number, reason, {}, weights)
         rule = self._team.boundary_rule
         speak = [i for i in range(len(self._sessions)) if text.speaks(i, rule, candidates)]
-        return Place(number, None if speak else "boundary", {i: list(text.ids(i)) for i in speak})
+        if share is not None and speak:
+            drawn = _drawn([0, *(i + 1 for i in speak)], weights, share)
+            if drawn == 0:
+                return Place(number, "main model drawn", {}, weights)
+            speak, weights = [drawn - 1], [float(i == drawn) for i in range(len(weights))]
+        asked = {i: list(text.ids(i)) for i in speak}
+        return Place(number, None if speak else "boundary", asked, weights)
 
     def session(self, member: int) -> Session:
         """An assistant's session, by its member index."""
@@ -195,7 +208,7 @@ class Assistants:
                 said.setdefault(i, []).append((one.rows, given.clone() if left else given))
                 members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
         parts = [(i + 1, *_in_order(own)) for i, own in sorted(said.items())]
-        weights = [self.weights[place.text] for place in places]
+        weights = [place.weights for place in places]
         fused = fuser.step_parts([main, *fuser.parts(parts)], weights)
         return AssistedStep(fused, members_ms)
 
@@ -227,6 +240,12 @@ class Assistants:
             questions.append(one)
             left = rest
         return questions
+
+
+def _drawn(members: Sequence[int], weights: Sequence[float], share: float) -> int:
+    """The member in whose part of the weights this share of their sum lies; the main model if it is 0."""
+    ends = list(accumulate(weights[member] for member in members))
+    return next((one for one, end in zip(members, ends, strict=True) if share * ends[-1] < end), members[0])
 
 
 def _begins(ids: Sequence[int], start: Sequence[int]) -> bool:

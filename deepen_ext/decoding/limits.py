@@ -1,4 +1,4 @@
-"""What a run can be seen to lack before anything is computed: context, memory, a member's capabilities."""
+"""What a run can be seen to lack before anything is computed: context, memory, capabilities, sampling."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def check_main_model(team: Team, settings: Settings) -> None:
         raise InputError(
             f"{name}: sampling from all tokens needs the capability 'logits' of the main model, and its "
             f"backend has only the {known} most probable tokens; set top_k to 1 to {known}"
+        )
+
+
+def check_sampling(team: Team, settings: Settings) -> None:
+    """That a fuser that draws has something to draw.
+
+    Raises:
+        InputError: greedy decoding.
+    """
+    if team.fuser.draws and not settings.do_sample:
+        raise InputError(
+            f"fuser='{team.method}' is a way to sample; set do_sample=True, or for greedy decoding use "
+            "fuser='union-vocab', whose average it samples from"
         )
 
 

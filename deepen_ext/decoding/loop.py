@@ -26,7 +26,7 @@ from deepen_ext.decoding.drafts.ahead import Writer
 from deepen_ext.decoding.drafts.draft_settings import MAIN, DraftSettings
 from deepen_ext.decoding.drafts.pace import Pace
 from deepen_ext.decoding.generation import Generation, Timings
-from deepen_ext.decoding.limits import check_lengths, check_main_model
+from deepen_ext.decoding.limits import check_lengths, check_main_model, check_sampling
 from deepen_ext.decoding.one_reader import OneReader
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.decoding.prompts import Prompt
@@ -89,6 +89,7 @@ class Run:
         if batch_size is not None:
             batch_size = whole_number("the batch size", batch_size, 1)
         check_main_model(team, settings)
+        check_sampling(team, settings)
         self._team = team
         chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
         skips = Skips(team, chooser, certified_skip=certified_skip, confidence_gate=confidence_gate)

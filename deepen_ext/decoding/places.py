@@ -10,7 +10,7 @@ from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.members.distribution import Distribution
 
 # Why no assistant was asked about a text's token; None where they were.
-Reason = Literal["settled", "gated", "unfinished character", "boundary"]
+Reason = Literal["settled", "gated", "unfinished character", "boundary", "main model drawn"]
 
 
 @dataclass(eq=False)
@@ -21,12 +21,14 @@ class Place:
         text: the text's number.
         reason: why no assistant is asked; None where some are, and where the team has none.
         asked: the assistants that are to speak, with the ids each has for the text up to here.
+        weights: one for each member, the main model first.
         known: what some of these have said of this place already, a `Distribution` of one position each.
     """
 
     text: int
     reason: Reason | None
     asked: Mapping[int, Sequence[int]]
+    weights: Sequence[float]
     known: dict[int, Distribution] = field(default_factory=dict)
 
     @property

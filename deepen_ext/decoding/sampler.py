@@ -118,6 +118,16 @@ class Chooser:
         """The scores after processors and, for sampling, warpers: float32 [b, V]; see `choose`."""
         return self._processed(self._processors, scores, texts, ids)
 
+    def share(self, text: int, length: int) -> float:
+        """A random number of 0 to below 1 for a text's next token, beside those that draw the token itself.
+
+        Args:
+            text: its number.
+            length: of its ids, prompt and new tokens so far.
+        """
+        seed = _seed_of(*self._seeds[text], length - self._prompt_lengths[text], b"share")
+        return (seed >> 10) / 2**53
+
     def _choose(
         self,
         processors: Sequence[LogitsProcessorList],
@@ -182,9 +192,9 @@ def _seeds_and_numbers(seed: int | Sequence[int] | None, count: int) -> list[tup
     return [(seed, text) for text in range(count)]
 
 
-def _seed_of(seed: int, text: int, position: int) -> int:
-    """The seed, of 63 bits, of one token's random numbers."""
-    data = hashlib.blake2b(struct.pack("<qqq", seed, text, position), digest_size=8).digest()
+def _seed_of(seed: int, text: int, position: int, use: bytes = b"") -> int:
+    """The seed, of 63 bits, of one token's random numbers for some use: b"" for the draw of the token."""
+    data = hashlib.blake2b(struct.pack("<qqq", seed, text, position), digest_size=8, person=use).digest()
     return int.from_bytes(data, "little") >> 1
 
 

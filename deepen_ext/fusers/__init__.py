@@ -9,6 +9,7 @@
 | follow | deepen where the main model counts most, else union-vocab | ours |
 | product | geometric mean over the union of the vocabularies | Hinton 2002; arXiv 2603.05432 |
 | consistent | union-vocab, far-off tokens count less | CoRE, Zeng et al., arXiv 2510.13855 |
+| draw | one member, drawn by the weights; the average of union-vocab | ME, Fu et al., arXiv 2605.00419 |
 | single | the main model alone | |
 | a function | yours: `FuseFunction` | |
 
@@ -22,6 +23,7 @@ from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.make import FUSERS, fuser_class, map_settings, method_name, parse_fuser
@@ -35,6 +37,7 @@ __all__ = [
     "FUSERS",
     "AverageFuser",
     "DeepenFuser",
+    "DrawFuser",
     "FunctionFuser",
     "FuseFunction",
     "FusedStep",

@@ -11,6 +11,7 @@ from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.consistent import ConsistentFuser
 from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.follow import FollowFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.product import ProductFuser
@@ -22,7 +23,7 @@ from deepen_ext.space.member_maps import MapSettings
 
 _CLASSES: list[type[Fuser]] = [
     *(DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser),
-    *(FollowFuser, ProductFuser, ConsistentFuser, SingleFuser),
+    *(FollowFuser, ProductFuser, ConsistentFuser, DrawFuser, SingleFuser),
 ]
 FUSERS = {one.name: one for one in _CLASSES}
 

@@ -41,9 +41,9 @@ class FusionSettings:
             prompt, from how well each member reads it (see `prompt_weights`).
         sharpness: of weights="prompt", 0 to 1000: how much more a member counts for each nat a byte by which
             it reads the prompt better.
-        fuser: a name of `FUSERS`: "deepen"; for comparison "average", "union-topk", "union-vocab" or "single"
-            (the main model alone: one member is enough, and others are not used). Or a function of your own
-            (see `FunctionFuser`).
+        fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only) or "single" (the
+            main model alone: one member is enough, and others are not used). Or a function of your own (see
+            `FunctionFuser`).
         recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
         learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated

@@ -221,7 +221,9 @@ class Writer:
             draft = ahead.drafts[n]
             for i, token in enumerate([*tokens, None]):
                 at = row + i
-                place = self._assistants.place(n, word.reasons[at], word.candidates.get(at, ()))
+                place = self._assistants.place(
+                    n, word.reasons[at], word.candidates.get(at, ()), self._share(n, draft)
+                )
                 text = self._assistants.texts[n]
                 one = Proposal(place, word.tokens[at], word.margins[at], said, at, text)
                 draft.append(one)
@@ -236,6 +238,11 @@ class Writer:
                     break
             row += len(tokens) + 1
         ahead.handoff_ms += (perf_counter() - began) * 1e3
+
+    def _share(self, number: int, draft: Draft) -> float | None:
+        """What draws the member that speaks of a draft's next place, where the fuser draws."""
+        length = len(self._texts[number].ids) + len(draft)
+        return self._chooser.share(number, length) if self._team.fuser.draws else None
 
     def _can_go_on(self, number: int, draft: Draft) -> bool:
         """Whether the text goes on after the draft's last token."""

@@ -172,6 +172,10 @@ def tune(
     kind = fuser_class(fuser)
     if len(members) < 2 or kind.fewest_members < 2:
         raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+    if kind.draws:
+        raise InputError(
+            f"fuser='{kind.name}' has the likelihood of union-vocab; tune that, and use its weights"
+        )
     if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
     space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())

@@ -1,0 +1,59 @@
+"""ME: one member, drawn by the weights, speaks for a token (Fu et al., arXiv 2605.00419)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from deepen_ext.errors import InputError
+from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.ingredients import Common
+from deepen_ext.fusers.union_vocab import UnionVocabFuser
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class DrawFuser(UnionVocabFuser):
+    """``q = sum_i w_i p_i``, sampled in two draws: a member by the weights w, then a token of its p_i.
+
+    Tokens have the distribution q of `UnionVocabFuser`, and one member is asked instead of all. The loop
+    draws the member (`Chooser.share`, `Assistants.place`): it asks nobody else, and the weights are 1 for the
+    drawn member and 0 for the others. The draw depends on the seed, the text's number and the token's
+    position alone, so drafts stay exact. A likelihood, and the logits processor for transformers' own
+    ``generate``, have everybody's word, and get q itself.
+
+    What is not as in the paper, which has one forward pass a token: the text is made of the main model's
+    tokens, and the main model writes ahead, so it reads every token. A token costs the main model's forward
+    pass, and the drawn member's where that is another one.
+
+    What is not q: temperature, top-k, top-p and other processors act on the drawn member's distribution
+    alone. And an assistant's special tokens, which the main model cannot write, are left out of p_i before
+    the draw instead of out of q.
+
+    Greedy decoding draws nothing, and is refused.
+    """
+
+    name: ClassVar[str] = "draw"
+    draws: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        vocab_sizes: Sequence[int],
+        bridge: TokenBridge,
+        device: torch.device,
+        **common: Unpack[Common],
+    ) -> None:
+        """See `UnionVocabFuser`.
+
+        Raises:
+            InputError: a rule of weighing: what a member says nobody knows before it is asked.
+        """
+        super().__init__(vocab_sizes, bridge, device, **common)
+        if self.rule is not None:
+            raise InputError(
+                f"fuser='draw' asks one member only, so it cannot weigh members by what each says; leave out "
+                f"{self.weighing}, or use fuser='union-vocab'"
+            )
