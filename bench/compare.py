@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--scoring", choices=SCORINGS, default="generation")
     parser.add_argument("--votes", type=int, default=1, help="sampled answers an item; the majority counts")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights in transformers")
     parser.add_argument("--environment", type=Path, help="JSON of the machine that ran; default: this one")
     parser.add_argument(
         "--one-by-one", action="store_true", help="a configuration over all items, then the next one"
@@ -78,7 +79,7 @@ def main() -> None:
                 write_task(options.work, options.data, task, output, found)
         return
     deadline = Deadline(options)
-    members = load(options.ensembles, device=options.device)
+    members = load(options.ensembles, device=options.device, dtype=options.dtype)
     ensembles = configurations(members, options.ensembles, options.methods)
     rounds = [{name: one} for name, one in ensembles.items()] if options.one_by_one else [ensembles]
     for task in tasks:

@@ -113,10 +113,14 @@ def letters_of(ensemble: str) -> list[str]:
 
 
 def load(ensembles: Iterable[str], **options: Any) -> dict[str, Member]:
-    """The members of these ensembles by letter, in the order of `MODELS`; in transformers unless asked."""
+    """The members of these ensembles by letter, in the order of `MODELS`.
+
+    In transformers; the largest model on the CPU in llama.cpp, as its file has it.
+    """
     needed = {letter for one in ensembles for letter in letters_of(one)}
+    native = {"L": {"backend": "llama.cpp"}} if options.get("device", "cpu") == "cpu" else {}
     return {
-        letter: load_member(f"demo:{name}", **{"backend": "transformers", **options})
+        letter: load_member(f"demo:{name}", **native.get(letter, {"backend": "transformers", **options}))
         for letter, name in MODELS.items()
         if letter in needed
     }
