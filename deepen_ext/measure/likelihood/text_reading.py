@@ -21,7 +21,7 @@ from deepen_ext.fusers import Part
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.closing import Closing
 from deepen_ext.measure.likelihood.accompaniment import where_it_speaks
-from deepen_ext.measure.likelihood.readings import Reading
+from deepen_ext.measure.likelihood.readings import Reading, read_together
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
 from deepen_ext.members.backend import require
@@ -79,6 +79,22 @@ class TextReading(Closing):
         self._alone: dict[int, TokenLikelihoods] = {}
         # By main model, assistant, rule and how many candidates it looks at: see `where_it_speaks`.
         self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int], list[tuple[int, int]]] = {}
+
+    @staticmethod
+    def read_together(readings: Sequence[TextReading]) -> None:
+        """Let each member read several texts in few forward passes, such as the choices of one context.
+
+        What the texts begin with is read once. Without it, each text is read by itself when it is needed.
+
+        Args:
+            readings: of the same members. With `readings[0].go_on_from(before)`, what an earlier text has
+                in its caches is not read again either; `before` can be closed then.
+
+        Raises:
+            ModelError: a forward pass failed.
+        """
+        for member in readings[0]._readings:
+            read_together([one._readings[member] for one in readings])
 
     def release(self) -> None:
         """Free the caches, keep the logits.
