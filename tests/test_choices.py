@@ -22,6 +22,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from sessions import changed
 from test_evaluation import file_header, item_lines, record, timeless
+from test_likelihood import fed
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError
@@ -325,6 +326,22 @@ def test_an_ended_run_goes_on_to_the_same_lines(
     added = run(more, data, out)
     assert {name: own for name, own in item_lines(out).items() if name in lines} == lines
     assert added.tasks["piqa"].configurations["third"].against_best_single is not None
+
+
+def test_what_neighbours_begin_with_is_read_once(
+    data: Path, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
+) -> None:
+    """Two items of a domain, and all choices, by a pair and its members; to the tokens."""
+    items, _ = CHOICE_TASKS["mmlu"].choice_items(data, "test", None)
+    assert items[0].fields["domain"] == items[1].fields["domain"]
+    with fed(tiny_smollm2) as main, fed(tiny_gemma) as assistant:
+        (found,) = score_choices(items[:2], ensembles, 2, shared=True)
+    assert {len(own) for own in found.values()} == {2}
+    for member, tokens in ((tiny_smollm2, main), (tiny_gemma, assistant)):
+        once = len(member.vocabulary.prefix_ids + member.vocabulary.encode(items[0].to_read))
+        question = len(member.vocabulary.encode(items[1].prompt.rpartition("\n\n")[2]))
+        assert once > 4 * question
+        assert once - 1 <= sum(tokens) < once + question + 3 * len(items[0].choices) * 2
 
 
 def test_records_and_scores_are_those_of_the_log_likelihoods(
