@@ -401,7 +401,7 @@ def fed(member: Member) -> Iterator[list[int]]:
 class TestTogether:
     """`TextReading.read_together` and `fused_each`."""
 
-    CONTEXT = "Question: What do strawberries cost in Antarctica?\nAnswer:"
+    CONTEXT = "Question: What do strawberries cost in Antarctica, and what " + "naïve ice " * 9 + "?\nAnswer:"
     CHOICES = (" 1,250 €", " nothing at all", " strawberries 🍓 of Zürich", " ice")
 
     def test_equals_texts_read_one_by_one(
@@ -445,14 +445,17 @@ class TestTogether:
 
         encode = tiny_smollm2.vocabulary.encode
         context = len(encode(self.CONTEXT))
-        choices = sum(len(encode(self.CONTEXT + choice)) - context for choice in self.CHOICES)
-        assert context + choices - len(self.CHOICES) <= read(self.CONTEXT) < context + 2 * choices
+        choices = [len(encode(self.CONTEXT + choice)) - context for choice in self.CHOICES]
+        # The choices are filled up to the longest one; the last token of each is not fed.
+        padded = context + len(choices) * (max(choices) + 1)
+        assert context + sum(choices) - len(choices) <= read(self.CONTEXT) <= padded
+        assert padded < len(choices) * context
         # What two items begin with is not fed to the second one either.
         more = self.CONTEXT + " It is"
         assert read(self.CONTEXT, more) < read(self.CONTEXT) + context
         # In pieces that a forward pass has room for.
         monkeypatch.setattr(readings_module, "_TOGETHER", 5)
-        assert read(self.CONTEXT) < 2 * context
+        assert read(self.CONTEXT) <= padded
 
     def test_read_already(self, tiny_smollm2: Member) -> None:
         readings = [TextReading([tiny_smollm2], self.CONTEXT, choice) for choice in self.CHOICES]
@@ -474,9 +477,8 @@ def test_log_probabilities_sum_to_one(tiny_smollm2: Member) -> None:
     assert math.fsum(found.exp().tolist()) == pytest.approx(1, abs=1e-6)
     assert set(best.tolist()) == {int(logits.argmax())}
     halves, _ = token_logprobs(logits.bfloat16(), torch.tensor([5]))
-    assert float(halves[0]) == pytest.approx(
-        float(logits.bfloat16().double().log_softmax(dim=-1)[0, 5]), abs=1e-6
-    )
+    want = float(logits.bfloat16().double().log_softmax(dim=-1)[0, 5])
+    assert float(halves[0]) == pytest.approx(want, abs=1e-6)
 
 
 class TestWrongInput:
