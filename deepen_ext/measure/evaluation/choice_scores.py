@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from time import perf_counter
 
 from deepen_ext.ensemble import Ensemble
@@ -16,7 +16,7 @@ Records = dict[str, list[ChoiceRecord]]  # by the name of the configuration
 
 def score_choices(
     items: Sequence[ChoiceItem], ensembles: Mapping[str, Ensemble], size: int, *, shared: bool
-) -> Iterator[Records]:
+) -> Generator[Records, None, None]:
     """Records of the items, `size` items at a time.
 
     What the texts of neighbours begin with (an item's prompt, the demos of a domain) is read once. Nothing is
@@ -44,7 +44,7 @@ def score_choices(
 
 def _score_group(
     items: Sequence[ChoiceItem], ensembles: Mapping[str, Ensemble], size: int
-) -> Iterator[Records]:
+) -> Generator[Records, None, None]:
     members = list({id(member): member for one in ensembles.values() for member in one.members}.values())
     before: TextReading | None = None
     try:

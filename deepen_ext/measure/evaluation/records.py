@@ -197,7 +197,7 @@ class RecordFile:
             ) from error
 
     @staticmethod
-    def read(path: Path) -> tuple[Header | None, list[Any], int]:
+    def read(path: Path) -> tuple[Header | None, list[Record], int]:
         """A file's header (None where not even it is whole), its records, and how many bytes are whole.
 
         The records are all `ChoiceRecord` where the header's task names likelihood, else `ItemRecord`.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
 
@@ -121,21 +121,22 @@ def evaluate(
                 some = {
                     name: one for name, one in ensembles.items() if everyone or indices - files[name].done
                 }
-                found: Iterator[Mapping[str, Sequence[Record]]]
+                found: Generator[Mapping[str, Sequence[Record]], None, None]
                 if by_choices:
                     items = [item for item in batch if isinstance(item, ChoiceItem)]
                     found = score_choices(items, some, batch_size, shared=share_forwards)
                 else:
                     found = _write(job.task, batch, some, skips, share_forwards, batch_size)
                 began = perf_counter()
-                for records in found:
-                    seconds = (perf_counter() - began) / len(records)
-                    for name, own in records.items():
-                        missing = [one for one in own if one.index not in files[name].done]
-                        files[name].append(missing)
-                        clock.count(job, len(missing), seconds)
-                        clock.tell(job, name)
-                    began = perf_counter()
+                with closing(found):  # also after an interrupt: caches are freed
+                    for records in found:
+                        seconds = (perf_counter() - began) / len(records)
+                        for name, own in records.items():
+                            missing = [one for one in own if one.index not in files[name].done]
+                            files[name].append(missing)
+                            clock.count(job, len(missing), seconds)
+                            clock.tell(job, name)
+                        began = perf_counter()
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
@@ -191,7 +192,7 @@ def _write(
     skips: Mapping[str, bool],
     share_forwards: bool,
     batch_size: int,
-) -> Iterator[dict[str, list[ItemRecord]]]:
+) -> Generator[dict[str, list[ItemRecord]], None, None]:
     """What each configuration writes for a batch, one after the other."""
     with ExitStack() as sharing:
         shared = sharing.enter_context(SharedForwards()) if share_forwards else None
