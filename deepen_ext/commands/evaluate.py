@@ -21,7 +21,9 @@ from deepen_ext.errors import InputError
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.measure.evaluation.jobs import Progress
+    from deepen_ext.measure.evaluation.votes import Poll
 
+_VOTE = "vote"  # a --fuser that is none: the models' own answers vote
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -60,7 +62,19 @@ def evaluate(
     singles: Annotated[
         bool, typer.Option("--singles/--no-singles", help="Each model alone too, to compare with.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts written side by side.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts written side by side.")] = 16,
+    votes: Annotated[
+        int, typer.Option(min=1, help="Sampled texts an item, of which the majority's answer counts.")
+    ] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling, with --votes; 0.7 by default.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of sampling, with --votes; 0.95 by default.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of sampling, with --votes; 0 by default.", show_default=False)
+    ] = None,
     certified_skip: Annotated[
         bool,
         typer.Option(
@@ -86,17 +100,28 @@ def evaluate(
     with exit_codes(debug):
         from deepen_ext.measure.evaluation.jobs import prepare
         from deepen_ext.measure.evaluation.tasks import TASKS
+        from deepen_ext.measure.evaluation.votes import Poll, Votes
 
         tasks = list(TASKS) if "all" in task else task
-        prepare(tasks, data, split.value, limit, out, fresh=fresh)
+        drawn = Votes.read(votes, temperature, top_p, seed)
+        prepare(tasks, data, split.value, limit, out, votes=drawn, fresh=fresh)
+        polled = _VOTE in (fuser or [])
+        if polled and not singles:
+            raise InputError("--fuser vote: the models' own answers vote; leave out --no-singles")
+        only_polled = polled and fuser == [_VOTE]
+        fuser = [one for one in fuser or [] if one != _VOTE]
         named = named_members(model, demo, preset)
-        if any(map(writes_alone, fuser or [])):
+        if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)
-        alone = model is not None and len(model) == 1 and not fuser
-        first = "single" if alone else next(iter(fuser or []), None)
+        alone = model is not None and len(model) == 1 and not fuser and not polled
+        first = "single" if alone else next(iter(fuser), None)
         base = load_ensemble(named, loading, first, weight, recipe, learning_rate)
-        ensembles = _configurations(base, fused if not alone else [], singles)
+        ensembles: dict[str, Ensemble | Poll] = {
+            **_configurations(base, [] if alone or only_polled else fused, singles)
+        }
+        if polled:
+            ensembles[_VOTE] = Poll(tuple(base.names))
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
         from deepen_ext.measure.evaluation.summary_table import summary_table
@@ -113,6 +138,10 @@ def evaluate(
                     batch_size=batch_size,
                     certified_skip=certified_skip,
                     share_forwards=share_forwards,
+                    votes=votes,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
                     fresh=fresh,
                     on_progress=show,
                 )

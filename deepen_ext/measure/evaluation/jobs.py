@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.headers import Header, task_header
 from deepen_ext.measure.evaluation.records import check_folder, output_folder
 from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
+from deepen_ext.measure.evaluation.votes import Votes
 
 # For the estimate of the time left, before a task has been timed: a new token costs about as much as reading
 # 16 characters, and few answers take more than 128 tokens.
@@ -60,7 +61,9 @@ class Job:
         return read + _CHARACTERS_A_TOKEN * min(self.task.max_new_tokens, _USUAL_TOKENS)
 
 
-def read_jobs(names: Sequence[str], data: Path, split: str, limit: int | None) -> list[Job]:
+def read_jobs(
+    names: Sequence[str], data: Path, split: str, limit: int | None, votes: Votes | None = None
+) -> list[Job]:
     """The tasks with their items; one that is named twice is done once.
 
     Raises:
@@ -75,19 +78,28 @@ def read_jobs(names: Sequence[str], data: Path, split: str, limit: int | None) -
         items = TASKS[name].items(data, split, limit)
         if not items:
             raise InputError(f"{name}: its {split} split in {data} has no items")
-        jobs.append(Job(TASKS[name], items, task_header(TASKS[name], split, items)))
+        header = task_header(TASKS[name], split, items)
+        jobs.append(Job(TASKS[name], items, header | ({} if votes is None else {"votes": asdict(votes)})))
     return jobs
 
 
 def prepare(
-    names: Sequence[str], data: Path, split: str, limit: int | None, out: Path, *, fresh: bool = False
+    names: Sequence[str],
+    data: Path,
+    split: str,
+    limit: int | None,
+    out: Path,
+    *,
+    votes: Votes | None = None,
+    fresh: bool = False,
 ) -> None:
     """Everything that can be checked before a model is loaded; `evaluate` does it again.
 
     Raises:
-        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items.
+        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items
+            or with other votes.
     """
-    jobs = read_jobs(names, data, split, limit)
+    jobs = read_jobs(names, data, split, limit, votes)
     with output_folder(out):
         for job in jobs if not fresh else []:
             check_folder(out, job.header)

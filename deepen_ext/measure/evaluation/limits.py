@@ -32,14 +32,20 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
                 )
 
 
-def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
+def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int, texts: int = 1) -> None:
     """Check that the KV caches of each group of members fit the memory, for a batch of the longest prompt.
+
+    Args:
+        job: the task.
+        groups: members whose caches are there at once.
+        batch_size: texts that are written side by side.
+        texts: how many are written for an item.
 
     Raises:
         InputError: they do not; the message says which batch size would.
     """
     longest = max(job.items, key=lambda item: len(item.prompt.encode()))
-    prompts = min(batch_size, len(job.items))
+    prompts = min(batch_size, texts * len(job.items))
     for members in groups:
         vocabularies = [one.vocabulary for one in members]
         prompt = [len(one.prefix_ids) + len(one.encode(longest.prompt)) for one in vocabularies]

@@ -71,12 +71,13 @@ class Score:
         members: their names, the main model first.
         weights: of the members; for weights from the prompt, the rule and what it starts from.
         n: how many items.
+        votes: how many texts of an item voted; 1 where there was no vote.
         correct: how many of them are right, by the task's metric.
         accuracy: correct / n.
         interval: 95 %, Wilson's.
         tokens: how many were written.
         changed_share: share of the tokens that are not the main model's own first choice.
-        unanswered_share: share of the items without an answer in their text.
+        unanswered_share: share of the items without an answer in any of their texts.
         finish_reasons: how many texts ended for each reason.
         against_best_single: None for a member alone, and where some member is not there alone.
         timing: apart from everything else, because no two runs have the same times.
@@ -86,6 +87,7 @@ class Score:
     members: list[str]
     weights: list[float] | dict[str, Any]
     n: int
+    votes: int
     correct: int
     accuracy: float
     interval: tuple[float, float]
@@ -201,7 +203,10 @@ def _score(
 ) -> Score:
     n, correct = len(records), sum(record.correct for record in records)
     tokens = sum(record.tokens for record in records)
-    later = tokens - n  # after the first of each text
+    votes = len(records[0].votes) or 1
+    later = tokens - n * votes  # after the first of each text
+    reasons = [one.finish_reason for record in records for one in record.votes]
+    reasons = reasons or [record.finish_reason for record in records]
     decoding = sum(record.timing.decode_ms for record in records)
     milliseconds = sum(record.timing.prompt_ms for record in records) + decoding
     return Score(
@@ -209,13 +214,14 @@ def _score(
         members=[member["name"] for member in configuration["members"]],
         weights=configuration["weights"],
         n=n,
+        votes=votes,
         correct=correct,
         accuracy=correct / n,
         interval=wilson_interval(correct, n),
         tokens=tokens,
         changed_share=sum(record.changed for record in records) / tokens,
         unanswered_share=sum(record.answer is None for record in records) / n,
-        finish_reasons=dict(sorted(Counter(record.finish_reason for record in records).items())),
+        finish_reasons=dict(sorted(Counter(reasons).items())),
         against_best_single=_compare(configuration, records, singles),
         timing=Timing(
             seconds=round(milliseconds / 1e3, 3),

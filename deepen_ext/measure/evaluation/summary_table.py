@@ -16,7 +16,8 @@ def summary_table(summary: Summary) -> Table:
     )
     table.add_column("task")
     table.add_column("configuration", overflow="fold")
-    for column in ("n", "right, 95 %", "points, 95 %", "McNemar p", "changed", "no answer", "ms a token"):
+    points = "right, 95 %", "points, 95 %", "McNemar p"
+    for column in ("n", "votes", *points, "changed", "no answer", "ms a token"):
         table.add_column(column, justify="right", no_wrap=True)
     for task, of_task in summary.tasks.items():
         table.add_section()
@@ -28,6 +29,7 @@ def summary_table(summary: Summary) -> Table:
                 task,
                 name,
                 str(score.n),
+                str(score.votes),
                 f"{score.accuracy:.1%} ({low:.1%} to {high:.1%})",
                 "" if paired is None else _difference(paired),
                 "" if paired is None else f"{paired.p_value:.2g}",
@@ -36,7 +38,7 @@ def summary_table(summary: Summary) -> Table:
                 f"{timing.ms_per_token:.1f}" if own_time else "",
             )
         for name, done in of_task.unfinished.items():
-            table.add_row(task, name, f"{done} of {of_task.n}", "not finished")
+            table.add_row(task, name, f"{done} of {of_task.n}", "", "not finished")
     return table
 
 
