@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import AWKWARD, PROSE, tiny_reader
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError
@@ -42,11 +43,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ensembles(tiny_smollm2: Member, tiny_gemma: Member) -> dict[str, Ensemble | Poll]:
+def ensembles(tiny_smollm2: Member) -> dict[str, Ensemble | Poll]:
+    other = tiny_reader(tiny_smollm2, "tiny-other", AWKWARD + PROSE[1200:], seed=4)
     return {
         "a": Ensemble([tiny_smollm2], fuser="single"),
-        "b": Ensemble([tiny_gemma], fuser="single"),
-        "average": Ensemble([tiny_smollm2, tiny_gemma], fuser="average"),
+        "b": Ensemble([other], fuser="single"),
+        "average": Ensemble([tiny_smollm2, other], fuser="average"),
         "vote": Poll(("a", "b")),
     }
 
@@ -147,7 +149,7 @@ def test_members_answers_vote(data: Path, tmp_path: Path, ensembles: dict[str, E
         assert voted.tokens == sum(one.tokens for one in voters)
         assert voted.answer == (voters[1] if voters[1].answer == voters[2].answer else voters[0]).answer
     score = summary.tasks["triviaqa"].configurations["vote"]
-    assert (score.method, score.votes, score.members) == ("vote", 2, ["tiny-smollm2", "tiny-gemma"])
+    assert (score.method, score.votes, score.members) == ("vote", 2, ["tiny-smollm2", "tiny-other"])
     assert score.against_best_single is not None
     # Of two greedy answers the main model's wins.
     assert [one.answer for one in records(tmp_path / "greedy", "vote")] == [
@@ -300,7 +302,7 @@ def test_the_command(
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.stderr
     assert [path.name for path in sorted(tmp_path.glob("*.jsonl"))] == [
-        f"triviaqa.{name}.jsonl" for name in ("average", "tiny-gemma", "tiny-smollm2", "vote")
+        f"triviaqa.{name}.jsonl" for name in ("average", "tiny-other", "tiny-smollm2", "vote")
     ]
     header, found, _ = RecordFile.read(record_path(tmp_path, "triviaqa", "vote"))
     assert header is not None
@@ -313,5 +315,5 @@ def test_the_command(
     line = [*line[:5], "--json", str(tmp_path / "poll"), "--demo", "--fuser", "vote"]
     assert CliRunner().invoke(app, line).exit_code == 0
     assert {path.name for path in (tmp_path / "poll").glob("*.jsonl")} == {
-        f"triviaqa.{name}.jsonl" for name in ("tiny-gemma", "tiny-smollm2", "vote")
+        f"triviaqa.{name}.jsonl" for name in ("tiny-other", "tiny-smollm2", "vote")
     }

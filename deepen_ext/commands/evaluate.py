@@ -54,7 +54,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many items a task, spread evenly; all by default.")
     ] = None,
-    fuser: options.FuserSpecs = None,
+    fuser: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, or module:function; or vote, where "
+            "the models' own answers vote. Repeat it to compare; deepen by default.",
+            show_default=False,
+        ),
+    ] = None,
     weight: options.Weights = None,
     recipe: options.Recipes = None,
     learning_rate: options.LearningRate = None,
