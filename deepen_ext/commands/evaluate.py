@@ -57,8 +57,8 @@ def evaluate(
     fuser: Annotated[
         list[str] | None,
         typer.Option(
-            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, or module:function; or vote, where "
-            "the models' own answers vote. Repeat it to compare; deepen by default.",
+            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, or module:function; or vote: the "
+            "models' own answers vote. Repeat it to compare; deepen by default.",
             show_default=False,
         ),
     ] = None,
