@@ -15,6 +15,7 @@ from deepen_ext import InputError
 from deepen_ext.decoding.processor_kinds import STATELESS
 from deepen_ext.decoding.sampler import Chooser, _draw
 from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.top_p import top_p
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [10], [5, 6, 5, 6, 5]]
 ROWS = range(len(PROMPTS))
@@ -447,3 +448,47 @@ def test_greedy_as_transformers_generates(tiny_smollm2, settings):
         if now[-1] in read.eos_ids:
             break
     assert now == expected[0].tolist()
+
+
+class TestTopP:
+    @pytest.mark.parametrize("p", [0.05, 0.5, 0.95, 0.9999])
+    @pytest.mark.parametrize("least", [1, 3])
+    def test_it_is_transformers_own(self, p: float, least: int) -> None:
+        """Sharp rows, flat ones (of which the first tokens are not enough), forbidden tokens, few tokens."""
+        generator = torch.Generator().manual_seed(3)
+        scale = torch.tensor([0.1, 0.5, 2.0, 4.0, 8.0, 16.0, 3.0, 1e-3])[:, None]
+        scores = torch.randn(8, 5000, generator=generator) * scale
+        scores[6, 40:] = -torch.inf
+        warper = logits_process.TopPLogitsWarper(p, min_tokens_to_keep=least)
+        expected, before = warper(None, scores), scores.clone()
+        kept = expected.isfinite().sum(dim=1)
+        assert kept.min() <= 3
+        assert kept.max() > 200
+        assert torch.equal(top_p(warper, scores), expected)
+        assert torch.equal(scores, before)
+        for row in range(8):
+            assert torch.equal(top_p(warper, scores[row : row + 1])[0], expected[row])
+        assert torch.equal(top_p(warper, scores[:, :100]), warper(None, scores[:, :100]))
+
+    def test_equal_scores_and_nan(self) -> None:
+        """Of tokens of equal scores the same stay, in rows where these are many; NaN is left for `choose`."""
+        warper = logits_process.TopPLogitsWarper(0.9)
+        scores = (torch.randn(6, 2000, generator=torch.Generator().manual_seed(1)) * 6).round()
+        assert torch.equal(top_p(warper, scores), warper(None, scores))
+        scores[2, 7] = torch.nan
+        scores[3] = -torch.inf
+        finite = top_p(warper, scores).amax(dim=1).isfinite()
+        assert finite.tolist() == [True, True, False, False, True, True]
+
+    def test_the_warper_is_rarely_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Or nothing would be gained: of logits as models have them, one row in a hundred at most."""
+        warper = logits_process.TopPLogitsWarper(0.95)
+        scores = torch.randn(300, 5000, generator=torch.Generator().manual_seed(5)) * 4
+        asked = []
+        own = type(warper).__call__
+        monkeypatch.setattr(
+            type(warper), "__call__", lambda self, ids, rows: (asked.extend(rows), own(self, ids, rows))[1]
+        )
+        found = top_p(warper, scores)
+        assert len(asked) <= 3
+        assert torch.equal(found, own(warper, None, scores))

@@ -21,7 +21,9 @@ from deepen_ext.errors import InputError
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.measure.evaluation.jobs import Progress
+    from deepen_ext.measure.evaluation.votes import Poll
 
+_VOTE = "vote"  # a --fuser that is none: the models' own answers vote
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
@@ -66,7 +68,14 @@ def evaluate(
             "choice that is most probable to them, as lm-evaluation-harness scores it."
         ),
     ] = Scoring.generation,
-    fuser: options.FuserSpecs = None,
+    fuser: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, or module:function; or vote: the "
+            "models' own answers vote. Repeat it to compare; deepen by default.",
+            show_default=False,
+        ),
+    ] = None,
     weight: options.Weights = None,
     recipe: options.Recipes = None,
     learning_rate: options.LearningRate = None,
@@ -74,7 +83,19 @@ def evaluate(
     singles: Annotated[
         bool, typer.Option("--singles/--no-singles", help="Each model alone too, to compare with.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts written side by side.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts written side by side.")] = 16,
+    votes: Annotated[
+        int, typer.Option(min=1, help="Sampled texts an item, of which the majority's answer counts.")
+    ] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of sampling, with --votes; 0.7 by default.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of sampling, with --votes; 0.95 by default.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of sampling, with --votes; 0 by default.", show_default=False)
+    ] = None,
     certified_skip: Annotated[
         bool,
         typer.Option(
@@ -99,19 +120,30 @@ def evaluate(
     """
     with exit_codes(debug):
         from deepen_ext.measure.evaluation.jobs import prepare, tasks_of
+        from deepen_ext.measure.evaluation.votes import Poll, Votes
 
         if certified_skip and scoring is Scoring.likelihood:
             raise InputError("--certified-skip is for texts that are written; leave it out")
         tasks = list(tasks_of(scoring.value)) if "all" in task else task
-        prepare(tasks, data, split.value, limit, out, scoring=scoring.value, fresh=fresh)
+        drawn = Votes.read(votes, temperature, top_p, seed)
+        prepare(tasks, data, split.value, limit, out, scoring=scoring.value, votes=drawn, fresh=fresh)
+        polled = _VOTE in (fuser or [])
+        if polled and not singles:
+            raise InputError("--fuser vote: the models' own answers vote; leave out --no-singles")
+        only_polled = polled and fuser == [_VOTE]
+        fuser = [one for one in fuser or [] if one != _VOTE]
         named = named_members(model, demo, preset)
-        if any(map(writes_alone, fuser or [])):
+        if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)
-        alone = model is not None and len(model) == 1 and not fuser
-        first = "single" if alone else next(iter(fuser or []), None)
+        alone = model is not None and len(model) == 1 and not fuser and not polled
+        first = "single" if alone else next(iter(fuser), None)
         base = load_ensemble(named, loading, first, weight, recipe, learning_rate)
-        ensembles = _configurations(base, fused if not alone else [], singles)
+        ensembles: dict[str, Ensemble | Poll] = {
+            **_configurations(base, [] if alone or only_polled else fused, singles)
+        }
+        if polled:
+            ensembles[_VOTE] = Poll(tuple(base.names))
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
         from deepen_ext.measure.evaluation.summary_table import summary_table
@@ -129,6 +161,10 @@ def evaluate(
                     batch_size=batch_size,
                     certified_skip=certified_skip,
                     share_forwards=share_forwards,
+                    votes=votes,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
                     fresh=fresh,
                     on_progress=show,
                 )

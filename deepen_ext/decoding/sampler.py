@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, TopPLogitsWarper
 
 from deepen_ext.decoding.processor_kinds import BATCHED, STATELESS
 from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.top_p import top_p
 from deepen_ext.errors import InputError
 from deepen_ext.members.asking import common_prefix
 
@@ -171,6 +172,9 @@ class Chooser:
         else:
             tokens = [self._ids[text].read(own) for text, own in zip(texts, ids, strict=True)]
         for of_each in zip(*of_rows, strict=True):
+            if type(of_each[0]) is TopPLogitsWarper and scores.device.type == "cpu":
+                scores = top_p(of_each[0], scores)
+                continue
             if type(of_each[0]) in BATCHED:
                 scores = of_each[0](tokens[0], scores)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deepen_ext.errors import InputError
@@ -11,6 +11,7 @@ from deepen_ext.measure.evaluation.choices import CHOICE_TASKS, ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, task_header
 from deepen_ext.measure.evaluation.records import check_folder, output_folder
 from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
+from deepen_ext.measure.evaluation.votes import Votes
 
 SCORINGS = ("generation", "likelihood")
 
@@ -75,7 +76,12 @@ def tasks_of(scoring: str) -> Mapping[str, Task]:
 
 
 def read_jobs(
-    names: Sequence[str], data: Path, split: str, limit: int | None, scoring: str = "generation"
+    names: Sequence[str],
+    data: Path,
+    split: str,
+    limit: int | None,
+    scoring: str = "generation",
+    votes: Votes | None = None,
 ) -> list[Job]:
     """The tasks with their items; one that is named twice is done once.
 
@@ -104,7 +110,8 @@ def read_jobs(
         if not items:
             without = f" with choices, and {left_out} without" if left_out else ""
             raise InputError(f"{name}: its {split} split in {data} has no items{without}")
-        jobs.append(Job(task, items, task_header(task, split, items, left_out)))
+        header = task_header(task, split, items, left_out)
+        jobs.append(Job(task, items, header | ({} if votes is None else {"votes": asdict(votes)})))
     return jobs
 
 
@@ -116,14 +123,16 @@ def prepare(
     out: Path,
     *,
     scoring: str = "generation",
+    votes: Votes | None = None,
     fresh: bool = False,
 ) -> None:
     """Everything that can be checked before a model is loaded; `evaluate` does it again.
 
     Raises:
-        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items.
+        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items
+            or with other votes.
     """
-    jobs = read_jobs(names, data, split, limit, scoring)
+    jobs = read_jobs(names, data, split, limit, scoring, votes)
     with output_folder(out):
         for job in jobs if not fresh else []:
             check_folder(out, job.header)

@@ -32,8 +32,14 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
                 )
 
 
-def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) -> None:
+def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int, texts: int = 1) -> None:
     """Check that the KV caches of each group of members fit the memory, for a batch of the longest prompt.
+
+    Args:
+        job: the task.
+        groups: members whose caches are there at once.
+        batch_size: texts that are written side by side.
+        texts: how many are written for an item.
 
     Raises:
         InputError: they do not; the message says which batch size would.
@@ -41,7 +47,7 @@ def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) 
     longest = max((item.to_read for item in job.items), key=lambda text: len(text.encode()))
     new = job.task.max_new_tokens
     # A text that is scored takes a lane, and its other endings a second one, whatever the batch size.
-    lanes = min(batch_size, len(job.items)) if new else 2
+    lanes = min(batch_size, texts * len(job.items)) if new else 2
     for members in groups:
         vocabularies = [one.vocabulary for one in members]
         prompt = [len(one.prefix_ids) + len(one.encode(longest)) for one in vocabularies]

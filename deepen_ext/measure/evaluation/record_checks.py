@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
 def is_header(value: Any) -> bool:
     """Whether a first line has what results are read by. It may have more: what the run depended on."""
-    return _fits(value, _HEADER) and _count(value["task"].get("left_out", 0))
+    return _fits(value, _HEADER) and all(
+        key not in value[part] or rule(value[part][key]) for part, key, rule in _MAYBE
+    )
 
 
-def is_record(value: Any) -> bool:
-    """Whether a line has the fields of an `ItemRecord`, these alone, each of its type and range."""
-    return _has_these_alone(value, _RECORD) and bool(value["changed"] <= value["tokens"])
+def votes_of(header: Any) -> int:
+    """How many texts of an item voted, by a whole header; 0 where there was no vote."""
+    drawn = int(header["task"].get("votes", {}).get("count", 0))
+    voters = len(header["configuration"].get("voters", []))
+    return voters * max(1, drawn) if voters else drawn
+
+
+def is_record(value: Any, votes: int) -> bool:
+    """Whether a line has the fields of an `ItemRecord`, these alone, each of its type and range.
+
+    Args:
+        value: the line.
+        votes: how many texts voted, which it must have.
+    """
+    rule = _RECORD
+    if votes:
+        rule = {**_RECORD, "votes": lambda given: _votes(given) and len(given) == votes}
+    return _has_these_alone(value, rule) and bool(value["changed"] <= value["tokens"])
 
 
 def is_choice_record(value: Any) -> bool:
@@ -64,6 +82,14 @@ def _members(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_fits(one, _MEMBER) for one in value)
 
 
+def _votes(value: Any) -> bool:
+    return isinstance(value, list) and all(_fits(one, _VOTE) and one.keys() == _VOTE.keys() for one in value)
+
+
+def _answer(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
 _MEMBER = {"name": str, "vocabulary": str, "weights": str}
 _HEADER: dict[str, Any] = {
     "task": {"name": str, "split": str, "items": _at_least_one, "items_sha256": str},
@@ -75,10 +101,22 @@ _HEADER: dict[str, Any] = {
         "share_forwards": bool,
     },
 }
+_VOTES = {
+    "count": lambda value: _count(value) and value > 1,
+    "temperature": lambda value: type(value) in (int, float),
+    "top_p": lambda value: type(value) in (int, float),
+    "seed": lambda value: type(value) is int,
+}
+# What a header has where there was a vote.
+_MAYBE: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("task", "votes", lambda value: _fits(value, _VOTES)),
+    ("configuration", "voters", lambda value: isinstance(value, list) and len(value) > 1),
+)
+_VOTE = {"output": str, "answer": _answer, "tokens": _at_least_one, "finish_reason": str}
 _RECORD: dict[str, Any] = {
     "index": _count,
     "output": str,
-    "answer": lambda value: value is None or isinstance(value, str),
+    "answer": _answer,
     "correct": bool,
     "tokens": _at_least_one,
     "changed": _count,

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import locked
 from deepen_ext.measure.evaluation.headers import Header, by_likelihood, check_same, damaged
-from deepen_ext.measure.evaluation.record_checks import is_choice_record, is_header, is_record
+from deepen_ext.measure.evaluation.record_checks import is_choice_record, is_header, is_record, votes_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class ItemTiming:
 
 
 @dataclass(frozen=True)
+class Vote:
+    """One of the texts of an item that voted: its fields are those of `ItemRecord`."""
+
+    output: str
+    answer: str | None
+    tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class ItemRecord:
     """One record: what a configuration wrote for an item. All but `timing` is the same in every run.
 
@@ -49,6 +59,8 @@ class ItemRecord:
         changed: how many of them are not the main model's own first choice.
         finish_reason: see `Generation`.
         timing: on the clock.
+        votes: the texts that voted, where there was a vote (see `votes.py`). The fields above are then the
+            majority's and sums. A line without a vote does not have it.
     """
 
     index: int
@@ -59,6 +71,7 @@ class ItemRecord:
     changed: int
     finish_reason: str
     timing: ItemTiming
+    votes: list[Vote] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,7 +188,8 @@ class RecordFile:
         Raises:
             ModelError: the disk does not take them.
         """
-        self._write([asdict(record) for record in records])
+        lines = [asdict(record) for record in records]
+        self._write([{key: one[key] for key in one if key != "votes" or one[key]} for one in lines])
         self.done.update(record.index for record in records)
 
     def __enter__(self) -> RecordFile:
@@ -228,11 +242,25 @@ class RecordFile:
             return None, [], 0
         if not is_header(parsed[0]):
             raise damaged(path, "its header has other fields")
-        choices = by_likelihood(parsed[0])
-        if not all(is_choice_record(one) if choices else is_record(one) for one in parsed[1:]):
+        if by_likelihood(parsed[0]):
+            known = all(map(is_choice_record, parsed[1:]))
+            read_line: Callable[[Mapping[str, Any]], Record] = _choice_record
+        else:
+            votes = votes_of(parsed[0])
+            known = all(is_record(one, votes) for one in parsed[1:])
+            read_line = _record
+        if not known:
             raise damaged(path, "its lines have other fields")
-        record, timing = (ChoiceRecord, ChoiceTiming) if choices else (ItemRecord, ItemTiming)
-        records = [record(**{**one, "timing": timing(**one["timing"])}) for one in parsed[1:]]
+        records = [read_line(one) for one in parsed[1:]]
         if len({record.index for record in records}) != len(records):
             raise damaged(path, "an item is there twice")
         return parsed[0], records, size
+
+
+def _choice_record(line: Mapping[str, Any]) -> ChoiceRecord:
+    return ChoiceRecord(**{**line, "timing": ChoiceTiming(**line["timing"])})
+
+
+def _record(line: Mapping[str, Any]) -> ItemRecord:
+    votes = [Vote(**one) for one in line.get("votes", [])]
+    return ItemRecord(**{**line, "timing": ItemTiming(**line["timing"]), "votes": votes})

@@ -28,6 +28,7 @@ from deepen_ext.measure.evaluation.records import (
 )
 from deepen_ext.measure.evaluation.summary import Summary, summarise, write_summary
 from deepen_ext.measure.evaluation.tasks import Item, Task
+from deepen_ext.measure.evaluation.votes import Poll, Votes, counted
 
 DEFAULT_BATCH = 16
 _LONG = 16  # new tokens; answers that may take more end at different times
@@ -37,7 +38,7 @@ _BATCHES = 4
 
 
 def evaluate(
-    ensembles: Mapping[str, Ensemble],
+    ensembles: Mapping[str, Ensemble | Poll],
     tasks: str | Sequence[str],
     data: str | Path,
     *,
@@ -48,10 +49,14 @@ def evaluate(
     batch_size: int = DEFAULT_BATCH,
     certified_skip: bool = False,
     share_forwards: bool = True,
+    votes: int = 1,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
     fresh: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Let every ensemble answer the same items, greedily, and write and compare what it says or prefers.
+    """Let every ensemble answer the same items, greedily or by votes, and compare what it says or prefers.
 
     A call that was ended half way, however that happened, goes on where it ended when it is given again. All
     configurations run a batch before the next batch begins, so that they share forwards; what a configuration
@@ -59,7 +64,8 @@ def evaluate(
 
     Args:
         ensembles: by the name of the configuration. A member alone is ``Ensemble([member], fuser="single")``;
-            a fused ensemble is compared with its best member if each of its members is there alone.
+            a fused ensemble is compared with its best member if each of its members is there alone. A `Poll`
+            writes nothing: what others of these wrote votes.
         tasks: names in `TASKS`, one or more.
         data: folder with a folder for each task.
         out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
@@ -67,12 +73,17 @@ def evaluate(
         limit: the most items of each task, spread evenly over it; None for all.
         scoring: "generation": every ensemble writes an answer, which is compared. "likelihood": of tasks with
             choices, the most probable one (`choices.py`); items without choices are left out.
-        batch_size: prompts written side by side. With long answers and shared forwards four batches are run
+        batch_size: texts written side by side. With long answers and shared forwards four batches are run
             as one, in which the next item begins where an answer ends. Of choices: items between two writes
             to the disk.
         certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
         share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
             own; False gives times that can be compared.
+        votes: texts of an item; 2 or more are sampled, and the item's answer is the one that most of them
+            give (see `votes.py`). 1 is one greedy text.
+        temperature: of sampling, with votes; 0.7 by default.
+        top_p: of sampling, with votes; 0.95 by default.
+        seed: of sampling, with votes; 0 by default.
         fresh: drop what the folder holds of these tasks.
         on_progress: called at the beginning of a task and after each batch of a configuration.
 
@@ -85,25 +96,34 @@ def evaluate(
         ModelError: a member's forward pass failed, or the disk is full. What is done is kept.
     """
     folder = Path(out)
-    if not ensembles:
+    polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
+    writers = {name: one for name, one in ensembles.items() if isinstance(one, Ensemble)}
+    if not writers:
         raise InputError("there is nothing to evaluate; give one ensemble or more")
+    drawn = Votes.read(votes, temperature, top_p, seed)
+    if drawn is not None and certified_skip:
+        raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")
     batch_size = whole_number("the batch size", batch_size, 1)
-    if certified_skip and scoring == "likelihood":
-        raise InputError(
-            "certified_skip is for texts that are written; leave it out with scoring='likelihood'"
-        )
-    jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit, scoring)
-    members = {id(member): member for one in ensembles.values() for member in one.members}
-    at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]
+    if scoring == "likelihood":
+        for name, given in (("certified_skip", certified_skip), ("votes", drawn), ("a vote", polls)):
+            if given:
+                raise InputError(
+                    f"{name} is for texts that are written; leave it out with scoring='likelihood'"
+                )
+    named = [tasks] if isinstance(tasks, str) else tasks
+    jobs = read_jobs(named, Path(data), split, limit, scoring, drawn)
+    members = {id(member): member for one in writers.values() for member in one.members}
+    at_once = [list(members.values())] if share_forwards else [one.members for one in writers.values()]
     for job in jobs:
         check_contexts(job, list(members.values()))
-        if fresh or not _is_done(folder, job, ensembles):
-            check_memory(job, at_once, batch_size)
-    skips = {name: certified_skip and one.fuser.search_bound() is not None for name, one in ensembles.items()}
+        if fresh or not _is_done(folder, job, writers):
+            check_memory(job, at_once, batch_size, votes)
+    skips = {name: certified_skip and one.fuser.search_bound() is not None for name, one in writers.items()}
     configurations = {
         name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
-        for name, one in ensembles.items()
+        for name, one in writers.items()
     }
+    configurations |= {name: one.header(name, configurations) for name, one in polls.items()}
     with output_folder(folder), ExitStack() as stack:
         opened = []
         for job in jobs:
@@ -111,22 +131,22 @@ def evaluate(
             files = _open(stack, folder, job, headers, fresh)
             job.left = sum(len(job.items) - len(one.done) for one in files.values())
             opened.append(files)
-        clock = Clock(jobs, len(ensembles), on_progress)
+        clock = Clock(jobs, len(configurations), on_progress)
         for job, files in zip(jobs, opened, strict=True):
             clock.tell(job)
             by_choices = isinstance(job.task, ChoiceTask)
             at_a_time = by_choices or (share_forwards and job.task.max_new_tokens > _LONG)
-            for batch, everyone in _batches(job.items, files, batch_size * (_BATCHES if at_a_time else 1)):
+            size = max(1, batch_size * (_BATCHES if at_a_time else 1) // votes)
+            writing = {name: files[name] for name in writers}
+            for batch, everyone in _batches(job.items, writing, size):
                 indices = {item.index for item in batch}
-                some = {
-                    name: one for name, one in ensembles.items() if everyone or indices - files[name].done
-                }
+                some = {name: one for name, one in writers.items() if everyone or indices - files[name].done}
                 found: Generator[Mapping[str, Sequence[Record]], None, None]
                 if by_choices:
                     items = [item for item in batch if isinstance(item, ChoiceItem)]
                     found = score_choices(items, some, batch_size, shared=share_forwards)
                 else:
-                    found = _write(job.task, batch, some, skips, share_forwards, batch_size)
+                    found = _write(job.task, batch, some, skips, share_forwards, batch_size, drawn)
                 began = perf_counter()
                 with closing(found):  # also after an interrupt: caches are freed
                     for records in found:
@@ -137,6 +157,12 @@ def evaluate(
                             clock.count(job, len(missing), seconds)
                             clock.tell(job, name)
                         began = perf_counter()
+            for name, poll in polls.items():
+                left = [item for item in job.items if item.index not in files[name].done]
+                written = {one: RecordFile.read(files[one].path)[1] for one in poll.voters}
+                files[name].append(poll.records(job.task, left, written))
+                clock.count(job, len(left), 0.0)
+                clock.tell(job, name)
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
@@ -192,12 +218,13 @@ def _write(
     skips: Mapping[str, bool],
     share_forwards: bool,
     batch_size: int,
+    votes: Votes | None,
 ) -> Generator[dict[str, list[ItemRecord]], None, None]:
     """What each configuration writes for a batch, one after the other."""
     with ExitStack() as sharing:
         shared = sharing.enter_context(SharedForwards()) if share_forwards else None
         for name, ensemble in ensembles.items():
-            yield {name: _run(task, batch, ensemble, skips[name], shared, batch_size)}
+            yield {name: _run(task, batch, ensemble, skips[name], shared, batch_size, votes)}
 
 
 def _run(
@@ -207,23 +234,26 @@ def _run(
     skip: bool,
     shared: SharedForwards | None,
     batch_size: int,
+    votes: Votes | None,
 ) -> list[ItemRecord]:
-    """What one configuration writes for a batch."""
+    """What one configuration writes for a batch: all texts of all items in one call."""
+    texts = [item for item in batch for _ in range(1 if votes is None else votes.count)]
     generations: BatchGeneration = ensemble.generate(
-        [item.prompt for item in batch],
+        [item.prompt for item in texts],
         max_new_tokens=task.max_new_tokens,
         stop_strings=list(task.stop_strings) or None,
         certified_skip=skip,
         shared=shared,
         batch_size=batch_size,
+        **({} if votes is None else votes.settings(batch)),
     )
-    timings, count = generations.timings, len(batch)
+    timings, count = generations.timings, len(texts)
     timing = ItemTiming(
         prompt_ms=round(timings.prompt_ms / count, 4),
         decode_ms=round((timings.total_ms - timings.prompt_ms) / count, 4),
-        rows=count,
+        rows=len(batch),
     )
-    return [
+    records = [
         ItemRecord(
             index=item.index,
             output=one.text,
@@ -234,5 +264,10 @@ def _run(
             finish_reason=one.finish_reason,
             timing=timing,
         )
-        for item, one in zip(batch, generations, strict=True)
+        for item, one in zip(texts, generations, strict=True)
+    ]
+    if votes is None:
+        return records
+    return [
+        counted(task, item, records[i * votes.count : (i + 1) * votes.count]) for i, item in enumerate(batch)
     ]

@@ -98,11 +98,13 @@ class TextScore(Score):
     """Of texts that were written.
 
     Attributes:
+        votes: how many texts of an item voted; 1 where there was no vote.
         tokens: how many were written.
         changed_share: share of the tokens that are not the main model's own first choice.
         finish_reasons: how many texts ended for each reason.
     """
 
+    votes: int
     tokens: int
     changed_share: float
     finish_reasons: dict[str, int]
@@ -152,15 +154,19 @@ def score_of(configuration: Header, records: Sequence[Any], singles: Singles) ->
             timing=Timing(round(seconds, 3), ms_per_token=None, shared_forwards=shared),
         )
     tokens = sum(record.tokens for record in records)
-    later = tokens - len(records)  # after the first of each text
+    votes = len(records[0].votes) or 1
+    later = tokens - len(records) * votes  # after the first of each text
+    reasons = [one.finish_reason for record in records for one in record.votes]
+    reasons = reasons or [record.finish_reason for record in records]
     decoding = sum(record.timing.decode_ms for record in records)
     milliseconds = sum(record.timing.prompt_ms for record in records) + decoding
     return TextScore(
         **common,
         unanswered_share=sum(record.answer is None for record in records) / len(records),
+        votes=votes,
         tokens=tokens,
         changed_share=sum(record.changed for record in records) / tokens,
-        finish_reasons=dict(sorted(Counter(record.finish_reason for record in records).items())),
+        finish_reasons=dict(sorted(Counter(reasons).items())),
         timing=Timing(
             seconds=round(milliseconds / 1e3, 3),
             ms_per_token=round(decoding / later, 3) if later else None,

@@ -17,7 +17,8 @@ def summary_table(summary: Summary) -> Table:
     )
     table.add_column("task")
     table.add_column("configuration", overflow="fold")
-    for column in ("n", "right, 95 %", "points, 95 %", "McNemar p", "changed", "no answer", "time"):
+    points = "right, 95 %", "points, 95 %", "McNemar p"
+    for column in ("n", "votes", *points, "changed", "no answer", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for task, of_task in summary.tasks.items():
         table.add_section()
@@ -29,7 +30,7 @@ def summary_table(summary: Summary) -> Table:
             if isinstance(score, ChoiceScore):
                 _add(table, f"{task}, acc_norm", name, score, score.norm)
         for name, done in of_task.unfinished.items():
-            table.add_row(task, name, f"{done} of {of_task.n}", "not finished")
+            table.add_row(task, name, f"{done} of {of_task.n}", "", "not finished")
         if of_task.left_out:
             table.add_row(task, "left out: without choices", str(of_task.left_out))
     return table
@@ -45,6 +46,7 @@ def _add(table: Table, task: str, name: str, score: TextScore | ChoiceScore, rat
         task,
         name,
         str(score.n),
+        str(score.votes) if isinstance(score, TextScore) else "",
         f"{rate.accuracy:.1%} ({low:.1%} to {high:.1%})",
         "" if paired is None else _difference(paired),
         "" if paired is None else f"{paired.p_value:.2g}",
