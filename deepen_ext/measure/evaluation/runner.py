@@ -159,13 +159,18 @@ def evaluate(
                         began = perf_counter()
             for name, poll in polls.items():
                 left = [item for item in job.items if item.index not in files[name].done]
-                written = {one: RecordFile.read(files[one].path)[1] for one in poll.voters}
+                written = {one: _texts(files[one].path) for one in poll.voters}
                 files[name].append(poll.records(job.task, left, written))
                 clock.count(job, len(left), 0.0)
                 clock.tell(job, name)
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
+
+
+def _texts(path: Path) -> list[ItemRecord]:
+    """The records of a file of texts that were written."""
+    return [one for one in RecordFile.read(path)[1] if isinstance(one, ItemRecord)]
 
 
 def _is_done(folder: Path, job: Job, names: Iterable[str]) -> bool:
