@@ -12,6 +12,8 @@ from gguf_files import CountingLlama, dequantised, write_tiny_model
 from deepen_ext import Ensemble, demo, fuse_logits, load_members
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.errors import ModelError
+from deepen_ext.measure.likelihood.readings import Reading
+from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.llama_cpp.context import Context, Feed
@@ -86,6 +88,34 @@ def plain_text(ensemble: Ensemble, prompt: str, new_tokens: int) -> list[int]:
 def unabridged(members: Sequence[Member]) -> Ensemble:
     """Every assistant speaks at every step, and every candidate has a relative row."""
     return Ensemble(members, boundary_aware=False, min_probability=0.0)
+
+
+@pytest.mark.slow
+class TestLikelihood:
+    CONTEXT, CHOICES = PROMPTS[3], (" two hours", " 2", " eight", " It does not take any time at all.")
+
+    def test_choices_read_together(self, exact: list[Member]) -> None:
+        ensemble = Ensemble(exact, cache=False)
+        readings = [TextReading(exact, self.CONTEXT, choice) for choice in self.CHOICES]
+        TextReading.read_together(readings)
+        for reading, choice in zip(readings, self.CHOICES, strict=True):
+            alone = TextReading(exact, self.CONTEXT, choice)
+            for member in exact:
+                want = alone.member(member).logprobs
+                assert reading.member(member).logprobs == pytest.approx(want, abs=1e-3)
+            want = alone.fused(ensemble).logprobs
+            assert reading.fused(ensemble, greedy=False).logprobs == pytest.approx(want, abs=1e-3)
+
+    def test_what_was_said_after_one_ending_outlives_the_next_one(self, exact: list[Member]) -> None:
+        member = exact[0]
+        encode = member.vocabulary.encode
+        reading = Reading(member, self.CONTEXT, self.CHOICES[3])
+        endings = [member.vocabulary.prefix_ids + encode(self.CONTEXT + one) for one in (" Twelve", " A day")]
+        numbers = reading.numbers_after(endings)
+        assert numbers[0] != numbers[1]
+        for ids, number in zip(endings, numbers, strict=True):
+            want = PlainMember(member).logits(ids)
+            torch.testing.assert_close(reading.said.take([number]).logits, want, atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow
