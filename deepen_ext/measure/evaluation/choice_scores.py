@@ -51,20 +51,19 @@ def _score_group(
         for start in range(0, len(items), size):
             found: Records = {name: [] for name in ensembles}
             for item in items[start : start + size]:
-                scores: dict[str, list[float]] = {name: [] for name in ensembles}
-                seconds = dict.fromkeys(ensembles, 0.0)
-                for choice in item.choices:
-                    reading = TextReading(members, item.prompt, f" {choice}")
-                    if before is not None:
-                        reading.go_on_from(before)
-                        before.close()
-                    before = reading
-                    for name, ensemble in ensembles.items():
-                        began = perf_counter()
-                        scores[name].append(_log_likelihood(reading, ensemble))
-                        seconds[name] += perf_counter() - began
-                for name, own in scores.items():
-                    found[name].append(_record(item, own, seconds[name]))
+                began = perf_counter()
+                readings = [TextReading(members, item.prompt, f" {choice}") for choice in item.choices]
+                if before is not None:
+                    readings[0].go_on_from(before)
+                    before.close()
+                before = readings[0]
+                TextReading.read_together(readings)
+                for name, ensemble in ensembles.items():
+                    scores = [_log_likelihood(reading, ensemble) for reading in readings]
+                    found[name].append(_record(item, scores, perf_counter() - began))
+                    began = perf_counter()
+                for reading in readings[1:]:
+                    reading.close()
             yield found
     finally:
         if before is not None:
