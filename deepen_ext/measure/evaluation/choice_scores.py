@@ -58,10 +58,10 @@ def _score_group(
                     before.close()
                 before = readings[0]
                 TextReading.read_together(readings)
-                for name, ensemble in ensembles.items():
-                    scores = [_log_likelihood(reading, ensemble) for reading in readings]
-                    found[name].append(_record(item, scores, perf_counter() - began))
-                    began = perf_counter()
+                scores = [_log_likelihoods(reading, ensembles) for reading in readings]
+                seconds = (perf_counter() - began) / len(ensembles)
+                for name in ensembles:
+                    found[name].append(_record(item, [one[name] for one in scores], seconds))
                 for reading in readings[1:]:
                     reading.close()
             yield found
@@ -70,10 +70,15 @@ def _score_group(
             before.close()
 
 
-def _log_likelihood(reading: TextReading, ensemble: Ensemble) -> float:
-    if ensemble.method == "single":
-        return reading.member(ensemble.members[0]).total
-    return reading.fused(ensemble).total
+def _log_likelihoods(reading: TextReading, ensembles: Mapping[str, Ensemble]) -> dict[str, float]:
+    """Of one choice, by the name of the configuration."""
+    fused = {name: one for name, one in ensembles.items() if one.method != "single"}
+    found = reading.fused_each([(one, None) for one in fused.values()], greedy=False)
+    by_name = {name: one.total for name, one in zip(fused, found, strict=True)}
+    return {
+        name: by_name[name] if name in fused else reading.member(one.members[0]).total
+        for name, one in ensembles.items()
+    }
 
 
 def _record(item: ChoiceItem, scores: Sequence[float], seconds: float) -> ChoiceRecord:

@@ -76,7 +76,7 @@ class ItemRecord:
 
 @dataclass(frozen=True)
 class ChoiceTiming:
-    """Seconds that a configuration took for an item; where forwards are shared, less what others read."""
+    """Seconds that a configuration took for an item; where forwards are shared, its even part of them."""
 
     seconds: float
 

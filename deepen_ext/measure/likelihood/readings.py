@@ -64,6 +64,7 @@ class Reading:
         self.ends = ends[before:]
         self._lanes: ReadingLanes | None = None
         self._lane = 0  # the text's own
+        self._context_of: Reading | None = None  # another reading of the same context, which scores it
         # Numbers in `said` after ids that the text does not begin with.
         self._elsewhere: dict[tuple[int, ...], int] = {}
 
@@ -146,6 +147,8 @@ class Reading:
         context = self.ids[: self.first]
         if context == self.prefix:
             return PromptScore([], [])
+        if self._context_of is not None:
+            return self._context_of.prompt_score
         self.read()
         lanes = self._opened()
         return read_prompts(lanes.session, self.member, {lanes.beside: context})[lanes.beside]
@@ -173,6 +176,9 @@ def read_together(readings: Sequence[Reading]) -> None:
     Raises:
         ModelError: a forward pass failed.
     """
+    for one in readings[1:]:
+        if one.ids[: one.first] == readings[0].ids[: readings[0].first]:
+            one._context_of = readings[0]
     unread = [one for one in readings if not len(one.said)]
     for batch in _batches(unread):
         held = (one.lanes for one in unread if one.lanes is not None)
