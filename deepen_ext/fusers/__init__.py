@@ -7,6 +7,7 @@
 | union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
 | union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
 | draw | one member, drawn by the weights; the average of union-vocab | ME, Fu et al., arXiv 2605.00419 |
+| spans | the word that all find most probable | AdaFuse, Cui et al., arXiv 2601.06022 |
 | single | the main model alone | |
 | a function | yours: `FuseFunction` | |
 
@@ -27,6 +28,7 @@ from deepen_ext.fusers.make import FUSERS, fuser_class, map_settings, method_nam
 from deepen_ext.fusers.parts import FusedStep, Part, Said
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
+from deepen_ext.fusers.spans import SpansFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
@@ -44,6 +46,7 @@ __all__ = [
     "Part",
     "Said",
     "SingleFuser",
+    "SpansFuser",
     "TokenBridge",
     "UnionTopkFuser",
     "UnionVocabFuser",

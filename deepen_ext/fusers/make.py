@@ -14,6 +14,7 @@ from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
+from deepen_ext.fusers.spans import SpansFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
@@ -24,6 +25,7 @@ _CLASSES: list[type[Fuser]] = [
     UnionTopkFuser,
     UnionVocabFuser,
     DrawFuser,
+    SpansFuser,
     SingleFuser,
 ]
 FUSERS = {one.name: one for one in _CLASSES}
