@@ -6,12 +6,13 @@ import codecs
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sessions import changed
-from tiny_models import AWKWARD, PROSE
+from sessions import changed, on_fixed_buffers
+from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.generation import BatchGeneration
@@ -19,32 +20,31 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.spans.next_word import LONGEST, NextWord
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.tune import tune
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
 PROMPTS = [
     "The capital of France is",
     "日本の",
     "Once",
-    AWKWARD[:40],
     "🙂🙃 and 🦙",
     "Antarctica's straw",
-    PROSE[1300:1360] + " Again: " + PROSE[1300:1330],
 ]
-NEW: dict[str, Any] = {"max_new_tokens": 24}
+NEW: dict[str, Any] = {"max_new_tokens": 14}
 
 
-def ending(member: Member) -> Member:
-    """The same, but its text may end where a full stop comes."""
+def ending(member: Member, prompt: str) -> Member:
+    """The same, but it finds the end of this text a little more probable than any word."""
     model = copy.deepcopy(member.model)
-    head = model.get_output_embeddings().weight
-    stops = member.vocabulary.encode(".")[-1]
-    head.data[member.eos_ids[0]] = 0.98 * head.data[stops]
+    ids = torch.tensor([member.vocabulary.prefix_ids + member.vocabulary.encode(prompt)])
+    head = model.get_output_embeddings().weight.data
+    head[member.eos_ids[0]] = 1.02 * head[int(model(ids).logits[0, -1].argmax())]
     return changed(member, model=model)
 
 
 @pytest.fixture(scope="module")
 def members(tiny_smollm2: Member, tiny_gemma: Member) -> tuple[Member, Member]:
-    return ending(tiny_smollm2), ending(tiny_gemma)
+    return tiny_smollm2, tiny_gemma
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,17 @@ class Oracle:
     def __init__(self, ensemble: Ensemble, margin: float) -> None:
         self.ensemble = ensemble
         self.margin = margin
+        self.said: dict[Any, torch.Tensor] = {}
+        self.ends = 0  # times that somebody proposed to end the text, and somebody else to go on
         self.taken = [0] * len(ensemble.members)  # words that only one member, or a later one, had
 
-    def log_probs(self, member: Member, ids: Sequence[int]) -> torch.Tensor:
-        logits = member.model(torch.tensor([list(ids)])).logits[0].double()
-        return logits.index_fill(1, member.unwritable(), -math.inf).log_softmax(-1)
+    def log_probs(self, member: Member, ids: Sequence[int], count: int = 1) -> torch.Tensor:
+        """After each of the last ids."""
+        key = id(member), tuple(ids), count
+        if key not in self.said:
+            logits = member.model(torch.tensor([list(ids)]), logits_to_keep=count).logits[0]
+            self.said[key] = logits.index_fill(1, member.unwritable(), -math.inf).log_softmax(-1)
+        return self.said[key]
 
     def word(self, member: Member, ids: Sequence[int]) -> tuple[list[int], bytes] | None:
         new: list[int] = []
@@ -122,6 +128,7 @@ class Oracle:
             proposed = None if word is None else word[1].decode()
             if proposed not in proposals and proposed != "":
                 proposals.append(proposed)
+        self.ends += None in proposals and len(proposals) > 1
         spelt = []
         for i, proposed in enumerate(proposals):
             if proposed is None:
@@ -148,8 +155,8 @@ class Oracle:
             )
             same = max(same, 1)
             for i, one in enumerate(after):
-                said = self.log_probs(member, one[:-1])
-                each = [float(said[at - 1, one[at]]) for at in range(same, len(one))]
+                said = self.log_probs(member, one[:-1], len(one) - same)
+                each = [float(said[at - same, one[at]]) for at in range(same, len(one))]
                 if one[-1] in member.eos_ids:
                     each[-1] = float(said[-1, list(member.eos_ids)].logsumexp(-1))
                 totals[i] += weight * sum(each) / len(each)
@@ -158,8 +165,7 @@ class Oracle:
         return spelt[best]
 
 
-@pytest.mark.parametrize("margin", [0.7, 1.0])
-@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize(("order", "margin"), [((0, 1), 0.7), ((1, 0), 1.0), ((0, 1, 0), 0.7)], ids=str)
 def test_is_the_rule(members: tuple[Member, Member], order: tuple[int, ...], margin: float) -> None:
     weights = [0.35, 0.65] if len(order) == 2 else [0.3, 0.5, 0.2]
     ensemble = Ensemble(
@@ -174,6 +180,20 @@ def test_is_the_rule(members: tuple[Member, Member], order: tuple[int, ...], mar
     assert min(oracle.taken[:2]) > 3  # both members' words were taken
     alone = Ensemble([members[order[0]]], fuser="single").generate(PROMPTS, **NEW)
     assert [one.token_ids for one in found] != [one.token_ids for one in alone]
+
+
+def test_the_end_of_the_text_is_proposed_like_a_word(members: tuple[Member, Member]) -> None:
+    ended = set()
+    for which in range(2):
+        own = [ending(one, "Once") if i == which else one for i, one in enumerate(members)]
+        for weights in ([0.9, 0.1], [0.1, 0.9]):
+            ensemble = Ensemble(own, fuser="spans", weights=weights, boundary_aware=False)
+            oracle = Oracle(ensemble, 0.7)
+            found = ensemble.generate("Once", max_new_tokens=6)
+            assert (found.token_ids, found.finish_reason) == oracle.write("Once", 6)
+            assert oracle.ends > 0
+            ended.add(len(found.token_ids) == 1)
+    assert ended == {True, False}
 
 
 def test_the_end_of_a_word() -> None:
@@ -193,26 +213,39 @@ def test_the_end_of_a_word() -> None:
     assert word("日".encode()[:2], "日".encode()[2:], b" ") == "日".encode()
 
 
-def test_equal_members_and_no_margin_write_what_the_main_model_writes(members: tuple[Member, Member]) -> None:
-    main = members[0]
-    want = Ensemble([main], fuser="single").generate(PROMPTS, **NEW)
-    twins = Ensemble([main, changed(main, name="twin")], fuser="spans", margin=1.0)
-    never = Ensemble(members, fuser="spans", margin=0.0)
-    for ensemble in (twins, never):
-        found = ensemble.generate(PROMPTS, **NEW)
-        assert [one.token_ids for one in found] == [one.token_ids for one in want]
-        assert [one.finish_reason for one in found] == [one.finish_reason for one in want]
-        assert sum(one.changed_tokens for one in found) == 0
+def test_equal_members_write_what_one_writes(tmp_path: Path) -> None:
+    """Of a tokenizer with one way to spell a text: otherwise an assistant reads its own spelling."""
+    one = load_member(save_model(tmp_path, one_byte_tokens(), seed=3))
+    head = one.model.get_output_embeddings().weight.data
+    head[[i for i, data in enumerate(one.vocabulary.tokens) if data and data[0] > 127]] = (
+        0  # no half characters
+    )
+    prompts = ["The capital of France is", "Once", "def f(x):"]
+    want = Ensemble([one], fuser="single").generate(prompts, max_new_tokens=40)
+    records: list[dict[str, Any]] = []
+    twins = Ensemble([one, changed(one, name="twin")], fuser="spans")
+    found = twins.generate(prompts, max_new_tokens=40, trace=records.append)
+    assert [each.token_ids for each in found] == [each.token_ids for each in want]
+    assert sum(each.changed_tokens for each in found) == 0
+    assert sum(each["draft"] == "stood" for each in records) > 20
+
+
+def test_without_a_margin_the_main_model_writes_alone(members: tuple[Member, Member]) -> None:
+    want = Ensemble(members[:1], fuser="single").generate(PROMPTS, **NEW)
+    found = Ensemble(members, fuser="spans", margin=0.0).generate(PROMPTS, **NEW)
+    assert [one.token_ids for one in found] == [one.token_ids for one in want]
+    assert found.timings.members_ms[members[1].name] == 0
 
 
 def test_a_batch_is_each_text_alone(pair: Ensemble) -> None:
     want = [pair.generate(one, **NEW) for one in PROMPTS]
+    as_on_cuda = Ensemble(list(map(on_fixed_buffers, pair.members)), fuser="spans", weights=pair.weights)
     with SharedForwards() as shared:
         batches: list[BatchGeneration] = [
             pair.generate(PROMPTS, **NEW),
             pair.generate(PROMPTS, batch_size=2, **NEW),
             pair.generate(PROMPTS, shared=shared, **NEW),
-            pair.generate(PROMPTS, shared=shared, **NEW),
+            as_on_cuda.generate(PROMPTS, **NEW),
         ]
     for batch in batches:
         for one, alone in zip(batch, want, strict=True):
@@ -230,7 +263,7 @@ def test_what_ends_a_text_ends_it_inside_of_a_word(pair: Ensemble) -> None:
         records: list[dict[str, Any]] = []
         whole = pair.generate(prompt, trace=records.append, **NEW)
         drafted = [one["draft"] == "stood" for one in records]
-        for at in range(0, len(whole.token_ids), 3):
+        for at in range(1, len(whole.token_ids), 4):
             before = main.vocabulary.decode(whole.token_ids[: at + 1], continues=True)
             stop = before.decode(errors="ignore")[-4:]
             if stop and before.decode(errors="replace").endswith(stop):
