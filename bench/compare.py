@@ -2,6 +2,8 @@
 
 The answers' lines go to `--work`, a folder outside the repository, where a run that was ended goes on and
 further ensembles and methods add up; bench/results/evaluation/<machine>/<task>.json is made of all of it.
+With `--scoring likelihood` that is <task>-likelihood.json, with `--votes 5` <task>-votes5.json; dev splits
+are in a folder `dev`. Each of these needs a `--work` folder of its own.
 What that file has of earlier folders stays, and says which items were right: later ensembles are compared
 with the members in it.
 `--minutes` ends after a batch: what is there then counts, with the number of items beside it. It cuts off a
@@ -23,16 +25,16 @@ from common import ROOT, environment, machine_name, write_json
 from compare_setup import Deadline, add_options, check_default, configurations, load, say, settings_used
 
 from deepen_ext.errors import InputError
-from deepen_ext.measure.evaluation.headers import Header
-from deepen_ext.measure.evaluation.jobs import Progress
-from deepen_ext.measure.evaluation.records import ItemRecord, RecordFile
+from deepen_ext.measure.evaluation.headers import Header, by_likelihood
+from deepen_ext.measure.evaluation.jobs import SCORINGS, Progress, tasks_of
+from deepen_ext.measure.evaluation.records import RecordFile
 from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
-from deepen_ext.measure.evaluation.tasks import TASKS
+from deepen_ext.measure.evaluation.tasks import SPLITS, TASKS
 
 RESULTS = ROOT / "bench" / "results" / "evaluation"
 
-Records = dict[int, ItemRecord]  # by the item's index
+Records = dict[int, Any]  # by the item's index
 Outcomes = dict[int, bool]  # by the item's index: whether the answer was right
 
 
@@ -47,6 +49,12 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=TASKS, help="repeat it; default: all six")
     parser.add_argument("--limit", type=int, help="at most so many items a task, spread evenly")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--scoring", choices=SCORINGS, default="generation")
+    parser.add_argument("--votes", type=int, default=1, help="sampled answers an item; the majority counts")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the weights in transformers")
+    parser.add_argument("--environment", type=Path, help="JSON of the machine that ran; default: this one")
     parser.add_argument(
         "--one-by-one", action="store_true", help="a configuration over all items, then the next one"
     )
@@ -58,18 +66,20 @@ def main() -> None:
     options = parser.parse_args()
 
     found = environment()
+    if options.environment is not None:
+        found = json.loads(options.environment.read_text(encoding="utf-8"))
     output = options.output or RESULTS / machine_name(found)
-    tasks = options.task or list(TASKS)
+    tasks = options.task or list(tasks_of(options.scoring))
     for task in tasks:
         if there := read(options.work, task):
-            kept(output / f"{task}.json", there)
+            kept(output / file_name(there[0][0]), there)
     if options.summarise:
         for task in tasks:
             if any(options.work.glob(f"{task}.*.jsonl")):
                 write_task(options.work, options.data, task, output, found)
         return
     deadline = Deadline(options)
-    members = load(options.ensembles)
+    members = load(options.ensembles, device=options.device, dtype=options.dtype)
     ensembles = configurations(members, options.ensembles, options.methods)
     rounds = [{name: one} for name, one in ensembles.items()] if options.one_by_one else [ensembles]
     for task in tasks:
@@ -89,7 +99,10 @@ def main() -> None:
                     task,
                     options.data,
                     out=options.work,
+                    split=options.split,
                     limit=options.limit,
+                    scoring=options.scoring,
+                    votes=options.votes,
                     batch_size=options.batch_size,
                     on_progress=ending(deadline, {name: there.get(name, 0) for name in some}),
                 )
@@ -123,6 +136,17 @@ def ending(deadline: Deadline, done: dict[str, int]) -> Callable[[Progress], Non
     return tell
 
 
+def file_name(header: Header) -> str:
+    """Of a task's JSON file in the output folder."""
+    head = header["task"]
+    name = head["name"]
+    if by_likelihood(header):
+        name += "-likelihood"
+    if "votes" in head:
+        name += f"-votes{head['votes']['count']}"
+    return f"{'dev/' if head['split'] == 'dev' else ''}{name}.json"
+
+
 def kept(file: Path, there: list[tuple[Header, Records]]) -> dict[str, Any]:
     """The configurations of a task's JSON file that the work folder has not; {} without a file.
 
@@ -150,7 +174,7 @@ def what_was_asked(header: Header) -> dict[str, Any]:
     """What all configurations in a task's file have in common."""
     head = header["task"]
     return {
-        **{key: head[key] for key in ("split", "items", "items_sha256", "max_new_tokens", "stop_strings")},
+        **{key: one for key, one in head.items() if key != "name"},
         "settings": settings_used(),
         "shared_forwards": header["configuration"]["share_forwards"],
     }
@@ -171,18 +195,21 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
     there = read(work, task)
     if not there:
         return
-    file = output / f"{task}.json"
+    file = output / file_name(there[0][0])
     head = there[0][0]["task"]
     rest = kept(file, there)
-    # By member, what is known of it alone; of files from before they said which items, how many were right.
-    alone: dict[str, Outcomes | int] = {
-        name: outcomes(one) if "right" in one else one["correct"]
-        for name, one in rest.items()
-        if one["method"] == "single" and ("right" in one or one["n"] == head["items"])
-    }
+    metrics = ("correct", "correct_norm") if by_likelihood(there[0][0]) else ("correct",)
+    # By metric and member, which items it has right alone.
+    alone: dict[str, dict[str, Outcomes]] = {metric: {} for metric in metrics}
+    for name, one in rest.items():
+        if one["method"] == "single":
+            alone["correct"][name] = outcomes(one)
+            if "norm" in one:
+                alone["correct_norm"][name] = outcomes(one["norm"])
     for header, records in there:
         if len(header["configuration"]["members"]) == 1:
-            alone[header["configuration"]["name"]] = {i: one.correct for i, one in records.items()}
+            for metric in metrics:
+                alone[metric][header["configuration"]["name"]] = right_by(records, metric)
     scores = {header["configuration"]["name"]: score(header, records, alone) for header, records in there}
     write_json(
         file,
@@ -207,29 +234,44 @@ def outcomes(scores: dict[str, Any]) -> Outcomes:
     return {int(i): key == "right" for key in ("right", "wrong") for i in scores[key].split()}
 
 
-def score(header: Header, records: Records, alone: Mapping[str, Outcomes | int]) -> dict[str, Any]:
+def right_by(records: Records, metric: str) -> Outcomes:
+    """Which items are right by a field of their records, in the items' order."""
+    return {i: bool(getattr(records[i], metric)) for i in sorted(records)}
+
+
+def score(header: Header, records: Records, alone: Mapping[str, Mapping[str, Outcomes]]) -> dict[str, Any]:
     """What a configuration got right, and beside the best of its members alone."""
-    name = header["configuration"]["name"]
-    ensemble, _, method = name.partition(" ")
-    right = {i: records[i].correct for i in sorted(records)}
-    n, correct = len(right), sum(right.values())
+    ensemble, _, method = header["configuration"]["name"].partition(" ")
+    found = {
+        "ensemble": ensemble,
+        "method": method or "single",
+        "n": len(records),
+        **rate(right_by(records, "correct"), ensemble if method else "", alone["correct"]),
+    }
+    if by_likelihood(header):
+        norm = rate(right_by(records, "correct_norm"), ensemble if method else "", alone["correct_norm"])
+        seconds = sum(one.timing.seconds for one in records.values())
+        return {**found, "norm": norm, "seconds": round(seconds, 1)}
     tokens = sum(one.tokens for one in records.values())
     milliseconds = sum(one.timing.prompt_ms + one.timing.decode_ms for one in records.values())
     return {
-        "ensemble": ensemble,
-        "method": method or "single",
-        "n": n,
+        **found,
+        "tokens": tokens,
+        "changed_share": round(sum(one.changed for one in records.values()) / tokens, 6),
+        "unanswered_share": round(sum(one.answer is None for one in records.values()) / len(records), 6),
+        "seconds": round(milliseconds / 1e3, 1),
+    }
+
+
+def rate(right: Outcomes, ensemble: str, alone: Mapping[str, Outcomes]) -> dict[str, Any]:
+    """How often a configuration is right; "" as ensemble for a member alone."""
+    n, correct = len(right), sum(right.values())
+    return {
         "correct": correct,
         "accuracy": round(correct / n, 6),
         "interval": [round(one, 6) for one in wilson_interval(correct, n)],
-        "tokens": tokens,
-        "changed_share": round(sum(one.changed for one in records.values()) / tokens, 6),
-        "unanswered_share": round(sum(one.answer is None for one in records.values()) / n, 6),
-        "seconds": round(milliseconds / 1e3, 1),
-        "against_best_single": compare(
-            right, {one: alone.get(one) for one in ensemble.split("+")}, header["task"]["items"]
-        )
-        if method
+        "against_best_single": compare(right, {one: alone.get(one) for one in ensemble.split("+")})
+        if ensemble
         else None,
         # The items by their numbers in the split, in one line each.
         "right": " ".join(str(i) for i, one in right.items() if one),
@@ -237,20 +279,15 @@ def score(header: Header, records: Records, alone: Mapping[str, Outcomes | int])
     }
 
 
-def compare(right: Outcomes, alone: Mapping[str, Outcomes | int | None], items: int) -> dict[str, Any] | None:
+def compare(right: Outcomes, alone: Mapping[str, Outcomes | None]) -> dict[str, Any] | None:
     """McNemar's test against the best member alone, on the items that all of them have.
 
-    A member of whom only the number of right items is known, of all `items`, can be seen not to be the best;
-    None where it might be, or where nothing is known of a member.
+    None where nothing is known of a member. Beside it the oracle: how many items some member alone has right.
     """
-    singles = {name: one for name, one in alone.items() if isinstance(one, dict)}
+    singles = {name: one for name, one in alone.items() if one is not None}
     shared = sorted(set(right).intersection(*singles.values()))
-    if not singles or not shared:
+    if len(singles) < len(alone) or not shared:
         return None
-    most = max(sum(one[i] for i in shared) for one in singles.values())
-    for one in alone.values():
-        if one is None or (isinstance(one, int) and (one >= most or len(shared) < items)):
-            return None
     # Of equally good ones the first: the main model before an assistant.
     best = max(singles, key=lambda name: sum(singles[name][i] for i in shared))
     paired = mcnemar(*([one[i] for i in shared] for one in (right, singles[best])))
@@ -262,6 +299,7 @@ def compare(right: Outcomes, alone: Mapping[str, Outcomes | int | None], items: 
         "p_value": float(f"{paired.p_value:.4g}"),
         "gained": paired.only_a,
         "lost": paired.only_b,
+        "oracle": sum(any(one[i] for one in singles.values()) for i in shared),
     }
 
 

@@ -36,7 +36,8 @@ from compare_setup import (
 )
 
 from deepen_ext import Ensemble
-from deepen_ext.decoding.prompt_weights import SHARPNESS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights, read_prompts
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.measure.evaluation.headers import configuration_header
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods
 from deepen_ext.measure.tuning.configurations import paired_difference
@@ -106,7 +107,9 @@ def weights_of(ensemble: Ensemble, scores: Mapping[int, PromptScore]) -> list[fl
     """The weights that the loop would have after the context."""
     if not ensemble.weighs_prompts:
         return ensemble.weights
-    return prompt_weights([scores[id(member)] for member in ensemble.members], ensemble.weights)
+    return prompt_weights(
+        [scores[id(member)] for member in ensemble.members], ensemble.weights, ensemble.team.sharpness
+    )
 
 
 def prompt_scores(members: Sequence[Member], context: str) -> dict[int, PromptScore]:
@@ -123,7 +126,7 @@ def prompt_scores(members: Sequence[Member], context: str) -> dict[int, PromptSc
 def fingerprint(name: str, ensemble: Ensemble) -> str:
     """Of the settings that a line was made with."""
     header = configuration_header(name, ensemble, certified_skip=False, share_forwards=True)
-    header["sharpness"] = SHARPNESS if ensemble.weighs_prompts else None
+    header["sharpness"] = ensemble.team.sharpness if ensemble.weighs_prompts else None
     return hashlib.sha256(json.dumps(header).encode()).hexdigest()[:16]
 
 
@@ -294,7 +297,7 @@ def main() -> None:
         "context": CONTEXT,
         "scored": SCORED,
         "block": BLOCK,
-        "sharpness": SHARPNESS,
+        "sharpness": FusionSettings().sharpness,
     }
     write_json(output, {"settings": settings, **summarise(lines), "environment": found})
     say(f"written to {output}")

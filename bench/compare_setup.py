@@ -1,10 +1,11 @@
-"""What the comparisons share: the three embedded models, the ensembles of them, and the ways of fusing.
+"""What the comparisons share: the four embedded models, the ensembles of them, and the ways of fusing.
 
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
 command line names it, with changes after ``@``: ``deepen`` (the package's defaults), ``deepen:bytes``,
-``average@prompt`` (weights from the prompt), ``deepen:bytes@main=0.7`` (the main model's weight; assistants
-share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows),
-``average@confidence=1`` (members count more where they are sure).
+``average@prompt`` (weights from the prompt), ``average@prompt@sharpness=32``, ``deepen:bytes@main=0.7`` (the
+main model's weight; assistants share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate,
+temperature of the similarity rows), ``average@confidence=1`` (members count more where they are sure),
+``average@margin``, ``average@consistency``, ``average@disagreement`` (other rules of weighing).
 """
 
 from __future__ import annotations
@@ -20,18 +21,32 @@ from typing import Any
 from deepen_ext import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
+from deepen_ext.fusers.weighing.names import RULES
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
-MODELS = {"S": "smollm2-135m-instruct", "G": "gemma-3-270m", "Q": "qwen2.5-coder-0.5b-instruct"}
-ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "Q+G+S")
+MODELS = {
+    "S": "smollm2-135m-instruct",
+    "G": "gemma-3-270m",
+    "Q": "qwen2.5-coder-0.5b-instruct",
+    "L": "qwen2.5-coder-1.5b-instruct",
+}
+ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "S+Q", "G+Q", "Q+G+S", "G+S+Q", "S+G+Q")
 METHODS = (
     *("deepen", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
-    *("average", "union-topk", "union-vocab", "deepen@prompt"),
+    *("average", "union-topk", "union-vocab", "product", "consistent@consistency"),
+    *("deepen@prompt", "union-vocab@prompt", "union-vocab@confidence=1", "union-vocab@margin"),
+    *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt@sharpness=64"),
 )
 _DEFAULTS = FusionSettings()
 DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
-_NUMBERS = {"eta": "learning_rate", "tau": "relative_temperature", "confidence": "confidence"}
+_NUMBERS = {
+    "eta": "learning_rate",
+    "tau": "relative_temperature",
+    "confidence": "confidence",
+    "sharpness": "sharpness",
+}
+_RULES = [rule for rule in RULES if rule not in ("confidence", "gate")]
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,17 @@ def parse_method(spec: str) -> Method:
         key, _, value = change.partition("=")
         if change == "prompt":
             settings["weights"] = "prompt"
+        elif change in _RULES:
+            settings["weighing"] = change
         elif key == "main":
             main_weight = _number(spec, value)
         elif key in _NUMBERS:
             settings[_NUMBERS[key]] = _number(spec, value)
         else:
             known = ", ".join(f"{one}=X" for one in _NUMBERS)
-            raise InputError(f"method '{spec}': after @ there can be prompt, main=W, {known}")
+            raise InputError(
+                f"method '{spec}': after @ there can be prompt, main=W, {known}, {', '.join(_RULES)}"
+            )
     return Method("@".join([method_name(fuser, recipe), *changes]), settings, main_weight)
 
 
@@ -93,11 +112,15 @@ def letters_of(ensemble: str) -> list[str]:
     return letters
 
 
-def load(ensembles: Iterable[str]) -> dict[str, Member]:
-    """The members of these ensembles by letter, in the order of `MODELS`."""
+def load(ensembles: Iterable[str], **options: Any) -> dict[str, Member]:
+    """The members of these ensembles by letter, in the order of `MODELS`.
+
+    In transformers; the largest model on the CPU in llama.cpp, as its file has it.
+    """
     needed = {letter for one in ensembles for letter in letters_of(one)}
+    native = {"L": {"backend": "llama.cpp"}} if options.get("device", "cpu") == "cpu" else {}
     return {
-        letter: load_member(f"demo:{name}", backend="transformers")
+        letter: load_member(f"demo:{name}", **native.get(letter, {"backend": "transformers", **options}))
         for letter, name in MODELS.items()
         if letter in needed
     }

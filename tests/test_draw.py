@@ -107,7 +107,7 @@ def test_three_members_and_only_the_drawn_one_is_asked(
 def test_what_it_cannot_do_is_refused(pair: Ensemble) -> None:
     with pytest.raises(InputError, match=r"fuser='draw' is a way to sample; set do_sample=True"):
         pair.generate(PROMPT)
-    with pytest.raises(InputError, match=r"leave out confidence=0.5, or use fuser='union-vocab'"):
+    with pytest.raises(InputError, match=r"leave out confidence 0.5, or use fuser='union-vocab'"):
         pair.variant(confidence=0.5)
     with pytest.raises(InputError, match="tune that, and use its weights"):
         tune(pair.members, [], fuser="draw")

@@ -23,7 +23,7 @@ from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.members.member import Member
 
 PROMPT = "The capital of France is"
-EVERY = ("deepen", "average", "union-topk", "union-vocab")
+EVERY = ("deepen", "average", "union-topk", "union-vocab", "follow", "product", "consistent")
 
 
 def peaked(batch: int, vocab: int, seed: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +34,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": 11}, "learning_rate is 11; choose above 0 to 10"),
     ({"steps": 65}, "steps is 65; choose 1 to 64"),
     ({"confidence": -1}, "confidence is -1; choose 0 to 10"),
+    ({"weighing": "entropy"}, "weighing is 'entropy'; use one of confidence, margin, consistency"),
+    ({"weighing": "margin", "confidence": 1}, "confidence goes with weighing='confidence'; leave it out"),
+    ({"weighing": "gate"}, "run deepen-ext tune --gate"),
+    ({"gate": [0, 0, 0, 0]}, "give weighing='gate' with it, or leave it out for weighing='confidence'"),
+    ({"weighing": "gate", "gate": [1, 2]}, "give a list of 4 numbers"),
+    ({"weighing": "gate", "gate": [1, 2, 3, math.nan]}, "a number of the gate is nan; choose finite"),
     ({"candidates": 0}, "candidates is 0"),
     ({"entries": 0}, "entries is 0"),
     ({"min_probability": 1}, "min_probability is 1"),
@@ -71,7 +78,7 @@ def test_a_new_fuser_is_one_class(
 
     monkeypatch.setitem(FUSERS, Favourite.name, Favourite)
     ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="favourite", confidence=0.5)
-    assert (ensemble.method, ensemble.fuser.confidence, ensemble.maps) == ("favourite", 0.5, [])
+    assert (ensemble.method, ensemble.fuser.weighing, ensemble.maps) == ("favourite", "confidence 0.5", [])
     logits = [torch.randn(2, member.vocab_size) for member in (tiny_smollm2, tiny_gemma)]
     assert ensemble.fuser.step(logits, [0.5, 0.5]).chosen.tolist() == [7, 7]
     with pytest.raises(InputError, match="two or more members, not 1"):

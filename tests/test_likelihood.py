@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.measure.likelihood import readings as readings_module
 from deepen_ext.measure.likelihood import text_reading as likelihood
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
 from deepen_ext.members.distribution import forbid
 from deepen_ext.members.hf import session as session_module
 from deepen_ext.members.member import Member
+from deepen_ext.ops.token_logprobs import token_logprobs
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
 
@@ -338,7 +340,7 @@ class TestFused:
             with open_session(member) as session:
                 ids = first_ids(member, context) + member.vocabulary.encode(context)
                 found.append(read_prompts(session, member, {0: ids})[0])
-        weights = prompt_weights(found, [0.5, 0.5])
+        weights = prompt_weights(found, [0.5, 0.5], 8.0)
         assert abs(weights[0] - 0.5) > 0.1
         with TextReading([tiny_smollm2, tiny_gemma], context, text) as reading:
             got = reading.fused(weighs)
@@ -396,16 +398,85 @@ def fed(member: Member) -> Iterator[list[int]]:
         hook.remove()
 
 
+class TestTogether:
+    """`TextReading.read_together` and `fused_each`."""
+
+    CONTEXT = "Question: What do strawberries cost in Antarctica?\nAnswer:"
+    CHOICES = (" 1,250 €", " nothing at all", " strawberries 🍓 of Zürich", " ice")
+
+    def test_equals_texts_read_one_by_one(
+        self, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        members = [tiny_smollm2, tiny_gemma]
+        pairs = [(one, None) for one in ensembles.values()]
+        before: list[TextReading] = []
+        for context, choices in ((self.CONTEXT, self.CHOICES), (self.CONTEXT + " It is", self.CHOICES[:3])):
+            readings = [TextReading(members, context, choice) for choice in choices]
+            if before:
+                readings[0].go_on_from(before[0])
+            TextReading.read_together(readings)
+            for one in before:
+                one.close()
+            for reading, choice in zip(readings, choices, strict=True):
+                alone = TextReading(members, context, choice)
+                for member in members:
+                    got, want = reading.member(member), alone.member(member)
+                    assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+                    assert (got.ends, got.greedy, got.nbytes) == (want.ends, want.greedy, want.nbytes)
+                given = reading.fused_each(pairs, greedy=False)
+                for name, got in zip(ensembles, given, strict=True):
+                    want = alone.fused(ensembles[name])
+                    assert got.logprobs == pytest.approx(want.logprobs, abs=2e-4), name
+                    assert (got.ends, got.greedy, got.nbytes) == (want.ends, [], want.nbytes)
+            before = readings
+
+    def test_the_context_is_fed_once(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        def read(*contexts: str) -> int:
+            with fed(tiny_smollm2) as seen:
+                before: TextReading | None = None
+                for context in contexts:
+                    readings = [TextReading([tiny_smollm2], context, choice) for choice in self.CHOICES]
+                    if before is not None:
+                        readings[0].go_on_from(before)
+                        before.close()
+                    TextReading.read_together(readings)
+                    before = readings[0]
+            return sum(seen)
+
+        encode = tiny_smollm2.vocabulary.encode
+        context = len(encode(self.CONTEXT))
+        choices = sum(len(encode(self.CONTEXT + choice)) - context for choice in self.CHOICES)
+        assert context + choices - len(self.CHOICES) <= read(self.CONTEXT) < context + 2 * choices
+        # What two items begin with is not fed to the second one either.
+        more = self.CONTEXT + " It is"
+        assert read(self.CONTEXT, more) < read(self.CONTEXT) + context
+        # In pieces that a forward pass has room for.
+        monkeypatch.setattr(readings_module, "_TOGETHER", 5)
+        assert read(self.CONTEXT) < 2 * context
+
+    def test_read_already(self, tiny_smollm2: Member) -> None:
+        readings = [TextReading([tiny_smollm2], self.CONTEXT, choice) for choice in self.CHOICES]
+        first = readings[0].member(tiny_smollm2)
+        TextReading.read_together(readings)
+        with fed(tiny_smollm2) as seen:
+            TextReading.read_together(readings)
+            assert readings[0].member(tiny_smollm2) == first
+            assert [len(one.member(tiny_smollm2).logprobs) for one in readings]
+        assert not seen
+
+
 def test_log_probabilities_sum_to_one(tiny_smollm2: Member) -> None:
     logits = last_logits(tiny_smollm2, tiny_smollm2.vocabulary.encode("The capital of France is"))[
         :, :3000
     ].contiguous()
     rows = logits.expand(3000, -1).contiguous()
-    found, best = likelihood._logprobs(rows, list(range(3000)), "logits")
-    assert math.fsum(map(math.exp, found)) == pytest.approx(1, abs=1e-6)
-    assert set(best) == {int(logits.argmax())}
-    halves, _ = likelihood._logprobs(logits.bfloat16(), [5], "logits")
-    assert halves[0] == pytest.approx(float(logits.bfloat16().double().log_softmax(dim=-1)[0, 5]), abs=1e-6)
+    found, best = token_logprobs(rows, torch.arange(3000))
+    assert math.fsum(found.exp().tolist()) == pytest.approx(1, abs=1e-6)
+    assert set(best.tolist()) == {int(logits.argmax())}
+    halves, _ = token_logprobs(logits.bfloat16(), torch.tensor([5]))
+    assert float(halves[0]) == pytest.approx(
+        float(logits.bfloat16().double().log_softmax(dim=-1)[0, 5]), abs=1e-6
+    )
 
 
 class TestWrongInput:

@@ -329,7 +329,7 @@ def test_what_it_cannot_do_is_refused(pair: Ensemble) -> None:
     for settings, message in cases:
         with pytest.raises(InputError, match=message):
             pair.generate("Once", **settings)
-    with pytest.raises(InputError, match=r"leave out confidence=0.5"):
+    with pytest.raises(InputError, match=r"leave out confidence 0.5"):
         pair.variant(confidence=0.5)
     with pytest.raises(InputError, match="margin"):
         pair.variant(margin=1.5)

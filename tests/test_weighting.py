@@ -35,15 +35,15 @@ class TestPromptWeights:
         weights = prompt_weights([good, bad], [0.5, 0.5], sharpness=2.0)
         assert weights == pytest.approx([1 / (1 + math.exp(-1)), 1 - 1 / (1 + math.exp(-1))])
         assert prompt_weights([good, bad], [0.2, 0.8], sharpness=0) == pytest.approx([0.2, 0.8])
-        assert sum(prompt_weights([good, bad, bad], [0.2, 0.4, 0.4])) == pytest.approx(1)
+        assert sum(prompt_weights([good, bad, bad], [0.2, 0.4, 0.4], 8.0)) == pytest.approx(1)
 
     def test_only_bytes_that_all_have_scored_count(self) -> None:
         """A member whose first token is not scored is compared on the rest."""
         long, short = PromptScore([10, 10], [-100.0, -5.0]), PromptScore([10], [-5.0])
-        assert prompt_weights([long, short], [0.5, 0.5]) == pytest.approx([0.5, 0.5])
+        assert prompt_weights([long, short], [0.5, 0.5], 8.0) == pytest.approx([0.5, 0.5])
 
     def test_nothing_to_tell_by(self) -> None:
-        assert prompt_weights([PromptScore([], []), PromptScore([3], [-1.0])], [0.3, 0.7]) == [0.3, 0.7]
+        assert prompt_weights([PromptScore([], []), PromptScore([3], [-1.0])], [0.3, 0.7], 8.0) == [0.3, 0.7]
 
 
 class TestReadPrompts:

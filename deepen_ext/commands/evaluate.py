@@ -32,6 +32,13 @@ class Split(str, Enum):
     test = "test"
 
 
+class Scoring(str, Enum):
+    """How an answer is found."""
+
+    generation = "generation"
+    likelihood = "likelihood"
+
+
 @with_load_options
 def evaluate(
     loading: Loading,
@@ -52,6 +59,13 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many items a task, spread evenly; all by default.")
     ] = None,
+    scoring: Annotated[
+        Scoring,
+        typer.Option(
+            help="generation: the models write an answer. likelihood: of arc_challenge, piqa and mmlu, the "
+            "choice that is most probable to them, as lm-evaluation-harness scores it."
+        ),
+    ] = Scoring.generation,
     fuser: options.FuserSpecs = None,
     weight: options.Weights = None,
     recipe: options.Recipes = None,
@@ -84,11 +98,12 @@ def evaluate(
     A run that was ended, however that happened, goes on where it ended when the same command is given again.
     """
     with exit_codes(debug):
-        from deepen_ext.measure.evaluation.jobs import prepare
-        from deepen_ext.measure.evaluation.tasks import TASKS
+        from deepen_ext.measure.evaluation.jobs import prepare, tasks_of
 
-        tasks = list(TASKS) if "all" in task else task
-        prepare(tasks, data, split.value, limit, out, fresh=fresh)
+        if certified_skip and scoring is Scoring.likelihood:
+            raise InputError("--certified-skip is for texts that are written; leave it out")
+        tasks = list(tasks_of(scoring.value)) if "all" in task else task
+        prepare(tasks, data, split.value, limit, out, scoring=scoring.value, fresh=fresh)
         named = named_members(model, demo, preset)
         if any(map(writes_alone, fuser or [])):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
@@ -110,6 +125,7 @@ def evaluate(
                     out=out,
                     split=split.value,
                     limit=limit,
+                    scoring=scoring.value,
                     batch_size=batch_size,
                     certified_skip=certified_skip,
                     share_forwards=share_forwards,

@@ -236,7 +236,7 @@ class Run:
         ids = {self._assistants.lanes[number]: self._texts[number].ids for number in texts}
         main = read_prompts(self._main, team.main, ids).values()
         for number, *scores in zip(texts, main, *self._assistants.read_prompts(texts), strict=True):
-            self._assistants.weights[number] = prompt_weights(scores, team.weights)
+            self._assistants.weights[number] = prompt_weights(scores, team.weights, team.sharpness)
 
     def _end_full(self) -> bool:
         """End the texts that some member cannot read any more; whether any text is left."""

@@ -45,6 +45,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
         method=method_name(settings.fuser, settings.recipe),
         weights=tuple(weights),
         weighs_prompts=settings.weighs_prompts and assisted,
+        sharpness=settings.sharpness,
         boundary_rule=BoundaryRule(members[0].vocabulary) if bounded else None,
         maps=maps,
     )

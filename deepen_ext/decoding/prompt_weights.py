@@ -12,7 +12,6 @@ from deepen_ext.members.backend import Session, require
 from deepen_ext.members.distribution import forbid
 from deepen_ext.members.member import Member
 
-SHARPNESS = 8.0  # of weights from the prompt, for each nat a byte; chosen on dev texts, see docs/results.md
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
 
@@ -39,9 +38,7 @@ class PromptScore:
         return total / nbytes
 
 
-def prompt_weights(
-    scores: Sequence[PromptScore], weights: Sequence[float], sharpness: float = SHARPNESS
-) -> list[float]:
+def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], sharpness: float) -> list[float]:
     """Weights from how well each member reads the prompt, over the bytes that all of them have scored.
 
         w_i = lambda_i exp(-sharpness n_i) / sum,    n_i the member's nats a byte

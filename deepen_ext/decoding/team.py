@@ -25,6 +25,7 @@ class Team:
         method: what tables and records call the fuser.
         weights: lambda_i, summing to 1.
         weighs_prompts: these weights are where `prompt_weights` starts from, for each prompt.
+        sharpness: of these weights.
         boundary_rule: when an assistant sits out; None for never.
         maps: the members' relative maps; None where the fuser has none.
         histories: what runs found out about drafts, by whether they sampled.
@@ -36,6 +37,7 @@ class Team:
     method: str
     weights: tuple[float, ...]
     weighs_prompts: bool
+    sharpness: float
     boundary_rule: BoundaryRule | None
     maps: MemberMaps | None
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})

@@ -6,6 +6,9 @@
 | average | the same relative rows (of the bytes recipe), no search | ours |
 | union-topk | average over the union of the top-10 tokens | UniTE, Yao et al., arXiv 2410.03777 |
 | union-vocab | average over the union of the vocabularies | GaC, Yu et al., arXiv 2406.12585 |
+| follow | deepen where the main model counts most, else union-vocab | ours |
+| product | geometric mean over the union of the vocabularies | Hinton 2002; arXiv 2603.05432 |
+| consistent | union-vocab, far-off tokens count less | CoRE, Zeng et al., arXiv 2510.13855 |
 | draw | one member, drawn by the weights; the average of union-vocab | ME, Fu et al., arXiv 2605.00419 |
 | spans | the word that all find most probable | AdaFuse, Cui et al., arXiv 2601.06022 |
 | single | the main model alone | |

@@ -44,7 +44,7 @@ class AverageFuser(Fuser):
             maps: relative maps of sparse rows, the main model's first.
             anchor_ids: int64 [A], the main model's token for each anchor.
             min_probability: less probable tokens count as their member's tail, spread over all anchors.
-            common: candidates, confidence, names: see `Fuser`.
+            common: candidates, rule, names: see `Fuser`.
         """
         if not maps or any(one.is_dense for one in maps):
             raise InputError("the average needs relative maps of sparse rows, the main model's first")
@@ -53,6 +53,8 @@ class AverageFuser(Fuser):
         self.maps = list(maps)
         self.min_probability = check_min_probability(min_probability)
         self._anchor_ids = anchor_ids.to(self.device)
+        self._anchors_by_token = torch.full((maps[0].vocab_size,), -1, device=self.device)
+        self._anchors_by_token[self._anchor_ids] = torch.arange(len(anchor_ids), device=self.device)
 
     @classmethod
     def make(cls, given: Ingredients) -> AverageFuser:
@@ -68,8 +70,34 @@ class AverageFuser(Fuser):
         logits.copy_(fused.log())
         return logits.argmax(dim=-1).int()
 
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`. Of ``r_i`` one entry is needed: that of the token's anchor."""
+        rows = torch.arange(len(tokens), device=self.device)
+        found, total = weights[:, 0] * said[0].logprobs(rows, tokens).exp(), weights[:, 0].double()
+        anchors = self._anchors_by_token[tokens]
+        for i, one in enumerate(said[1:], start=1):
+            every, columns, mass = self._spread(one)
+            entry = every + (mass * (columns == one.taken(anchors)[:, None])).sum(dim=1)
+            found += weights[:, i] * one.placed(entry) * (anchors >= 0)
+            # 1 up to the rounding of the rows
+            total += weights[:, i] * one.placed(
+                every.double() * self.maps[one.member].anchors + mass.sum(dim=1)
+            )
+        return (found / total).log()
+
     def _relative(self, said: Said) -> torch.Tensor:
         """r = p R, float32 [b, A]."""
+        every, columns, mass = self._spread(said)
+        found = every[:, None].repeat(1, self.maps[said.member].anchors)
+        return said.placed(found.scatter_add_(1, columns.clamp(min=0).long(), mass))
+
+    def _spread(self, said: Said) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """r = p R of the part's rows as what its rows share out.
+
+        Returns:
+            what every anchor gets, float32 [n]; anchors int32 [n, entries], -1 for none; what these get
+            beside it, float32 [n, entries], 0 for none.
+        """
         relative, topk = self.maps[said.member], said.part.topk
         rows = needed_rows(relative, said, self.min_probability)
         assert rows.columns is not None
@@ -85,5 +113,4 @@ class AverageFuser(Fuser):
         uniform = rest / (anchors - named.sum(dim=-1)).clamp(min=1)
         mass = probs[..., None] * (values - uniform[..., None]) * named
         every = (probs * uniform).sum(dim=1) + tail / anchors
-        found = every[:, None].repeat(1, anchors)
-        return said.placed(found.scatter_add_(1, columns.clamp(min=0).flatten(1).long(), mass.flatten(1)))
+        return every, columns.flatten(1), mass.flatten(1)

@@ -6,7 +6,6 @@ hand-off, boundary rule) is the same for all, so that accuracy and speed can be 
 
 from __future__ import annotations
 
-import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,12 +15,13 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.ingredients import Ingredients
-from deepen_ext.fusers.parts import FusedStep, Part, Said, placed
+from deepen_ext.fusers.parts import FusedStep, Part, Said, placed, shares_by_row
 from deepen_ext.fusers.search_bound import SearchBound
-from deepen_ext.fusers.weights import confident_weights
-from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.distribution import Distribution, take_topk
 from deepen_ext.ops.copy import plain_copy
+from deepen_ext.ops.token_logprobs import token_logprobs
 from deepen_ext.ops.topk_softmax import TopK, check_status
 from deepen_ext.ops.transfer import to_device
 
@@ -69,7 +69,7 @@ class Fuser(ABC):
         device: torch.device,
         *,
         candidates: int = 128,
-        confidence: float = 0.0,
+        rule: Rule | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         """Check the settings.
@@ -78,13 +78,14 @@ class Fuser(ABC):
             vocab_sizes: V_i of each member, the main model's first.
             device: the main model's.
             candidates: how many of a member's most probable tokens are looked at one by one.
-            confidence: how much more a member counts where it is sure (see `confident_weights`); 0: not.
+            rule: who counts how much at a token, by what the members say there; None: the weights as given.
             names: the members', for error messages.
 
         Raises:
             InputError: a setting out of range.
         """
-        self.confidence = real_number("confidence", confidence, "0 to 10", lambda x: 0 <= x <= 10)
+        self.rule = rule
+        self.weighing = "" if rule is None else str(rule)  # records of results tell fusers apart by it
         self.vocab_sizes = list(vocab_sizes)
         self.device = device
         self.candidates = whole_number("candidates", candidates, 1)
@@ -108,6 +109,23 @@ class Fuser(ABC):
         Returns:
             the argmax of the new logits, int32 [b], ties to the lower id.
         """
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """What the fused distribution gives one token of each row; see `likelihoods`.
+
+        Here by whole logits, which every fuser has. A fuser that knows a shorter way overrides it.
+
+        Args:
+            said: as for `fuse`.
+            weights: as for `fuse`.
+            tokens: int64 [b], of the main model.
+
+        Returns:
+            natural logarithms, float64 [b].
+        """
+        logits = plain_copy(said[0].placed(said[0].part.said.scores()))
+        self.fuse(logits, said, weights)
+        return token_logprobs(logits, tokens, name=f"{self.name or 'the fuser'} of {self.names[0]}")[0]
 
     def part(self, member: int, said: Distribution) -> Part:
         """What a member says of the first n rows of a step, its most probable tokens on the fusing device.
@@ -189,22 +207,65 @@ class Fuser(ABC):
         with self._lock:
             logits = parts[0].said.scores()
             main_choice = parts[0].topk.ids[:, 0]
-            shares = self._shares_by_row(len(logits), parts, weights)
-            fused_rows = [row for row, own in enumerate(shares) if own]
+            fused_rows, said, by_row = self._weighed(parts, weights)
             if not fused_rows:
                 return FusedStep(logits, main_choice, main_choice, tuple(parts))
             there = None if len(fused_rows) == len(logits) else to_device(fused_rows, self.device)
             fused = plain_copy(logits)
             ours = fused if there is None else fused[there]
-            said = [self._said(part, fused_rows) for part in parts]
-            by_row = self._share(tuple(shares[row] for row in fused_rows))
-            if self.confidence:
-                by_row = confident_weights(by_row, [one.topk for one in said], self.confidence)
             chosen = self.fuse(ours, said, by_row)
             if there is not None:
                 fused[there] = ours
                 chosen = main_choice.index_copy(0, there, chosen)
             return FusedStep(fused, chosen, main_choice, tuple(parts), by_row, tuple(fused_rows))
+
+    def likelihoods(
+        self,
+        parts: Sequence[Part],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """How probable one given token is in each row: what `step_parts` would give it.
+
+        Args:
+            parts: as for `step_parts`; the main model's with full logits.
+            weights: as for `step_parts`.
+            tokens: int64 [B], of the main model, on the fusing device.
+
+        Returns:
+            natural logarithms, float64 [B].
+        """
+        with self._lock:
+            fused_rows, said, by_row = self._weighed(parts, weights)
+            alone = self._alone(parts[0], tokens)
+            if not fused_rows:
+                return alone
+            there = to_device(fused_rows, self.device)
+            return alone.index_copy(0, there, self.logprobs(said, by_row, tokens[there]))
+
+    def _alone(self, main: Part, tokens: torch.Tensor) -> torch.Tensor:
+        """What the main model by itself gives one token of each row, float64 [B]."""
+        rows = torch.arange(len(tokens), device=self.device)
+        return self._said(main, list(main.rows)).logprobs(rows, tokens)
+
+    def _weighed(
+        self, parts: Sequence[Part], weights: Sequence[float] | Sequence[Sequence[float]]
+    ) -> tuple[list[int], list[Said], torch.Tensor]:
+        """Who speaks for the rows of a step, and how much each counts there.
+
+        Returns:
+            the b rows in which an assistant speaks, what each member says of them, and the weights float32
+            [b, parts], as `fuse` takes them.
+        """
+        shares = shares_by_row(parts, weights, alone=len(self.vocab_sizes) == 1)
+        fused_rows = [row for row, own in enumerate(shares) if own]
+        if not fused_rows:
+            return [], [], torch.empty(0, len(parts), device=self.device)
+        said = [self._said(part, fused_rows) for part in parts]
+        by_row = self._share(tuple(shares[row] for row in fused_rows))
+        if self.rule is not None:
+            by_row = self.rule.weigh(by_row, said)
+        return fused_rows, said, by_row
 
     def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
         """A member's logits [n, V_i] as what it says."""
@@ -220,23 +281,6 @@ class Fuser(ABC):
                 f"{self.vocab_sizes[member]} tokens"
             )
         return Distribution(self.names[member], logits.shape[1], self.candidates, logits)
-
-    def _shares_by_row(
-        self,
-        batch: int,
-        parts: Sequence[Part],
-        weights: Sequence[float] | Sequence[Sequence[float]],
-    ) -> list[tuple[float, ...]]:
-        """Each row's weights, one for each part and summing to 1; () for a row without an assistant."""
-        by_row = _by_row(weights, batch)
-        takes_part = [(part.member, set(part.rows)) for part in parts]
-        shares = []
-        for row, given in enumerate(by_row):
-            own = [given[member] if row in rows else 0.0 for member, rows in takes_part]
-            total = math.fsum(own)
-            speaks = any(own[1:]) or (total > 0 and len(self.vocab_sizes) == 1)
-            shares.append(tuple(weight / total for weight in own) if speaks else ())
-        return shares
 
     def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         """The weights float32 [B, n], where the main model is; kept for the steps that follow.
@@ -258,12 +302,3 @@ class Fuser(ABC):
         places = [place.get(row, -1) for row in part.rows]
         topk = TopK(*placed(part.topk, places, len(fused_rows)))
         return Said(part.member, part.name, topk, part, places)
-
-
-def _by_row(weights: Sequence[float] | Sequence[Sequence[float]], batch: int) -> Sequence[Sequence[float]]:
-    """The weights of each row."""
-    if not weights or isinstance(weights[0], int | float):
-        return [weights] * batch  # type: ignore[list-item]
-    if len(weights) != batch:
-        raise InputError(f"there are weights for {len(weights)} rows, and {batch} rows; give one list each")
-    return weights  # type: ignore[return-value]

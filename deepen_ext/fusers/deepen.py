@@ -14,6 +14,8 @@ from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.settings import check_learning_rate, check_min_probability, check_steps
+from deepen_ext.ops.rows import RelativeRows
+from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.space.relative_map import RelativeMap
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class DeepenFuser(Fuser):
             min_probability: see above.
             log_probs: search on the main model's log-probabilities: a constant added to its logits then
                 changes nothing. False: on its logits as they are, as in the paper.
-            common: candidates, confidence, names: see `Fuser`.
+            common: candidates, rule, names: see `Fuser`.
 
         Raises:
             InputError: a setting out of range, or maps that do not fit together.
@@ -91,20 +93,56 @@ class DeepenFuser(Fuser):
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """One fusion step; see `Fuser.fuse`."""
-        members = [
+        main, *assistants = said
+        rows = needed_rows(self.maps[main.member], main, self.min_probability)
+        return self._search(logits, main.topk, rows, assistants, weights)[1]
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`. Only candidates move: the step runs over a vocabulary of them alone."""
+        main, *assistants = said
+        rows = torch.arange(len(tokens), device=self.device)
+        candidates = main.topk.ids.long()
+        found: tuple[torch.Tensor, torch.Tensor] = candidates.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        ids, numbers = found
+        logits = main.logits_at(rows[:, None], ids).float()
+        every = needed_rows(self.maps[main.member], main, self.min_probability)
+        own = every._replace(
+            columns=None if every.columns is None else every.columns[ids],
+            values=every.values[ids],
+            rest=None if every.rest is None else every.rest[ids],
+        )
+        fused = self._search(logits, main.topk._replace(ids=numbers.int()), own, assistants, weights)[
+            0
+        ].double()
+        # What no candidate has keeps its logits.
+        others = main.log_sums() + main.topk.tail.double().clamp(min=0).log()
+        total = torch.logaddexp(others, fused.logsumexp(dim=1))
+        same = candidates == tokens[:, None]
+        moved = fused.gather(1, same.int().argmax(dim=1, keepdim=True))[:, 0]
+        return torch.where(same.any(dim=1), moved, main.logits_at(rows, tokens)) - total
+
+    def _search(
+        self,
+        logits: torch.Tensor,
+        candidates: TopK,
+        rows: RelativeRows,
+        assistants: Sequence[Said],
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`ops.fuse` with the main model's logits, candidates and relative rows."""
+        heard = [
             ops.FuseInput(one.topk, needed_rows(self.maps[one.member], one, self.min_probability))
-            for one in said
+            for one in assistants
         ]
-        _, chosen = ops.fuse(
+        return ops.fuse(
             logits,
-            members,
+            [ops.FuseInput(candidates, rows), *heard],
             weights,
             learning_rate=self.learning_rate,
             steps=self.steps,
             min_probability=self.min_probability,
             log_probs=self.log_probs,
         )
-        return chosen
 
 
 def check_maps(maps: Sequence[RelativeMap]) -> None:
@@ -119,7 +157,7 @@ def check_maps(maps: Sequence[RelativeMap]) -> None:
         )
 
 
-def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> ops.RelativeRows:
+def needed_rows(relative: RelativeMap, said: Said, min_probability: float) -> RelativeRows:
     """The map's rows, with those of every token said that counts computed."""
     if relative.device.type == "cuda":
         relative.fill()

@@ -49,11 +49,11 @@ class DrawFuser(UnionVocabFuser):
         """See `UnionVocabFuser`.
 
         Raises:
-            InputError: a confidence: how sure a member is nobody knows before it is asked.
+            InputError: a rule of weighing: what a member says nobody knows before it is asked.
         """
         super().__init__(vocab_sizes, bridge, device, **common)
-        if self.confidence:
+        if self.rule is not None:
             raise InputError(
-                f"fuser='draw' asks one member only, so it cannot weigh members by how sure each is; leave "
-                f"out confidence={self.confidence:g}, or use fuser='union-vocab'"
+                f"fuser='draw' asks one member only, so it cannot weigh members by what each says; leave out "
+                f"{self.weighing}, or use fuser='union-vocab'"
             )

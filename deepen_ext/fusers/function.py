@@ -36,7 +36,7 @@ class FunctionFuser(Fuser):
                 as -inf cannot be written and stays so, whatever the function gives.
             vocab_sizes: see `Fuser`.
             device: see `Fuser`.
-            common: candidates, confidence, names: see `Fuser`.
+            common: candidates, rule, names: see `Fuser`.
         """
         super().__init__(vocab_sizes, device, **common)
         self._function = function

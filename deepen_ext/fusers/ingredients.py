@@ -10,6 +10,8 @@ import torch
 
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.settings import FusionSettings
+from deepen_ext.fusers.weighing.make import make_rule
+from deepen_ext.fusers.weighing.rule import Rule
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MemberMaps
 
@@ -18,7 +20,7 @@ class Common(TypedDict, total=False):
     """Keywords that every fuser takes (see `Fuser`)."""
 
     candidates: int
-    confidence: float
+    rule: Rule | None
     names: Sequence[str] | None
 
 
@@ -57,9 +59,10 @@ class Ingredients:
     @property
     def common(self) -> Common:
         """What every fuser takes, from the settings."""
+        settings = self.settings
         return {
-            "candidates": self.settings.candidates,
-            "confidence": self.settings.confidence,
+            "candidates": settings.candidates,
+            "rule": make_rule(settings.weighing, settings.confidence, settings.gate, self.bridge),
             "names": self.names,
         }
 

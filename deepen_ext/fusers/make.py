@@ -9,9 +9,12 @@ from pathlib import Path
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.average import AverageFuser
 from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.consistent import ConsistentFuser
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.draw import DrawFuser
+from deepen_ext.fusers.follow import FollowFuser
 from deepen_ext.fusers.function import FunctionFuser
+from deepen_ext.fusers.product import ProductFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
 from deepen_ext.fusers.spans import SpansFuser
@@ -20,13 +23,8 @@ from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
 _CLASSES: list[type[Fuser]] = [
-    DeepenFuser,
-    AverageFuser,
-    UnionTopkFuser,
-    UnionVocabFuser,
-    DrawFuser,
-    SpansFuser,
-    SingleFuser,
+    *(DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser),
+    *(FollowFuser, ProductFuser, ConsistentFuser, DrawFuser, SpansFuser, SingleFuser),
 ]
 FUSERS = {one.name: one for one in _CLASSES}
 

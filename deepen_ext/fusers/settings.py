@@ -11,6 +11,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.weighing.names import check_weighing
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.space.recipes import (
@@ -21,6 +22,8 @@ from deepen_ext.space.recipes import (
     check_recipe,
     check_temperature,
 )
+
+SHARPNESS = 8.0  # chosen on dev texts, see docs/results.md
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
@@ -36,15 +39,20 @@ class FusionSettings:
     Attributes:
         weights: lambda_i, one for each member, summing to 1. None: equal weights. "prompt": found for each
             prompt, from how well each member reads it (see `prompt_weights`).
-        fuser: a name of `FUSERS`: "deepen"; for comparison "average", "union-topk", "union-vocab", "draw"
-            (with sampling only), "spans" (greedy only) or "single" (the main model alone: one member is
-            enough, and others are not used). Or a function of your own (see `FunctionFuser`).
+        sharpness: of weights="prompt", 0 to 1000: how much more a member counts for each nat a byte by which
+            it reads the prompt better.
+        fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
+            only) or "single" (the main model alone: one member is enough, and others are not used). Or a
+            function of your own (see `FunctionFuser`).
         recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
         learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
             40, paper 100; bytes has none). Of "deepen".
+        weighing: the rule by which members count more or less at a token, by what they say there; a name of
+            `deepen_ext.fusers.weighing`. "confidence" has a strength, the next setting.
         confidence: how much more a member counts at a token where it is sure, 0 to 10: its weight is scaled
             by exp(-confidence H), H the entropy of its distribution in nats. 0: the weights as they are.
+        gate: the four numbers of weighing="gate", as `tune` finds them (see `Gate`).
         steps: T of the inverse search, 1 to 64. Of "deepen".
         candidates: how many of a member's most probable tokens are looked at one by one, 1 or more.
         entries: how many of a relative row's largest entries are kept, 1 or more.
@@ -61,11 +69,14 @@ class FusionSettings:
 
     # "preset": a preset file may have the setting, with a value such as this.
     weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
+    sharpness: float = field(default=SHARPNESS, metadata={"preset": 32.0})
     fuser: str | FuseFunction = field(default="deepen", metadata={"preset": "deepen"})
     recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
     learning_rate: float = field(default=DEFAULT_LEARNING_RATE, metadata={"preset": 0.25})
     relative_temperature: float | None = field(default=None, metadata={"preset": 40.0})
+    weighing: str = field(default="confidence", metadata={"preset": "gate"})
     confidence: float = field(default=0.0, metadata={"preset": 0.5})
+    gate: Sequence[float] | None = field(default=None, metadata={"preset": [-0.5, 0.0, 0.0, 0.5]})
     steps: int = 5
     candidates: int = 128
     entries: int = DEFAULT_ENTRIES
@@ -84,7 +95,9 @@ class FusionSettings:
         if self.relative_temperature is not None:
             check_temperature("relative_temperature", self.relative_temperature)
         real_number("margin", self.margin, "0 to 1", lambda x: 0 <= x <= 1)
+        real_number("sharpness", self.sharpness, "0 to 1000", lambda x: 0 <= x <= 1000)
         real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
+        check_weighing(self.weighing, self.confidence, self.gate)
         whole_number("candidates", self.candidates, 1)
         whole_number("entries", self.entries, 1)
 

@@ -30,3 +30,12 @@ class SingleFuser(Fuser):
         """The main model's logits as they are."""
         choice = parts[0].topk.ids[:, 0]
         return FusedStep(parts[0].said.scores(), choice, choice, tuple(parts[:1]))
+
+    def likelihoods(
+        self,
+        parts: Sequence[Part],
+        weights: Sequence[float] | Sequence[Sequence[float]],
+        tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Fuser.likelihoods`."""
+        return self._alone(parts[0], tokens)

@@ -42,14 +42,12 @@ class SpansFuser(Fuser):
         """See `Fuser`.
 
         Raises:
-            InputError: a confidence, which weighs distributions.
+            InputError: a rule of weighing, which looks at distributions.
         """
         super().__init__(vocab_sizes, device, **common)
         self.margin = margin
-        if self.confidence:
-            raise InputError(
-                f"fuser='spans' weighs words, not distributions; leave out confidence={self.confidence:g}"
-            )
+        if self.rule is not None:
+            raise InputError(f"fuser='spans' weighs words, not distributions; leave out {self.weighing}")
 
     @classmethod
     def make(cls, given: Ingredients) -> SpansFuser:

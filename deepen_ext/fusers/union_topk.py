@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -50,6 +50,25 @@ class UnionTopkFuser(Fuser):
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
+        for row, ids, shares in self._unions(said, weights):
+            mass = logits[row, ids].float().logsumexp(0)
+            logits[row, ids] = (mass + shares.log()).to(logits.dtype)
+        return logits.argmax(dim=-1).int()
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`. The union keeps its probability, and shares it out anew."""
+        rows = torch.arange(len(tokens), device=self.device)
+        found = said[0].logprobs(rows, tokens)
+        for row, ids, shares in self._unions(said, weights):
+            same = ids == tokens[row]
+            if bool(same.any()):
+                found[row] = said[0].logprobs(rows[row], ids).logsumexp(0) + shares[same].double().log()[0]
+        return found
+
+    def _unions(
+        self, said: Sequence[Said], weights: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Of each row the main model's tokens of the union int64 [u], and the average over it float32 [u]."""
         top = [one.topk.ids[:, :TOP].tolist() for one in said]
         for row, shares in enumerate(weights.tolist()):
             speaks = [i for i, share in enumerate(shares) if share > 0]
@@ -63,10 +82,7 @@ class UnionTopkFuser(Fuser):
             kept = main >= 0
             ids, inverse = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
             mass = torch.zeros(len(ids), device=self.device).index_add_(0, inverse, average[kept])
-            logits[row, ids] = (logits[row, ids].float().logsumexp(0) + (mass / mass.sum()).log()).to(
-                logits.dtype
-            )
-        return logits.argmax(dim=-1).int()
+            yield row, ids, mass / mass.sum()
 
     def _union(self, tops: Sequence[tuple[int, list[int]]]) -> list[tuple[int, int]]:
         """(member, token) of each different text, in the members' order."""

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.bridge import TokenBridge
-from deepen_ext.fusers.ingredients import Common, Ingredients
+from deepen_ext.fusers.ingredients import Common
+from deepen_ext.fusers.mapped import MappedFuser
 from deepen_ext.fusers.parts import Said
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class UnionVocabFuser(Fuser):
+class UnionVocabFuser(MappedFuser):
     """``q = sum_i w_i p_i`` over all byte strings that are a token of some member.
 
     GaC writes the union's most probable token whole. Here the text is made of the main model's tokens, so a
@@ -33,21 +33,31 @@ class UnionVocabFuser(Fuser):
         device: torch.device,
         **common: Unpack[Common],
     ) -> None:
-        """Look up every token of every assistant, some seconds for a large vocabulary."""
-        super().__init__(vocab_sizes, device, **common)
-        self._tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
-
-    @classmethod
-    def make(cls, given: Ingredients) -> UnionVocabFuser:
-        """See `Fuser.make`."""
-        return cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
+        """See `MappedFuser`."""
+        super().__init__(vocab_sizes, bridge, device, **common)
+        # The main model's tokens in order, and for each one of the assistant's tokens that counts for it.
+        self._sorted = [table.sort() for table in self.tables]
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
         fused = said[0].probabilities() * weights[:, :1]
         for i, one in enumerate(said[1:], start=1):
-            table = self._tables[one.member - 1]
-            mass = one.probabilities() * (table >= 0) * weights[:, i : i + 1]
-            fused.index_add_(1, table.clamp(min=0), mass)
+            fused += self.mapped(one) * weights[:, i : i + 1]
         logits.copy_(fused.log())
         return logits.argmax(dim=-1).int()
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`. Of an assistant, the tokens are needed that count for the main model's."""
+        rows = torch.arange(len(tokens), device=self.device)
+        found, total = weights[:, 0] * said[0].logprobs(rows, tokens).exp(), weights[:, 0].double()
+        for i, one in enumerate(said[1:], start=1):
+            targets, sources = self._sorted[one.member - 1]
+            begins, ends = (torch.searchsorted(targets, tokens, right=right) for right in (False, True))
+            counts = ends - begins
+            own = rows.repeat_interleave(counts)
+            nth = torch.arange(len(own), device=self.device) - (counts.cumsum(0) - counts)[own]
+            probs = one.logprobs(own, sources[begins[own] + nth]).exp()
+            found.index_add_(0, own, weights[own, i] * probs)
+            nowhere = sources[: int(torch.searchsorted(targets, 0))]
+            total += weights[:, i] * (1 - one.logprobs(rows[:, None], nowhere).exp().sum(dim=1))
+        return (found / total).log()

@@ -1,15 +1,12 @@
-"""How much each member counts at a step: by given weights, and by how sure it is."""
+"""Weights as users give them, one for each member."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import real_number
-from deepen_ext.ops.topk_softmax import TopK
 
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
@@ -28,34 +25,3 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     if abs(sum(weights) - 1) > 1e-4:
         raise InputError(f"weights sum to {sum(weights):.6g}; they must sum to 1")
     return weights
-
-
-def confident_weights(weights: torch.Tensor, tops: Sequence[TopK], confidence: float) -> torch.Tensor:
-    """Weights of one step, by how sure each member is of its next token.
-
-        w_i = lambda_i exp(-confidence H_i) / sum,    H_i = -sum_t p_i[t] log p_i[t]
-
-    The tail of a top-k counts as k more tokens of one probability: whatever the vocabulary's size, a member
-    that knows nothing has about the same entropy.
-
-    Args:
-        weights: lambda, float32 [b, n]; a weight of 0 stays 0.
-        tops: of each member its k_i most probable tokens, of b rows.
-        confidence: for each nat of entropy.
-
-    Returns:
-        float32 [b, n], rows summing to 1.
-    """
-    entropies = torch.stack([_entropy(one) for one in tops], dim=1)
-    # A silent member's is no measure for the others: next to its 0 all their weights could underflow.
-    entropies = entropies.masked_fill(weights == 0, torch.inf)
-    raised = weights * torch.exp(-confidence * (entropies - entropies.amin(dim=1, keepdim=True)))
-    return raised / raised.sum(dim=1, keepdim=True)
-
-
-def _entropy(top: TopK) -> torch.Tensor:
-    """In nats, float32 [b]."""
-    tail = top.tail.clamp(min=0)
-    in_tail = torch.special.entr(tail) + tail * math.log(top.probs.shape[1])
-    entropy: torch.Tensor = torch.special.entr(top.probs).sum(dim=-1) + in_tail
-    return entropy

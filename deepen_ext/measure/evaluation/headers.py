@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext import __version__
-from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, SHARPNESS
+from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS
 from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.tasks import Item, Task
 
 if TYPE_CHECKING:
@@ -21,22 +22,27 @@ _FORMAT = 1  # of the lines; a file of another format cannot be continued
 Header = dict[str, Any]
 
 
-def task_header(task: Task, split: str, items: Sequence[Item]) -> Header:
+def task_header(task: Task, split: str, items: Sequence[Item], left_out: int = 0) -> Header:
     """The part of a header that a task determines; known before a model is loaded.
 
-    The digest is over the items as they are read: which items, their prompts and their references.
+    The digest is over the items as they are read: which items, their prompts, references and choices. Only
+    likelihood is named as `scoring`: a header without it is of texts that were written.
     """
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps([item.index, item.prompt, list(item.references)]).encode() + b"\n")
-    return {
-        "name": task.name,
-        "split": split,
-        "items": len(items),
-        "items_sha256": digest.hexdigest(),
-        "max_new_tokens": task.max_new_tokens,
-        "stop_strings": list(task.stop_strings),
-    }
+        read = [item.index, item.prompt, list(item.references)]
+        if isinstance(item, ChoiceItem):
+            read.append(list(item.choices))
+        digest.update(json.dumps(read).encode() + b"\n")
+    header = {"name": task.name, "split": split, "items": len(items), "items_sha256": digest.hexdigest()}
+    if isinstance(task, ChoiceTask):
+        return header | {"scoring": "likelihood", "left_out": left_out}
+    return header | {"max_new_tokens": task.max_new_tokens, "stop_strings": list(task.stop_strings)}
+
+
+def by_likelihood(header: Header) -> bool:
+    """Whether a file's records are of choices that were scored, and not of texts that were written."""
+    return bool(header["task"].get("scoring") == "likelihood")
 
 
 def configuration_header(
@@ -53,7 +59,7 @@ def configuration_header(
     }
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
-        weights = {"prompt": weights, "sharpness": SHARPNESS, "tokens": PROMPT_TOKENS}
+        weights = {"prompt": weights, "sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS}
     models = [member.backend.describe() for member in ensemble.members]
     return {
         "name": name,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.choices import CHOICE_TASKS, ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, task_header
 from deepen_ext.measure.evaluation.records import check_folder, output_folder
 from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
+
+SCORINGS = ("generation", "likelihood")
 
 # For the estimate of the time left, before a task has been timed: a new token costs about as much as reading
 # 16 characters, and few answers take more than 128 tokens.
@@ -47,7 +50,7 @@ class Job:
     """One task: its items, how many records are left to write, and what was timed in this call."""
 
     task: Task
-    items: list[Item]
+    items: Sequence[Item]
     header: Header
     left: int = 0
     timed_records: int = 0
@@ -56,38 +59,71 @@ class Job:
     @property
     def guess(self) -> float:
         """What a record costs, in characters to read."""
-        read = sum(len(item.prompt) for item in self.items) / len(self.items)
+        read = sum(len(item.to_read) for item in self.items) / len(self.items)
         return read + _CHARACTERS_A_TOKEN * min(self.task.max_new_tokens, _USUAL_TOKENS)
 
 
-def read_jobs(names: Sequence[str], data: Path, split: str, limit: int | None) -> list[Job]:
+def tasks_of(scoring: str) -> Mapping[str, Task]:
+    """The tasks that can be scored so, by name.
+
+    Raises:
+        InputError: no such scoring.
+    """
+    if scoring not in SCORINGS:
+        raise InputError(f"scoring is {scoring!r}; use one of {', '.join(SCORINGS)}")
+    return CHOICE_TASKS if scoring == "likelihood" else TASKS
+
+
+def read_jobs(
+    names: Sequence[str], data: Path, split: str, limit: int | None, scoring: str = "generation"
+) -> list[Job]:
     """The tasks with their items; one that is named twice is done once.
 
     Raises:
-        InputError: no task or an unknown one, no such split or file, a limit below 1, a split without items.
+        InputError: no task, an unknown one, or one that cannot be scored so; no such scoring, split or file,
+            a limit below 1, a split without items.
     """
+    tasks = tasks_of(scoring)
     if not names:
-        raise InputError(f"there is no task; name one or more of {', '.join(TASKS)}")
+        raise InputError(f"there is no task; name one or more of {', '.join(tasks)}")
     jobs = []
     for name in dict.fromkeys(names):
         if name not in TASKS:
-            raise InputError(f"{name}: no such task; there are {', '.join(TASKS)}")
-        items = TASKS[name].items(data, split, limit)
+            raise InputError(f"{name}: no such task; there are {', '.join(tasks)}")
+        if name not in tasks:
+            raise InputError(
+                f"{name} has no choices; likelihood can score {', '.join(tasks)}. Leave the task out, or let "
+                "the models write: scoring='generation' (--scoring generation)"
+            )
+        task, left_out = tasks[name], 0
+        items: Sequence[Item]
+        if isinstance(task, ChoiceTask):
+            items, left_out = task.choice_items(data, split, limit)
+        else:
+            items = task.items(data, split, limit)
         if not items:
-            raise InputError(f"{name}: its {split} split in {data} has no items")
-        jobs.append(Job(TASKS[name], items, task_header(TASKS[name], split, items)))
+            without = f" with choices, and {left_out} without" if left_out else ""
+            raise InputError(f"{name}: its {split} split in {data} has no items{without}")
+        jobs.append(Job(task, items, task_header(task, split, items, left_out)))
     return jobs
 
 
 def prepare(
-    names: Sequence[str], data: Path, split: str, limit: int | None, out: Path, *, fresh: bool = False
+    names: Sequence[str],
+    data: Path,
+    split: str,
+    limit: int | None,
+    out: Path,
+    *,
+    scoring: str = "generation",
+    fresh: bool = False,
 ) -> None:
     """Everything that can be checked before a model is loaded; `evaluate` does it again.
 
     Raises:
         InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items.
     """
-    jobs = read_jobs(names, data, split, limit)
+    jobs = read_jobs(names, data, split, limit, scoring)
     with output_folder(out):
         for job in jobs if not fresh else []:
             check_folder(out, job.header)

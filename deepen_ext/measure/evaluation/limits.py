@@ -11,7 +11,7 @@ from deepen_ext.members.memory import find_shortage
 
 
 def check_contexts(job: Job, members: Sequence[Member]) -> None:
-    """Check that every prompt with its new tokens fits the context of every member.
+    """Check that every prompt with its choices or new tokens fits the context of every member.
 
     No token has less than a byte, so most prompts need not be tokenised for that.
 
@@ -21,9 +21,9 @@ def check_contexts(job: Job, members: Sequence[Member]) -> None:
     for member in members:
         prefix, new = len(member.vocabulary.prefix_ids), job.task.max_new_tokens
         for item in job.items:
-            if member.fits(prefix + len(item.prompt.encode()) + new):
+            if member.fits(prefix + len(item.to_read.encode()) + new):
                 continue
-            tokens = prefix + len(member.vocabulary.encode(item.prompt))
+            tokens = prefix + len(member.vocabulary.encode(item.to_read))
             if not member.fits(tokens + new):
                 raise InputError(
                     f"{job.task.name}, item {item.index}: the prompt's {tokens} tokens of {member.name} and "
@@ -38,20 +38,20 @@ def check_memory(job: Job, groups: Sequence[Sequence[Member]], batch_size: int) 
     Raises:
         InputError: they do not; the message says which batch size would.
     """
-    longest = max(job.items, key=lambda item: len(item.prompt.encode()))
-    prompts = min(batch_size, len(job.items))
+    longest = max((item.to_read for item in job.items), key=lambda text: len(text.encode()))
+    new = job.task.max_new_tokens
+    # A text that is scored takes a lane, and its other endings a second one, whatever the batch size.
+    lanes = min(batch_size, len(job.items)) if new else 2
     for members in groups:
         vocabularies = [one.vocabulary for one in members]
-        prompt = [len(one.prefix_ids) + len(one.encode(longest.prompt)) for one in vocabularies]
-        lengths = [(one, own + job.task.max_new_tokens) for one, own in zip(members, prompt, strict=True)]
-        if (short := find_shortage(prompts, lengths)) is None:
+        prompt = [len(one.prefix_ids) + len(one.encode(longest)) for one in vocabularies]
+        lengths = [(one, own + new) for one, own in zip(members, prompt, strict=True)]
+        if (short := find_shortage(lanes, lengths)) is None:
             continue
-        fitting = next((n for n in range(prompts - 1, 0, -1) if find_shortage(n, lengths) is None), None)
+        fewer = range(lanes - 1, 0, -1) if new else ()
+        fitting = next((n for n in fewer if find_shortage(n, lengths) is None), None)
         advice = "leave out the task"
         if fitting is not None:
             advice = f"choose a batch size of {fitting} or less (--batch-size)"
-        most = max(prompt) + job.task.max_new_tokens
-        raise InputError(
-            f"{job.task.name}: {prompts} prompts at a time, with their new tokens up to {most} long, "
-            f"{short}; {advice}"
-        )
+        what = f"{lanes} prompts at a time, with their new tokens" if new else "a prompt with a choice,"
+        raise InputError(f"{job.task.name}: {what} up to {max(prompt) + new} long, {short}; {advice}")

@@ -7,16 +7,25 @@ from typing import Any
 
 def is_header(value: Any) -> bool:
     """Whether a first line has what results are read by. It may have more: what the run depended on."""
-    return _fits(value, _HEADER)
+    return _fits(value, _HEADER) and _count(value["task"].get("left_out", 0))
 
 
 def is_record(value: Any) -> bool:
     """Whether a line has the fields of an `ItemRecord`, these alone, each of its type and range."""
+    return _has_these_alone(value, _RECORD) and bool(value["changed"] <= value["tokens"])
+
+
+def is_choice_record(value: Any) -> bool:
+    """Whether a line has the fields of a `ChoiceRecord`, these alone, each of its type and range."""
+    return _has_these_alone(value, _CHOICE_RECORD) and all(
+        value[chosen] is None or value[chosen] < len(value["logprobs"])
+        for chosen in ("chosen", "chosen_norm")
+    )
+
+
+def _has_these_alone(value: Any, rule: dict[str, Any]) -> bool:
     return (
-        _fits(value, _RECORD)
-        and value.keys() == _RECORD.keys()
-        and value["timing"].keys() == _RECORD["timing"].keys()
-        and bool(value["changed"] <= value["tokens"])
+        _fits(value, rule) and value.keys() == rule.keys() and value["timing"].keys() == rule["timing"].keys()
     )
 
 
@@ -37,8 +46,18 @@ def _at_least_one(value: Any) -> bool:
     return _count(value) and value > 0
 
 
-def _milliseconds(value: Any) -> bool:
+def _duration(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 1e12  # False for NaN
+
+
+def _logprobs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        one is None or (type(one) in (int, float) and -1e12 < one < 1e12) for one in value
+    )
+
+
+def _choice(value: Any) -> bool:
+    return value is None or _count(value)
 
 
 def _members(value: Any) -> bool:
@@ -64,5 +83,14 @@ _RECORD: dict[str, Any] = {
     "tokens": _at_least_one,
     "changed": _count,
     "finish_reason": str,
-    "timing": {"prompt_ms": _milliseconds, "decode_ms": _milliseconds, "rows": _at_least_one},
+    "timing": {"prompt_ms": _duration, "decode_ms": _duration, "rows": _at_least_one},
+}
+_CHOICE_RECORD: dict[str, Any] = {
+    "index": _count,
+    "logprobs": _logprobs,
+    "chosen": _choice,
+    "chosen_norm": _choice,
+    "correct": bool,
+    "correct_norm": bool,
+    "timing": {"seconds": _duration},
 }

@@ -17,8 +17,8 @@ from typing import Any
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import locked
-from deepen_ext.measure.evaluation.headers import Header, check_same, damaged
-from deepen_ext.measure.evaluation.record_checks import is_header, is_record
+from deepen_ext.measure.evaluation.headers import Header, by_likelihood, check_same, damaged
+from deepen_ext.measure.evaluation.record_checks import is_choice_record, is_header, is_record
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,39 @@ class ItemRecord:
     changed: int
     finish_reason: str
     timing: ItemTiming
+
+
+@dataclass(frozen=True)
+class ChoiceTiming:
+    """Seconds that a configuration took for an item; where forwards are shared, less what others read."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ChoiceRecord:
+    """One record: how a configuration scored an item's choices. All but `timing` is the same in every run.
+
+    Attributes:
+        index: of the item in the split's file, from 0.
+        logprobs: log-likelihood (natural) of each choice after the prompt; None for a probability of 0.
+        chosen: the number of the choice with the largest one; None where no choice has a probability.
+        chosen_norm: the same by the log-likelihood for each byte.
+        correct: whether `chosen` is right.
+        correct_norm: whether `chosen_norm` is.
+        timing: on the clock.
+    """
+
+    index: int
+    logprobs: list[float | None]
+    chosen: int | None
+    chosen_norm: int | None
+    correct: bool
+    correct_norm: bool
+    timing: ChoiceTiming
+
+
+Record = ItemRecord | ChoiceRecord
 
 
 def record_path(folder: Path, task: str, configuration: str) -> Path:
@@ -136,7 +169,7 @@ class RecordFile:
             finally:
                 os.close(folder)
 
-    def append(self, records: Sequence[ItemRecord]) -> None:
+    def append(self, records: Sequence[Record]) -> None:
         """Add the lines of a batch; they are on the disk when this returns.
 
         Raises:
@@ -164,8 +197,10 @@ class RecordFile:
             ) from error
 
     @staticmethod
-    def read(path: Path) -> tuple[Header | None, list[ItemRecord], int]:
+    def read(path: Path) -> tuple[Header | None, list[Any], int]:
         """A file's header (None where not even it is whole), its records, and how many bytes are whole.
+
+        The records are all `ChoiceRecord` where the header's task names likelihood, else `ItemRecord`.
 
         Raises:
             InputError: it cannot be read, a line that is not the last one is damaged, a field is missing or
@@ -193,9 +228,11 @@ class RecordFile:
             return None, [], 0
         if not is_header(parsed[0]):
             raise damaged(path, "its header has other fields")
-        if not all(map(is_record, parsed[1:])):
+        choices = by_likelihood(parsed[0])
+        if not all(is_choice_record(one) if choices else is_record(one) for one in parsed[1:]):
             raise damaged(path, "its lines have other fields")
-        records = [ItemRecord(**{**one, "timing": ItemTiming(**one["timing"])}) for one in parsed[1:]]
+        record, timing = (ChoiceRecord, ChoiceTiming) if choices else (ItemRecord, ItemTiming)
+        records = [record(**{**one, "timing": timing(**one["timing"])}) for one in parsed[1:]]
         if len({record.index for record in records}) != len(records):
             raise damaged(path, "an item is there twice")
         return parsed[0], records, size

@@ -12,12 +12,15 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import whole_number
+from deepen_ext.measure.evaluation.choice_scores import score_choices
+from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
 from deepen_ext.measure.evaluation.limits import check_contexts, check_memory
 from deepen_ext.measure.evaluation.records import (
     ItemRecord,
     ItemTiming,
+    Record,
     RecordFile,
     check_folder,
     output_folder,
@@ -28,7 +31,9 @@ from deepen_ext.measure.evaluation.tasks import Item, Task
 
 DEFAULT_BATCH = 16
 _LONG = 16  # new tokens; answers that may take more end at different times
-_BATCHES = 4  # that are run as one where answers are long: the next item begins where an answer ends
+# Batches that are run as one: where answers are long, because the next item begins where an answer ends, and
+# of choices, because neighbours have demos in common.
+_BATCHES = 4
 
 
 def evaluate(
@@ -39,13 +44,14 @@ def evaluate(
     out: str | Path,
     split: str = "test",
     limit: int | None = None,
+    scoring: str = "generation",
     batch_size: int = DEFAULT_BATCH,
     certified_skip: bool = False,
     share_forwards: bool = True,
     fresh: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Let every ensemble answer the same items, greedily, and write and compare what it says.
+    """Let every ensemble answer the same items, greedily, and write and compare what it says or prefers.
 
     A call that was ended half way, however that happened, goes on where it ended when it is given again. All
     configurations run a batch before the next batch begins, so that they share forwards; what a configuration
@@ -59,8 +65,11 @@ def evaluate(
         out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
         split: "dev" or "test".
         limit: the most items of each task, spread evenly over it; None for all.
+        scoring: "generation": every ensemble writes an answer, which is compared. "likelihood": of tasks with
+            choices, the most probable one (`choices.py`); items without choices are left out.
         batch_size: prompts written side by side. With long answers and shared forwards four batches are run
-            as one, in which the next item begins where an answer ends.
+            as one, in which the next item begins where an answer ends. Of choices: items between two writes
+            to the disk.
         certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
         share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
             own; False gives times that can be compared.
@@ -79,7 +88,11 @@ def evaluate(
     if not ensembles:
         raise InputError("there is nothing to evaluate; give one ensemble or more")
     batch_size = whole_number("the batch size", batch_size, 1)
-    jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit)
+    if certified_skip and scoring == "likelihood":
+        raise InputError(
+            "certified_skip is for texts that are written; leave it out with scoring='likelihood'"
+        )
+    jobs = read_jobs([tasks] if isinstance(tasks, str) else tasks, Path(data), split, limit, scoring)
     members = {id(member): member for one in ensembles.values() for member in one.members}
     at_once = [list(members.values())] if share_forwards else [one.members for one in ensembles.values()]
     for job in jobs:
@@ -101,19 +114,28 @@ def evaluate(
         clock = Clock(jobs, len(ensembles), on_progress)
         for job, files in zip(jobs, opened, strict=True):
             clock.tell(job)
-            long = share_forwards and job.task.max_new_tokens > _LONG
-            for batch, everyone in _batches(job.items, files, batch_size * (_BATCHES if long else 1)):
-                with ExitStack() as sharing:
-                    shared = sharing.enter_context(SharedForwards()) if share_forwards else None
-                    for name, ensemble in ensembles.items():
-                        missing = {item.index for item in batch} - files[name].done
-                        if not missing and not everyone:
-                            continue
-                        began = perf_counter()
-                        records = _run(job.task, batch, ensemble, skips[name], shared, batch_size)
-                        files[name].append([one for one in records if one.index in missing])
-                        clock.count(job, len(missing), perf_counter() - began)
+            by_choices = isinstance(job.task, ChoiceTask)
+            at_a_time = by_choices or (share_forwards and job.task.max_new_tokens > _LONG)
+            for batch, everyone in _batches(job.items, files, batch_size * (_BATCHES if at_a_time else 1)):
+                indices = {item.index for item in batch}
+                some = {
+                    name: one for name, one in ensembles.items() if everyone or indices - files[name].done
+                }
+                found: Iterator[Mapping[str, Sequence[Record]]]
+                if by_choices:
+                    items = [item for item in batch if isinstance(item, ChoiceItem)]
+                    found = score_choices(items, some, batch_size, shared=share_forwards)
+                else:
+                    found = _write(job.task, batch, some, skips, share_forwards, batch_size)
+                began = perf_counter()
+                for records in found:
+                    seconds = (perf_counter() - began) / len(records)
+                    for name, own in records.items():
+                        missing = [one for one in own if one.index not in files[name].done]
+                        files[name].append(missing)
+                        clock.count(job, len(missing), seconds)
                         clock.tell(job, name)
+                    began = perf_counter()
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
@@ -160,6 +182,21 @@ def _batches(
         if any(item.index not in one.done for one in files.values() for item in batch):
             yield batch, everyone
             everyone = False
+
+
+def _write(
+    task: Task,
+    batch: Sequence[Item],
+    ensembles: Mapping[str, Ensemble],
+    skips: Mapping[str, bool],
+    share_forwards: bool,
+    batch_size: int,
+) -> Iterator[dict[str, list[ItemRecord]]]:
+    """What each configuration writes for a batch, one after the other."""
+    with ExitStack() as sharing:
+        shared = sharing.enter_context(SharedForwards()) if share_forwards else None
+        for name, ensemble in ensembles.items():
+            yield {name: _run(task, batch, ensemble, skips[name], shared, batch_size)}
 
 
 def _run(

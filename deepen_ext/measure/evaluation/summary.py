@@ -7,8 +7,7 @@ depends on the clock stands apart under `timing`.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,84 +16,9 @@ from deepen_ext import __version__
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.measure.evaluation.headers import Header
-from deepen_ext.measure.evaluation.records import ItemRecord, RecordFile, check_folder
-from deepen_ext.measure.evaluation.statistics import mcnemar, wilson_interval
+from deepen_ext.measure.evaluation.records import Record, RecordFile, check_folder
+from deepen_ext.measure.evaluation.scores import ChoiceScore, TextScore, identity, is_alone, score_of
 from deepen_ext.measure.evaluation.tasks import TASKS
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A fused configuration beside the best of its members alone, on the same items.
-
-    The best member is picked on these items themselves, which favours it: the comparison is strict.
-
-    Attributes:
-        configuration: the best member's.
-        difference: accuracy of the fused configuration minus that of the best member.
-        interval: 95 %, of the difference.
-        p_value: of McNemar's exact test.
-        gained: items that only the fused configuration has right.
-        lost: items that only the best member has right.
-    """
-
-    configuration: str
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
-    gained: int
-    lost: int
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What the clock said.
-
-    Attributes:
-        seconds: in all.
-        ms_per_token: the time of all steps but those that read the prompts, divided by the tokens that these
-            steps wrote. None where every text has one token.
-        shared_forwards: configurations had forwards in common. Then times say what all of them took, and not
-            what each would take.
-    """
-
-    seconds: float
-    ms_per_token: float | None
-    shared_forwards: bool
-
-
-@dataclass(frozen=True)
-class Score:
-    """One configuration on one task.
-
-    Attributes:
-        method: how it fuses; "single" for a member alone.
-        members: their names, the main model first.
-        weights: of the members; for weights from the prompt, the rule and what it starts from.
-        n: how many items.
-        correct: how many of them are right, by the task's metric.
-        accuracy: correct / n.
-        interval: 95 %, Wilson's.
-        tokens: how many were written.
-        changed_share: share of the tokens that are not the main model's own first choice.
-        unanswered_share: share of the items without an answer in their text.
-        finish_reasons: how many texts ended for each reason.
-        against_best_single: None for a member alone, and where some member is not there alone.
-        timing: apart from everything else, because no two runs have the same times.
-    """
-
-    method: str
-    members: list[str]
-    weights: list[float] | dict[str, Any]
-    n: int
-    correct: int
-    accuracy: float
-    interval: tuple[float, float]
-    tokens: int
-    changed_share: float
-    unanswered_share: float
-    finish_reasons: dict[str, int]
-    against_best_single: Comparison | None
-    timing: Timing
 
 
 @dataclass(frozen=True)
@@ -105,6 +29,7 @@ class TaskSummary:
         split: of the data.
         n: how many items.
         items_sha256: over the items as they were read.
+        left_out: items without choices; they are not among the n.
         configurations: the finished ones by name, members alone first.
         unfinished: the other configurations by name, and how many records they have.
     """
@@ -112,7 +37,8 @@ class TaskSummary:
     split: str
     n: int
     items_sha256: str
-    configurations: dict[str, Score]
+    left_out: int
+    configurations: dict[str, TextScore | ChoiceScore]
     unfinished: dict[str, int]
 
 
@@ -163,84 +89,24 @@ def write_summary(folder: Path, summary: Summary) -> None:
         ) from error
 
 
-def _task_summary(read: Sequence[tuple[Header, list[ItemRecord]]]) -> TaskSummary:
+def _task_summary(read: Sequence[tuple[Header, list[Record]]]) -> TaskSummary:
     task = read[0][0]["task"]
     found = [
         (header["configuration"], sorted(records, key=lambda record: record.index))
         for header, records in read
     ]
-    found.sort(key=lambda one: (not _alone(one[0]), one[0]["name"]))
+    found.sort(key=lambda one: (not is_alone(one[0]), one[0]["name"]))
     finished = [one for one in found if len(one[1]) == task["items"]]
     singles = {
-        _identity(configuration["members"][0]): (configuration["name"], records)
+        identity(configuration["members"][0]): (configuration["name"], records)
         for configuration, records in finished
-        if _alone(configuration)
+        if is_alone(configuration)
     }
     return TaskSummary(
         split=task["split"],
         n=task["items"],
         items_sha256=task["items_sha256"],
-        configurations={one["name"]: _score(one, records, singles) for one, records in finished},
+        left_out=task.get("left_out", 0),
+        configurations={one["name"]: score_of(one, records, singles) for one, records in finished},
         unfinished={one["name"]: len(records) for one, records in found if len(records) < task["items"]},
-    )
-
-
-def _alone(configuration: Header) -> bool:
-    return len(configuration["members"]) == 1
-
-
-def _identity(member: Mapping[str, Any]) -> str:
-    """A member by what it computes, whatever it is called."""
-    return json.dumps({key: value for key, value in member.items() if key != "name"})
-
-
-def _score(
-    configuration: Header,
-    records: Sequence[ItemRecord],
-    singles: Mapping[str, tuple[str, Sequence[ItemRecord]]],
-) -> Score:
-    n, correct = len(records), sum(record.correct for record in records)
-    tokens = sum(record.tokens for record in records)
-    later = tokens - n  # after the first of each text
-    decoding = sum(record.timing.decode_ms for record in records)
-    milliseconds = sum(record.timing.prompt_ms for record in records) + decoding
-    return Score(
-        method=configuration["method"],
-        members=[member["name"] for member in configuration["members"]],
-        weights=configuration["weights"],
-        n=n,
-        correct=correct,
-        accuracy=correct / n,
-        interval=wilson_interval(correct, n),
-        tokens=tokens,
-        changed_share=sum(record.changed for record in records) / tokens,
-        unanswered_share=sum(record.answer is None for record in records) / n,
-        finish_reasons=dict(sorted(Counter(record.finish_reason for record in records).items())),
-        against_best_single=_compare(configuration, records, singles),
-        timing=Timing(
-            seconds=round(milliseconds / 1e3, 3),
-            ms_per_token=round(decoding / later, 3) if later else None,
-            shared_forwards=configuration["share_forwards"],
-        ),
-    )
-
-
-def _compare(
-    configuration: Header,
-    records: Sequence[ItemRecord],
-    singles: Mapping[str, tuple[str, Sequence[ItemRecord]]],
-) -> Comparison | None:
-    own = [_identity(member) for member in configuration["members"]]
-    if _alone(configuration) or any(one not in singles for one in own):
-        return None
-    # Of equally good members the first: the main model before an assistant.
-    name, best = max((singles[one] for one in own), key=lambda one: sum(r.correct for r in one[1]))
-    paired = mcnemar([record.correct for record in records], [record.correct for record in best])
-    return Comparison(
-        configuration=name,
-        difference=paired.difference,
-        interval=(paired.low, paired.high),
-        p_value=paired.p_value,
-        gained=paired.only_a,
-        lost=paired.only_b,
     )

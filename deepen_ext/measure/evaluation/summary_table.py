@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from deepen_ext.measure.evaluation.summary import Comparison, Summary
+from deepen_ext.measure.evaluation.scores import ChoiceScore, Comparison, Rate, TextScore
+from deepen_ext.measure.evaluation.summary import Summary
 
 
 def summary_table(summary: Summary) -> Table:
-    """One line for each task and configuration."""
+    """One line for each task and configuration; where choices were scored one by each of the two metrics."""
     table = Table(
         show_edge=False,
         pad_edge=False,
@@ -16,28 +17,51 @@ def summary_table(summary: Summary) -> Table:
     )
     table.add_column("task")
     table.add_column("configuration", overflow="fold")
-    for column in ("n", "right, 95 %", "points, 95 %", "McNemar p", "changed", "no answer", "ms a token"):
+    for column in ("n", "right, 95 %", "points, 95 %", "McNemar p", "changed", "no answer", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for task, of_task in summary.tasks.items():
         table.add_section()
-        for name, score in of_task.configurations.items():
-            low, high = score.interval
-            paired, timing = score.against_best_single, score.timing
-            own_time = not timing.shared_forwards and timing.ms_per_token is not None
-            table.add_row(
-                task,
-                name,
-                str(score.n),
-                f"{score.accuracy:.1%} ({low:.1%} to {high:.1%})",
-                "" if paired is None else _difference(paired),
-                "" if paired is None else f"{paired.p_value:.2g}",
-                "" if len(score.members) == 1 else f"{score.changed_share:.1%}",
-                f"{score.unanswered_share:.1%}",
-                f"{timing.ms_per_token:.1f}" if own_time else "",
-            )
+        scores = of_task.configurations
+        for name, score in scores.items():
+            metric = ", acc" if isinstance(score, ChoiceScore) else ""
+            _add(table, task + metric, name, score, score)
+        for name, score in scores.items():
+            if isinstance(score, ChoiceScore):
+                _add(table, f"{task}, acc_norm", name, score, score.norm)
         for name, done in of_task.unfinished.items():
             table.add_row(task, name, f"{done} of {of_task.n}", "not finished")
+        if of_task.left_out:
+            table.add_row(task, "left out: without choices", str(of_task.left_out))
     return table
+
+
+def _add(table: Table, task: str, name: str, score: TextScore | ChoiceScore, rate: Rate) -> None:
+    low, high = rate.interval
+    paired = rate.against_best_single
+    changed = ""
+    if isinstance(score, TextScore) and len(score.members) > 1:
+        changed = f"{score.changed_share:.1%}"
+    table.add_row(
+        task,
+        name,
+        str(score.n),
+        f"{rate.accuracy:.1%} ({low:.1%} to {high:.1%})",
+        "" if paired is None else _difference(paired),
+        "" if paired is None else f"{paired.p_value:.2g}",
+        changed,
+        f"{score.unanswered_share:.1%}",
+        _time(score),
+    )
+
+
+def _time(score: TextScore | ChoiceScore) -> str:
+    """Of the configuration's own, by what it does: tokens or items."""
+    timing = score.timing
+    if timing.shared_forwards:
+        return ""
+    if isinstance(score, ChoiceScore):
+        return f"{timing.seconds / score.n:.2f} s an item"
+    return "" if timing.ms_per_token is None else f"{timing.ms_per_token:.1f} ms a token"
 
 
 def _difference(paired: Comparison) -> str:

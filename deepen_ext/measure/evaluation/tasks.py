@@ -39,6 +39,11 @@ class Item:
     references: tuple[str, ...]
     fields: Mapping[str, Any]
 
+    @property
+    def to_read(self) -> str:
+        """The longest text that a member reads for the item, before it writes."""
+        return self.prompt
+
 
 @dataclass(frozen=True)
 class Task:
@@ -50,7 +55,7 @@ class Task:
         answers: how answers are read and compared.
         max_new_tokens: the paper's setting.
         stop_strings: the paper's setting; a generation ends after the first one.
-        instruction: what stands once before the demos.
+        instruction: template of what stands once before the demos.
         demo_answer: template of what follows a demo's question; None for a task without demos.
         demos_by: the field in which an item and its demos agree; None if all items have the same demos.
     """
@@ -129,7 +134,8 @@ class Task:
                 f"{where}: there are no demos for it in {file.parent / 'demos.jsonl'}"
                 + (f" (none has {self.demos_by} {key!r})" if self.demos_by else "")
             )
-        return Item(index, self.instruction + demos.get(key, "") + question, references, fields)
+        instruction = _filled(self.instruction, fields, where)
+        return Item(index, instruction + demos.get(key, "") + question, references, fields)
 
     def _demos(self, file: Path) -> dict[str, str]:
         """The demos' text for each value of `demos_by`."""

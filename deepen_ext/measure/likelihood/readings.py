@@ -5,15 +5,16 @@ Nothing here depends on how members are fused: what is read once serves every en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import InputError
+from deepen_ext.measure.likelihood.reading_lanes import ReadingLanes
 from deepen_ext.measure.likelihood.said_rows import SaidRows
-from deepen_ext.members.backend import Session
 from deepen_ext.members.member import Member
+
+_TOGETHER = 128  # scored tokens of one forward pass: 134 MB of logits for a vocabulary of 262,144
 
 
 class Reading:
@@ -61,7 +62,8 @@ class Reading:
         before = self.first - added  # tokens of context and text that are not scored
         self.begin = ends[before - 1] if before else 0
         self.ends = ends[before:]
-        self._session: _TwoLanes | None = None
+        self._lanes: ReadingLanes | None = None
+        self._lane = 0  # the text's own
         # Numbers in `said` after ids that the text does not begin with.
         self._elsewhere: dict[tuple[int, ...], int] = {}
 
@@ -84,7 +86,8 @@ class Reading:
             return
         try:
             # Without the last token: what follows it is not scored.
-            for block in self._lanes().session.read(0, self.ids[:-1], self.first - 1, self._most):
+            session = self._opened().session
+            for block in session.read(self._lane, self.ids[:-1], self.first - 1, self.most):
                 self.said.add(block)
         except BaseException:
             self.close()
@@ -92,14 +95,26 @@ class Reading:
 
     def go_on_from(self, other: Reading) -> None:
         """Take another reading's cache over: what both begin with is not fed again. It keeps its logits."""
-        if self._session is None:
-            self._session, other._session = other._session, None
+        if self._lanes is None:
+            self._lanes, self._lane = other._lanes, other._lane
+            other._lanes = None
+
+    def join(self, lanes: ReadingLanes, lane: int) -> None:
+        """Read the text in this lane from now on."""
+        lanes.join()
+        self.release()
+        self._lanes, self._lane = lanes, lane
+
+    @property
+    def lanes(self) -> ReadingLanes | None:
+        """The session that it holds, if any."""
+        return self._lanes
 
     def release(self) -> None:
         """Free the cache and keep the logits; what was never asked for then takes the whole text again."""
-        if self._session is not None:
-            self._session.session.close()
-        self._session = None
+        if self._lanes is not None:
+            self._lanes.leave()
+        self._lanes = None
 
     def close(self) -> None:
         """Free the cache and the logits."""
@@ -118,9 +133,10 @@ class Reading:
                 numbers[ids] = len(ids) - self.first
                 continue
             if ids not in self._elsewhere:
-                session, lane = self._lanes()
-                said = session.ask({lane: list(ids)}, self._most).wait()
-                self._elsewhere[ids] = self.said.add(said)[0]
+                lanes = self._opened()
+                said = lanes.session.ask({lanes.beside: list(ids)}, self.most).wait()
+                # A copy: the session may write what it says next to the same place.
+                self._elsewhere[ids] = self.said.add(said.clone())[0]
             numbers[ids] = self._elsewhere[ids]
         return [numbers[ids] for ids in keys]
 
@@ -131,28 +147,64 @@ class Reading:
         if context == self.prefix:
             return PromptScore([], [])
         self.read()
-        session, lane = self._lanes()
-        return read_prompts(session, self.member, {lane: context})[lane]
+        lanes = self._opened()
+        return read_prompts(lanes.session, self.member, {lanes.beside: context})[lanes.beside]
 
-    def _lanes(self) -> _TwoLanes:
+    def _opened(self) -> ReadingLanes:
         """The session, opened when it is first needed."""
-        if self._session is None:
-            backend, tokens = self.member.backend, len(self.ids) - 1
-            try:
-                self._session = _TwoLanes(backend.open(2, tokens), 1)
-            except ModelError:  # a model that cannot run two lanes in one forward: one lane serves both
-                self._session = _TwoLanes(backend.open(1, tokens), 0)
-        return self._session
+        if self._lanes is None:
+            self.join(ReadingLanes(self.member, 1, len(self.ids) - 1), 0)
+            assert self._lanes is not None
+        return self._lanes
 
     @property
-    def _most(self) -> int:
+    def most(self) -> int:
         """How many tokens a backend without logits is asked for; of logits any top-k is taken later."""
         return self.member.backend.capabilities.max_topk or 1
 
 
-class _TwoLanes(NamedTuple):
-    session: Session  # the text is in lane 0
-    beside: int  # the lane for other endings of the text's beginning; 0 where there is one lane only
+def read_together(readings: Sequence[Reading]) -> None:
+    """Let a member read several texts in few forward passes; what they begin with is read once.
+
+    Args:
+        readings: of one member. Those that have been read stay as they are. If one holds a session with
+            enough lanes, from texts before these, all go on in that.
+
+    Raises:
+        ModelError: a forward pass failed.
+    """
+    unread = [one for one in readings if not len(one.said)]
+    for batch in _batches(unread):
+        held = (one.lanes for one in unread if one.lanes is not None)
+        lanes = next((one for one in held if one.texts >= len(batch)), None)
+        if lanes is None:
+            longest = max(len(one.ids) for one in batch)
+            lanes = ReadingLanes(batch[0].member, len(batch), longest - 1)
+        for lane, one in enumerate(batch):
+            one.join(lanes, min(lane, lanes.texts - 1))
+        if lanes.texts < len(batch) or len(batch) == 1:
+            for one in batch:
+                one.read()
+            continue
+        targets = {lane: one.ids[:-1] for lane, one in enumerate(batch)}
+        counts = {lane: len(one.scored) for lane, one in enumerate(batch)}
+        said = lanes.session.ask(targets, batch[0].most, counts).wait().clone()
+        at = 0
+        for one in batch:
+            one.said.add(said.at(range(at, at + len(one.scored))))
+            at += len(one.scored)
+
+
+def _batches(readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+    """The readings in their order, together where their scored tokens are few."""
+    batch: list[Reading] = []
+    for one in readings:
+        if batch and sum(len(each.scored) for each in (*batch, one)) > _TOGETHER:
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
 
 
 def _first_id(member: Member) -> list[int]:

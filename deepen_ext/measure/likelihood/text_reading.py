@@ -8,7 +8,7 @@ compared between them; bits a byte can.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import eq
 
 import torch
@@ -21,12 +21,14 @@ from deepen_ext.fusers import Part
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.closing import Closing
 from deepen_ext.measure.likelihood.accompaniment import where_it_speaks
-from deepen_ext.measure.likelihood.readings import Reading
+from deepen_ext.measure.likelihood.readings import Reading, read_together
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
 from deepen_ext.members.backend import require
+from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.member import Member
-from deepen_ext.ops import topk_softmax
+from deepen_ext.ops.token_logprobs import token_logprobs
+from deepen_ext.ops.transfer import to_device
 
 __all__ = ["TextReading", "TokenLikelihoods", "pieces"]
 
@@ -34,6 +36,9 @@ __all__ = ["TextReading", "TokenLikelihoods", "pieces"]
 # pages, which takes ten times as long as the copy itself.
 _STEP_BYTES = 16 << 20
 _USE = "the likelihood of a text"
+# What several ensembles read of the members' logits, by reading, numbers in `said` and `written`.
+_Kept = dict[tuple[Reading, tuple[int, ...], bool], Distribution]
+_KEPT_BYTES = 256 << 20
 
 
 class TextReading(Closing):
@@ -75,6 +80,22 @@ class TextReading(Closing):
         # By main model, assistant, rule and how many candidates it looks at: see `where_it_speaks`.
         self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int], list[tuple[int, int]]] = {}
 
+    @staticmethod
+    def read_together(readings: Sequence[TextReading]) -> None:
+        """Let each member read several texts in few forward passes, such as the choices of one context.
+
+        What the texts begin with is read once. Without it, each text is read by itself when it is needed.
+
+        Args:
+            readings: of the same members. With `readings[0].go_on_from(before)`, what an earlier text has
+                in its caches is not read again either; `before` can be closed then.
+
+        Raises:
+            ModelError: a forward pass failed.
+        """
+        for member in readings[0]._readings:
+            read_together([one._readings[member] for one in readings])
+
     def release(self) -> None:
         """Free the caches, keep the logits.
 
@@ -111,12 +132,11 @@ class TextReading(Closing):
             require(member.backend, "logits", _USE)
             reading = self._reading(member)
             reading.read()
-            said = (
-                reading.said.take(tokens, written=True) for tokens in _blocks(len(reading.scored), member)
-            )
-            self._alone[id(member)] = self._likelihoods(
-                reading, member.name, ((one.scores(), None) for one in said)
-            )
+            found = _Found(reading.scored)
+            for tokens in _blocks(len(reading.scored), member):
+                logits = reading.said.take(tokens, written=True).scores()
+                found.add(*token_logprobs(logits, found.next(logits), name=member.name))
+            self._alone[id(member)] = self._likelihoods(reading, found)
         return self._alone[id(member)]
 
     def logits(self, member: Member) -> Iterator[torch.Tensor]:
@@ -132,32 +152,58 @@ class TextReading(Closing):
         for tokens in _blocks(len(reading.scored), member):
             yield reading.said.take(tokens).scores()
 
-    def fused(self, ensemble: Ensemble, weights: Sequence[float] | None = None) -> TokenLikelihoods:
+    def fused(
+        self, ensemble: Ensemble, weights: Sequence[float] | None = None, *, greedy: bool = True
+    ) -> TokenLikelihoods:
         """The ensemble's distribution, in the tokens of its main model.
 
         Args:
             ensemble: of members of this reading, the same objects.
             weights: one for each member, summing to 1; None for the ensemble's own. Those that an ensemble
                 finds from the prompt are found from the context.
+            greedy: look for each token's rivals too. That takes the fused logits of the whole vocabulary;
+                False: each fuser computes the given tokens alone, and `TokenLikelihoods.greedy` is empty.
 
         Raises:
             InputError: a member that the reading does not have; a member that gives NaN; see `check_weights`.
             ModelError: a forward pass failed.
         """
+        return self.fused_each([(ensemble, weights)], greedy=greedy)[0]
+
+    def fused_each(
+        self, ensembles: Sequence[tuple[Ensemble, Sequence[float] | None]], *, greedy: bool = True
+    ) -> list[TokenLikelihoods]:
+        """`fused` of several ensembles with their weights; what they have in common is looked up once."""
+        kept: _Kept = {}
+        return [self._fused(one, weights, kept, greedy=greedy) for one, weights in ensembles]
+
+    def _fused(
+        self, ensemble: Ensemble, weights: Sequence[float] | None, kept: _Kept, *, greedy: bool
+    ) -> TokenLikelihoods:
         members = ensemble.members
         main, *assistants = [self._reading(member) for member in members]
         shares = ensemble.weights if weights is None else check_weights(weights, len(members))
         if weights is None and ensemble.weighs_prompts:
-            shares = prompt_weights([one.prompt_score for one in (main, *assistants)], shares)
+            shares = prompt_weights(
+                [one.prompt_score for one in (main, *assistants)], shares, ensemble.team.sharpness
+            )
         require(main.member.backend, "logits", _USE)
         main.read()
-        steps = self._steps(ensemble, main, assistants, shares)
-        return self._likelihoods(main, f"{ensemble.method} of {main.member.name}", steps)
+        name, fuser = f"{ensemble.method} of {main.member.name}", ensemble.fuser
+        found = _Found(main.scored)
+        for parts in self._steps(ensemble, main, assistants, kept):
+            if greedy:
+                step = fuser.step_parts(parts, shares)
+                logprobs, _ = token_logprobs(step.logits, found.next(step.logits), name=name)
+                found.add(logprobs, step.chosen)
+            else:
+                found.add(fuser.likelihoods(parts, shares, found.next(parts[0].topk.ids)))
+        return self._likelihoods(main, found)
 
     def _steps(
-        self, ensemble: Ensemble, main: Reading, assistants: Sequence[Reading], shares: Sequence[float]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Fused logits [n, V] of the scored tokens in their order, and the tokens [n] that fusion chooses."""
+        self, ensemble: Ensemble, main: Reading, assistants: Sequence[Reading], kept: _Kept
+    ) -> Iterator[list[Part]]:
+        """What the members say of the scored tokens, in their order: the parts of one fusion step each."""
         rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
         speaks = []
         for reading in assistants:
@@ -166,23 +212,32 @@ class TextReading(Closing):
                 self._speaks[key] = where_it_speaks(main, reading, rule, candidates)
             speaks.append(self._speaks[key])
         for tokens in _blocks(len(main.scored), *ensemble.members):
-            parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens)]
+            parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens, kept)]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
                 first, last = (bisect_left(said, (token,)) for token in (tokens.start, tokens.stop))
                 if here := said[first:last]:
                     rows = [token - tokens.start for token, _ in here]
-                    parts.append(self._part(ensemble, i, reading, rows, [number for _, number in here]))
-            step = ensemble.fuser.step_parts(parts, shares)
-            yield step.logits, step.chosen
+                    parts.append(self._part(ensemble, i, reading, rows, [number for _, number in here], kept))
+            yield parts
 
     def _part(
-        self, ensemble: Ensemble, i: int, reading: Reading, rows: Sequence[int], numbers: Sequence[int]
+        self,
+        ensemble: Ensemble,
+        i: int,
+        reading: Reading,
+        rows: Sequence[int],
+        numbers: Sequence[int],
+        kept: _Kept,
     ) -> Part:
         """What member i says for these batch rows of a step: these numbers of what it said."""
         written = i == 0
         top = reading.said.top(numbers, ensemble.fuser.candidates, ensemble.device, written=written)
-        said = reading.said.take(numbers, written=written)
-        return Part(i, f"logits of {ensemble.names[i]}", top, rows, said)
+        key = reading, tuple(numbers), written
+        if key not in kept:
+            if sum(one.nbytes for one in kept.values()) > _KEPT_BYTES:
+                kept.clear()
+            kept[key] = reading.said.take(numbers, written=written)
+        return Part(i, f"logits of {ensemble.names[i]}", top, rows, kept[key])
 
     def _reading(self, member: Member) -> Reading:
         try:
@@ -193,19 +248,30 @@ class TextReading(Closing):
                 "all ensembles"
             ) from None
 
-    def _likelihoods(
-        self, reading: Reading, name: str, steps: Iterable[tuple[torch.Tensor, torch.Tensor | None]]
-    ) -> TokenLikelihoods:
-        """Of the scored tokens, from logits [n, V] and greedy choices [n]; None: the most probable tokens."""
-        logprobs: list[float] = []
-        greedy: list[bool] = []
-        for logits, chosen in steps:
-            scored = reading.scored[len(logprobs) : len(logprobs) + len(logits)]
-            found, best = _logprobs(logits, scored, name)
-            logprobs += found
-            greedy += map(eq, scored, best if chosen is None else chosen.tolist())
+    def _likelihoods(self, reading: Reading, found: _Found) -> TokenLikelihoods:
         ends = [max(end - self._begin, 0) for end in reading.ends]
-        return TokenLikelihoods(logprobs, ends, greedy, len(self.text.encode()))
+        return TokenLikelihoods(found.logprobs, ends, found.greedy, len(self.text.encode()))
+
+
+class _Found:
+    """The scored tokens' likelihoods, as far as they are found."""
+
+    def __init__(self, scored: Sequence[int]) -> None:
+        self._scored = scored
+        self.logprobs: list[float] = []
+        self.greedy: list[bool] = []
+
+    def next(self, rows: torch.Tensor) -> torch.Tensor:
+        """The next tokens int64 [n], one for each row of a tensor [n, ...] and on its device."""
+        at = len(self.logprobs)
+        return to_device(self._scored[at : at + len(rows)], rows.device)
+
+    def add(self, logprobs: torch.Tensor, best: torch.Tensor | None = None) -> None:
+        """Take in the next tokens' log-probabilities [n], and the most probable tokens [n]."""
+        at = len(self.logprobs)
+        self.logprobs += logprobs.tolist()
+        if best is not None:
+            self.greedy += map(eq, self._scored[at:], best.tolist())
 
 
 def _blocks(count: int, *members: Member) -> Iterator[range]:
@@ -214,13 +280,3 @@ def _blocks(count: int, *members: Member) -> Iterator[range]:
     step = max(_STEP_BYTES // (4 * largest), 1)
     for begin in range(0, count, step):
         yield range(begin, min(begin + step, count))
-
-
-def _logprobs(logits: torch.Tensor, tokens: Sequence[int], name: str) -> tuple[list[float], list[int]]:
-    """Log-probabilities (natural) of one token for each row of logits [n, V]; the rows' most probable ids."""
-    top = topk_softmax(logits, 1, name=name)
-    top.check(name)
-    chosen = torch.tensor(tokens).to(logits.device)[:, None]
-    # log_softmax from the largest logit and its probability, whose sum the operation takes in float64.
-    own, best = (logits.gather(1, ids).double() for ids in (chosen, top.ids.long()))
-    return (own - best + top.probs.double().log())[:, 0].tolist(), top.ids[:, 0].tolist()

@@ -25,7 +25,7 @@ class TokenLikelihoods:
         logprobs: natural logarithms, one for each scored token.
         ends: where each token ends, in bytes of the scored text; the last one is its length. A token that
             begins in the context counts from the text's beginning.
-        greedy: whether the token is the most probable one.
+        greedy: whether the token is the most probable one; empty where nobody asked.
         nbytes: of the scored text.
     """
 

@@ -1,0 +1,55 @@
+"""Each text follows whoever counts most: the search where that is the main model, else the wide average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from deepen_ext.fusers.deepen import DeepenFuser
+from deepen_ext.fusers.ingredients import Ingredients
+from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.union_vocab import UnionVocabFuser
+
+
+class FollowFuser(UnionVocabFuser):
+    """`deepen` in rows where the main model has the largest weight, `union-vocab` in the others.
+
+    The search moves the main model's logits by a bounded step. That protects a main model that is the best
+    reader, and holds back one that is not. The average has no bound, so it can follow a better assistant as
+    far as that goes. Weights that differ by text, as those from the prompt do, make the choice.
+    """
+
+    name: ClassVar[str] = "follow"
+    uses_maps: ClassVar[bool] = True
+    uses_recipe: ClassVar[bool] = True
+
+    _search: DeepenFuser
+
+    @classmethod
+    def make(cls, given: Ingredients) -> FollowFuser:
+        """See `Fuser.make`."""
+        fuser = cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
+        fuser._search = DeepenFuser.make(given)
+        return fuser
+
+    def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.fuse`. On CUDA both are computed for every row, so that nothing waits for the device."""
+        leads = weights[:, 0] >= weights[:, 1:].amax(dim=1)
+        host = leads.device.type == "cpu"
+        if host and bool(leads.all()):
+            return self._search.fuse(logits, said, weights)
+        if host and not bool(leads.any()):
+            return super().fuse(logits, said, weights)
+        searched = logits.clone()
+        first = self._search.fuse(searched, said, weights)
+        chosen = torch.where(leads, first, super().fuse(logits, said, weights))
+        logits.copy_(torch.where(leads[:, None], searched, logits))
+        return chosen
+
+    def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Fuser.logprobs`."""
+        leads = weights[:, 0] >= weights[:, 1:].amax(dim=1)
+        searched = self._search.logprobs(said, weights, tokens)
+        return torch.where(leads, searched, super().logprobs(said, weights, tokens))

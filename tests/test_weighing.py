@@ -1,0 +1,110 @@
+"""Rules of weighing, against the same computed by hand in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deepen_ext import Ensemble
+from deepen_ext.fusers.bridge import TokenBridge
+from deepen_ext.fusers.parts import Part, Said
+from deepen_ext.fusers.weighing.confidence import Confidence
+from deepen_ext.fusers.weighing.consistency import Consistency, anchored
+from deepen_ext.fusers.weighing.disagreement import Disagreement
+from deepen_ext.fusers.weighing.gate import Gate
+from deepen_ext.fusers.weighing.margin import Margin
+from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.member import Member
+
+
+@pytest.fixture
+def bridge(smollm2: Member, gemma: Member) -> TokenBridge:
+    return TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
+
+
+def said_by(members: list[Member], rows: list[list[dict[str, float]]]) -> list[Said]:
+    """What members say: of each member and row, texts (each a token of it) with their probabilities."""
+    found = []
+    for i, (member, of_rows) in enumerate(zip(members, rows, strict=True)):
+        logits = torch.full((len(of_rows), member.vocab_size), -20.0)
+        for row, texts in enumerate(of_rows):
+            for text, probability in texts.items():
+                (token,) = member.vocabulary.encode(text)[-1:]
+                logits[row, token] = torch.tensor(probability).log()
+        part = Part(
+            i,
+            member.name,
+            (one := Distribution(member.name, member.vocab_size, 128, logits)).topk,
+            range(len(of_rows)),
+            one,
+        )
+        found.append(Said(i, member.name, part.topk, part, None))
+    return found
+
+
+SURE = {" Paris": 0.9, " London": 0.1}
+UNSURE = {" Paris": 0.4, " London": 0.35, " Rome": 0.25}
+OTHER = {" London": 0.45, " Paris": 0.3, " Rome": 0.25}
+
+
+def test_margin(smollm2: Member, gemma: Member) -> None:
+    said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, OTHER]])
+    weights = Margin().weigh(torch.tensor([[0.5, 0.5], [0.8, 0.2]]), said)
+    want = torch.tensor([[0.8, 0.05], [0.8 * 0.05, 0.2 * 0.15]])
+    torch.testing.assert_close(weights, want / want.sum(1, keepdim=True), atol=1e-3, rtol=1e-3)
+
+
+def test_confidence_is_a_gate(smollm2: Member, gemma: Member, bridge: TokenBridge) -> None:
+    said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, OTHER]])
+    weights = torch.tensor([[0.5, 0.5], [0.8, 0.2]])
+    by_gate = Gate([-1.5, 0, 0, 0], bridge).weigh(weights, said)
+    torch.testing.assert_close(by_gate, Confidence(1.5).weigh(weights, said))
+    assert by_gate[0, 0] > 0.6
+
+
+def test_what_a_gate_sees(smollm2: Member, gemma: Member, bridge: TokenBridge) -> None:
+    said = said_by([smollm2, gemma], [[SURE, SURE], [UNSURE, OTHER]])
+    seen = Gate([0, 0, 0, 0], bridge).features(said)
+    assert seen[..., 2].tolist() == [[1, 1], [1, 0]]  # first choices: the same, then another
+    assert seen[..., 3].tolist() == [[1, 0], [1, 0]]
+    assert seen[0, :, 1].tolist() == pytest.approx([0.8, 0.05], abs=1e-3)
+    assert seen[0, 0, 0] == pytest.approx(0.325, abs=0.01)  # nats
+
+
+def test_consistency_keeps_half_for_the_main_model(smollm2: Member, gemma: Member) -> None:
+    said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, SURE]])
+    weights = Consistency().weigh(torch.full((2, 2), 0.5), said)
+    assert weights[0, 0] > 0.7
+    assert weights[1].tolist() == pytest.approx([0.5, 0.5])
+    torch.testing.assert_close(
+        anchored(torch.tensor([[0.2, 0.6, 0.2], [0.0, 0.7, 0.3], [1.0, 0.0, 0.0]])),
+        torch.tensor([[0.5, 0.375, 0.125], [0.0, 0.7, 0.3], [1.0, 0.0, 0.0]]),
+    )
+
+
+def test_disagreement(smollm2: Member, gemma: Member, bridge: TokenBridge) -> None:
+    """Fused only where first choices differ and nobody is sure."""
+    rows = [[UNSURE, UNSURE, UNSURE, SURE], [UNSURE, OTHER, {" London": 0.6, " Rome": 0.4}, OTHER]]
+    weights = Disagreement(bridge).weigh(torch.full((4, 2), 0.5), said_by([smollm2, gemma], rows))
+    assert weights.tolist() == [[1, 0], [0.5, 0.5], [1, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("weighing", ["margin", "consistency", "disagreement", "gate"])
+def test_a_silent_member_stays_silent(smollm2: Member, gemma: Member, weighing: str) -> None:
+    numbers = {"gate": [-1.0, 0.5, 0.5, 0.2]} if weighing == "gate" else {}
+    ensemble = Ensemble([smollm2, gemma], fuser="union-vocab", weighing=weighing, **numbers)
+    logits = [torch.randn(3, one.vocab_size) for one in ensemble.members]
+    step = ensemble.fuser.step([logits[0], logits[1][:1]], [0.5, 0.5], rows=[None, [1]])
+    assert torch.equal(step.logits[0], logits[0][0])
+    assert torch.equal(step.logits[2], logits[0][2])
+    assert sum(step.shares[1]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("weighing", ["margin", "consistency", "disagreement"])
+def test_drafts_change_nothing(tiny_smollm2: Member, tiny_gemma: Member, weighing: str) -> None:
+    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="average", weighing=weighing)
+    texts = [
+        ensemble.generate("One two three", max_new_tokens=24, do_sample=True, seed=5, draft=draft).token_ids
+        for draft in (0, 3)
+    ]
+    assert texts[0] == texts[1]
