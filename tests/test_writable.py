@@ -72,8 +72,11 @@ def members(tiny_smollm2):
     return tiny(tiny_smollm2, 1, 0), tiny(tiny_smollm2, 1, PADDING), tiny(tiny_smollm2, 2, 0)
 
 
-# What draws needs sampling (tests/test_draw.py).
-@pytest.fixture(scope="module", params=[*(name for name, one in FUSERS.items() if not one.draws), "function"])
+# What draws needs sampling, and spans have no likelihood (tests/test_draw.py, tests/test_spans.py).
+@pytest.fixture(
+    scope="module",
+    params=[*(name for name, one in FUSERS.items() if not one.draws and not one.spans), "function"],
+)
 def pair(request, members):
     """Ensembles of one fuser: whose main model has no padding, and whose has."""
     fuser = double_the_main_model if request.param == "function" else request.param

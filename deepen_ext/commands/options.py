@@ -44,8 +44,8 @@ FuserSpec = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help="deepen (the default), average, union-topk, union-vocab, draw (with sampling), single, or "
-        "module:function.",
+        help="deepen (the default), average, union-topk, union-vocab, draw (with sampling), spans, single, "
+        "or module:function.",
         show_default=False,
     ),
 ]
@@ -53,8 +53,8 @@ FuserSpecs = Annotated[
     list[str] | None,
     typer.Option(
         "--fuser",
-        help="deepen, deepen:RECIPE, average, union-topk, union-vocab, draw, or module:function. Repeat it "
-        "to compare; deepen by default.",
+        help="deepen, deepen:RECIPE, average, union-topk, union-vocab, draw, spans, or module:function. "
+        "Repeat it to compare; deepen by default.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""What a run can be seen to lack before anything is computed: context, memory, capabilities, sampling."""
+"""What a run can be seen to lack before anything is computed: context, memory, capabilities, settings."""
 
 from __future__ import annotations
 
@@ -38,16 +38,24 @@ def check_main_model(team: Team, settings: Settings) -> None:
         )
 
 
-def check_sampling(team: Team, settings: Settings) -> None:
-    """That a fuser that draws has something to draw.
+def check_choice(team: Team, settings: Settings) -> None:
+    """That the fuser goes with how tokens are picked.
 
     Raises:
-        InputError: greedy decoding.
+        InputError: greedy decoding of a fuser that draws; of one that chooses words anything else.
     """
     if team.fuser.draws and not settings.do_sample:
         raise InputError(
             f"fuser='{team.method}' is a way to sample; set do_sample=True, or for greedy decoding use "
             "fuser='union-vocab', whose average it samples from"
+        )
+    if not team.fuser.spans:
+        return
+    asked = ["do_sample"] if settings.do_sample else [type(one).__name__ for one in settings.processors([0])]
+    if asked:
+        raise InputError(
+            f"fuser='{team.method}' writes whole words, the most probable ones, and {asked[0]} picks single "
+            "tokens in another way; leave the setting out, or use another fuser"
         )
 
 

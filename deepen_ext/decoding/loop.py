@@ -14,6 +14,7 @@ A draft of one place is a step without a draft.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,7 +27,7 @@ from deepen_ext.decoding.drafts.ahead import Writer
 from deepen_ext.decoding.drafts.draft_settings import MAIN, DraftSettings
 from deepen_ext.decoding.drafts.pace import Pace
 from deepen_ext.decoding.generation import Generation, Timings
-from deepen_ext.decoding.limits import check_lengths, check_main_model, check_sampling
+from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
 from deepen_ext.decoding.one_reader import OneReader
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.decoding.prompts import Prompt
@@ -35,13 +36,16 @@ from deepen_ext.decoding.schedule import Schedule
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
 from deepen_ext.decoding.skips import Skips
+from deepen_ext.decoding.spans.span_writer import SpanWriter
 from deepen_ext.decoding.stopping import Stopping
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress, Written
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import SpansFuser
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.distribution import gathered
+from deepen_ext.ops.transfer import to_device
 
 
 class Run:
@@ -89,7 +93,7 @@ class Run:
         if batch_size is not None:
             batch_size = whole_number("the batch size", batch_size, 1)
         check_main_model(team, settings)
-        check_sampling(team, settings)
+        check_choice(team, settings)
         self._team = team
         chooser = Chooser(settings, [prompt.main_ids for prompt in prompts], team.device)
         skips = Skips(team, chooser, certified_skip=certified_skip, confidence_gate=confidence_gate)
@@ -120,19 +124,20 @@ class Run:
         writes = team.main.backend.capabilities.writes and shared is None and chooser.guesses_by_scores
         drafts = drafts or DraftSettings(0, (MAIN,))
         self._pace = Pace(team, drafts, sampled=settings.do_sample, at_once=writes)
-        self._writer = Writer(
-            team,
-            self._main,
-            self._assistants,
-            self._texts,
-            chooser,
-            skips,
-            stopping,
-            self._pace,
-            unwritable=team.main.unwritable([*settings.eos_ids, *named]),
-            in_place=shared is None,  # what a session of its own gives nobody else reads
-            at_once=writes,
-        )
+        written = team, self._main, self._assistants, self._texts, chooser, skips
+        unwritable = team.main.unwritable([*settings.eos_ids, *named])
+        self._writer: Writer | SpanWriter
+        if isinstance(team.fuser, SpansFuser):
+            self._writer = SpanWriter(*written, team.fuser.margin, unwritable=unwritable)
+        else:
+            self._writer = Writer(
+                *written,
+                stopping,
+                self._pace,
+                unwritable=unwritable,
+                in_place=shared is None,  # what a session of its own gives nobody else reads
+                at_once=writes,
+            )
         self._cancelled = False
         self._streamer = streamer
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=at_once)
@@ -190,15 +195,18 @@ class Run:
         proposals = [one for draft in ahead.drafts.values() for one in draft]
         main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
         step = self._assistants.step(main, [one.place for one in proposals])
+        if ahead.decided:
+            tokens = to_device([one.token for one in proposals], self._team.device, torch.int32)
+            step.fused = replace(step.fused, chosen=tokens)
         fused = perf_counter()
         accepted = self._acceptor.accept(ahead.drafts, step.fused)
         ended = perf_counter()
-        if not begun:  # whose step read a prompt
+        if not begun and not ahead.decided:  # a step that begins a text reads a prompt
             times = {"verified_ms": (ended - read) * 1e3, "cycle_ms": (ended - began) * 1e3}
             self._pace.learn(ahead, step, accepted, **times)
-        members_ms = {self._team.names[0]: ahead.main_ms, **step.members_ms}
-        if ahead.writing_ms:
-            members_ms[self._team.names[ahead.drafter]] += ahead.writing_ms
+        members_ms = {name: step.members_ms.get(name, 0.0) for name in self._team.names}
+        for member, spent in ahead.members_ms.items():
+            members_ms[self._team.names[member]] += spent
         stages = {
             "fusion": (fused - began) * 1e3 - sum(members_ms.values()) - ahead.handoff_ms,
             "sampling": self._acceptor.sampling_ms,

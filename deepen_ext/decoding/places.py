@@ -10,7 +10,7 @@ from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.members.distribution import Distribution
 
 # Why no assistant was asked about a text's token; None where they were.
-Reason = Literal["settled", "gated", "unfinished character", "boundary", "main model drawn"]
+Reason = Literal["settled", "gated", "unfinished character", "boundary", "sure", "main model drawn"]
 
 
 @dataclass(eq=False)
@@ -61,6 +61,12 @@ class Proposal:
     offered: int | None = None
     piece: str | None = None
 
+    def go_on(self, data: bytes) -> AssistantsText:
+        """The text before the next place of the draft: with the token's bytes, as other members read them."""
+        text = self.before.copy()
+        self.piece = text.append(data)
+        return text
+
 
 Draft = list[Proposal]  # of one text, in the order of its places
 
@@ -72,17 +78,21 @@ class Ahead:
     Attributes:
         drafts: of each text, by its number.
         drafter: who wrote them (see `drafts.draft_settings`).
+        decided: the tokens are to be written as they are; nobody verifies them.
         drafted: how many tokens were written ahead, or offered.
-        main_ms: what the main model's forward passes took.
+        members_ms: what forward passes took while the drafts were written, by member index.
         handoff_ms: what re-tokenisation took.
-        writing_ms: what another drafter's forward passes took.
         looked_up: what prompt lookup had for each text, whoever wrote.
     """
 
     drafts: dict[int, Draft]
     drafter: int
+    decided: bool = False
     drafted: int = 0
-    main_ms: float = 0.0
+    members_ms: dict[int, float] = field(default_factory=dict)
     handoff_ms: float = 0.0
-    writing_ms: float = 0.0
     looked_up: dict[int, list[int]] = field(default_factory=dict)
+
+    def add_ms(self, member: int, ms: float) -> None:
+        """A member's forward passes took so many milliseconds more."""
+        self.members_ms[member] = self.members_ms.get(member, 0.0) + ms

@@ -10,6 +10,7 @@
 | product | geometric mean over the union of the vocabularies | Hinton 2002; arXiv 2603.05432 |
 | consistent | union-vocab, far-off tokens count less | CoRE, Zeng et al., arXiv 2510.13855 |
 | draw | one member, drawn by the weights; the average of union-vocab | ME, Fu et al., arXiv 2605.00419 |
+| spans | the word that all find most probable | AdaFuse, Cui et al., arXiv 2601.06022 |
 | single | the main model alone | |
 | a function | yours: `FuseFunction` | |
 
@@ -30,6 +31,7 @@ from deepen_ext.fusers.make import FUSERS, fuser_class, map_settings, method_nam
 from deepen_ext.fusers.parts import FusedStep, Part, Said
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
+from deepen_ext.fusers.spans import SpansFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
@@ -47,6 +49,7 @@ __all__ = [
     "Part",
     "Said",
     "SingleFuser",
+    "SpansFuser",
     "TokenBridge",
     "UnionTopkFuser",
     "UnionVocabFuser",

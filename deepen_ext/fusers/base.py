@@ -41,6 +41,7 @@ class Fuser(ABC):
         fewest_members: how many members it needs. 1: the main model writes alone, and others are not used.
         assistants_need_logits: it reads the assistants' full logits; False: their top-k and tail are enough.
         main_needs_logits: it reads the main model's full logits; False: its top-k is enough.
+        spans: the loop lets members propose whole words, and `fuse` is not called (see `SpansFuser`).
         draws: where tokens are sampled, one member speaks for each, drawn by the weights (see `DrawFuser`).
     """
 
@@ -51,6 +52,7 @@ class Fuser(ABC):
     assistants_need_logits: ClassVar[bool] = True
     main_needs_logits: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    spans: ClassVar[bool] = False
 
     @classmethod
     def make(cls, given: Ingredients) -> Fuser:

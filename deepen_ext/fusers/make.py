@@ -17,13 +17,14 @@ from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.product import ProductFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
+from deepen_ext.fusers.spans import SpansFuser
 from deepen_ext.fusers.union_topk import UnionTopkFuser
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.member_maps import MapSettings
 
 _CLASSES: list[type[Fuser]] = [
     *(DeepenFuser, AverageFuser, UnionTopkFuser, UnionVocabFuser),
-    *(FollowFuser, ProductFuser, ConsistentFuser, DrawFuser, SingleFuser),
+    *(FollowFuser, ProductFuser, ConsistentFuser, DrawFuser, SpansFuser, SingleFuser),
 ]
 FUSERS = {one.name: one for one in _CLASSES}
 

@@ -41,9 +41,9 @@ class FusionSettings:
             prompt, from how well each member reads it (see `prompt_weights`).
         sharpness: of weights="prompt", 0 to 1000: how much more a member counts for each nat a byte by which
             it reads the prompt better.
-        fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only) or "single" (the
-            main model alone: one member is enough, and others are not used). Or a function of your own (see
-            `FunctionFuser`).
+        fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
+            only) or "single" (the main model alone: one member is enough, and others are not used). Or a
+            function of your own (see `FunctionFuser`).
         recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
         learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
@@ -57,6 +57,8 @@ class FusionSettings:
         candidates: how many of a member's most probable tokens are looked at one by one, 1 or more.
         entries: how many of a relative row's largest entries are kept, 1 or more.
         min_probability: less probable tokens are not worth a relative row, 0 to below 1 (see `DeepenFuser`).
+        margin: members propose words where the main model's most probable token is ahead of the next by less,
+            0 to 1; the paper (AdaFuse) uses 0.7. Of "spans".
         boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
             token (see `BoundaryRule`).
         cache: keep computed relative rows on disk, and use the rows of earlier runs.
@@ -79,6 +81,7 @@ class FusionSettings:
     candidates: int = 128
     entries: int = DEFAULT_ENTRIES
     min_probability: float = 1e-4
+    margin: float = 0.7
     boundary_aware: bool = True
     cache: bool = True
 
@@ -91,6 +94,7 @@ class FusionSettings:
         check_min_probability(self.min_probability)
         if self.relative_temperature is not None:
             check_temperature("relative_temperature", self.relative_temperature)
+        real_number("margin", self.margin, "0 to 1", lambda x: 0 <= x <= 1)
         real_number("sharpness", self.sharpness, "0 to 1000", lambda x: 0 <= x <= 1000)
         real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
         check_weighing(self.weighing, self.confidence, self.gate)

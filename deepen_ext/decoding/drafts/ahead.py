@@ -128,7 +128,7 @@ class Writer:
             return {number: _Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
         began = perf_counter()
         written = write_by_member(self._team, self._assistants, ahead.drafter, active, length)
-        ahead.writing_ms = (perf_counter() - began) * 1e3
+        ahead.add_ms(ahead.drafter, (perf_counter() - began) * 1e3)
         return {
             number: _Offer(self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own)
             for number, own in written.items()
@@ -168,7 +168,7 @@ class Writer:
             torch.cat([tokens, last[:, None]], dim=1).flatten(),
             began=began,
         )
-        ahead.main_ms += word.spent_ms
+        ahead.add_ms(MAIN, word.spent_ms)
         self._pace.read(len(active), 1, word.spent_ms / (count + 1))
         starts = {n: i * (count + 1) for i, n in enumerate(active)}
         self._add_places(ahead, said, word, {n: word.tokens[at : at + count] for n, at in starts.items()}, {})
@@ -191,7 +191,7 @@ class Writer:
         numbers = [n for n in going for _ in range(len(offered[n]) + 1)]
         prefixes = [starts[n] + offered[n][:i] for n in going for i in range(len(offered[n]) + 1)]
         word = self._words.read(said, numbers, prefixes, began=began)
-        ahead.main_ms += word.spent_ms
+        ahead.add_ms(MAIN, word.spent_ms)
         if timed:
             self._pace.read(len(going), max(map(len, offered.values())) + 1, word.spent_ms)
         ahead.drafted += sum(map(len, offered.values()))
@@ -262,10 +262,7 @@ class Writer:
 
     def _go_on(self, one: Proposal) -> None:
         """The next place comes after this token."""
-        number = one.place.text
-        text = one.before.copy()
-        one.piece = text.append(self._team.main.bytes_written(one.token))
-        self._assistants.texts[number] = text
+        self._assistants.texts[one.place.text] = one.go_on(self._team.main.bytes_written(one.token))
 
 
 @dataclass

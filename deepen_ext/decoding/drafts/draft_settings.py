@@ -33,8 +33,12 @@ class DraftSettings:
         """Check `draft` and `drafter` of `Ensemble.start`.
 
         Raises:
-            InputError: a length out of range; nobody of that name.
+            InputError: a length out of range; nobody of that name; drafts of a fuser that writes words.
         """
+        if team.fuser.spans:
+            if draft not in (None, 0, "0"):
+                raise InputError(f"fuser='{team.method}' writes words, and has no drafts beside; set draft=0")
+            draft = 0
         if draft is None:
             repeatable = all(member.backend.capabilities.repeatable for member in team.members)
             draft = "auto" if repeatable else 0

@@ -172,6 +172,8 @@ def tune(
     kind = fuser_class(fuser)
     if len(members) < 2 or kind.fewest_members < 2:
         raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+    if kind.spans:
+        raise InputError(f"fuser='{kind.name}' has no likelihood to tune by; tune another fuser")
     if kind.draws:
         raise InputError(
             f"fuser='{kind.name}' has the likelihood of union-vocab; tune that, and use its weights"

@@ -1,0 +1,1 @@
+"""Spans: whole words that members propose and all of them score."""
