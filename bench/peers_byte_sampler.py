@@ -4,6 +4,9 @@ Its samplers give the exact distribution of the next byte of each model, whateve
 made of, and its ensembles mix these. It is written for transformers 4: `DynamicCache` had the lists
 `key_cache` and `value_cache` then, and `_old_caches` gives them back. Nothing else is changed.
 
+Its samplers read a BOS token before every text, which our members read only where their tokenizer puts one
+there. A row "after BOS" has it, the others begin as ours do.
+
 A likelihood needs the distribution at every byte of a given text. To ask for one after the other runs each
 model once a byte; here all that would be asked for is put into one tree, which the same cache manager
 reads in one forward pass. The first bytes are asked for one by one too, and have to agree.
@@ -19,7 +22,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peers_setup import BLOCK, Job, Memory, Row, attempt, choices_right, questions, speed, texts
+from common import PROMPTS
+from peers_setup import BLOCK, Job, Memory, Row, Text, attempt, choices_right, questions, speed, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from deepen_ext.members.hf.gguf_conversion import convert_embedded
@@ -55,6 +59,8 @@ def measure(job: Job) -> list[Row]:
     folders = [convert_embedded(name) for name in job.models]
     models = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).eval() for one in folders]
     tokenizers = [AutoTokenizer.from_pretrained(one) for one in folders]
+    for model, tokenizer in zip(models, tokenizers, strict=True):
+        model(**tokenizer(PROMPTS[0], return_tensors="pt"))
     memory = Memory()
     conditioned = [
         byte_sampling.ByteConditioning(model, tokenizer)
@@ -71,22 +77,37 @@ def measure(job: Job) -> list[Row]:
         )
         return sum(len(tokenizers[0].tokenize(one)) for one in written) / len(written)
 
-    mixed = Mixed(byte_sampling, conditioned)
-    rows: dict[str, Row] = {
-        name: {"system": SYSTEM, "name": name} for name in ("mix", "product", *job.pair.split("+"))
-    }
-    attempt(rows["mix"], "speed", lambda: speed(job, write, memory))
-    _texts(job, mixed, rows)
-    _choices(job, mixed, rows)
-    return list(rows.values())
+    letters = job.pair.split("+")
+    rows: list[Row] = []
+    for begin, names in (
+        ([[one.bos] for one in conditioned], ["mix, after BOS"]),
+        ([tokenizer("").input_ids for tokenizer in tokenizers], ["mix", "product", *letters]),
+    ):
+        mixed = Mixed(byte_sampling, conditioned, begin)
+        own: list[Row] = [{"system": SYSTEM, "name": name} for name in names]
+        if not rows:  # as the package itself begins
+            attempt(own[0], "speed", lambda: speed(job, write, memory))
+            attempt(own[0], "equality", lambda mixed=mixed: mixed.check(texts(job)[0]))
+        _texts(job, mixed, own)
+        _choices(job, mixed, own)
+        rows += own
+    return rows
 
 
 class Mixed:
-    """Some models' exact distributions of bytes, alone and mixed."""
+    """Some models' exact distributions of bytes, alone and mixed.
 
-    def __init__(self, package: Any, conditioned: Sequence[Any]) -> None:
+    `begin` has the tokens that each model reads before every text.
+    """
+
+    def __init__(self, package: Any, conditioned: Sequence[Any], begin: Sequence[list[int]]) -> None:
         self._package = package
         self._conditioned = conditioned
+        self._begin = begin
+
+    def _alone(self, context: str, after: Sequence[str]) -> list[torch.Tensor]:
+        pairs = zip(self._conditioned, self._begin, strict=True)
+        return [torch.log_softmax(_at_once(*one, context, after).double(), -1) for one in pairs]
 
     def distributions(self, context: str, after: Sequence[str]) -> list[list[torch.Tensor]]:
         """Log-probabilities of each byte of texts that follow one context.
@@ -94,9 +115,7 @@ class Mixed:
         Returns:
             For each text the log-probabilities float32 [bytes] of: the mixture, the product, each model.
         """
-        alone = [
-            torch.log_softmax(_at_once(one, context, after).double(), -1) for one in self._conditioned
-        ]
+        alone = self._alone(context, after)
         each = [self._fused(mode, alone) for mode in ("mix", "product")] + alone
         found, begin = [], 0
         for text in after:
@@ -123,18 +142,17 @@ class Mixed:
         ensemble.bss = [SimpleNamespace(get_dists=lambda one=one: one) for one in alone]
         return ensemble.get_dists()
 
-    def check(self, context: str, text: str) -> float:
-        """The largest difference, in nats, between all at once and one by one, on the text's first bytes.
+    def check(self, text: Text) -> float:
+        """The largest difference, in nats, between all at once and one by one, on a text's first bytes.
+
+        One by one, the models begin with their BOS token: so this is for such a mixture alone.
 
         Raises:
             RuntimeError: it is too large.
         """
-        start = text.encode()[:COMPARED].decode(errors="ignore")
-        slow = self.one_by_one(context, start)
-        fast = self._fused(
-            "mix",
-            [torch.log_softmax(_at_once(one, context, [start]).double(), -1) for one in self._conditioned],
-        )
+        start = text.scored.encode()[:COMPARED].decode(errors="ignore")
+        slow = self.one_by_one(text.context, start)
+        fast = self._fused("mix", self._alone(text.context, [start]))
         counts = slow > math.log(1e-4)
         difference = float((slow - fast)[counts].abs().max())
         if difference > TOLERANCE:
@@ -142,11 +160,13 @@ class Mixed:
         return difference
 
 
-def _at_once(conditioned: Any, context: str, after: Sequence[str]) -> torch.Tensor:
+def _at_once(conditioned: Any, begin: list[int], context: str, after: Sequence[str]) -> torch.Tensor:
     """The unnormalised distributions [all bytes, 257] before each byte of texts that follow the context."""
     asked, lengths, trunk_lengths = [], [], []
     for text in after:
         sampler = conditioned.get_bytewise_sampler(1)
+        sampler.trunks, size = [list(begin)], sum(len(conditioned.vrev_all[token]) for token in begin)
+        sampler.lens, sampler.trunk_lens = [size], [size]
         sampler.add_context([context])
         for byte in text.encode():
             branches = sampler.sbps[0].eval_tree(inclusive=True, filter_tensors=False)
@@ -186,17 +206,12 @@ def _part(branches: dict[Any, Any], read: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _texts(job: Job, mixed: Mixed, rows: dict[str, Row]) -> None:
-    def one_text() -> float:
-        first = texts(job)[0]
-        return mixed.check(first.context, first.scored)
-
-    attempt(rows["mix"], "equality", one_text)
-    for row in rows.values():
+def _texts(job: Job, mixed: Mixed, rows: Sequence[Row]) -> None:
+    for row in rows:
         row["texts"] = []
     for text in texts(job):
         (found,) = mixed.distributions(text.context, [text.scored])
-        for row, each in zip(rows.values(), found, strict=True):
+        for row, each in zip(rows, found, strict=False):  # of the first one only, where there is one row
             bits = (-each / math.log(2)).split(BLOCK)
             row["texts"].append(
                 {
@@ -207,11 +222,11 @@ def _texts(job: Job, mixed: Mixed, rows: dict[str, Row]) -> None:
             )
 
 
-def _choices(job: Job, mixed: Mixed, rows: dict[str, Row]) -> None:
+def _choices(job: Job, mixed: Mixed, rows: Sequence[Row]) -> None:
     found: list[list[Any]] = [[] for _ in rows]
     for question in questions(job):
         of_choices = mixed.distributions(question.prompt, question.choices)
-        for values, each in zip(found, zip(*of_choices, strict=True), strict=True):
+        for values, each in zip(found, zip(*of_choices, strict=True), strict=False):
             values.append((question, [float(one.sum()) for one in each]))
-    for row, values in zip(rows.values(), found, strict=True):
+    for row, values in zip(rows, found, strict=True):
         row["choices"] = choices_right(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from common import PROMPTS
 from compare_setup import configurations, letters_of, load
 from peers_setup import (
     BLOCK,
@@ -31,12 +32,13 @@ def measure(job: Job) -> list[Row]:
     """A row for each member alone and for each fuser."""
     members = load([job.pair])
     letters = letters_of(job.pair)
-    names = dict.fromkeys(letters)
+    for member in members.values():
+        Ensemble([member], fuser="single").generate(PROMPTS[0], max_new_tokens=1)
     rows: dict[str, Row] = {}
     for method in METHODS:
         memory = Memory()
         made = configurations({one: members[one] for one in letters}, [job.pair], [method])
-        name = next(one for one in made if one not in names)
+        name = next(one for one in made if one not in members)
         row = rows[name] = {"system": "deepen-ext", "name": name.partition(" ")[2]}
         attempt(row, "speed", lambda made=made, name=name, memory=memory: _speed(job, made[name], memory))
         del made

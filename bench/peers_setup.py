@@ -11,6 +11,7 @@ import gc
 import importlib
 import inspect
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -99,12 +100,16 @@ def texts(job: Job) -> list[Text]:
         passages = _code() if kind == "code" else _items(job.data, kind)
         long_enough = (one for one in _joined(passages, job.context + job.scored))
         for passage in itertools.islice(long_enough, job.texts):
-            # Before the last space that a word follows: no tokenizer has a token across it.
-            cut = passage.rindex(" ", 0, job.context)
-            while not passage[cut + 1].isalnum() or passage[cut - 1].isspace():
-                cut = passage.rindex(" ", 0, cut)
-            found.append(Text(kind, passage[:cut], passage[cut:]))
+            begin = _between_words(passage, job.context)
+            end = _between_words(passage, len(passage))
+            found.append(Text(kind, passage[:begin], passage[begin:end]))
     return found
+
+
+def _between_words(text: str, before: int) -> int:
+    """Place of the last space that stands between words: no tokenizer has a token across it."""
+    places = [one.start() for one in re.finditer(r"(?<=\S) (?=\w)", text[:before])]
+    return places[-1]
 
 
 def _joined(passages: Iterable[str], characters: int) -> Iterable[str]:
@@ -173,7 +178,10 @@ def error_line(error: BaseException) -> str:
 
 
 class Memory:
-    """Resident set beyond the loaded models: at its peak, in MB."""
+    """Peak of the resident set beyond the models, in MB.
+
+    Each model has to have run once before: weights are mapped from files, and resident when they are read.
+    """
 
     def __init__(self) -> None:
         gc.collect()

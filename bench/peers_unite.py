@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from boundary import Reading
+from common import PROMPTS
 from compare_setup import letters_of, load
 from peers_setup import Job, Memory, Row, attempt, questions, speed, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -54,6 +55,7 @@ def measure(job: Job) -> list[Row]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model(**tokenizer(PROMPTS[0], return_tensors="pt"))
         for what, value in {
             "tokenizer": tokenizer,
             "model": model,
