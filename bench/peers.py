@@ -10,10 +10,13 @@ PYTHONPATH=DIR.
 On each pair, in one process for each program:
 
 - bits a byte of dev texts (GSM8K, ARC-Challenge, Python code), under teacher forcing;
-- questions of ARC-Challenge's dev split, by the likelihood of the choices after "Question: ...\\nAnswer:", and,
-  as UniTE asks, by the next token, which has to be the letter;
+- questions of ARC-Challenge's dev split, by the likelihood of the choices after "Question: ...\\nAnswer:";
+  and, as UniTE asks, by the next token, which has to be the letter;
 - milliseconds a token, one prompt at a time and several side by side, the reading of the prompt included;
 - the peak of the resident set while writing one prompt, beyond the loaded models. Linux with glibc only.
+
+GSM8K's questions are not here: UniTE reads the whole text again for each token, byte-sampler runs each model
+for each byte, and twenty worked solutions would take most of an hour (an estimate).
 
 What does not run is in the results, with the last line of its error. Writes
 bench/results/peers/<machine>.json. Run it while nothing else runs; about 12 minutes on two cores.
@@ -37,6 +40,7 @@ from common import ROOT, environment, machine_name, write_json
 
 RESULTS = ROOT / "bench" / "results" / "peers"
 PAIRS = ("S+Q", "S+G")
+SIZES = ("items", "letters", "texts", "tokens", "prompts", "batch")
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
             parser.add_argument(one.option, dest=one.name, type=Path, help=f"a checkout of {one.repository}")
     parser.add_argument("--pairs", nargs="+", default=PAIRS, help="main model first; default: %(default)s")
     parser.add_argument("--items", type=int, default=100, help="questions, default: %(default)s")
+    parser.add_argument("--letters", type=int, default=50, help="of them by letter, default: %(default)s")
     parser.add_argument("--texts", type=int, default=1, help="of each kind, default: %(default)s")
     parser.add_argument("--tokens", type=int, default=16, help="written for a prompt, default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=3, help="one at a time, default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=2, help="one at a time, default: %(default)s")
     parser.add_argument("--batch", type=int, default=4, help="prompts side by side, default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
     parser.add_argument("--output", type=Path, help="file; default: bench/results/peers/<machine>.json")
@@ -103,7 +108,8 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     if len(checkouts) == 1:
         parser.error("no peer to measure; give --byte-sampler, --unite or both")
     if options.quick:
-        options.items, options.texts, options.tokens, options.prompts, options.batch = 2, 1, 3, 1, 2
+        options.items, options.letters, options.texts = 2, 2, 1
+        options.tokens, options.prompts, options.batch = 3, 1, 2
     return options, checkouts
 
 
@@ -111,8 +117,8 @@ def main() -> None:
     options, checkouts = parse()
     found = environment()
     output = options.output or RESULTS / f"{machine_name(found)}.json"
-    sizes = {one: getattr(options, one) for one in ("items", "texts", "tokens", "prompts", "batch")}
-    sizes |= {"context": 500, "scored": 60 if options.quick else 500}
+    sizes = {one: getattr(options, one) for one in SIZES}
+    sizes |= {"context": 400, "scored": 80 if options.quick else 400}
     pairs: dict[str, list[dict[str, Any]]] = {pair: [] for pair in options.pairs}
     seconds: dict[str, float] = {}
     result: dict[str, Any] = {

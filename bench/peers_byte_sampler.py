@@ -85,11 +85,12 @@ def measure(job: Job) -> list[Row]:
     ):
         mixed = Mixed(byte_sampling, conditioned, begin)
         own: list[Row] = [{"system": SYSTEM, "name": name} for name in names]
-        if not rows:  # as the package itself begins
+        if not rows:  # as the package itself begins; its answers would take two minutes more
             attempt(own[0], "speed", lambda: speed(job, write, memory))
             attempt(own[0], "equality", lambda mixed=mixed: mixed.check(texts(job)[0]))
+        else:
+            _choices(job, mixed, own)
         _texts(job, mixed, own)
-        _choices(job, mixed, own)
         rows += own
     return rows
 
@@ -201,8 +202,7 @@ def _graft(tree: dict[Any, Any], branches: dict[Any, Any]) -> None:
 
 def _part(branches: dict[Any, Any], read: dict[Any, Any]) -> dict[Any, Any]:
     return {
-        token: read[None] if token is None else _part(below, read[token])
-        for token, below in branches.items()
+        token: read[None] if token is None else _part(below, read[token]) for token, below in branches.items()
     }
 
 

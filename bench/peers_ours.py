@@ -109,7 +109,7 @@ def _letters(job: Job, ensembles: Mapping[str, Ensemble], rows: Mapping[str, Row
     """Whether the most probable next token is the right letter."""
     for row in rows.values():
         row["letters"] = {"right": []}
-    for question in questions(job):
+    for question in questions(job)[: job.letters]:
         answer = f" {LETTERS[question.gold]}"
         with TextReading(_members(ensembles), question.letters_prompt, answer) as reading:
             for name, ensemble in ensembles.items():

@@ -40,7 +40,8 @@ class Job:
     Attributes:
         pair: letters, the main model first.
         checkout: of the peer; None for us.
-        items: questions of ARC-Challenge's dev split.
+        items: questions of ARC-Challenge's dev split, by the likelihood of their choices.
+        letters: how many of them are asked for the letter too.
         texts: of each kind.
         context, scored: characters of a text that are read only, and that are scored.
         tokens: of the main model, written for each prompt.
@@ -52,6 +53,7 @@ class Job:
     data: Path
     checkout: Path | None
     items: int
+    letters: int
     texts: int
     context: int
     scored: int

@@ -111,7 +111,7 @@ def decode(unite2: Any, batches: Sequence[tuple[list[str], list[str]]], tokens: 
 
 def _letters(job: Job, unite2: Any) -> dict[str, list[int]]:
     """Its own way of asking ARC-Challenge: one token, which has to be the letter."""
-    asked = questions(job)
+    asked = questions(job)[: job.letters]
     batches = [unite2.arc_collate_fn([one.fields]) for one in asked]
     prompts = [prompt for batch, _ in batches for prompt in batch]
     assert prompts == [one.letters_prompt for one in asked], "UniTE's prompt is another one than ours"
@@ -150,7 +150,7 @@ def _texts(job: Job, unite2: Any) -> list[dict[str, Any]]:
 
 
 def _step(unite2: Any, one: torch.Tensor, other: torch.Tensor, token: int) -> tuple[float, int]:
-    """One step of its loop on logits [1, V] of both: the probability of a token of the main model, its choice."""
+    """One step of its loop on logits [1, V] of both: a main token's probability, and the token it chooses."""
     tops = []
     for logits, tokenizer in ((one, unite2.tokenizer1), (other, unite2.tokenizer2)):
         tops.append(unite2.get_top_k_tokens(SimpleNamespace(logits=[logits]), tokenizer, TOP))
