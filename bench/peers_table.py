@@ -135,8 +135,8 @@ def _errors(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         for part, error in {**row.get("errors", {}), **row.get("speed", {}).get("errors", {})}.items():
-            what = "does not run here" if part == "all" else f"{part}: does not run here"
-            lines.append(f"- {row['system']}{', ' if part != 'all' else ''}{what}: `{error}`")
+            what = row["system"] if part == "all" else f"{row['system']}, {part}:"
+            lines.append(f"- {what} does not run here: `{error}`")
     return lines
 
 

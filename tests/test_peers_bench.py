@@ -34,7 +34,8 @@ def data(tmp_path: Path) -> Path:
     for name, rows in {"arc_challenge": arc, "gsm8k": gsm8k}.items():
         (tmp_path / name).mkdir()
         lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-        (tmp_path / name / "dev.jsonl").write_text(lines, encoding="utf-8")
+        for file in ("dev.jsonl", "demos.jsonl"):
+            (tmp_path / name / file).write_text(lines, encoding="utf-8")
     return tmp_path
 
 
