@@ -2,7 +2,8 @@
 
 Its samplers give the exact distribution of the next byte of each model, whatever tokens the text could be
 made of, and its ensembles mix these. It is written for transformers 4: `DynamicCache` had the lists
-`key_cache` and `value_cache` then, and `_old_caches` gives them back. Nothing else is changed.
+`key_cache` and `value_cache` then, and `_old_caches` gives them back. Nothing else is changed. It reads
+byte-level BPE vocabularies; Gemma's SentencePiece tokens are refused with KeyError: '▁'.
 
 Its samplers read a BOS token before every text, which our members read only where their tokenizer puts one
 there. A row "after BOS" has it, the others begin as ours do.
