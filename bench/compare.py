@@ -54,6 +54,12 @@ def main() -> None:
     parser.add_argument("--votes", type=int, default=1, help="sampled answers an item; the majority counts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the weights in transformers")
+    parser.add_argument(
+        "--singles",
+        choices=("with", "only", "without"),
+        default="with",
+        help="the members alone; to share work out over machines: some run these only, others none of them",
+    )
     parser.add_argument("--environment", type=Path, help="JSON of the machine that ran; default: this one")
     parser.add_argument(
         "--one-by-one", action="store_true", help="a configuration over all items, then the next one"
@@ -80,7 +86,10 @@ def main() -> None:
         return
     deadline = Deadline(options)
     members = load(options.ensembles, device=options.device, dtype=options.dtype)
-    ensembles = configurations(members, options.ensembles, options.methods)
+    methods = () if options.singles == "only" else options.methods
+    ensembles = configurations(members, options.ensembles, methods)
+    if options.singles == "without":
+        ensembles = {name: one for name, one in ensembles.items() if name not in members}
     rounds = [{name: one} for name, one in ensembles.items()] if options.one_by_one else [ensembles]
     for task in tasks:
         if deadline.passed():
