@@ -2,7 +2,7 @@
 
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
 command line names it, with changes after ``@``: ``deepen`` (the package's defaults), ``deepen:bytes``,
-``average@prompt`` (weights from the prompt), ``average@prompt@sharpness=32``, ``deepen:bytes@main=0.7`` (the
+``average@prompt`` (weights from the prompt), ``average@prompt@sharpness=0.2``, ``deepen:bytes@main=0.7`` (the
 main model's weight; assistants share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate,
 temperature of the similarity rows), ``average@confidence=1`` (members count more where they are sure),
 ``average@margin``, ``average@consistency``, ``average@disagreement`` (other rules of weighing).
@@ -36,7 +36,7 @@ METHODS = (
     *("deepen", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
     *("average", "union-topk", "union-vocab", "product", "consistent@consistency"),
     *("deepen@prompt", "union-vocab@prompt", "union-vocab@confidence=1", "union-vocab@margin"),
-    *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt@sharpness=64"),
+    *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt"),
 )
 _DEFAULTS = FusionSettings()
 DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")

@@ -23,16 +23,16 @@ class TestPromptScore:
     def test_counts_from_the_end_and_cuts_tokens(self) -> None:
         score = PromptScore([4, 2, 6], [-8.0, -1.0, -3.0])
         assert score.nbytes == 12
-        assert score.nats_per_byte(12) == pytest.approx(12 / 12)
-        assert score.nats_per_byte(8) == pytest.approx(4 / 8)
-        assert score.nats_per_byte(3) == pytest.approx(1.5 / 3)
-        assert score.nats_per_byte(10) == pytest.approx((3 + 1 + 4) / 10)
+        assert score.nats(12) == pytest.approx(12)
+        assert score.nats(8) == pytest.approx(4)
+        assert score.nats(3) == pytest.approx(1.5)
+        assert score.nats(10) == pytest.approx(3 + 1 + 4)
 
 
 class TestPromptWeights:
     def test_better_readers_weigh_more(self) -> None:
         good, bad = PromptScore([10], [-5.0]), PromptScore([5, 5], [-5.0, -5.0])
-        weights = prompt_weights([good, bad], [0.5, 0.5], sharpness=2.0)
+        weights = prompt_weights([good, bad], [0.5, 0.5], sharpness=0.2)
         assert weights == pytest.approx([1 / (1 + math.exp(-1)), 1 - 1 / (1 + math.exp(-1))])
         assert prompt_weights([good, bad], [0.2, 0.8], sharpness=0) == pytest.approx([0.2, 0.8])
         assert sum(prompt_weights([good, bad, bad], [0.2, 0.4, 0.4], 8.0)) == pytest.approx(1)

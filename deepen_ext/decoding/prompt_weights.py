@@ -27,7 +27,7 @@ class PromptScore:
         """Bytes scored, counted from the prompt's end."""
         return sum(self.sizes)
 
-    def nats_per_byte(self, nbytes: int) -> float:
+    def nats(self, nbytes: int) -> float:
         """Negative log-likelihood of the last `nbytes` bytes; a token cut by their begin counts in part."""
         left, total = nbytes, 0.0
         for size, logprob in zip(reversed(self.sizes), reversed(self.logprobs), strict=True):
@@ -35,26 +35,28 @@ class PromptScore:
                 break
             total -= logprob * (min(size, left) / size if size else 1.0)
             left -= size
-        return total / nbytes
+        return total
 
 
 def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], sharpness: float) -> list[float]:
     """Weights from how well each member reads the prompt, over the bytes that all of them have scored.
 
-        w_i = lambda_i exp(-sharpness n_i) / sum,    n_i the member's nats a byte
+        w_i = lambda_i exp(-sharpness N_i) / sum,    N_i the member's nats on those bytes
 
-    PackLLM (Mavromatis et al., arXiv 2404.11531) has the idea; it weighs by perplexity a token, which
-    depends on the vocabulary. A prompt too short to tell leaves the weights as they are.
+    It is the posterior of "member i writes this prompt", tempered: with a sharpness of 1 a short prompt would
+    already settle it, because neighbouring tokens are not independent evidence. A long prompt, such as one
+    with worked examples, decides who counts; a question of one line hardly does. PackLLM (Mavromatis et al.,
+    arXiv 2404.11531) has the idea; it weighs by perplexity a token, which depends on the vocabulary.
 
     Args:
         scores: of each member.
         weights: lambda_i, what the members start from.
-        sharpness: 0 leaves the weights as they are.
+        sharpness: for each nat; 0 leaves the weights as they are.
     """
     shared = min(one.nbytes for one in scores)
     if shared == 0:
         return list(weights)
-    nats = [one.nats_per_byte(shared) for one in scores]
+    nats = [one.nats(shared) for one in scores]
     best = min(nats)
     raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
     total = math.fsum(raised)

@@ -23,7 +23,7 @@ from deepen_ext.space.recipes import (
     check_temperature,
 )
 
-SHARPNESS = 8.0  # chosen on dev texts, see docs/results.md
+SHARPNESS = 1 / 16  # chosen on dev splits, see docs/results.md
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]
@@ -39,8 +39,8 @@ class FusionSettings:
     Attributes:
         weights: lambda_i, one for each member, summing to 1. None: equal weights. "prompt": found for each
             prompt, from how well each member reads it (see `prompt_weights`).
-        sharpness: of weights="prompt", 0 to 1000: how much more a member counts for each nat a byte by which
-            it reads the prompt better.
+        sharpness: of weights="prompt", 0 to 10: how much more a member counts for each nat by which it reads
+            the prompt better.
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
             only) or "single" (the main model alone: one member is enough, and others are not used). Or a
             function of your own (see `FunctionFuser`).
@@ -69,7 +69,7 @@ class FusionSettings:
 
     # "preset": a preset file may have the setting, with a value such as this.
     weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
-    sharpness: float = field(default=SHARPNESS, metadata={"preset": 32.0})
+    sharpness: float = field(default=SHARPNESS, metadata={"preset": 0.125})
     fuser: str | FuseFunction = field(default="deepen", metadata={"preset": "deepen"})
     recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
     learning_rate: float = field(default=DEFAULT_LEARNING_RATE, metadata={"preset": 0.25})
@@ -95,7 +95,7 @@ class FusionSettings:
         if self.relative_temperature is not None:
             check_temperature("relative_temperature", self.relative_temperature)
         real_number("margin", self.margin, "0 to 1", lambda x: 0 <= x <= 1)
-        real_number("sharpness", self.sharpness, "0 to 1000", lambda x: 0 <= x <= 1000)
+        real_number("sharpness", self.sharpness, "0 to 10", lambda x: 0 <= x <= 10)
         real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
         check_weighing(self.weighing, self.confidence, self.gate)
         whole_number("candidates", self.candidates, 1)
