@@ -38,7 +38,7 @@ METHODS = (
     *("deepen@prompt", "union-vocab@prompt", "union-vocab@confidence=1", "union-vocab@margin"),
     *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt"),
 )
-_DEFAULTS = FusionSettings()
+_DEFAULTS = FusionSettings().resolved(logits=True)
 DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
 _NUMBERS = {
     "eta": "learning_rate",
