@@ -1,7 +1,7 @@
 """What the comparisons share: the four embedded models, the ensembles of them, and the ways of fusing.
 
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
-command line names it, with changes after ``@``: ``deepen`` (the package's defaults), ``deepen:bytes``,
+command line names it, with changes after ``@``: ``default`` (the package's), ``deepen:bytes``,
 ``average@prompt`` (weights from the prompt), ``average@prompt@sharpness=0.2``, ``deepen:bytes@main=0.7`` (the
 main model's weight; assistants share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate,
 temperature of the similarity rows), ``average@confidence=1`` (members count more where they are sure),
@@ -33,12 +33,12 @@ MODELS = {
 }
 ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "S+Q", "G+Q", "Q+G+S", "G+S+Q", "S+G+Q")
 METHODS = (
-    *("deepen", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
+    *("default", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
     *("average", "union-topk", "union-vocab", "product", "consistent@consistency"),
     *("deepen@prompt", "union-vocab@prompt", "union-vocab@confidence=1", "union-vocab@margin"),
     *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt"),
 )
-_DEFAULTS = FusionSettings()
+_DEFAULTS = FusionSettings().resolved(logits=True)
 DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
 _NUMBERS = {
     "eta": "learning_rate",
@@ -70,7 +70,7 @@ def parse_method(spec: str) -> Method:
     Raises:
         InputError: no such fuser or change.
     """
-    spec = DEFAULT if spec == "deepen" else spec
+    spec = DEFAULT if spec == "default" else spec
     name, *changes = spec.split("@")
     fuser, recipe = parse_fuser(name, _DEFAULTS.recipe)
     settings: dict[str, Any] = {"fuser": fuser, "recipe": recipe, "weights": None}

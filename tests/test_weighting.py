@@ -47,6 +47,23 @@ class TestPromptWeights:
 
 
 class TestReadPrompts:
+    def test_what_prompts_begin_with_alike_is_scored_once(self, tiny_smollm2: Member) -> None:
+        """And gives each of them the same scores as by itself."""
+        demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 12
+        texts = [demos + end for end in ("Question: 7 + 1?\nAnswer:", "Question: Who?\nAnswer:", "")] + [CODE]
+        prompts = dict(enumerate(map(tiny_smollm2.vocabulary.encode, texts)))
+        with open_session(tiny_smollm2, len(texts)) as session:
+            together = read_prompts(session, tiny_smollm2, prompts)
+            fed = session.tokens_fed
+        alone = 0
+        for lane, ids in prompts.items():
+            with open_session(tiny_smollm2, 1) as session:
+                one = read_prompts(session, tiny_smollm2, {0: ids})[0]
+                alone += session.tokens_fed
+            assert together[lane].sizes == one.sizes
+            assert together[lane].logprobs == pytest.approx(one.logprobs, abs=1e-4)
+        assert fed < alone / 2
+
     def test_scores_are_those_of_a_plain_forward(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         for member in (tiny_smollm2, tiny_gemma):
             vocabulary = member.vocabulary
@@ -87,7 +104,7 @@ class TestEnsemble:
         assert len(used[0]) == len(used[1]) == 2
         assert abs(used[0][0] - used[1][0]) > 0.02
         for row, prompt in enumerate([CODE, FRENCH]):
-            fixed = weighed.variant(weights=used[row])
+            fixed = weighed.variant(fuser="follow", weights=used[row])
             assert fixed.generate(prompt, max_new_tokens=6).text == batch[row].text
 
     def test_shared_forwards_change_nothing(self, weighed: Ensemble) -> None:

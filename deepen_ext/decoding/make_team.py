@@ -26,6 +26,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     Raises:
         InputError: see `Ensemble`.
     """
+    settings = settings.resolved(all(one.backend.capabilities.logits for one in members))
     weights = team_weights(settings, len(members))
     members = members[: len(weights)]
     for member in members:
@@ -62,6 +63,7 @@ def team_weights(settings: FusionSettings, members: int, advice: str = "") -> li
     Raises:
         InputError: an unknown fuser, too few members for it, or weights that do not go with them.
     """
+    settings = settings.resolved(logits=True)
     fewest = fuser_class(settings.fuser).fewest_members
     if members < fewest:
         raise InputError(f"an ensemble needs two or more members, not {members}{advice}")

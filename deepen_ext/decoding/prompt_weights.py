@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from deepen_ext.members.asking import common_prefix
 from deepen_ext.members.backend import Session, require
-from deepen_ext.members.distribution import forbid
+from deepen_ext.members.distribution import Distribution, forbid
 from deepen_ext.members.member import Member
 
+_SHARED = 16  # tokens that two prompts begin with alike, from which on they are scored once
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
 
@@ -81,19 +83,46 @@ def read_prompts(
     require(member.backend, "logits", "weights='prompt'")
     starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
     heads = {lane: prompts[lane][:start] for lane, start in starts.items() if start}
-    scores = {}
+    scores: dict[int, PromptScore] = {}
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
-    for lane, ids in prompts.items():
-        start, logprobs = starts[lane], []
-        unwritable = member.unwritable(ids)  # but for the special tokens that the prompt has
-        for block in session.read(lane, ids, start, 1):
-            following = torch.tensor(ids[start + 1 : start + 1 + len(block)])
-            known = block.scores()[: len(following)].float()
-            picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
-            known = forbid(known, unwritable)
-            logprobs += (picked - known.logsumexp(-1)).tolist()
-            start += len(block)
-        sizes = [len(member.vocabulary.bytes_of(token)) for token in ids[starts[lane] + 1 :]]
-        scores[lane] = PromptScore(sizes, logprobs)
-    return scores
+    before: _Scored | None = None
+    for lane in sorted(prompts, key=lambda lane: starts[lane]):
+        now = _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
+        start = now.take_over(before)
+        if start > now.start:  # the lane takes another one's states, where the session can do that
+            session.ask({lane: now.ids[: start + 1]}, 1).wait()
+        for block in session.read(lane, now.ids, start, 1):
+            now.score(block)
+        sizes = [len(member.vocabulary.bytes_of(token)) for token in now.ids[now.start + 1 :]]
+        scores[lane] = PromptScore(sizes, now.logprobs)
+        before = now
+    return {lane: scores[lane] for lane in prompts}
+
+
+@dataclass
+class _Scored:
+    """A prompt's ids, and the log-probabilities of those after `start`, as far as they are found."""
+
+    ids: list[int]
+    start: int
+    unwritable: torch.Tensor  # but for the special tokens that the prompt has
+    logprobs: list[float]
+
+    def take_over(self, other: _Scored | None) -> int:
+        """What another prompt that begins alike has found; where to read on."""
+        if other is None or other.start > self.start or not torch.equal(other.unwritable, self.unwritable):
+            return self.start
+        common = common_prefix(self.ids, other.ids)
+        if common - self.start < _SHARED:
+            return self.start
+        self.logprobs = other.logprobs[self.start - other.start : common - 1 - other.start]
+        return common - 1
+
+    def score(self, block: Distribution) -> None:
+        """Go on with the next distributions."""
+        at = self.start + 1 + len(self.logprobs)
+        following = torch.tensor(self.ids[at : at + len(block)])
+        known = block.scores()[: len(following)].float()
+        picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
+        self.logprobs += (picked - forbid(known, self.unwritable).logsumexp(-1)).tolist()

@@ -43,7 +43,7 @@ class FusionSettings:
             the prompt better.
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
             only) or "single" (the main model alone: one member is enough, and others are not used). Or a
-            function of your own (see `FunctionFuser`).
+            function of your own (see `FunctionFuser`). "auto": see `resolved`.
         recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
         learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
@@ -70,7 +70,7 @@ class FusionSettings:
     # "preset": a preset file may have the setting, with a value such as this.
     weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
     sharpness: float = field(default=SHARPNESS, metadata={"preset": 0.125})
-    fuser: str | FuseFunction = field(default="deepen", metadata={"preset": "deepen"})
+    fuser: str | FuseFunction = field(default="auto", metadata={"preset": "deepen"})
     recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
     learning_rate: float = field(default=DEFAULT_LEARNING_RATE, metadata={"preset": 0.25})
     relative_temperature: float | None = field(default=None, metadata={"preset": 40.0})
@@ -113,6 +113,22 @@ class FusionSettings:
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
             raise InputError(f"{', '.join(unknown)}: no setting of an ensemble; {advice}")
         return replace(self, **given)
+
+    def resolved(self, logits: bool) -> FusionSettings:
+        """The same with "auto" made a fuser.
+
+        Without weights, and where all members give logits: "follow", with weights from the prompt. So a text
+        follows the member that reads its prompt best, and members that read it alike are fused alike. Where
+        weights are given, or a member has its most probable tokens alone: "deepen".
+
+        Args:
+            logits: whether all members give full logits.
+        """
+        if self.fuser != "auto":
+            return self
+        if logits and (self.weights is None or self.weights == "prompt"):
+            return replace(self, fuser="follow", weights="prompt")
+        return replace(self, fuser="deepen")
 
     @property
     def weighs_prompts(self) -> bool:
