@@ -27,7 +27,6 @@ from results_format import (
     by_ensemble,
     ensemble_name,
     error_of,
-    method_name,
     of_all,
 )
 from results_plots import Dot, Group, Row, column, dot_plot
@@ -95,7 +94,7 @@ def gains_plot(found: Results) -> str:
     for ensemble, methods in by_ensemble(of_all(one.scores for one in measures), DEFAULT).items():
         rows = [
             Row(
-                method_name(method) + (" (default)" if method == DEFAULT else ""),
+                "default" if method == DEFAULT else f"earlier default, {method}",
                 [_points_dot(one.scores.get(own["name"])) for one in measures],
                 method == DEFAULT,
             )

@@ -34,6 +34,9 @@ def verdict(results: Results) -> str:
     lines = [_verdict(results.tests, DEFAULT, "The default")]
     if DEFAULT != EARLIER:
         lines.append(_verdict(results.tests, EARLIER, "The earlier default"))
+        without = [one.title for one in results.tests if not one.has_default]
+        if without:
+            lines.append(f"The default was not run on {'; '.join(without)}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -83,7 +86,10 @@ def gains(results: Results) -> str:
 
 def rules(results: Results) -> str:
     """A row for each rule: mean points over the ensembles, and how many are better and worse."""
-    measures = results.main()
+    return _rules(results.main()) or "Not measured yet."
+
+
+def _rules(measures: Sequence[Measure]) -> str:
     methods = {own["method"] for one in measures for own in one.scores.values()} - {"single"}
     rows = []
     for method in sorted(methods, key=lambda one: method_place(one, DEFAULT)):
@@ -96,7 +102,7 @@ def rules(results: Results) -> str:
             cells.append(f"{signed(mean, 1)} ({counts})" if found else "")
         if any(cells):
             rows.append([_named(method), *cells])
-    return table(["rule", *(one.title for one in measures)], rows) if rows else "Not measured yet."
+    return table(["rule", *(one.title for one in measures)], rows) if rows else ""
 
 
 def _named(method: str) -> str:
@@ -122,8 +128,11 @@ def everything(results: Results) -> str:
 
 
 def dev(results: Results) -> str:
-    """The same on dev splits."""
-    return folded("The dev splits", _everything(results.dev)) if results.dev else "Not measured yet."
+    """The rules on dev splits, and all ensembles there."""
+    if not results.dev:
+        return "Not measured yet."
+    whole = folded("Every ensemble, every rule, every dev split", _everything(results.dev))
+    return "\n\n".join(filter(None, (_rules(results.dev), whole)))
 
 
 def _everything(measures: Sequence[Measure]) -> str:
@@ -307,22 +316,28 @@ def missing(results: Results) -> str:
     ensembles = {own["ensemble"] for own in fused}
     methods = {own["method"] for own in fused}
     lines = []
-    for one in {id(one.result): one for one in (*results.tests, *results.votes)}.values():
+    for one in _a_file_each((*results.tests, *results.votes)):
         own = [each for each in one.scores.values() if each["method"] != "single"]
         parts = [
             _absent("ensembles", {each["ensemble"] for each in own}, ensembles, ensemble_name),
             _absent("rules", {each["method"] for each in own}, methods, method_name),
         ]
         few = [_whole_name(each) for each in one.scores.values() if each["n"] < one.result["items"]]
-        parts.append(f"fewer than {one.result['items']} items: {_some(few)}" if few else "")
+        named = ", everywhere" if len(few) == len(one.scores) else f": {_some(few)}"
+        parts.append(f"some of its {one.result['items']} items{named}" if few else "")
         gaps = len({each["ensemble"] for each in own}) * len({each["method"] for each in own}) - len(own)
-        parts.append(f"{gaps} pairs of the ensembles and rules that it has" if gaps else "")
+        parts.append(f"{gaps} of the pairs of its ensembles and rules" if gaps else "")
         unpaired = [_whole_name(each) for each in own if each["against_best_single"] is None]
         parts.append(f"a member alone to compare with: {_some(unpaired)}" if unpaired else "")
         if any(parts):
-            title = one.title.removesuffix(", acc")
-            lines.append(f"- {title}: {'; '.join(part for part in parts if part)}.")
+            lines.append(f"- {one.title}: {'; '.join(part for part in parts if part)}.")
     return folded("What each task's results lack", "\n".join(lines)) if lines else "Nothing is missing."
+
+
+def _a_file_each(measures: Sequence[Measure]) -> list[Measure]:
+    """The first measure of each file."""
+    files = [id(one.result) for one in measures]
+    return [one for place, one in enumerate(measures) if files.index(id(one.result)) == place]
 
 
 def _absent(what: str, own: set[str], known: set[str], name: Callable[[str], str]) -> str:
@@ -330,7 +345,7 @@ def _absent(what: str, own: set[str], known: set[str], name: Callable[[str], str
     if not absent:
         return ""
     if len(own) < len(absent):
-        return f"{what} but {_some([name(one) for one in sorted(own)])}"
+        return f"all {what} but {_some([name(one) for one in sorted(own)])}"
     return f"{what}: {_some([name(one) for one in absent])}"
 
 

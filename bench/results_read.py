@@ -101,7 +101,7 @@ def _measures(machine: str, result: Result) -> Iterator[Measure]:
     name, scores = TASKS[result["task"]], result["configurations"]
     votes = result.get("votes", {}).get("count", 1)
     if (gpu := result["environment"]["machine"].get("gpu")) is not None:
-        name += f" on {gpu['name']}"
+        name += f" on {gpu['name'].removeprefix('NVIDIA ').partition(' ')[0]}"  # H100
     if result.get("scoring") != "likelihood":
         title = f"{name}, letter" if result["task"] in CHOICES else name
         yield Measure(title if votes == 1 else f"{title}, {votes} votes", machine, result, scores, votes)
