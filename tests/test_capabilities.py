@@ -33,7 +33,7 @@ class Facts:
 
 
 def check(*backends: Facts, **settings: Any) -> None:
-    chosen = FusionSettings(**settings)
+    chosen = FusionSettings(**{"fuser": "deepen", **settings})
     check_capabilities(cast("list[Backend]", list(backends)), fuser_class(chosen.fuser), chosen)
 
 

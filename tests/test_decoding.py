@@ -45,7 +45,7 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tiny_smollm2, tiny_gemma, assets):
-    return Ensemble([tiny_smollm2, tiny_gemma], learning_rate=0.3)
+    return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen", learning_rate=0.3)
 
 
 @pytest.fixture(scope="module")

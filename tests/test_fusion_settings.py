@@ -24,7 +24,7 @@ def test_every_setting_is_documented() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"weigths": [0.5, 0.5]}, "weigths: no setting of an ensemble; did you mean weights?"),
     ({"learning_rat": 0.1}, "did you mean learning_rate?"),
-    ({"zzz": 1}, "zzz: no setting of an ensemble; there are weights, fuser, recipe"),
+    ({"zzz": 1}, "zzz: no setting of an ensemble; there are weights, sharpness, fuser"),
     ({"fuser": "mean"}, "fuser is 'mean'; use one of deepen, average"),
     ({"fuser": 3}, "fuser is 3; use one of deepen, .*, or a function"),
     ({"recipe": "byte"}, "recipe is 'byte'; use one of bytes, calibrated, paper"),
@@ -57,7 +57,9 @@ def test_wrong_settings_are_told_before_a_model_is_loaded(settings: dict[str, An
 
 
 def test_what_relative_rows_are_made_by() -> None:
-    settings = FusionSettings(recipe="calibrated", relative_temperature=20, entries=8, cache=False)
+    settings = FusionSettings(
+        fuser="deepen", recipe="calibrated", relative_temperature=20, entries=8, cache=False
+    )
     assert map_settings(settings) == MapSettings("calibrated", 20, 8, False)
     assert map_settings(settings.changed(fuser="average")) == MapSettings("bytes", None, 8, False)
     assert map_settings(settings.changed(fuser="union-topk")) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sessions import open_session, sync
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
 from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.members.member import Member
 
 CODE = (
@@ -116,3 +119,58 @@ class TestEnsemble:
     def test_other_words_are_refused(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         with pytest.raises(InputError, match="weights are 'auto'; give a list of numbers, or 'prompt'"):
             Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", weights="auto")
+
+
+class TestDefault:
+    """fuser="auto": each text follows the member that reads its prompt best."""
+
+    def test_what_auto_is(self) -> None:
+        default = FusionSettings()
+        assert (default.resolved(logits=True).fuser, default.resolved(logits=True).weights) == (
+            "follow",
+            "prompt",
+        )
+        assert default.resolved(logits=False) == replace(default, fuser="deepen")
+        given = FusionSettings(weights=[0.3, 0.7])
+        assert given.resolved(logits=True) == replace(given, fuser="deepen")
+        assert FusionSettings(fuser="average").resolved(logits=True).weights is None
+
+    def test_rows_follow_whoever_counts_most(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
+        members = [tiny_smollm2, tiny_gemma]
+        logits = [torch.randn(3, one.vocab_size) * 3 for one in members]
+        weights = [[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]]
+        follow, search, average = (
+            Ensemble(members, fuser=fuser).fuser.step(logits, weights)
+            for fuser in ("follow", "deepen", "union-vocab")
+        )
+        for row, want in enumerate((search, average, search)):
+            assert torch.equal(follow.logits[row], want.logits[row])
+            assert follow.chosen[row] == want.chosen[row]
+
+    def test_the_certified_skip_holds_where_the_main_model_leads(
+        self, tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        ensemble = Ensemble([tiny_smollm2, tiny_gemma], learning_rate=0.1)
+        prompts = [CODE, FRENCH, "Hello", "One two three four"]
+        plain = ensemble.generate(prompts, max_new_tokens=16)
+        skipping = ensemble.generate(prompts, max_new_tokens=16, certified_skip=True)
+        assert [one.token_ids for one in skipping] == [one.token_ids for one in plain]
+        assert skipping.timings.settled > 0
+        assert not ensemble.fuser.bounded([0.4, 0.6])
+        assert ensemble.fuser.bounded([0.6, 0.4])
+
+    def test_a_far_better_reader_is_told_of_once(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
+        """Of the texts here one member is far the better reader; as the assistant it is named, once."""
+        for members in ([tiny_smollm2, tiny_gemma], [tiny_gemma, tiny_smollm2]):
+            ensemble = Ensemble(members)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in range(2):
+                    ensemble.generate([CODE * 4, FRENCH * 4], max_new_tokens=2)
+            said = [str(one.message) for one in caught if "reads a prompt far better" in str(one.message)]
+            assert len(said) <= 1
+            if said:
+                assert said[0].startswith(f"{ensemble.names[1]} reads")
+                break
+        else:
+            raise AssertionError("neither member was told of")

@@ -29,7 +29,7 @@ from deepen_ext.decoding.drafts.pace import Pace
 from deepen_ext.decoding.generation import Generation, Timings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
 from deepen_ext.decoding.one_reader import OneReader
-from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
+from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts, tell_of_leader
 from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.schedule import Schedule
@@ -236,7 +236,9 @@ class Run:
         ids = {self._assistants.lanes[number]: self._texts[number].ids for number in texts}
         main = read_prompts(self._main, team.main, ids).values()
         for number, *scores in zip(texts, main, *self._assistants.read_prompts(texts), strict=True):
-            self._assistants.weights[number] = prompt_weights(scores, team.weights, team.sharpness)
+            weights = prompt_weights(scores, team.weights, team.sharpness)
+            self._assistants.weights[number] = weights
+            tell_of_leader(team.names, weights, team.told)
 
     def _end_full(self) -> bool:
         """End the texts that some member cannot read any more; whether any text is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from deepen_ext.members.backend import Session, require
 from deepen_ext.members.distribution import Distribution, forbid
 from deepen_ext.members.member import Member
 
+_NEARLY_ALL = 0.9  # of the weights
 _SHARED = 16  # tokens that two prompts begin with alike, from which on they are scored once
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
@@ -63,6 +65,26 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
     raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
     total = math.fsum(raised)
     return [one / total for one in raised]
+
+
+def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int]) -> None:
+    """Warn, once for each assistant, that it counts for nearly all of a text.
+
+    Args:
+        names: the members', the main model's first.
+        weights: of the text.
+        told: member indices of those that were warned of; written to.
+    """
+    leader = max(range(len(weights)), key=weights.__getitem__)
+    if leader == 0 or weights[leader] < _NEARLY_ALL or leader in told:
+        return
+    told.add(leader)
+    warnings.warn(
+        f"{names[leader]} reads a prompt far better than the main model, {names[0]}: the text follows it, as "
+        f"far as tokens of {names[0]} go. If your prompts are like that, name {names[leader]} first, or let "
+        "`deepen-ext tune` choose on texts of yours",
+        stacklevel=3,
+    )
 
 
 def read_prompts(

@@ -13,6 +13,7 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
 from deepen_ext.ground.numbers import real_number
+from deepen_ext.ops.transfer import to_device
 
 REASONS: tuple[Reason | None, ...] = (None, "gated", "settled")
 
@@ -35,6 +36,7 @@ class Skips:
             InputError: a certified skip while sampling, or of a fuser that has no bound; a gate out of range.
         """
         self._certificate = None
+        self._bounded = team.fuser.bounded
         self._gate = confidence_gate
         if confidence_gate is not None:
             real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
@@ -50,7 +52,13 @@ class Skips:
             raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
         self._certificate = Certificate(bound, chooser)
 
-    def flags(self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def flags(
+        self,
+        main: Part,
+        texts: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        weights: Sequence[Sequence[float]],
+    ) -> torch.Tensor:
         """Of each text, the place in `REASONS` of why its next token needs no assistant, int32 [b].
 
         They are where the main model's word is. Nothing waits for the device.
@@ -59,6 +67,7 @@ class Skips:
             main: what the main model says of them.
             texts: their numbers.
             ids: of each of them, prompt and new tokens so far.
+            weights: of each of them, the members'.
         """
         first = main.topk.probs[:, 0]
         flags = torch.zeros_like(first, dtype=torch.int32)
@@ -66,5 +75,8 @@ class Skips:
             flags.masked_fill_(first >= self._gate, REASONS.index("gated"))
         if self._certificate is not None:
             settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk)
+            bounded = [self._bounded(one) for one in weights]
+            if not all(bounded):
+                settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))
         return flags

@@ -28,6 +28,7 @@ class Team:
         sharpness: of these weights.
         boundary_rule: when an assistant sits out; None for never.
         maps: the members' relative maps; None where the fuser has none.
+        told: member indices of whom `tell_of_leader` has warned.
         histories: what runs found out about drafts, by whether they sampled.
     """
 
@@ -40,6 +41,7 @@ class Team:
     sharpness: float
     boundary_rule: BoundaryRule | None
     maps: MemberMaps | None
+    told: set[int] = field(default_factory=set)
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})
 
     @property

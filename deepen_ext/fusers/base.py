@@ -97,6 +97,10 @@ class Fuser(ABC):
         """How far `fuse` can move the main model's logits, whatever the assistants say; None: not known."""
         return None
 
+    def bounded(self, weights: Sequence[float]) -> bool:
+        """Whether `search_bound` holds in a text whose members have these weights."""
+        return True
+
     @abstractmethod
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """Write the fused logits into the main model's.

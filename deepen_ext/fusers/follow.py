@@ -10,6 +10,7 @@ import torch
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import Said
+from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
 
@@ -33,6 +34,14 @@ class FollowFuser(UnionVocabFuser):
         fuser = cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
         fuser._search = DeepenFuser.make(given)
         return fuser
+
+    def search_bound(self) -> SearchBound:
+        """See `Fuser.search_bound`; of texts that `bounded` names."""
+        return self._search.search_bound()
+
+    def bounded(self, weights: Sequence[float]) -> bool:
+        """Where the main model leads by these weights, it leads whoever sits out; a rule may change that."""
+        return self.rule is None and weights[0] >= max(weights[1:])
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`. On CUDA both are computed for every row, so that nothing waits for the device."""

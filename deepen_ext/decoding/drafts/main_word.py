@@ -71,7 +71,8 @@ class WordReader:
         """
         asked = perf_counter()
         part = self._team.fuser.part(0, said)
-        top, flags = part.topk, self._skips.flags(part, numbers, prefixes)
+        weights = [self._assistants.weights[number] for number in numbers]
+        top, flags = part.topk, self._skips.flags(part, numbers, prefixes, weights)
         if tokens is None:
             tokens = self._chooser.propose(said.scores(), numbers, prefixes, top.ids[:, 0])
         first = TopK(top.ids[:, :CANDIDATES], top.probs[:, :CANDIDATES], top.tail, top.status)

@@ -46,6 +46,7 @@ def _score_group(
     items: Sequence[ChoiceItem], ensembles: Mapping[str, Ensemble], size: int
 ) -> Generator[Records, None, None]:
     members = list({id(member): member for one in ensembles.values() for member in one.members}.values())
+    weighs = any(one.weighs_prompts for one in ensembles.values())
     before: TextReading | None = None
     try:
         for start in range(0, len(items), size):
@@ -57,7 +58,7 @@ def _score_group(
                     readings[0].go_on_from(before)
                     before.close()
                 before = readings[0]
-                TextReading.read_together(readings)
+                TextReading.read_together(readings, contexts=weighs)
                 scores = [_log_likelihoods(reading, ensembles) for reading in readings]
                 seconds = (perf_counter() - began) / len(ensembles)
                 for name in ensembles:

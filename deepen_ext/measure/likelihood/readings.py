@@ -149,9 +149,10 @@ class Reading:
             return PromptScore([], [])
         if self._context_of is not None:
             return self._context_of.prompt_score
-        self.read()
         lanes = self._opened()
-        return read_prompts(lanes.session, self.member, {lanes.beside: context})[lanes.beside]
+        # Before the text is read its own lane is free for that, and keeps the context.
+        lane = lanes.beside if len(self.said) else self._lane
+        return read_prompts(lanes.session, self.member, {lane: context})[lane]
 
     def _opened(self) -> ReadingLanes:
         """The session, opened when it is first needed."""
@@ -166,12 +167,13 @@ class Reading:
         return self.member.backend.capabilities.max_topk or 1
 
 
-def read_together(readings: Sequence[Reading]) -> None:
+def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> None:
     """Let a member read several texts in few forward passes; what they begin with is read once.
 
     Args:
         readings: of one member. Those that have been read stay as they are. If one holds a session with
             enough lanes, from texts before these, all go on in that.
+        contexts: somebody will ask for `prompt_score`: the context is read with its logits then, once.
 
     Raises:
         ModelError: a forward pass failed.
@@ -188,6 +190,8 @@ def read_together(readings: Sequence[Reading]) -> None:
             lanes = ReadingLanes(batch[0].member, len(batch), longest - 1)
         for lane, one in enumerate(batch):
             one.join(lanes, min(lane, lanes.texts - 1))
+        if contexts:
+            _ = batch[0].prompt_score
         if lanes.texts < len(batch) or len(batch) == 1:
             for one in batch:
                 one.read()

@@ -81,7 +81,7 @@ class TextReading(Closing):
         self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int], list[tuple[int, int]]] = {}
 
     @staticmethod
-    def read_together(readings: Sequence[TextReading]) -> None:
+    def read_together(readings: Sequence[TextReading], *, contexts: bool = False) -> None:
         """Let each member read several texts in few forward passes, such as the choices of one context.
 
         What the texts begin with is read once. Without it, each text is read by itself when it is needed.
@@ -89,12 +89,13 @@ class TextReading(Closing):
         Args:
             readings: of the same members. With `readings[0].go_on_from(before)`, what an earlier text has
                 in its caches is not read again either; `before` can be closed then.
+            contexts: some ensemble weighs prompts: what that needs of the context is read at the same time.
 
         Raises:
             ModelError: a forward pass failed.
         """
         for member in readings[0]._readings:
-            read_together([one._readings[member] for one in readings])
+            read_together([one._readings[member] for one in readings], contexts=contexts)
 
     def release(self) -> None:
         """Free the caches, keep the logits.
