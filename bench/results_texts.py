@@ -23,6 +23,8 @@ from results_format import (
 from results_parts import EARLIER
 from results_read import Results
 
+from deepen_ext.fusers.settings import SHARPNESS
+
 
 def kinds_of(likelihood: Result) -> list[str]:
     return [*likelihood["kinds"], "all"]
@@ -37,37 +39,45 @@ def of_each(found: Mapping[str, Result], part: Callable[[Result], str]) -> str:
 
 
 def likelihood_counts(results: Results) -> str:
-    """On how many kinds of text each ensemble is better and worse, by the defaults and the paper's recipe."""
+    """On how many kinds of text the defaults and the paper's recipe are better and worse."""
     return of_each(results.likelihood, _likelihood_counts)
 
 
 def _likelihood_counts(likelihood: Result) -> str:
+    titles = {EARLIER: "The earlier default", DEFAULT: "The default", "deepen:paper": "The paper's recipe"}
+    methods = sorted(titles, key=lambda one: one != DEFAULT)
+    return "\n".join(f"- {_counted(likelihood, one, titles[one])}" for one in methods)
+
+
+def _counted(likelihood: Result, method: str, title: str) -> str:
     kinds = list(likelihood["kinds"])
-    titles = {EARLIER: "the earlier default", DEFAULT: "the default", "deepen:paper": "the paper's recipe"}
-    lines = []
-    for method, title in titles.items():
-        each = [
-            f"{ensemble_name(ensemble)} {verdicts.count('gain')} better, {verdicts.count('harm')} worse"
-            for ensemble, own in by_ensemble(likelihood["configurations"], DEFAULT).items()
-            if method in own
-            for verdicts in [[bits_verdict(own[method]["kinds"][k]["against_best_single"]) for k in kinds]]
-        ]
-        named = f"{title[0].upper()}{title[1:]}, `{method}`"
-        if each:
-            lines.append(f"- {named}, of {len(kinds)} kinds of text: {'; '.join(each)}.")
-        elif method == DEFAULT:
-            lines.append(f"- {named}, has not been run on these texts.")
-    return "\n".join(lines)
+    found = {
+        ensemble: [bits_verdict(own[method]["kinds"][kind]["against_best_single"]) for kind in kinds]
+        for ensemble, own in by_ensemble(likelihood["configurations"], DEFAULT).items()
+        if method in own
+    }
+    if not found:
+        return f"{title}, `{method}`, was not run on real text."
+    each = [f"{ensemble_name(key)} {own.count('gain')}, {own.count('harm')}" for key, own in found.items()]
+    whole = [verdict for own in found.values() for verdict in own]
+    return (
+        f"{title}, `{method}`, on real text: {len(whole)} comparisons (ensembles by kinds of text). Outside two "
+        f"standard errors it makes the text less probable on {whole.count('harm')}, and more probable on "
+        f"{whole.count('gain')} (more, less: {'; '.join(each)})."
+    )
 
 
 def likelihood_texts(results: Results) -> str:
     """How much text there is of each kind."""
+    return of_each(results.likelihood, _sizes)
 
-    def sizes(likelihood: Result) -> str:
-        kinds = likelihood["kinds"].items()
-        return "; ".join(f"{KINDS[k]}: {v['texts']} texts, {v['bytes']:,} bytes" for k, v in kinds) + "."
 
-    return of_each(results.likelihood, sizes)
+def _sizes(likelihood: Result) -> str:
+    kinds = likelihood["kinds"].items()
+    sizes = "; ".join(f"{KINDS[k]}: {v['texts']} texts, {v['bytes']:,} bytes" for k, v in kinds)
+    sharpness = likelihood["settings"].get("sharpness", SHARPNESS)
+    earlier = f" Prompt weights are of an earlier form here (sharpness {sharpness:g})."
+    return f"{sizes}.{'' if sharpness == SHARPNESS else earlier}"
 
 
 def likelihood_tables(results: Results) -> str:

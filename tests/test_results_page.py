@@ -375,11 +375,27 @@ def section(page: str, title: str) -> str:
     return re.split(r"^#|</details>", page.partition(title)[2], maxsplit=1, flags=re.MULTILINE)[0]
 
 
+def write_peers(file: Path) -> None:
+    """What peers.py leaves, of one member alone."""
+    sizes = dict.fromkeys(("texts", "scored", "context", "items", "letters", "tokens", "batch"), 1)
+    speed = {"ms_a_token": 12.0}
+    rows = [{"system": "alone", "name": "S", "texts": [], "speed": speed}]
+    file.parent.mkdir(parents=True)
+    content = {
+        "pairs": {"S+Q": rows},
+        "settings": sizes,
+        "peers": {},
+        "environment": FOUND | {"torch_threads": 2},
+    }
+    file.write_text(json.dumps(content))
+
+
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     write_tasks(folder / "evaluation")
     write_likelihood(folder)
+    write_peers(folder / "peers" / "some-cpu.json")
     return folder
 
 
@@ -449,8 +465,10 @@ def test_a_page_of_small_results(results: Path, tmp_path: Path) -> None:
     ours = json.loads((results / "likelihood" / "some-cpu.json").read_text())["configurations"][OURS]
     code = ours["kinds"]["code"]
     assert f"{code['bits_per_byte']:.3f}, {results_format.bits_cell(code['against_best_single'])}" in page
-    assert f"`{compare_setup.DEFAULT}`, of 3 kinds of text: SmolLM2 + Gemma 3 better, 0 worse" in page
-    assert "`deepen:paper`, of 3 kinds of text: SmolLM2 + Gemma 0 better, 3 worse" in page
+    assert "less probable on 0, and more probable on 3 (more, less: SmolLM2 + Gemma 3, 0)." in page
+    assert "`deepen:bytes`, was not run on real text." in page
+    assert "(more, less: SmolLM2 + Gemma 0, 3)." in page  # the paper's recipe
+    assert "| SmolLM2 alone | " in section(page, "<summary>Peers on the same models")
     for name, count in (("gains.svg", 5), ("summary-some-cpu.svg", 2 * 4)):
         assert f"(results/{name})" in page
         root = ElementTree.fromstring(made[name])
