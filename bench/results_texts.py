@@ -61,8 +61,8 @@ def _counted(likelihood: Result, method: str, title: str) -> str:
     each = [f"{ensemble_name(key)} {own.count('gain')}, {own.count('harm')}" for key, own in found.items()]
     whole = [verdict for own in found.values() for verdict in own]
     return (
-        f"{title}, `{method}`, on real text: {len(whole)} comparisons (ensembles by kinds of text). Outside two "
-        f"standard errors it makes the text less probable on {whole.count('harm')}, and more probable on "
+        f"{title}, `{method}`, on real text: {len(whole)} comparisons (ensembles by kinds of text). Outside "
+        f"two standard errors it makes the text less probable on {whole.count('harm')}, and more probable on "
         f"{whole.count('gain')} (more, less: {'; '.join(each)})."
     )
 
