@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MODELS = {"S": "SmolLM2", "G": "Gemma", "Q": "Qwen"}
-ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "Q+G+S")
-METHODS = ("deepen:calibrated", "deepen:bytes", "deepen:paper", "average", "union-topk", "union-vocab")
+MODELS = {"S": "SmolLM2", "G": "Gemma", "Q": "Qwen", "L": "Qwen 1.5B"}
+ENSEMBLES = ("S+G", "G+S", "Q+G", "G+Q", "Q+S", "S+Q", "Q+G+S", "G+S+Q", "S+G+Q")
+METHODS = (
+    *("follow:bytes", "deepen:bytes", "deepen:calibrated", "deepen:paper", "average", "union-topk"),
+    *("union-vocab", "product", "consistent"),
+)
 TASKS = {
     "arc_challenge": "ARC-Challenge",
     "piqa": "PIQA",
@@ -21,28 +25,6 @@ KINDS = {"gsm8k": "GSM8K", "code": "Python code", "prose": "prose", "triviaqa": 
 Result = Mapping[str, Any]  # what a JSON file holds
 Configuration = Mapping[str, Any]
 Configurations = Mapping[str, Configuration]  # of a JSON file, by name: "Q" or "Q+G average"
-
-
-class Machine:
-    """All results of one machine."""
-
-    def __init__(
-        self, name: str, tasks: Mapping[str, Result], time: Result | None, likelihood: Result | None
-    ):
-        """`tasks` by name; what was not measured is missing, or None."""
-        self.name = name
-        self.tasks = {task: tasks[task] for task in TASKS if task in tasks}
-        self.time = time
-        self.likelihood = likelihood
-        anything: list[Result] = [*self.tasks.values(), *filter(None, (time, likelihood))]
-        self.environments = [one["environment"] for one in anything]
-        self.settings: Result = anything[0]["settings"]
-        self.default: str = self.settings["default_method"]
-        if any(each["settings"]["defaults"] != self.settings["defaults"] for each in anything):
-            raise SystemExit(f"{name}: its results were made with different defaults; make all of them anew")
-
-    def kinds(self) -> list[str]:
-        return [] if self.likelihood is None else [*self.likelihood["kinds"], "all"]
 
 
 def ensemble_name(letters: str) -> str:
@@ -59,11 +41,6 @@ def method_name(method: str) -> str:
     return ", ".join([name, *shown])
 
 
-def is_core(method: str, default: str) -> bool:
-    """Whether a method stands in the main tables and plots: a fuser as it is, or with prompts' weights."""
-    return "@" not in method or method == default or method.partition("@")[2] == "prompt"
-
-
 def by_ensemble(configurations: Configurations, default: str) -> dict[str, dict[str, Configuration]]:
     """Fused configurations by ensemble and method: the default method first, then as in `METHODS`."""
     letters = {one["ensemble"] for one in configurations.values() if one["method"] != "single"}
@@ -72,19 +49,19 @@ def by_ensemble(configurations: Configurations, default: str) -> dict[str, dict[
             one["method"]: one
             for one in sorted(
                 (one for one in configurations.values() if one["ensemble"] == ensemble),
-                key=lambda one: (one["method"] != default, _place(one["method"], METHODS)),
+                key=lambda one: method_place(one["method"], default),
             )
         }
         for ensemble in sorted(letters, key=lambda one: _place(one, ENSEMBLES))
     }
 
 
-def of_all_tasks(tasks: Iterable[Mapping[str, Any]]) -> dict[str, Configuration]:
-    """Every configuration that some task has, by name."""
+def of_all(found: Iterable[Configurations]) -> dict[str, Configuration]:
+    """Every configuration that some file has, by name."""
     return {
         name: {"name": name, "ensemble": own["ensemble"], "method": own["method"]}
-        for result in tasks
-        for name, own in result["configurations"].items()
+        for configurations in found
+        for name, own in configurations.items()
     }
 
 
@@ -93,9 +70,21 @@ def singles(configurations: Configurations) -> dict[str, Configuration]:
     return {one: configurations[one] for one in MODELS if one in configurations}
 
 
+def method_place(method: str, default: str) -> tuple[bool, int, str]:
+    """Sorts methods: the default, then as in `METHODS`."""
+    return (method != default, *_place(method, METHODS))
+
+
 def _place(name: str, known: Sequence[str]) -> tuple[int, str]:
     base = name.partition("@")[0]
     return (known.index(base) if base in known else len(known), name)
+
+
+def comparisons(scores: Configurations, method: str) -> list[tuple[str, Configuration]]:
+    """A method's ensembles, and how each compares with its best single member."""
+    found = by_ensemble(scores, method)
+    paired = {key: own[method]["against_best_single"] for key, own in found.items() if method in own}
+    return [(key, one) for key, one in paired.items() if one is not None]
 
 
 def signed(value: float, digits: int) -> str:
@@ -121,6 +110,16 @@ def accuracy_verdict(paired: Configuration) -> str:
     return "gain" if paired["difference"] > 0 else "harm"
 
 
+def points_verdict(paired: Configuration) -> str:
+    """ "gain" or "harm" outside two standard errors of the paired difference, else "none"."""
+    difference, n = paired["gained"] - paired["lost"], paired["n"]
+    # Each item adds 1, 0 or -1; that many of them differ.
+    error = math.sqrt(paired["gained"] + paired["lost"] - difference**2 / n)
+    if abs(difference) <= 2 * error:
+        return "none"
+    return "gain" if difference > 0 else "harm"
+
+
 def marked(text: str, verdict: str) -> str:
     """Bold for a gain, a dagger for a harm."""
     return {"gain": f"**{text}**", "harm": f"{text} †"}.get(verdict, text)
@@ -132,7 +131,9 @@ def bits_cell(difference: Configuration) -> str:
 
 
 def points_cell(paired: Configuration) -> str:
-    return marked(signed(100 * paired["difference"], 1), accuracy_verdict(paired))
+    """Points with their 95 % interval."""
+    low, high = (signed(100 * bound, 1) for bound in paired["interval"])
+    return marked(f"{signed(100 * paired['difference'], 1)} ({low} to {high})", accuracy_verdict(paired))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -145,7 +146,7 @@ def folded(title: str, content: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
-def holm(p_values: Mapping[str, float], level: float = 0.05) -> list[str]:
+def holm(p_values: Mapping[Any, float], level: float = 0.05) -> list[Any]:
     """Which tests remain when so many are made (Holm 1979): one of them is false with probability `level`."""
     kept = []
     for place, name in enumerate(sorted(p_values, key=lambda one: p_values[one])):

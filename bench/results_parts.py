@@ -1,293 +1,355 @@
-"""The parts of the results page that are made from the JSON, as Markdown."""
+"""The parts of the results page that are made from files of answers, as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
+from compare_setup import DEFAULT
 from results_format import (
-    KINDS,
     MODELS,
-    TASKS,
     Configuration,
-    Machine,
-    Result,
     accuracy_verdict,
-    bits_cell,
-    bits_verdict,
     by_ensemble,
+    comparisons,
     ensemble_name,
     folded,
     holm,
-    is_core,
-    marked,
     method_name,
-    of_all_tasks,
+    method_place,
+    of_all,
     points_cell,
+    points_verdict,
     signed,
     singles,
     table,
 )
+from results_read import Measure, Results, pairs_of
+
+EARLIER = "deepen:bytes"  # the default before
 
 
-def summary(one: Machine) -> str:
-    """A row for each ensemble: the default method, and the paper's recipe."""
-    bits = {} if one.likelihood is None else by_ensemble(one.likelihood["configurations"], one.default)
-    scores = {task: by_ensemble(result["configurations"], one.default) for task, result in one.tasks.items()}
-    times = {} if one.time is None else by_ensemble(one.time["configurations"], one.default)
-    kinds = one.kinds()
-    head = ["main + assistants", *(f"bits a byte, {KINDS[kind]}" for kind in kinds)]
-    head += ["the same, paper's recipe, all"] if kinds else []
-    head += ["tasks better, worse, of", "mean points", "ms a token, × members' sum"]
+def verdict(results: Results) -> str:
+    """How often the default is better and worse than the best single member, and where."""
+    lines = [_verdict(results.tests, DEFAULT, "The default")]
+    if DEFAULT != EARLIER:
+        lines.append(_verdict(results.tests, EARLIER, "The earlier default"))
+        without = [one.title for one in results.tests if not one.has_default]
+        if without:
+            lines.append(f"The default was not run on {'; '.join(without)}.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _verdict(measures: Sequence[Measure], method: str, title: str) -> str:
+    pairs = pairs_of(measures, method)
+    if not pairs:
+        return f"{title}, `{method}`, has no results on test items yet."
+    tests = [accuracy_verdict(one) for *_, one in pairs]
+    remain = _remain(pairs)
+    better = sum(one["difference"] > 0 for measure, ensemble, one in pairs if (measure, ensemble) in remain)
+    return (
+        f"{title}, `{method}`, on test items: {len(pairs)} comparisons with the best single member. Outside "
+        f"two standard errors it is worse on {_where(pairs, 'harm')}, and better on {_where(pairs, 'gain')}. "
+        f"McNemar's test calls {tests.count('harm')} worse and {tests.count('gain')} better at p < 0.05, "
+        f"where chance alone gives up to {0.05 * len(pairs):.1f}; after Holm's correction "
+        f"{len(remain) - better} worse and {better} better remain."
+    )
+
+
+def _where(pairs: Sequence[tuple[str, str, Configuration]], kind: str) -> str:
+    """How many comparisons are of a kind, and which."""
+    found: dict[str, list[str]] = {}
+    for measure, ensemble, one in pairs:
+        if points_verdict(one) == kind:
+            found.setdefault(measure, []).append(ensemble_name(ensemble))
+    named = "; ".join(f"{measure}: {', '.join(own)}" for measure, own in found.items())
+    return f"{sum(map(len, found.values()))}{f' ({named})' if named else ''}"
+
+
+def _remain(pairs: Sequence[tuple[str, str, Configuration]]) -> set[tuple[str, str]]:
+    return set(holm({(measure, ensemble): one["p_value"] for measure, ensemble, one in pairs}))
+
+
+def gains(results: Results) -> str:
+    """The default (while it has no results, the earlier one): a row for each ensemble."""
+    measures = results.main()
+    method = DEFAULT if any(one.has_default for one in measures) else EARLIER
+    remain = _remain(pairs_of(results.tests, method))
     rows = []
-    for ensemble in {key: None for found in (bits, *scores.values(), times) for key in found}:
-        own = bits.get(ensemble, {})
-        cells = [_bits_of(own, one.default, kind) for kind in kinds]
-        cells += [_bits_of(own, "deepen:paper", "all")] if kinds else []
-        paired = [
-            found[ensemble][one.default]["against_best_single"]
-            for found in scores.values()
-            if one.default in found.get(ensemble, {})
-        ]
-        verdicts = [accuracy_verdict(each) for each in paired if each is not None]
-        better, worse = verdicts.count("gain"), verdicts.count("harm")
-        cells.append(f"{better}, {worse}, {len(verdicts)}" if verdicts else "")
-        points = [100 * each["difference"] for each in paired if each is not None]
-        cells.append(signed(sum(points) / len(points), 1) if points else "")
-        clock = times.get(ensemble, {}).get(one.default)
-        cells.append("" if clock is None else f"{clock['ms_per_token']:.0f}, {clock['of_members_sum']:.2f} ×")
-        rows.append([ensemble_name(ensemble), *cells])
-    return table(head, rows)
+    for ensemble in by_ensemble(of_all(one.scores for one in measures), method):
+        cells = [_cell(one, one.scores.get(f"{ensemble} {method}")) for one in measures]
+        kept = [(one.title, ensemble) in remain for one in measures]
+        marks = [f"{cell} H" if own else cell for cell, own in zip(cells, kept, strict=True)]
+        rows.append([ensemble_name(ensemble), *marks])
+    return table([f"`{method}`", *(one.head for one in measures)], rows) if rows else "Not measured yet."
 
 
-def _bits_of(methods: Mapping[str, Configuration], method: str, kind: str) -> str:
-    return bits_cell(methods[method]["kinds"][kind]["against_best_single"]) if method in methods else ""
+def rules(results: Results) -> str:
+    """A row for each rule: mean points over the ensembles, and how many are better and worse."""
+    return _rules(results.main()) or "Not measured yet."
 
 
-def likelihood_texts(one: Machine) -> str:
-    """How much text there is of each kind."""
-    if one.likelihood is None:
+def _rules(measures: Sequence[Measure]) -> str:
+    methods = {own["method"] for one in measures for own in one.scores.values()} - {"single"}
+    rows = []
+    for method in sorted(methods, key=lambda one: method_place(one, DEFAULT)):
+        cells = []
+        for one in measures:
+            found = [paired for _, paired in comparisons(one.scores, method)]
+            verdicts = [points_verdict(paired) for paired in found]
+            mean = sum(100 * paired["difference"] for paired in found) / max(len(found), 1)
+            counts = f"{verdicts.count('gain')}, {verdicts.count('harm')} of {len(found)}"
+            cells.append(f"{signed(mean, 1)} ({counts})" if found else "")
+        if any(cells):
+            rows.append([_named(method), *cells])
+    return table(["rule", *(one.title for one in measures)], rows) if rows else ""
+
+
+def _named(method: str) -> str:
+    return f"**{method_name(method)} (default)**" if method == DEFAULT else method_name(method)
+
+
+def figure(results: Results, kind: str, title: str, name: str) -> str:
+    """One figure for a sentence: "points" of an ensemble or per cent "right", on a measure by its title."""
+    own = next((one.scores.get(name) for one in results.tests if one.title == title), None)
+    if own is None:
+        return "(not measured)"
+    if kind == "right":
+        return f"{own['correct']} of {own['n']} ({100 * own['accuracy']:.1f} %)"
+    paired = own["against_best_single"]
+    return "(not compared)" if paired is None else points_cell(paired)
+
+
+def everything(results: Results) -> str:
+    """Every ensemble by every rule on every task."""
+    if not results.tests:
         return "Not measured yet."
-    kinds = one.likelihood["kinds"].items()
-    return "; ".join(f"{KINDS[k]}: {v['texts']} texts, {v['bytes']:,} bytes" for k, v in kinds) + "."
+    return folded("Every ensemble, every rule, every task", _everything(results.tests))
 
 
-def likelihood_table(one: Machine) -> str:
-    return _likelihood(one, "against_best_single", core=True) if one.likelihood else ""
+def dev(results: Results) -> str:
+    """The rules on dev splits, and all ensembles there."""
+    if not results.dev:
+        return "Not measured yet."
+    whole = folded("Every ensemble, every rule, every dev split", _everything(results.dev))
+    return "\n\n".join(filter(None, (_rules(results.dev), whole)))
 
 
-def likelihood_details(one: Machine) -> str:
-    """Against the main model, and settings that are not the package's own."""
-    if one.likelihood is None:
-        return ""
-    parts = [folded("The same against the main model alone", _likelihood(one, "against_main", core=True))]
-    methods = {each["method"] for each in one.likelihood["configurations"].values()} - {"single"}
-    if not all(is_core(method, one.default) for method in methods):
-        others = _likelihood(one, "against_best_single", core=False)
-        parts.append(folded("Other weights and settings, against the best single member", others))
-    return "\n\n".join(parts)
+def _everything(measures: Sequence[Measure]) -> str:
+    rows = []
+    for ensemble, methods in by_ensemble(of_all(one.scores for one in measures), DEFAULT).items():
+        rows.append([f"**{ensemble_name(ensemble)}**", *[""] * len(measures)])
+        rows += [
+            [_named(method), *(_cell(one, one.scores.get(own["name"])) for one in measures)]
+            for method, own in methods.items()
+        ]
+    return table(["points (95 %)", *(one.head for one in measures)], rows)
 
 
-def _likelihood(one: Machine, against: str, *, core: bool) -> str:
-    assert one.likelihood is not None
-    found, kinds = one.likelihood["configurations"], one.kinds()
-    rows = [
-        [f"{MODELS[letter]} alone", *(f"{single['kinds'][kind]['bits_per_byte']:.3f}" for kind in kinds)]
-        for letter, single in singles(found).items()
-    ]
-    for ensemble, methods in by_ensemble(found, one.default).items():
-        chosen = {name: own for name, own in methods.items() if is_core(name, one.default) == core}
-        if chosen:
-            rows.append([f"**{ensemble_name(ensemble)}**", *[""] * len(kinds)])
-        for name, own in chosen.items():
-            cells = [own["kinds"][kind] for kind in kinds]
-            rows.append(
-                [
-                    method_name(name) + (" (default)" if name == one.default else ""),
-                    *(f"{cell['bits_per_byte']:.3f}, {bits_cell(cell[against])}" for cell in cells),
-                ]
-            )
-    return table(["bits a byte", *(KINDS[kind] for kind in kinds)], rows)
-
-
-def accuracy_table(one: Machine) -> str:
-    """All tasks side by side: per cent right, and points against the best single member."""
-    merged = of_all_tasks(one.tasks.values())
-    tasks = list(one.tasks.values())
-    rows = [
-        [f"{MODELS[letter]} alone", *(_share(each["configurations"].get(letter)) for each in tasks)]
-        for letter in singles(merged)
-    ]
-    for ensemble, methods in by_ensemble(merged, one.default).items():
-        rows.append([f"**{ensemble_name(ensemble)}**", *[""] * len(tasks)])
-        for method, own in methods.items():
-            if is_core(method, one.default):
-                cells = [_scored(each["configurations"].get(own["name"])) for each in tasks]
-                rows.append([method_name(method) + (" (default)" if method == one.default else ""), *cells])
-    head = [f"{TASKS[task]}, n {result['items']}" for task, result in one.tasks.items()]
-    return table(["% right, points", *head], rows) if tasks else "Not measured yet."
-
-
-def _share(own: Configuration | None) -> str:
-    return "" if own is None else f"{100 * own['accuracy']:.1f}"
-
-
-def _scored(own: Configuration | None) -> str:
+def _cell(measure: Measure, own: Configuration | None) -> str:
+    """Points against the best single member; without one, per cent right."""
     if own is None:
         return ""
     paired = own["against_best_single"]
-    return _share(own) + ("" if paired is None else f", {points_cell(paired)}")
+    n = own["n"] if paired is None else paired["n"]
+    cell = f"{100 * own['accuracy']:.1f} % right" if paired is None else points_cell(paired)
+    return cell if n == measure.result["items"] else f"{cell}, n {n}"
 
 
-def accuracy_details(one: Machine) -> str:
-    """A folded table for each task: intervals, tests, how many texts had an answer."""
-    return "\n\n".join(_task(one, task, result) for task, result in one.tasks.items())
+class Bound(NamedTuple):
+    """What a set of members could have gained on a measure, in points against the best of them."""
+
+    measure: str
+    members: str
+    n: int
+    oracle: float
+    best: float
+    rule: str
+    default: Mapping[str, float]  # by ensemble
 
 
-def _task(one: Machine, task: str, result: Result) -> str:
-    head = [
-        "",
-        "n",
-        "% right (95 %)",
-        "points (95 %)",
-        "against",
-        "won, lost",
-        "McNemar p",
-        "changed",
-        "no answer",
-    ]
-    rows = []
-    found = result["configurations"]
-    for letter, own in singles(found).items():
-        rows.append(
-            [f"{MODELS[letter]} alone", *_score(own), "", "", "", "", "", _percent(own["unanswered_share"])]
-        )
-    for ensemble, methods in by_ensemble(found, one.default).items():
-        rows += [
-            [
-                f"{ensemble_name(ensemble)}, {method_name(method)}",
-                *_score(own),
-                *_paired(own["against_best_single"]),
-                _percent(own["changed_share"]),
-                _percent(own["unanswered_share"]),
-            ]
-            for method, own in methods.items()
+def oracle(results: Results) -> str:
+    """What was to be gained, beside what the best rule and the default got."""
+    bounds = list(_bounds(results.main()))
+    if not bounds:
+        return "Not measured yet."
+    rows = [
+        [
+            f"{one.measure}: {one.members}",
+            str(one.n),
+            signed(one.oracle, 1),
+            f"{signed(one.best, 1)} ({one.rule})",
+            "; ".join(f"{ensemble_name(key)} {signed(own, 1)}" for key, own in one.default.items()),
         ]
-    whole = "all" if result["items"] == result["items_in_split"] else "spread evenly over the"
-    title = f"{TASKS[task]}: {result['items']} items, {whole} {result['items_in_split']} of the test file"
-    return folded(title, table(head, rows))
+        for one in bounds
+    ]
+    of_default = [own for one in bounds for own in one.default.values()]
+    means = [[one.oracle for one in bounds], [one.best for one in bounds], of_default]
+    gain, best, own = (signed(sum(one) / len(one), 1) if one else "not measured" for one in means)
+    return (
+        f"An oracle that picks the right member for each item gains {gain} points on average over the "
+        f"{len(bounds)} rows below. The best of all rules, picked afterwards on the same items, gains "
+        f"{best}, the default {own}.\n\n"
+        + folded("What was to be gained", table(["", "n", "oracle", "best rule", "default"], rows))
+    )
 
 
-def _score(own: Configuration) -> list[str]:
+def _bounds(measures: Sequence[Measure]) -> Iterator[Bound]:
+    for measure in measures:
+        sets: dict[frozenset[str], list[Configuration]] = {}
+        for own in measure.scores.values():
+            paired = own["against_best_single"]
+            # The best member's number is known from the ensemble's where these are of the same items.
+            if paired is not None and "oracle" in paired and paired["n"] == own["n"]:
+                sets.setdefault(frozenset(own["ensemble"].split("+")), []).append(own)
+        for letters, found in sets.items():
+            n = max(own["n"] for own in found)
+            found = [own for own in found if own["n"] == n]
+            best = max(found, key=lambda own: own["against_best_single"]["difference"])
+            paired = best["against_best_single"]
+            alone = best["correct"] - paired["gained"] + paired["lost"]
+            yield Bound(
+                measure.title,
+                ", ".join(name for letter, name in MODELS.items() if letter in letters),
+                n,
+                100 * (paired["oracle"] - alone) / n,
+                100 * paired["difference"],
+                f"{ensemble_name(best['ensemble'])}, {method_name(best['method'])}",
+                {
+                    own["ensemble"]: 100 * own["against_best_single"]["difference"]
+                    for own in found
+                    if own["method"] == DEFAULT
+                },
+            )
+
+
+def votes(results: Results) -> str:
+    """Majorities of sampled answers, members and ensembles, beside one greedy answer."""
+    found = []
+    for measure in results.votes:
+        one_answer = next((one for one in results.tests if _same_task(one, measure)), None)
+        rows = []
+        for name, own in _members_first(measure):
+            paired = own["against_best_single"]
+            greedy = None if one_answer is None else one_answer.scores.get(name)
+            rows.append(
+                [
+                    _whole_name(own),
+                    str(own["n"]),
+                    _share(own),
+                    _same_items(greedy, own),
+                    "" if paired is None else points_cell(paired),
+                    "" if paired is None else f"{MODELS[paired['configuration']]}, n {paired['n']}",
+                ]
+            )
+        head = ["n", "% right (95 %)", "one greedy answer", "points (95 %)", "against votes of"]
+        found.append(table([measure.title, *head], rows))
+    return "\n\n".join(found) or "Not measured yet."
+
+
+def _same_task(one: Measure, voted: Measure) -> bool:
+    return (one.machine, one.result["task"]) == (voted.machine, voted.result["task"]) and one.result.get(
+        "scoring"
+    ) != "likelihood"
+
+
+def _same_items(greedy: Configuration | None, own: Configuration) -> str:
+    """Per cent right with one answer, on the items that were voted on."""
+    if greedy is None or "right" not in greedy:
+        return ""
+    right = set(greedy["right"].split())
+    shared = (right | set(greedy["wrong"].split())) & {*own["right"].split(), *own["wrong"].split()}
+    return f"{100 * len(right & shared) / len(shared):.1f}, n {len(shared)}" if shared else ""
+
+
+def _members_first(measure: Measure) -> Iterator[tuple[str, Configuration]]:
+    yield from singles(measure.scores).items()
+    for ensemble, methods in by_ensemble(measure.scores, DEFAULT).items():
+        yield from ((f"{ensemble} {method}", own) for method, own in methods.items())
+
+
+def _whole_name(own: Configuration) -> str:
+    if own["method"] == "single":
+        return f"{MODELS[own['ensemble']]} alone"
+    return f"{ensemble_name(own['ensemble'])}, {_named(own['method'])}"
+
+
+def _share(own: Configuration) -> str:
     low, high = own["interval"]
-    return [str(own["n"]), f"{100 * own['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"]
+    return f"{100 * own['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _paired(paired: Configuration | None) -> list[str]:
-    if paired is None:
-        return [""] * 4
-    low, high = (signed(100 * bound, 1) for bound in paired["interval"])
-    shown = marked(f"{signed(100 * paired['difference'], 1)} ({low} to {high})", accuracy_verdict(paired))
+def details(results: Results) -> str:
+    """A folded table for each measure: scores, tests, how many texts had an answer."""
+    return "\n\n".join(_details(one) for one in results.tests)
+
+
+def _details(measure: Measure) -> str:
+    written = any("changed_share" in own for own in measure.scores.values())
+    head = ["", "n", "% right (95 %)", "against", "won, lost", "McNemar p"]
+    rows = []
+    for _, own in _members_first(measure):
+        paired = own["against_best_single"]
+        row = [_whole_name(own), str(own["n"]), _share(own)]
+        row += [""] * 3 if paired is None else _test(paired)
+        if written:
+            row += [_percent(own["changed_share"]), _percent(own["unanswered_share"])]
+        rows.append(row)
+    result = measure.result
+    whole = "all" if result["items"] == result["items_in_split"] else "of the"
+    title = f"{measure.title}: {result['items']} items, {whole} {result['items_in_split']} of the test file"
+    return folded(title, table(head + (["changed", "no answer"] if written else []), rows))
+
+
+def _test(paired: Configuration) -> list[str]:
     won = f"{paired['gained']}, {paired['lost']}"
-    return [shown, MODELS[paired["configuration"]], won, f"{paired['p_value']:.2g}"]
+    return [MODELS[paired["configuration"]], won, f"{paired['p_value']:.2g}"]
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def settings(one: Machine) -> str:
-    """What the default method is, and what the others share with it."""
-    default = one.settings["defaults"]
-    weights = "weights from the prompt" if default["weights"] == "prompt" else "equal weights"
-    rule = "the boundary rule" if default["boundary_aware"] else "no boundary rule"
-    return (
-        f"The default method is `{one.default}`. Where a method's name says nothing else: {weights}, {rule}, "
-        f"{default['candidates']} candidates, and for every recipe of deepen η {default['learning_rate']:g} "
-        f"and {default['steps']} steps of search."
-    )
-
-
-def counts(one: Machine) -> str:
-    """How many differences there are, and how many chance alone would show."""
-    return "\n".join(f"- {line}" for line in _counts(one))
-
-
-def _counts(one: Machine) -> Iterator[str]:
-    if one.likelihood is not None:
-        kinds = [kind for kind in one.kinds() if kind != "all"]
-        for title, method in (("the default", one.default), ("the paper's recipe", "deepen:paper")):
-            verdicts = {
-                ensemble: [bits_verdict(own[method]["kinds"][kind]["against_best_single"]) for kind in kinds]
-                for ensemble, own in by_ensemble(one.likelihood["configurations"], one.default).items()
-                if method in own
-            }
-            each = [
-                f"{ensemble_name(ensemble)} {own.count('gain')} better, {own.count('harm')} worse"
-                for ensemble, own in verdicts.items()
-            ]
-            if each:
-                yield f"Likelihood, {title} (`{method}`), of {len(kinds)} kinds of text: {'; '.join(each)}."
-    tests = {
-        (method, f"{TASKS[task]} with {ensemble_name(ensemble)}, {method_name(method)}"): own[
-            "against_best_single"
+def missing(results: Results) -> str:
+    """What each file of answers lacks of what some file has."""
+    fused = [own for one in results.tests for own in one.scores.values() if own["method"] != "single"]
+    ensembles = {own["ensemble"] for own in fused}
+    methods = {own["method"] for own in fused}
+    lines = []
+    for one in _a_file_each((*results.tests, *results.votes)):
+        own = [each for each in one.scores.values() if each["method"] != "single"]
+        parts = [
+            _absent("ensembles", {each["ensemble"] for each in own}, ensembles, ensemble_name),
+            _absent("rules", {each["method"] for each in own}, methods, method_name),
         ]
-        for task, result in one.tasks.items()
-        for ensemble, methods in by_ensemble(result["configurations"], one.default).items()
-        for method, own in methods.items()
-        if own["against_best_single"] is not None and is_core(method, one.default)
-    }
-    for title, chosen in (
-        ("the default", {key: own for key, own in tests.items() if key[0] == one.default}),
-        ("all methods", tests),
-    ):
-        if not chosen:
-            continue
-        verdicts_of = [accuracy_verdict(own) for own in chosen.values()]
-        remain = holm({name: own["p_value"] for (_, name), own in chosen.items()})
-        better = [name for (_, name), own in chosen.items() if name in remain and own["difference"] > 0]
-        named = f": better {'; '.join(better)}" if better and title == "the default" else ""
-        yield (
-            f"Accuracy, {title}: {len(chosen)} comparisons; {verdicts_of.count('gain')} better and "
-            f"{verdicts_of.count('harm')} worse at p < 0.05, where chance alone gives up to "
-            f"{0.05 * len(chosen):.1f}. After Holm's correction {len(better)} better and "
-            f"{len(remain) - len(better)} worse remain{named}."
-        )
+        few = [_whole_name(each) for each in one.scores.values() if each["n"] < one.result["items"]]
+        named = ", everywhere" if len(few) == len(one.scores) else f": {_some(few)}"
+        parts.append(f"some of its {one.result['items']} items{named}" if few else "")
+        gaps = len({each["ensemble"] for each in own}) * len({each["method"] for each in own}) - len(own)
+        parts.append(f"{gaps} of the pairs of its ensembles and rules" if gaps else "")
+        unpaired = [_whole_name(each) for each in own if each["against_best_single"] is None]
+        parts.append(f"a member alone to compare with: {_some(unpaired)}" if unpaired else "")
+        if any(parts):
+            lines.append(f"- {one.title}: {'; '.join(part for part in parts if part)}.")
+    return folded("What each task's results lack", "\n".join(lines)) if lines else "Nothing is missing."
 
 
-def time_table(one: Machine) -> str:
-    """Milliseconds a token, and against the sum of the members alone."""
-    if one.time is None:
-        return "Not measured yet."
-    found = one.time["configurations"]
-    groups = by_ensemble(found, one.default)
-    methods = list(dict.fromkeys(method for own in groups.values() for method in own))
-    rows = [
-        [ensemble_name(ensemble), *(_clock(own.get(method)) for method in methods)]
-        for ensemble, own in groups.items()
-    ]
-    alone = "; ".join(f"{MODELS[key]} {own['ms_per_token']:.1f}" for key, own in singles(found).items())
-    run = one.time["settings"]
-    return (
-        table(["ms a token (× members' sum)", *map(method_name, methods)], rows)
-        + f"\n\nThe members alone on the same loop, ms a token: {alone}. Medians over {run['prompts']} "
-        f"prompts of {run['tokens']} new tokens, one at a time, with relative rows computed before."
-    )
+def _a_file_each(measures: Sequence[Measure]) -> list[Measure]:
+    """The first measure of each file."""
+    files = [id(one.result) for one in measures]
+    return [one for place, one in enumerate(measures) if files.index(id(one.result)) == place]
 
 
-def _clock(own: Configuration | None) -> str:
-    return "" if own is None else f"{own['ms_per_token']:.1f} ({own['of_members_sum']:.2f})"
+def _absent(what: str, own: set[str], known: set[str], name: Callable[[str], str]) -> str:
+    absent = sorted(known - own)
+    if not absent:
+        return ""
+    if len(own) < len(absent):
+        return f"all {what} but {_some([name(one) for one in sorted(own)])}"
+    return f"{what}: {_some([name(one) for one in absent])}"
 
 
-def hardware(one: Machine) -> str:
-    """What it ran on, and at which commits."""
-    latest = max(one.environments, key=lambda found: found["date"])
-    machine, versions = latest["machine"], latest["versions"]
-    commits = sorted({(e["date"][:10], e["commit"][:10], e["dirty"]) for e in one.environments})
-    shown = ", ".join(
-        f"{c} of {day}" + (" with uncommitted changes" if dirty else "") for day, c, dirty in commits
-    )
-    return (
-        f"**{machine['cpu']}, {machine['cores']} cores** ({machine['isa']}), {machine['ram_gb']} GB; Python "
-        f"{versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"{versions['compiler']}; float32. Written at commit {shown}."
-    )
+def _some(names: Sequence[str], most: int = 8) -> str:
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -29,6 +30,9 @@ import compare  # noqa: E402
 import compare_likelihood  # noqa: E402
 import compare_setup  # noqa: E402
 import results_format  # noqa: E402
+import results_parts  # noqa: E402
+import results_texts  # noqa: E402
+from results_read import read_results  # noqa: E402
 
 RATE = compare_setup.settings_used()["defaults"]["learning_rate"]
 OURS = f"S+G {compare_setup.DEFAULT}"
@@ -159,32 +163,12 @@ def test_a_folder_that_lacks_results_adds_to_those_that_are_there(
     ).read_text()
 
 
-def test_a_member_of_whom_only_the_number_is_known(data: Path, work: Path, tmp_path: Path) -> None:
-    """Files from before they said which items were right: enough where the member is worse than another."""
+def test_a_member_of_whom_nothing_is_known() -> None:
     right, best = answers("01111111"), answers("11100000")
-    known = compare.compare(right, {"S": answers("11000000"), "G": best}, 8)
+    known = compare.compare(right, {"S": answers("11000000"), "G": best})
     assert known is not None
-    assert known["configuration"] == "G"
-    assert compare.compare(right, {"S": 2, "G": best}, 8) == known
-    assert compare.compare(right, {"S": 3, "G": best}, 8) is None  # it might be the best
-    assert (
-        compare.compare(answers("0111"), {"S": 2, "G": best}, 8) is None
-    )  # of the first four it may have two
-    assert compare.compare(right, {"S": 2, "G": None}, 8) is None
-    assert compare.compare(right, {"S": 2}, 8) is None
-
-    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
-    file = tmp_path / "arc_challenge.json"
-    old = json.loads(file.read_text())
-    for one in old["configurations"].values():
-        del one["right"], one["wrong"]
-    file.write_text(json.dumps(old))
-    record_path(work, "arc_challenge", "S").unlink()  # has two; G's three are in the folder
-    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
-    new = json.loads(file.read_text())["configurations"]
-    assert new[OURS]["against_best_single"] == old["configurations"][OURS]["against_best_single"]
-    assert "right" not in new["S"]
-    assert "right" in new["G"]
+    assert (known["configuration"], known["oracle"]) == ("G", 3)
+    assert compare.compare(right, {"S": None, "G": best}) is None
 
 
 @pytest.mark.parametrize(("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2)])
@@ -294,7 +278,7 @@ def test_texts_are_of_one_size_and_have_nothing_in_common(kind: str) -> None:
 def test_methods_have_one_name_each() -> None:
     names = [compare_setup.parse_method(one).name for one in compare_setup.METHODS]
     assert names[0] == compare_setup.DEFAULT
-    assert set(results_format.METHODS) <= set(names)
+    assert set(results_format.METHODS) <= {name.partition("@")[0] for name in names}
     method = compare_setup.parse_method("average@main=0.5@eta=0.3")
     assert method.name == "average@main=0.5@eta=0.3"
     assert method.of(3) == {
@@ -314,9 +298,64 @@ def test_tests_that_remain_among_many() -> None:
     assert results_format.holm({"a": 0.03, "b": 0.001, "c": 0.026}) == ["b"]
 
 
-def write_results(results: Path, data: Path, work: Path, machine: str = "some-cpu") -> None:
-    """Results of every script, for one pair and the members alone."""
-    compare.write_task(work, data, "arc_challenge", results / "evaluation" / machine, FOUND)
+def answers_of(n: int, right: str, ensemble: str, method: str, **more: object) -> dict[str, Any]:
+    """A configuration of a task's JSON, from a pattern of right answers that repeats."""
+    outcomes = {i: right[i % len(right)] == "1" for i in range(n)}
+    return {"ensemble": ensemble, "method": method, "n": n, "outcomes": outcomes, **more}
+
+
+def task_file(file: Path, configurations: list[dict[str, Any]], **head: Any) -> None:
+    """A task's JSON as compare.py leaves it."""
+    alone = {one["ensemble"]: one["outcomes"] for one in configurations if one["method"] == "single"}
+    made = {}
+    for one in configurations:
+        outcomes = one.pop("outcomes")
+        single = one["method"] == "single"
+        own = {**one, **compare.rate(outcomes, "" if single else one["ensemble"], alone)}
+        if head.get("scoring") == "likelihood":
+            turned = {i: not right for i, right in outcomes.items()}
+            against = {key: {i: not right for i, right in other.items()} for key, other in alone.items()}
+            own["norm"] = compare.rate(turned, "" if single else one["ensemble"], against)
+        made[one["ensemble"] if single else f"{one['ensemble']} {one['method']}"] = own
+    content = {
+        "split": "test",
+        "items": 40,
+        "items_in_split": 80,
+        "settings": compare_setup.settings_used(),
+        "configurations": made,
+        "environment": FOUND,
+        **head,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+MEMBERS = (("1000", "S"), ("0110", "G"))
+
+
+def write_tasks(folder: Path) -> None:
+    """Choices, votes on a GPU, and a dev split."""
+    alone = [answers_of(40, pattern, letter, "single") for pattern, letter in MEMBERS]
+    fused = [
+        answers_of(40, "1110", "S+G", compare_setup.DEFAULT),
+        answers_of(40, "0000", "S+G", "deepen:bytes"),
+        answers_of(24, "0111", "G+S", "union-vocab@margin"),
+    ]
+    file = folder / "some-cpu" / "piqa-likelihood.json"
+    task_file(file, [dict(one) for one in (*alone, *fused)], task="piqa", scoring="likelihood")
+    gpu = {**FOUND, "machine": {**FOUND["machine"], "gpu": {"name": "NVIDIA H100 80GB HBM3"}}}  # type: ignore[dict-item]
+    head = {"task": "gsm8k", "environment": gpu}
+    greedy = [dict(one) for one in (*alone, fused[0])]
+    task_file(folder / "gpu" / "gsm8k.json", greedy, **head)
+    voted = [answers_of(20, "1101", "G", "single"), answers_of(20, "1000", "S", "single")]
+    voted.append(answers_of(20, "1111", "S+G", compare_setup.DEFAULT))
+    task_file(folder / "gpu" / "gsm8k-votes5.json", voted, **head, votes={"count": 5})
+    head = {"task": "triviaqa", "split": "dev"}
+    task_file(folder / "some-cpu" / "dev" / "triviaqa.json", [dict(one) for one in (*alone, *fused)], **head)
+
+
+def write_likelihood(results: Path, machine: str = "some-cpu") -> None:
+    """Bits of one pair and the members alone."""
     drawn = random.Random(1)
     lines = {}
     for name, level in (("S", 100), ("G", 105), (OURS, 92), ("S+G deepen:paper", 130)):
@@ -326,41 +365,119 @@ def write_results(results: Path, data: Path, work: Path, machine: str = "some-cp
                 lines[name, kind, text] = line(name, kind, text, bits, 512)
     settings = compare_setup.settings_used() | {"block": 128}
     file = results / "likelihood" / f"{machine}.json"
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, **compare_likelihood.summarise(lines), "environment": FOUND}
     file.write_text(json.dumps(content))
 
 
-def test_a_page_of_small_results(data: Path, work: Path, tmp_path: Path) -> None:
-    results, docs = tmp_path / "results", tmp_path / "docs"
-    write_results(results, data, work)
+def section(page: str, title: str) -> str:
+    """What stands under a heading, or in a fold, up to the next heading."""
+    return re.split(r"^#|</details>", page.partition(title)[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def write_peers(file: Path) -> None:
+    """What peers.py leaves, of one member alone."""
+    sizes = dict.fromkeys(("texts", "scored", "context", "items", "letters", "tokens", "batch"), 1)
+    speed = {"ms_a_token": 12.0}
+    rows = [{"system": "alone", "name": "S", "texts": [], "speed": speed}]
+    file.parent.mkdir(parents=True)
+    content = {
+        "pairs": {"S+Q": rows},
+        "settings": sizes,
+        "peers": {},
+        "environment": FOUND | {"torch_threads": 2},
+    }
+    file.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    write_tasks(folder / "evaluation")
+    write_likelihood(folder)
+    write_peers(folder / "peers" / "some-cpu.json")
+    return folder
+
+
+def test_the_default_beside_the_best_single_member(results: Path) -> None:
+    found = read_results(results)
+    assert [one.title for one in found.tests] == ["PIQA, acc", "PIQA, acc_norm", "GSM8K on H100"]
+    lines = results_parts.verdict(found).splitlines()
+    # The ensemble has 30 of 40, as S and G together; by acc_norm each has what it had wrong.
+    assert f"The default, `{compare_setup.DEFAULT}`, on test items: 3 comparisons" in lines[0]
+    assert "worse on 1 (PIQA, acc_norm: SmolLM2 + Gemma)" in lines[0]
+    assert "better on 2 (PIQA, acc: SmolLM2 + Gemma; GSM8K on H100: SmolLM2 + Gemma)" in lines[0]
+    assert "after Holm's correction 1 worse and 2 better remain" in lines[0]
+    table = results_parts.gains(found)
+    assert "| SmolLM2 + Gemma | **+25.0 (" in table
+    assert table.count("** H |") == 2
+    assert table.count(") † H |") == 1
+    assert results_parts.figure(found, "right", "GSM8K on H100", "G") == "20 of 40 (50.0 %)"
+    assert results_parts.figure(found, "points", "PIQA, acc", OURS).startswith("**+25.0 (")
+    assert results_parts.figure(found, "points", "NQ", OURS) == "(not measured)"
+
+
+def test_every_rule_and_what_is_missing(results: Path) -> None:
+    found = read_results(results)
+    every = results_parts.everything(found)
+    margin = next(row for row in every.splitlines() if row.startswith("| union-vocab, margin |"))
+    _, _, acc, norm, gsm8k, _ = map(str.strip, margin.split("|"))
+    assert acc.startswith("**+25.0")
+    assert acc.endswith(", n 24")
+    assert norm.endswith("†, n 24")
+    assert gsm8k == ""
+    rules = results_parts.rules(found)
+    assert "(default)** | +25.0 (1, 0 of 1) | −50.0 (0, 1 of 1) | +25.0 (1, 0 of 1) |" in rules
+    lacking = results_parts.missing(found)
+    assert "- PIQA, acc: some of its 40 items: Gemma + SmolLM2, union-vocab, margin" in lacking
+    assert "- GSM8K on H100: ensembles: Gemma + SmolLM2; all rules but follow:bytes" in lacking
+    assert "- GSM8K on H100, 5 votes: " in lacking
+
+
+def test_the_oracle_bounds_what_rules_can_gain(results: Path) -> None:
+    oracle = results_parts.oracle(read_results(results))
+    # Members together have three of four items, the best alone two.
+    assert "| PIQA, acc: SmolLM2, Gemma | 40 | +25.0 | +25.0 (SmolLM2 + Gemma, " in oracle
+    assert "| SmolLM2 + Gemma +25.0 |" in oracle
+
+
+def test_votes_beside_the_best_members_votes(results: Path) -> None:
+    votes = results_parts.votes(read_results(results))
+    row = next(row for row in votes.splitlines() if row.startswith("| SmolLM2 + Gemma"))
+    assert "| 20 | 100.0 (" in row
+    assert "| 75.0, n 20 |" in row  # one greedy answer, on the items that were voted on
+    assert "+25.0" in row
+    assert row.endswith("| Gemma, n 20 |")
+
+
+def test_a_page_of_small_results(results: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
     done = run_page("--results", results, "--docs", docs)
     assert done.returncode == 0, done.stderr
     made = contents(docs)
-    plots = {f"{kind}-some-cpu.svg" for kind in ("accuracy", "likelihood", "summary")}
-    assert made.keys() == {"results.md", *plots}
+    assert made.keys() == {"results.md", "gains.svg", "summary-some-cpu.svg"}
     page = made["results.md"].decode()
     assert "{{" not in page
-    assert f"| {compare_setup.DEFAULT} (default) | 87.5, +50.0 |" in page
-    ours = json.loads((results / "likelihood" / "some-cpu.json").read_text())["configurations"][OURS][
-        "kinds"
-    ]["code"]
-    cell = results_format.bits_cell(ours["against_best_single"])
-    assert cell.startswith("**−0.0")
-    assert f"{ours['bits_per_byte']:.3f}, {cell}" in page
+    dev = section(page, "dev splits\n")
+    assert "TriviaQA" in dev
+    assert "TriviaQA, n 40" not in page.replace(dev, "")  # dev results stand nowhere else
     assert f"η {RATE:g}" in page
-    assert "†" in page  # the paper's recipe
-    assert "SmolLM2 + Gemma 3 better, 0 worse" in page
-    assert "SmolLM2 + Gemma 0 better, 3 worse" in page
-    for name in plots:
+    ours = json.loads((results / "likelihood" / "some-cpu.json").read_text())["configurations"][OURS]
+    code = ours["kinds"]["code"]
+    assert f"{code['bits_per_byte']:.3f}, {results_format.bits_cell(code['against_best_single'])}" in page
+    assert "less probable on 0, and more probable on 3 (more, less: SmolLM2 + Gemma 3, 0)." in page
+    assert "`deepen:bytes`, was not run on real text." in page
+    assert "(more, less: SmolLM2 + Gemma 0, 3)." in page  # the paper's recipe
+    assert "| SmolLM2 alone | " in section(page, "<summary>Peers on the same models")
+    for name, count in (("gains.svg", 5), ("summary-some-cpu.svg", 2 * 4)):
         assert f"(results/{name})" in page
         root = ElementTree.fromstring(made[name])
         dots = [one for one in root.iter() if one.tag.endswith("circle") or one.tag.endswith("path")]
-        assert len(dots) == (4 if "accuracy" in name else 2 * 4)
+        assert len(dots) == count
 
     before = contents(docs)
     assert run_page("--results", results, "--docs", docs, "--check").returncode == 0
-    (docs / "results.md").write_text(page.replace("87.5, +50.0", "97.5, +60.0"))
+    (docs / "results.md").write_text(page.replace("+25.0", "+35.0"))
     (docs / "results" / "accuracy-gone.svg").write_text("<svg/>")
     stale = run_page("--results", results, "--docs", docs, "--check")
     assert stale.returncode == 1
@@ -370,12 +487,33 @@ def test_a_page_of_small_results(data: Path, work: Path, tmp_path: Path) -> None
     assert contents(docs) == before
 
 
-def test_two_machines_stand_apart(data: Path, work: Path, tmp_path: Path) -> None:
-    results, docs = tmp_path / "results", tmp_path / "docs"
-    write_results(results, data, work)
-    compare.write_task(work, data, "arc_challenge", results / "evaluation" / "other-cpu", FOUND)
-    assert run_page("--results", results, "--docs", docs).returncode == 0
-    page = (docs / "results.md").read_text()
-    assert "*On some-cpu:*" in page
-    assert "*On other-cpu:*" in page
-    assert len(list((docs / "results").glob("accuracy-*.svg"))) == 2
+@pytest.mark.parametrize("part", [None, "evaluation", "likelihood"])
+def test_a_page_of_whatever_is_there(part: str | None, results: Path, tmp_path: Path) -> None:
+    some, docs = tmp_path / "some", tmp_path / "docs"
+    some.mkdir()
+    if part is not None:
+        (results / part).rename(some / part)
+    done = run_page("--results", some, "--docs", docs)
+    assert done.returncode == 0, done.stderr
+    assert "Not measured yet." in (docs / "results.md").read_text()
+
+
+def test_two_machines_stand_apart(results: Path) -> None:
+    alone = [answers_of(40, pattern, letter, "single") for pattern, letter in MEMBERS]
+    task_file(results / "evaluation" / "other-cpu" / "nq.json", [dict(one) for one in alone], task="nq")
+    task_file(results / "evaluation" / "some-cpu" / "nq.json", [dict(one) for one in alone], task="nq")
+    titles = [one.title for one in read_results(results).tests]
+    assert titles[-2:] == ["NQ (other-cpu)", "NQ (some-cpu)"]
+    write_likelihood(results, "other-cpu")
+    counts = results_texts.likelihood_counts(read_results(results))
+    assert "*On some-cpu:*" in counts
+    assert "*On other-cpu:*" in counts
+
+
+def test_results_of_other_settings_are_refused(results: Path) -> None:
+    file = results / "evaluation" / "gpu" / "gsm8k.json"
+    found = json.loads(file.read_text())
+    found["settings"]["defaults"]["steps"] += 1
+    file.write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="steps"):
+        read_results(results)
