@@ -185,7 +185,12 @@ class Measurements:
         for reading in self._readings:
             self.say(f"Fitting a gate, {len(items)} of {len(self._readings)} dev items seen")
             items.append(GateEvidence.of(reading, ensemble, one.ordered_weights()))
-        return fit_gate(items, self.tried[one], self.sizes, one.confidence)
+
+        def measure(gate: tuple[float, ...], which: slice) -> list[float]:
+            gated = ensemble.variant(gate=gate)
+            return [self._bits(reading, gated, one) for reading in self._readings[which]]
+
+        return fit_gate(items, self.tried[one], self.sizes, measure)
 
     def save_rows(self) -> None:
         """Keep the relative rows that were computed: most of what another call takes."""

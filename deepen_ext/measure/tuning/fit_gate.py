@@ -1,14 +1,14 @@
 """Fits the four numbers of a `Gate` on dev items, and checks on items that it was not fitted on.
 
-Where the fused distribution is an average of the members', a token's likelihood is ``sum_i w_i p_i``. Of each
-token that is known once for all gates: what the gate sees of each member, and p_i. Four numbers then cost no
-fusion step.
+Where the fused distribution is an average of the members', a token's likelihood is ``sum_i w_i p_i``. What
+the gate sees of each member and p_i are looked up once for each token; to try four numbers then takes no
+fusion step. The check measures the ensemble itself with the gate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,8 @@ class GateEvidence:
     Attributes:
         features: x of each member, float64 [n, members, 4]; anything where its weight is 0.
         weights: lambda of each member at the token, float64 [n, members]; 0 where it sits out.
-        logprobs: what each member gives the token, natural logarithms, float64 [n, members].
+        logprobs: what each member gives the token, natural logarithms, float64 [n, members]. Special tokens
+            that an assistant alone has do not count: the rest of what it says sums to 1.
     """
 
     features: torch.Tensor
@@ -140,8 +141,12 @@ class FittedGate:
         return sum(self.held_out) / sum(self.sizes), sum(self.without) / sum(self.sizes)
 
 
+# Bits of each item of a slice under a gate.
+MeasureGate = Callable[[tuple[float, ...], slice], Sequence[float]]
+
+
 def fit_gate(
-    items: Sequence[GateEvidence], without: Sequence[float], sizes: Sequence[int], confidence: float = 0.0
+    items: Sequence[GateEvidence], without: Sequence[float], sizes: Sequence[int], measure: MeasureGate
 ) -> FittedGate:
     """Fit a gate on all items; on each half of them for the check on the other half.
 
@@ -149,14 +154,11 @@ def fit_gate(
         items: in an order that has nothing to do with what is in them.
         without: bits of each item without a gate.
         sizes: bytes of each item.
-        confidence: of the configuration without a gate.
+        measure: called for each half with the gate that was fitted on the other one.
     """
-    before = (-confidence, *NO_GATE[1:])  # the same rule, see `Gate`
     held_out = list(without)
-    for half in (0, 1):
-        gate = _fitted(items[1 - half :: 2])
-        for i in range(half, len(items), 2):
-            held_out[i] += items[i].bits(gate) - items[i].bits(before)
+    for half, other in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        held_out[half] = measure(_fitted(items[other]), half)
     tokens = sum(len(one.weights) for one in items)
     return FittedGate(_fitted(items), tokens, tuple(without), tuple(held_out), tuple(sizes))
 

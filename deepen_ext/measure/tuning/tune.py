@@ -182,7 +182,7 @@ def tune(
         fuser: what is tuned; where it uses recipes, also recipe, learning rate and temperature.
         recipes: those that may be chosen, the default first.
         gate: fit a gate for the chosen configuration too (see `fit_gate`), after the budget: it takes about
-            as long as measuring one configuration for each member.
+            as long as measuring as many configurations as there are members, and one more.
         progress: called with a line of text as each stage goes on.
 
     Raises:
