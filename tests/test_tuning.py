@@ -294,7 +294,7 @@ def test_what_was_read_is_measured_again_without_the_caches(
     first = reading.fused(ensemble)
     reading.release()
     with monkeypatch.context() as patch:
-        patch.setattr(readings.Reading, "_lanes", None)
+        patch.setattr(readings.Reading, "_opened", None)  # every use of a session begins with it
         assert reading.fused(ensemble) == first
         assert reading.fused(ensemble, [0.9, 0.1]).total != first.total
         assert reading.fused(ensemble.variant(fuser="average")).total != first.total

@@ -17,6 +17,7 @@ from deepen_ext.space.recipes import RECIPES, check_recipe
 if TYPE_CHECKING:
     from deepen_ext.measure.tuning.configurations import Configuration
     from deepen_ext.measure.tuning.dev_items import DevSet
+    from deepen_ext.measure.tuning.fit_gate import FittedGate
     from deepen_ext.measure.tuning.tune import Tuning
 
 
@@ -41,6 +42,14 @@ def tune(
     ] = 10.0,
     out: Annotated[Path, typer.Option(help="The preset to write.")] = Path("preset.yaml"),
     fuser: options.FuserSpec = None,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate",
+            help="Also fit a gate: four numbers that say what makes a model count more at a token. "
+            "With --fuser union-vocab or average.",
+        ),
+    ] = False,
     debug: options.Debug = False,
 ) -> None:
     """Choose weights, settings and the main model of two or more models, and write a preset.
@@ -60,22 +69,25 @@ def tune(
             raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
         with progress() as say:
             say("Starting")
-            from deepen_ext.fusers import parse_fuser
+            from deepen_ext.fusers import fuser_class, parse_fuser
             from deepen_ext.measure.tuning.dev_items import DevSet
+            from deepen_ext.measure.tuning.fit_gate import check_gate_fuser
             from deepen_ext.measure.tuning.tune import tune as tune_members
             from deepen_ext.members.loading import load_members
             from deepen_ext.presets import write_preset
 
+            spec = fuser or "deepen"
+            way, recipe = parse_fuser(spec, "")
+            if recipe:
+                check_recipe(recipe)
+            if gate:
+                check_gate_fuser(fuser_class(way))
             if text is not None:
                 dev = DevSet.from_text(text, limit)
             else:
                 assert task is not None
                 assert data is not None
                 dev = DevSet.from_task(task, data, limit)
-            spec = fuser or "deepen"
-            way, recipe = parse_fuser(spec, "")
-            if recipe:
-                check_recipe(recipe)
             given = loading.options()
             members = load_members(named, progress=say, **given)
             tuning = tune_members(
@@ -84,6 +96,7 @@ def tune(
                 minutes=minutes,
                 fuser=way,
                 recipes=[one for one in RECIPES if recipe in ("", one)],
+                gate=gate,
                 progress=say,
             )
         preset = tuning.preset(named, dev, spec, given)
@@ -151,6 +164,17 @@ def _verdict(tuning: Tuning) -> str:
         f"Against the best single member, {tuning.names[best]}: {difference:+.4f} ± {error:.4f} bits a byte"
         + (": fusing gains nothing on these items." if difference >= 0 else ".")
     )
+    if tuning.gate is not None:
+        lines.append(_gate_verdict(tuning.gate))
     if not tuning.finished:
         lines.append("The time was up before the search had come to its end; more --minutes may find better.")
     return "\n".join(lines) + "\n"
+
+
+def _gate_verdict(gate: FittedGate) -> str:
+    """Whether the gate helps on items that it was not fitted on."""
+    difference, error = gate.difference
+    found = f"{difference:+.4f} ± {error:.4f} bits a byte on items it was not fitted on, {gate.tokens} tokens"
+    if gate.helps:
+        return f"Gate {list(gate.numbers)}: {found}."
+    return f"No gate is written: {found}; one standard error better is needed."

@@ -91,7 +91,7 @@ class Fuser(ABC):
         self.candidates = whole_number("candidates", candidates, 1)
         self.names = list(names) if names is not None else [f"member {i}" for i in range(len(vocab_sizes))]
         self._shares: dict[object, torch.Tensor] = {}
-        self._lock = threading.Lock()  # of what a step computes once and keeps
+        self._lock = threading.RLock()  # of what a step computes once and keeps
 
     def search_bound(self) -> SearchBound | None:
         """How far `fuse` can move the main model's logits, whatever the assistants say; None: not known."""
@@ -211,7 +211,7 @@ class Fuser(ABC):
         with self._lock:
             logits = parts[0].said.scores()
             main_choice = parts[0].topk.ids[:, 0]
-            fused_rows, said, by_row = self._weighed(parts, weights)
+            fused_rows, said, by_row = self.weighed(parts, weights)
             if not fused_rows:
                 return FusedStep(logits, main_choice, main_choice, tuple(parts))
             there = None if len(fused_rows) == len(logits) else to_device(fused_rows, self.device)
@@ -240,7 +240,7 @@ class Fuser(ABC):
             natural logarithms, float64 [B].
         """
         with self._lock:
-            fused_rows, said, by_row = self._weighed(parts, weights)
+            fused_rows, said, by_row = self.weighed(parts, weights)
             alone = self._alone(parts[0], tokens)
             if not fused_rows:
                 return alone
@@ -252,7 +252,7 @@ class Fuser(ABC):
         rows = torch.arange(len(tokens), device=self.device)
         return self._said(main, list(main.rows)).logprobs(rows, tokens)
 
-    def _weighed(
+    def weighed(
         self, parts: Sequence[Part], weights: Sequence[float] | Sequence[Sequence[float]]
     ) -> tuple[list[int], list[Said], torch.Tensor]:
         """Who speaks for the rows of a step, and how much each counts there.
@@ -266,10 +266,9 @@ class Fuser(ABC):
         if not fused_rows:
             return [], [], torch.empty(0, len(parts), device=self.device)
         said = [self._said(part, fused_rows) for part in parts]
-        by_row = self._share(tuple(shares[row] for row in fused_rows))
-        if self.rule is not None:
-            by_row = self.rule.weigh(by_row, said)
-        return fused_rows, said, by_row
+        with self._lock:
+            by_row = self._share(tuple(shares[row] for row in fused_rows))
+            return fused_rows, said, by_row if self.rule is None else self.rule.weigh(by_row, said)
 
     def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
         """A member's logits [n, V_i] as what it says."""

@@ -178,6 +178,21 @@ class TextReading(Closing):
         kept: _Kept = {}
         return [self._fused(one, weights, kept, greedy=greedy) for one, weights in ensembles]
 
+    def steps(self, ensemble: Ensemble) -> Iterator[tuple[list[Part], torch.Tensor]]:
+        """What the members say of the scored tokens, in their order: the parts of one fusion step each.
+
+        With each step come its tokens int64 [B], of the main model and on its device. Errors are those of
+        `fused`.
+        """
+        main, *assistants = [self._reading(member) for member in ensemble.members]
+        require(main.member.backend, "logits", _USE)
+        main.read()
+        at = 0
+        for parts in self._steps(ensemble, main, assistants, {}):
+            count = len(parts[0].rows)
+            yield parts, to_device(main.scored[at : at + count], ensemble.device)
+            at += count
+
     def _fused(
         self, ensemble: Ensemble, weights: Sequence[float] | None, kept: _Kept, *, greedy: bool
     ) -> TokenLikelihoods:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
@@ -17,6 +17,7 @@ from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import Configuration, OutOfTime, Space, rounded
 from deepen_ext.measure.tuning.dev_items import DevItem, DevSet
+from deepen_ext.measure.tuning.fit_gate import NO_GATE, FittedGate, GateEvidence, fit_gate
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member
 from deepen_ext.members.memory import available_bytes
@@ -175,7 +176,21 @@ class Measurements:
         return sum(self.tried[one])
 
     def _bits(self, reading: TextReading, ensemble: Ensemble, one: Configuration) -> float:
-        return -reading.fused(ensemble, one.ordered_weights()).total / math.log(2)
+        return -reading.fused(ensemble, one.ordered_weights(), greedy=False).total / math.log(2)
+
+    def gate(self, one: Configuration) -> FittedGate:
+        """A gate for a configuration that was tried."""
+        ensemble = self.ensemble(replace(one, confidence=0.0)).variant(weighing="gate", gate=NO_GATE)
+        items: list[GateEvidence] = []
+        for reading in self._readings:
+            self.say(f"Fitting a gate, {len(items)} of {len(self._readings)} dev items seen")
+            items.append(GateEvidence.of(reading, ensemble, one.ordered_weights()))
+
+        def measure(gate: tuple[float, ...], which: slice) -> list[float]:
+            gated = ensemble.variant(gate=gate)
+            return [self._bits(reading, gated, one) for reading in self._readings[which]]
+
+        return fit_gate(items, self.tried[one], self.sizes, measure)
 
     def save_rows(self) -> None:
         """Keep the relative rows that were computed: most of what another call takes."""

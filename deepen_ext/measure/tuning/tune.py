@@ -28,6 +28,7 @@ from deepen_ext.measure.tuning.configurations import (
 )
 from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.dev_measurements import Measurements
+from deepen_ext.measure.tuning.fit_gate import FittedGate, check_gate_fuser
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
@@ -49,6 +50,7 @@ class Tuning:
         tried: bits of each item by configuration, in the order they were tried.
         chosen: one of them.
         finished: whether the search came to its end; otherwise the time was up.
+        gate: the one fitted for the chosen configuration; None where none was asked for.
     """
 
     space: Space
@@ -61,6 +63,7 @@ class Tuning:
     tried: Mapping[Configuration, tuple[float, ...]]
     chosen: Configuration
     finished: bool
+    gate: FittedGate | None = None
 
     @property
     def baseline(self) -> Configuration:
@@ -86,7 +89,7 @@ class Tuning:
         fuser: str,
         loading: Mapping[str, Any] | None = None,
     ) -> Preset:
-        """The choice as a preset, with what was measured.
+        """The choice as a preset, with what was measured; with the gate if that helps.
 
         Args:
             named: the members as the caller named them.
@@ -98,12 +101,14 @@ class Tuning:
         one = self.chosen
         given: dict[str, Any] = {"weights": [round(weight, 6) for weight in one.ordered_weights()]}
         given["fuser"] = fuser.partition(":")[0] if one.recipe else fuser
-        settings = {
+        settings: dict[str, Any] = {
             "recipe": one.recipe,
             "learning_rate": one.learning_rate,
             "relative_temperature": one.temperature,
             "confidence": one.confidence or None,
         }
+        if self.gate is not None and self.gate.helps:
+            settings |= {"weighing": "gate", "confidence": None, "gate": list(self.gate.numbers)}
         given |= {name: value for name, value in settings.items() if value is not None}
         ordered = {
             name: [value[i] for i in one.order()] if isinstance(value, list | tuple) else value
@@ -131,6 +136,8 @@ class Tuning:
         }
         if self.accuracy:
             found["accuracy"] = {"items": self.answered, "single": by_name(self.accuracy)}
+        if self.gate is not None:
+            found["gate"] = self._gate_measured(self.gate)
         found["tried"] = len(self.tried)
         found["weights_from"] = self.chosen.source
         found["search"] = "finished" if self.finished else "ended by the time"
@@ -138,6 +145,18 @@ class Tuning:
         found["versions"] = {one: metadata.version(one) for one in ("deepen-ext", "torch", "transformers")}
         found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return found
+
+    @staticmethod
+    def _gate_measured(gate: FittedGate) -> dict[str, Any]:
+        with_gate, without = gate.bits_per_byte()
+        difference, error = gate.difference
+        return {
+            "tokens": gate.tokens,
+            "held_out_bits_per_byte": {"with": round(with_gate, 5), "without": round(without, 5)},
+            "difference": round(difference, 5),
+            "standard_error": round(error, 5),
+            "written": gate.helps,
+        }
 
 
 def tune(
@@ -147,6 +166,7 @@ def tune(
     minutes: float = 10.0,
     fuser: str | FuseFunction = "deepen",
     recipes: Sequence[Recipe] = RECIPES,
+    gate: bool = False,
     progress: Progress | None = None,
 ) -> Tuning:
     """Choose a configuration on dev items.
@@ -161,10 +181,13 @@ def tune(
         minutes: the budget, from this call on.
         fuser: what is tuned; where it uses recipes, also recipe, learning rate and temperature.
         recipes: those that may be chosen, the default first.
+        gate: fit a gate for the chosen configuration too (see `fit_gate`), after the budget: it takes about
+            as long as measuring as many configurations as there are members, and one more.
         progress: called with a line of text as each stage goes on.
 
     Raises:
-        InputError: fewer than two members, a fuser of the main model alone, no time; an item that exceeds a
+        InputError: fewer than two members, a fuser of the main model alone, a gate for a fuser that cannot
+            have a fitted one, no time; an item that exceeds a
             member's context; and what `Ensemble` raises.
         ModelError: a member's forward pass failed.
     """
@@ -172,6 +195,8 @@ def tune(
     kind = fuser_class(fuser)
     if len(members) < 2 or kind.fewest_members < 2:
         raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+    if gate:
+        check_gate_fuser(kind)
     if kind.spans:
         raise InputError(f"fuser='{kind.name}' has no likelihood to tune by; tune another fuser")
     if kind.draws:
@@ -195,6 +220,7 @@ def tune(
     except OutOfTime:
         finished = False
     chosen = choose(work.tried, space, work.sizes)
+    fitted = work.gate(chosen) if gate else None
     work.save_rows()
     return Tuning(
         space=space,
@@ -207,4 +233,5 @@ def tune(
         tried={one: tuple(bits) for one, bits in work.tried.items()},
         chosen=chosen,
         finished=finished,
+        gate=fitted,
     )
