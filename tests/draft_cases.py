@@ -70,6 +70,10 @@ FUSIONS: list[dict[str, Any]] = [
     {"fuser": "average", "weights": "prompt", "confidence": 1.0},
     {"fuser": "union-topk"},
     {"fuser": "union-vocab"},
+    {"fuser": "union-vocab", "weighing": "disagreement"},
+    {"fuser": "follow", "learning_rate": 1.0, "weights": "prompt"},
+    {"fuser": "product"},
+    {"fuser": "consistent", "weighing": "consistency"},
     {"fuser": one_of_three},
     {"fuser": "single"},
 ]

@@ -15,7 +15,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.ingredients import Ingredients
-from deepen_ext.fusers.parts import FusedStep, Part, Said, placed, shares_by_row
+from deepen_ext.fusers.parts import FusedStep, Part, Said, given_logits, placed, shares_by_row
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.weighing.rule import Rule
 from deepen_ext.ground.numbers import whole_number
@@ -196,12 +196,12 @@ class Fuser(ABC):
             )
         if logits[0] is None:
             raise InputError("the main model cannot sit out of a fusion step")
-        main = self._said_by(0, logits[0])
+        main = self._given(0, logits[0])
         asked: list[tuple[int, Distribution, Sequence[int]]] = [(0, main, range(len(main)))]
         for i, one in enumerate(logits[1:], start=1):
             if one is not None:
                 given = None if rows is None else rows[i]
-                asked.append((i, self._said_by(i, one), range(len(main)) if given is None else given))
+                asked.append((i, self._given(i, one), range(len(main)) if given is None else given))
         return self.step_parts(self.parts(asked), weights)
 
     def step_parts(
@@ -270,20 +270,8 @@ class Fuser(ABC):
             by_row = self._share(tuple(shares[row] for row in fused_rows))
             return fused_rows, said, by_row if self.rule is None else self.rule.weigh(by_row, said)
 
-    def _said_by(self, member: int, logits: torch.Tensor) -> Distribution:
-        """A member's logits [n, V_i] as what it says."""
-        name = f"logits of {self.names[member]}"
-        if not isinstance(logits, torch.Tensor):
-            raise InputError(
-                f"{name} must be a torch.Tensor [B, V], not {type(logits).__name__}; make one with "
-                "torch.as_tensor(...)"
-            )
-        if logits.dim() != 2:
-            raise InputError(
-                f"{name} have shape {list(logits.shape)}; expected two dimensions, one row for each text and "
-                f"{self.vocab_sizes[member]} tokens"
-            )
-        return Distribution(self.names[member], logits.shape[1], self.candidates, logits)
+    def _given(self, member: int, logits: torch.Tensor) -> Distribution:
+        return given_logits(self.names[member], self.vocab_sizes[member], self.candidates, logits)
 
     def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         """The weights float32 [B, n], where the main model is; kept for the steps that follow.

@@ -154,6 +154,25 @@ class Said:
         return values if self._places is None else placed([values], self._places, len(self.topk.probs))[0]
 
 
+def given_logits(name: str, vocab_size: int, k: int, logits: torch.Tensor) -> Distribution:
+    """Logits [n, V] that a caller gives for a member, as what it says.
+
+    Raises:
+        InputError: no tensor, or not of two dimensions.
+    """
+    if not isinstance(logits, torch.Tensor):
+        raise InputError(
+            f"logits of {name} must be a torch.Tensor [B, V], not {type(logits).__name__}; make one with "
+            "torch.as_tensor(...)"
+        )
+    if logits.dim() != 2:
+        raise InputError(
+            f"logits of {name} have shape {list(logits.shape)}; expected two dimensions, one row for each "
+            f"text and {vocab_size} tokens"
+        )
+    return Distribution(name, logits.shape[1], k, logits)
+
+
 def placed(tensors: Sequence[torch.Tensor], places: Sequence[int], count: int) -> list[torch.Tensor]:
     """Each [n, ...] at these places among `count` rows, 0 elsewhere; a place below 0 is left out.
 
