@@ -35,7 +35,7 @@ TOKENS = 6
 
 @pytest.fixture(scope="module")
 def pair(tiny_smollm2, tiny_gemma):
-    return Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", learning_rate=0.3, cache=False)
+    return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen", learning_rate=0.3, cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ class TestSameText:
     def test_gemma_as_the_main_model(self, pair):
         """Its tokenizer puts BOS before the text, and pads with a token of its own."""
         small, gemma = pair.members
-        swapped = Ensemble([gemma, small], recipe="bytes", learning_rate=0.3, cache=False)
+        swapped = Ensemble([gemma, small], fuser="deepen", learning_rate=0.3, cache=False)
         tokens = [one.token_ids for one in swapped.generate([SHORT, LONG], max_new_tokens=5)]
         given = inputs(swapped, SHORT, LONG)
         assert (given["input_ids"] == gemma.tokenizer.bos_token_id).sum() == 2
@@ -598,3 +598,20 @@ def chat_inputs(pair):
     return pair.members[0].tokenizer.apply_chat_template(
         CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+
+
+def test_the_default_follows_the_prompt_in_transformers_loop_too(tiny_smollm2, tiny_gemma):
+    """Weights from the prompt: the processor reads it, and gives what `Ensemble.generate` writes."""
+    pair = Ensemble([tiny_smollm2, tiny_gemma], learning_rate=0.3, cache=False)
+    assert pair.weighs_prompts
+    expected = [one.token_ids for one in pair.generate([SHORT, LONG], max_new_tokens=TOKENS)]
+    equal = pair.variant(fuser="deepen").generate([SHORT, LONG], max_new_tokens=TOKENS)
+    assert expected != [one.token_ids for one in equal]
+    given = inputs(pair, SHORT, LONG)
+    settings = {"max_new_tokens": TOKENS, "do_sample": False}
+    with DeepenLogitsProcessor(pair) as processor:
+        for _ in range(2):
+            output = pair.members[0].model.generate(**given, logits_processor=[processor], **settings)
+            assert new_ids(output, given) == expected
+    output = pair.members[0].model.generate(**given, custom_generate=pair.custom_generate, **settings)
+    assert new_ids(output, given) == expected

@@ -271,13 +271,14 @@ def test_the_second_metric_is_by_bytes() -> None:
 
 @pytest.fixture(scope="module")
 def ensembles(tiny_smollm2: Member, tiny_gemma: Member) -> dict[str, Ensemble]:
-    fused = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", cache=False)
+    fused = Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen", cache=False)
     return {
         "smol": Ensemble([tiny_smollm2], fuser="single"),
         "gemma": Ensemble([tiny_gemma], fuser="single"),
         "deepen": fused,
         "average": fused.variant(fuser="average"),
         "union": fused.variant(fuser="union-topk"),
+        "default": fused.variant(fuser="auto"),
     }
 
 

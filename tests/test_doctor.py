@@ -509,7 +509,8 @@ def test_going_back(bytes_dir: Path, tmp_path: Path, family: str, anew: bool) ->
 
 def test_acceptance_against_the_texts(tiny_smollm2: Member, tiny_gemma: Member) -> None:
     """The main model's tokens fall where the ensemble changed them; looked up is what stood there before."""
-    ensemble, prompts = Ensemble([tiny_smollm2, tiny_gemma]), [SAMPLE_TEXT[:200], SAMPLE_TEXT[700:900]]
+    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen")
+    prompts = [SAMPLE_TEXT[:200], SAMPLE_TEXT[700:900]]
     found = acceptance(ensemble, prompts, 24)
     written = ensemble.generate(prompts, max_new_tokens=24, draft=0)
     changed = sum(one.changed_tokens for one in written)

@@ -28,7 +28,7 @@ PROMPT = "The history of tea begins in ancient China, where, it is said, leaves 
 
 @pytest.fixture(scope="module")
 def pair(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
-    return Ensemble([tiny_smollm2, tiny_gemma], learning_rate=1.0)
+    return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen", learning_rate=1.0)
 
 
 class Spy:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
+from deepen_ext.fusers.settings import SHARPNESS
 from deepen_ext.measure.likelihood import readings as readings_module
 from deepen_ext.measure.likelihood import text_reading as likelihood
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
@@ -212,14 +213,14 @@ class TestMember:
 def ensembles(tiny_smollm2: Member, tiny_gemma: Member) -> dict[str, Ensemble]:
     """By what is different about them; without the rows that an earlier run has left on disk."""
     pair = [tiny_smollm2, tiny_gemma]
-    byte_rows = Ensemble(pair, recipe="bytes", cache=False)
+    byte_rows = Ensemble(pair, fuser="deepen", cache=False)
     return {
         "bytes": byte_rows,
         "no rule": byte_rows.variant(boundary_aware=False),
         "average, its own weights": byte_rows.variant(fuser="average", weights=[0.7, 0.3]),
         "a function": byte_rows.variant(fuser=lambda logits, said, weights: logits / 2),
         "swapped, no rule": Ensemble(
-            [tiny_gemma, tiny_smollm2], recipe="bytes", boundary_aware=False, cache=False
+            [tiny_gemma, tiny_smollm2], fuser="deepen", boundary_aware=False, cache=False
         ),
         "three": Ensemble([tiny_gemma, tiny_smollm2, tiny_smollm2], fuser="average", cache=False),
     }
@@ -340,7 +341,7 @@ class TestFused:
             with open_session(member) as session:
                 ids = first_ids(member, context) + member.vocabulary.encode(context)
                 found.append(read_prompts(session, member, {0: ids})[0])
-        weights = prompt_weights(found, [0.5, 0.5], 8.0)
+        weights = prompt_weights(found, [0.5, 0.5], SHARPNESS)
         assert abs(weights[0] - 0.5) > 0.1
         with TextReading([tiny_smollm2, tiny_gemma], context, text) as reading:
             got = reading.fused(weighs)

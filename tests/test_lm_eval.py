@@ -51,7 +51,7 @@ def demo_pair(smollm2: Member, gemma: Member) -> Ensemble:
 
 @pytest.fixture(scope="module")
 def ensemble(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
-    return Ensemble([tiny_smollm2, tiny_gemma])
+    return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen")
 
 
 @pytest.fixture(scope="module")

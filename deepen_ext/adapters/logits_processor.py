@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from transformers import LogitsProcessor
 from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty, written
 from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.decoding.prompts import Messages
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
@@ -76,6 +78,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         self._prompts_of: list[_RowPrompt] = []
         self._seen: list[list[int]] = []  # the ids that each row's assistants have read, with padding
         self._assistants: Assistants | None = None
+        self._weights: dict[tuple[int, ...], list[float]] = {}  # by the prompt's ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The fused scores [B, V] of the tokens after `input_ids` [B, L].
@@ -137,8 +140,37 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
                 else:
                     data = written(main, row[len(seen[source]) :])
                 assistants.texts[i].append(data)
+        self._weigh(assistants, rows)
         self._seen = rows
         return assistants
+
+    def _weigh(self, assistants: Assistants, rows: list[list[int]]) -> None:
+        """Give each row the weights of its prompt, where they come from prompts.
+
+        A logits processor never sees what the main model says of a prompt, so it reads each prompt once more.
+        """
+        team = self._team
+        if not team.weighs_prompts:
+            return
+        prompts = [tuple(one.own(one.ids)) for one in self._prompts_of]
+        new = {prompt: i for i, prompt in enumerate(prompts) if prompt not in self._weights}
+        if new:
+            with closing(team.main.backend.open(len(new), max(map(len, new)))) as session:
+                main = read_prompts(session, team.main, {n: list(ids) for n, ids in enumerate(new)}).values()
+            texts = list(new.values())
+            if all(rows[i] == self._prompts_of[i].ids for i in texts):
+                others = assistants.read_prompts(texts)  # which then hold the prompts
+            else:
+                read = [self._read(i, self._prompts_of[i].ids) for i in texts]
+                with closing(Assistants(team, [one for one, _ in read])) as beside:
+                    beside.open()
+                    for n, (_, data) in enumerate(read):
+                        beside.texts[n].append(data)
+                    others = beside.read_prompts(range(len(read)))
+            for prompt, *scores in zip(new, main, *others, strict=True):
+                self._weights[prompt] = prompt_weights(scores, team.weights, team.sharpness)
+        for i, prompt in enumerate(prompts):
+            assistants.weights[i] = self._weights[prompt]
 
     def _find_prompts(self, rows: list[list[int]], call: GenerateCall | None) -> None:
         """What each row's prompt is: by the call of `generate`, else what the rows were when they began."""
@@ -159,6 +191,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         found = [_RowPrompt(*one) for one in zip(prompts, kept, strict=True)]
         check_not_empty([prompt.own(prompt.ids) for prompt in found])
         if found != self._prompts_of:
+            self._weights.clear()
             self._seen = [[] for _ in self._seen]  # no row goes on from what it was
         self._prompts_of, self._call = found, call
 

@@ -21,10 +21,17 @@ PROMPT_TOKENS = 256  # of a prompt's end, that count
 
 @dataclass(frozen=True)
 class PromptScore:
-    """How well a member reads the end of a prompt: each scored token's bytes and natural log probability."""
+    """How well a member reads the end of a prompt: each scored token's bytes and natural log probability.
+
+    Attributes:
+        sizes: in bytes.
+        logprobs: natural logarithms.
+        prompt: what was scored, for other prompts that begin alike; None where nobody will ask.
+    """
 
     sizes: list[int]
     logprobs: list[float]
+    prompt: _Scored | None = None
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +95,10 @@ def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int
 
 
 def read_prompts(
-    session: Session, member: Member, prompts: Mapping[int, Sequence[int]]
+    session: Session,
+    member: Member,
+    prompts: Mapping[int, Sequence[int]],
+    earlier: PromptScore | None = None,
 ) -> dict[int, PromptScore]:
     """Bring lanes to their prompts and score the last `PROMPT_TOKENS` tokens of each.
 
@@ -97,6 +107,7 @@ def read_prompts(
             them costs nothing.
         member: whose tokens they are.
         prompts: ids by lane, with what stands before the text.
+        earlier: of a prompt that these may begin like; what they have in common is not scored again.
 
     Raises:
         InputError: see `Session.ask`.
@@ -108,7 +119,7 @@ def read_prompts(
     scores: dict[int, PromptScore] = {}
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
-    before: _Scored | None = None
+    before = None if earlier is None else earlier.prompt
     for lane in sorted(prompts, key=lambda lane: starts[lane]):
         now = _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
         start = now.take_over(before)
@@ -117,7 +128,7 @@ def read_prompts(
         for block in session.read(lane, now.ids, start, 1):
             now.score(block)
         sizes = [len(member.vocabulary.bytes_of(token)) for token in now.ids[now.start + 1 :]]
-        scores[lane] = PromptScore(sizes, now.logprobs)
+        scores[lane] = PromptScore(sizes, now.logprobs, now)
         before = now
     return {lane: scores[lane] for lane in prompts}
 

@@ -65,6 +65,7 @@ class Reading:
         self._lanes: ReadingLanes | None = None
         self._lane = 0  # the text's own
         self._context_of: Reading | None = None  # another reading of the same context, which scores it
+        self._earlier: PromptScore | None = None  # of a context that this one may begin like
         # Numbers in `said` after ids that the text does not begin with.
         self._elsewhere: dict[tuple[int, ...], int] = {}
 
@@ -96,6 +97,8 @@ class Reading:
 
     def go_on_from(self, other: Reading) -> None:
         """Take another reading's cache over: what both begin with is not fed again. It keeps its logits."""
+        owner = other if other._context_of is None else other._context_of
+        self._earlier = vars(owner).get("prompt_score")  # where it was asked for
         if self._lanes is None:
             self._lanes, self._lane = other._lanes, other._lane
             other._lanes = None
@@ -152,7 +155,7 @@ class Reading:
         lanes = self._opened()
         # Before the text is read its own lane is free for that, and keeps the context.
         lane = lanes.beside if len(self.said) else self._lane
-        return read_prompts(lanes.session, self.member, {lane: context})[lane]
+        return read_prompts(lanes.session, self.member, {lane: context}, self._earlier)[lane]
 
     def _opened(self) -> ReadingLanes:
         """The session, opened when it is first needed."""
