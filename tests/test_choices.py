@@ -291,7 +291,7 @@ def test_an_ended_run_goes_on_to_the_same_lines(
 ) -> None:
     whole = run(ensembles, data, tmp_path / "whole", batch_size=2)
     lines = item_lines(tmp_path / "whole")
-    assert len(lines) == 15
+    assert len(lines) == 18
     assert {name: len(own) for name, own in lines.items() if "smol" in name} == {
         "arc_challenge.smol.jsonl": 4,
         "mmlu.smol.jsonl": 3,

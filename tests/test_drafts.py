@@ -73,7 +73,7 @@ def watched(ensemble: Ensemble) -> tuple[Ensemble, list[Spy]]:
     """The ensemble again, of members whose backends keep what they are asked."""
     spies = [Spy(one) for one in ensemble.members]
     members = [replace(one, backend=spy) for one, spy in zip(ensemble.members, spies, strict=True)]
-    return Ensemble(members, learning_rate=1.0), spies
+    return Ensemble(members, fuser="deepen", learning_rate=1.0), spies
 
 
 class TestCosts:

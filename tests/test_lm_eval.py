@@ -306,7 +306,8 @@ def test_a_special_token_among_the_stop_strings_ends_the_text(model: DeepenLM, m
 def test_a_context_too_long_for_a_member_loses_its_beginning(ensemble: Ensemble) -> None:
     long = "".join(f"Line {i} of a long text.\n" for i in range(12)) + "One, two,"
     members = ensemble.members
-    model = DeepenLM(Ensemble([changed(one, context_length=40) for one in members]), batch_size=2)
+    short = [changed(one, context_length=40) for one in members]
+    model = DeepenLM(Ensemble(short, fuser="deepen"), batch_size=2)
     with pytest.warns(UserWarning, match="1 of 1 contexts were too long"):
         found = model.loglikelihood([asked(long, " three")], disable_tqdm=True)
     with pytest.warns(UserWarning, match="1 of 2 contexts were too long"):
@@ -325,7 +326,7 @@ def test_a_context_too_long_for_a_member_loses_its_beginning(ensemble: Ensemble)
     assert len(kept(40, " three")) < len(long) - 100
     assert found == [scored(ensemble, kept(40, " three"), " three")]
     assert written[0] == ensemble.generate(kept(36, ""), max_new_tokens=4).text
-    model = DeepenLM(Ensemble([members[0], changed(members[1], context_length=10)]))
+    model = DeepenLM(Ensemble([members[0], changed(members[1], context_length=10)], fuser="deepen"))
     with pytest.raises(InputError, match=r"tiny-gemma.*context of 10 tokens is too short for the text"):
         model.loglikelihood([asked("One", " two" * 12)], disable_tqdm=True)
 
