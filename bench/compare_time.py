@@ -1,9 +1,9 @@
 """Milliseconds a token of every way of fusing, each with forwards of its own, beside its members alone.
 
-One prompt at a time, greedy, without drafts, the configurations in turn for every prompt, so that a drift of
-the machine hits all of them. Each prompt is continued twice: the first time relative rows may still have to
-be computed, the second time they are there. A configuration's figure is the median over prompts. Writes
-bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
+One prompt at a time, greedy (`draw` samples), without drafts, the configurations in turn for every prompt, so
+that a drift of the machine hits all of them. Each prompt is continued twice: the first time relative rows may
+still have to be computed, the second time they are there. A configuration's figure is the median over
+prompts. Writes bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
                     min_new_tokens=options.tokens,
                     draft=0,
                     certified_skip=skip,
+                    **({"do_sample": True, "seed": number} if ensemble.fuser.draws else {}),
                 )
                 times[key].append(written.timings.ms_per_token)
         say(f"prompt {number} of {options.prompts}")
