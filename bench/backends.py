@@ -106,7 +106,7 @@ def repeatability(data: Path, count: int) -> dict[str, Any]:
     from deepen_ext import Ensemble
     from deepen_ext.members.llama_cpp import session
 
-    ensemble = Ensemble(load_members([f"demo:{name}" for name in PAIR], backend="llama.cpp"))
+    ensemble = Ensemble(load_members([f"demo:{name}" for name in PAIR], backend="llama.cpp"), fuser="deepen")
     prompts = _prompts(ensemble.members[0], data, count)
 
     def alone(some: Sequence[str], label: str, **settings: Any) -> list[list[int]]:

@@ -136,7 +136,7 @@ def _single(pair: Sequence[Any], options: Any) -> dict[str, Any]:
     dense = load_members([f"demo:{name}" for name in PAIR], backend="transformers", threads=options.threads)
     text = texts_of(pair[0], CONTEXT, 1)[0]
     _check_loops(pair, text, options.threads)
-    ensemble = Ensemble(pair)
+    ensemble = Ensemble(pair, fuser="deepen")
     tokens = options.new_tokens
     for skip in (False, True):
         _ensemble_run(ensemble, text, tokens, skip)  # its rows, and memory
@@ -157,7 +157,7 @@ def _batch(pair: Sequence[Any], context: int, batch: int, threads: int) -> dict[
     from deepen_ext import Ensemble
 
     say(f"batch {batch}, context {context}")
-    ensemble = Ensemble(pair)
+    ensemble = Ensemble(pair, fuser="deepen")
     texts = texts_of(pair[0], context, batch)
     _ensemble_run(ensemble, texts[:1], 2, False)
     own = _own_loops(pair, texts, BATCH_TOKENS, threads)
@@ -180,7 +180,7 @@ def measure_trio(threads: int, tokens: int) -> dict[str, Any]:
 
     members = load_native(TRIO, threads)
     loaded = resident()
-    ensemble = Ensemble(members)
+    ensemble = Ensemble(members, fuser="deepen")
     text = texts_of(members[0], CONTEXT, 1)[0]
     _ensemble_run(ensemble, text, 4, False)
     runs: dict[str, Any] = {"asked": [_ensemble_run(ensemble, text, tokens, False)]}

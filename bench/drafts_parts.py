@@ -26,7 +26,7 @@ def pair(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR)
-    ensemble = bench.warm(Ensemble(members))
+    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
     context, lengths = size.contexts[0], (0, "auto")
     prompt = bench.prose(members[0])
     say("the pair, prose")
@@ -56,7 +56,7 @@ def trio(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR, THIRD)
-    ensemble = bench.warm(Ensemble(members))
+    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
     prompt = bench.prose(members[0])
     say("the trio")
     ways = {
@@ -80,7 +80,7 @@ def _batches(bench: Bench, members: Sequence[Any], *, exact: bool) -> Cases:
     """The pair by batch and context, and sampled at the smaller context; `exact` in transformers."""
     from deepen_ext import Ensemble
 
-    size, ensemble = bench.size, Ensemble(members)
+    size, ensemble = bench.size, Ensemble(members, fuser="deepen")
     small, large = size.contexts
     for context, sampling in ((small, False), (small, True), (large, False)):
         settings = SAMPLED if sampling else {}
@@ -104,7 +104,7 @@ def larger(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, main = bench.size, bench.members(THIRD)[0]
-    ensemble = Ensemble([main, *bench.native()])
+    ensemble = Ensemble([main, *bench.native()], fuser="deepen")
     context = size.contexts[0]
     # Of runs with draft="auto" each has a history of its own: none draws on what another one found out.
     who = ("auto", "main", *ensemble.names[1:], "lookup")
@@ -137,7 +137,7 @@ def latency(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR)
-    ensemble = bench.warm(Ensemble(members))
+    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
     prompt = bench.prose(members[0])
 
     def way(length: Any) -> Callable[[], Record]:

@@ -184,7 +184,7 @@ def time_drafts(device: torch.device, keep: Callable[[Figure], None], *, tiny: b
         agrees = members[0] is members[1]
         if agrees:
             _make_sure(main.model)
-        ensemble = Ensemble(members)
+        ensemble = Ensemble(members, fuser="deepen")
         for draft in DRAFTS:
             value, times, stood = _tokens(ensemble, draft)
             ratio = value / statistics.median(alone)

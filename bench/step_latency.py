@@ -55,7 +55,7 @@ def measure(rounds: int) -> list[Figure]:
             logits.append(member.model(torch.tensor([ids])).logits[:, -1].contiguous())
     figures = []
     for recipe in ("bytes", "calibrated"):
-        ensemble = Ensemble(members, recipe=recipe)
+        ensemble = Ensemble(members, fuser="deepen", recipe=recipe)
         for isa in dict.fromkeys(("avx2", _core.best_isa())):
             if isa != "portable":
                 _core.set_isa(isa)

@@ -44,8 +44,8 @@ FuserSpec = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help="deepen (the default), average, union-topk, union-vocab, draw (with sampling), spans, single, "
-        "or module:function.",
+        help="auto (the default): each text follows whoever reads its prompt best. Or deepen, average, "
+        "union-topk, union-vocab, product, draw (with sampling), spans, single, ..., or module:function.",
         show_default=False,
     ),
 ]
@@ -54,7 +54,7 @@ FuserSpecs = Annotated[
     typer.Option(
         "--fuser",
         help="deepen, deepen:RECIPE, average, union-topk, union-vocab, draw, spans, or module:function. "
-        "Repeat it to compare; deepen by default.",
+        "Repeat it to compare; by default each text follows whoever reads its prompt best.",
         show_default=False,
     ),
 ]

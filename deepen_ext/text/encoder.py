@@ -122,7 +122,8 @@ def _bpe_tokenizer(tokenizer: Any, name: str) -> Tokenizer:
     if not isinstance(model, BPE):
         raise ModelError(
             f"{name}: {type(model).__name__} tokenizers cannot carry text byte for byte; "
-            "use a model with a byte-level BPE or a SentencePiece BPE tokenizer"
+            "use a model with a byte-level BPE or a SentencePiece BPE tokenizer (of Gemma's .gguf files "
+            "transformers 5.17 makes Unigram ones, 5.23 does not)"
         )
     if model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix:
         raise ModelError(f"{name}: BPE with dropout or with subword prefixes or suffixes is not supported")
