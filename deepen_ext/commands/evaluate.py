@@ -71,9 +71,9 @@ def evaluate(
     fuser: Annotated[
         list[str] | None,
         typer.Option(
-            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, ..., or module:function; or vote: the "
-            "models' own answers vote. Repeat it to compare; by default each text follows whoever reads its "
-            "prompt best.",
+            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, ..., or module:function; or vote: "
+            "the models' own answers vote. Repeat it to compare; by default each text follows whoever reads "
+            "its prompt best.",
             show_default=False,
         ),
     ] = None,

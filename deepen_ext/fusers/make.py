@@ -66,7 +66,7 @@ def recipe_of(spec: str) -> str | None:
 
 
 def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
-    """What the command line names: ("deepen", recipe), another fuser's name, or a function.
+    """What the command line names: ("deepen", recipe), another fuser's name, "auto", or a function.
 
     Args:
         spec: one of `FUSERS`, "deepen:RECIPE", or "module:function" (a module of the current folder, too).
@@ -76,7 +76,7 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
         InputError: no such fuser, module or function.
     """
     name, _, rest = spec.partition(":")
-    if spec in FUSERS:
+    if spec in FUSERS or spec == "auto":
         return spec, recipe
     if (own := recipe_of(spec)) is not None:
         return name, own
