@@ -103,6 +103,7 @@ class TestGenerate:
 
     def test_each_step_is_fuse_logits_on_fresh_forwards(self, pair):
         """No cache, no re-tokenised suffix, no kept row: the same tokens come out of whole forwards."""
+        pair = pair.variant(fuser="deepen")
         result = pair.generate("Café 日本 and", max_new_tokens=20)
         main, assistant = pair.members
         ids = main.vocabulary.prefix_ids + main.vocabulary.encode("Café 日本 and")

@@ -84,7 +84,7 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="session")
 def ensembles(smollm2: Member, gemma: Member) -> dict[str, Ensemble]:
     """As the command makes them of the demo pair with two fusers."""
-    fused = Ensemble([smollm2, gemma], recipe="bytes")
+    fused = Ensemble([smollm2, gemma], fuser="deepen")
     return {
         smollm2.name: Ensemble([smollm2], fuser="single"),
         gemma.name: Ensemble([gemma], fuser="single"),
@@ -117,7 +117,7 @@ def start(data: Path, out: Path) -> subprocess.Popen[str]:
     options += ["--backend", "transformers"]  # quantised, a text depends on what else is in its batch
     tasks = [option for task in TASKS for option in ("--task", task)]
     return subprocess.Popen(
-        [sys.executable, "-m", "deepen_ext.commands.cli", "eval", *options, *tasks, "--recipe", "bytes"],
+        [sys.executable, "-m", "deepen_ext.commands.cli", "eval", *options, *tasks, "--fuser", "deepen"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -377,7 +377,9 @@ def test_the_header_tells_configurations_apart(
         ensembles["average"],
         ensembles[gemma.name],
         ensembles[smollm2.name],
-        Ensemble([gemma, smollm2], recipe="bytes"),
+        Ensemble([gemma, smollm2], fuser="deepen"),
+        fused.variant(fuser="auto"),
+        fused.variant(fuser="auto", learning_rate=0.2),
         fused.variant(weights=[0.7, 0.3]),
         fused.variant(learning_rate=0.2),
         fused.variant(steps=4),
@@ -386,11 +388,11 @@ def test_the_header_tells_configurations_apart(
         fused.variant(candidates=64),
         fused.variant(boundary_aware=False),
         fused.variant(recipe="calibrated", relative_temperature=20.0),
-        Ensemble([replace(smollm2, eos_ids=(0, 2)), gemma], recipe="bytes"),
+        Ensemble([replace(smollm2, eos_ids=(0, 2)), gemma], fuser="deepen"),
     ]
     headers = [json.dumps(header(one)) for one in [fused, *others]]
     assert len(set(headers)) == len(headers)
-    assert header(fused) == header(Ensemble([smollm2, gemma], recipe="bytes"))
+    assert header(fused) == header(Ensemble([smollm2, gemma], fuser="deepen"))
     # What a variant was made from is no part of what it is.
     by_way_of_deepen = fused.variant(fuser="union-topk")
     assert header(by_way_of_deepen) == header(Ensemble([smollm2, gemma], fuser="union-topk", recipe="bytes"))

@@ -62,7 +62,7 @@ def first_token(member: Member, data: bytes) -> int:
 
 @pytest.mark.parametrize("recipe", ["bytes", "calibrated", "paper"])
 def test_only_the_papers_recipe_searches_on_logits_as_they_are(smollm2, gemma, recipe) -> None:
-    fuser = Ensemble([smollm2, gemma], recipe=recipe, cache=False).fuser
+    fuser = Ensemble([smollm2, gemma], fuser="deepen", recipe=recipe, cache=False).fuser
     assert isinstance(fuser, DeepenFuser)
     assert fuser.log_probs == (recipe != "paper")
     assert fuser.search_bound() == SearchBound.of(

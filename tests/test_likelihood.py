@@ -261,7 +261,7 @@ class TestFused:
 
     def test_the_demo_pair(self, smollm2: Member, gemma: Member) -> None:
         """Real models, for which the text is likely."""
-        ensemble = Ensemble([smollm2, gemma], cache=False)
+        ensemble = Ensemble([smollm2, gemma], fuser="deepen", cache=False)
         reading = TextReading([smollm2, gemma], "Antarctica's", " strawberries 🍓 cost 1,250 €")
         expected, got = slowly(ensemble, reading.context, reading.text), reading.fused(ensemble)
         assert got.logprobs == pytest.approx(expected.logprobs, abs=2e-4)

@@ -87,7 +87,7 @@ def plain_text(ensemble: Ensemble, prompt: str, new_tokens: int) -> list[int]:
 
 def unabridged(members: Sequence[Member]) -> Ensemble:
     """Every assistant speaks at every step, and every candidate has a relative row."""
-    return Ensemble(members, boundary_aware=False, min_probability=0.0)
+    return Ensemble(members, fuser="deepen", boundary_aware=False, min_probability=0.0)
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ class TestLikelihood:
     CONTEXT, CHOICES = PROMPTS[3], (" two hours", " 2", " eight", " It does not take any time at all.")
 
     def test_choices_read_together(self, exact: list[Member]) -> None:
-        ensemble = Ensemble(exact, cache=False)
+        ensemble = Ensemble(exact, fuser="deepen", cache=False)
         readings = [TextReading(exact, self.CONTEXT, choice) for choice in self.CHOICES]
         TextReading.read_together(readings)
         for reading, choice in zip(readings, self.CHOICES, strict=True):
@@ -137,7 +137,7 @@ class TestGreedyText:
         assert alone.token_ids == wanted[1]
 
     def test_with_and_without_the_skip(self, exact: list[Member]) -> None:
-        ensemble = Ensemble(exact)
+        ensemble = Ensemble(exact, fuser="deepen")
         for prompt in PROMPTS:
             plain, skipping = (
                 ensemble.generate(prompt, max_new_tokens=20, certified_skip=skip) for skip in (False, True)
@@ -146,7 +146,7 @@ class TestGreedyText:
             assert skipping.token_ids == plain.token_ids
 
     def test_with_and_without_drafts(self, exact: list[Member]) -> None:
-        ensemble = Ensemble(exact)
+        ensemble = Ensemble(exact, fuser="deepen")
         assert DraftSettings.read(ensemble.team, None, "auto").length is None  # on, as far as they pay
         plain = ensemble.generate(PROMPTS[:2], max_new_tokens=12, draft=0)
         assert sum(one.changed_tokens for one in plain) > 0
@@ -157,7 +157,7 @@ class TestGreedyText:
 
     def test_quantised_members_draft_only_where_asked_to(self, quantised: list[Member]) -> None:
         """Among their near-ties another token could win."""
-        ensemble = Ensemble(quantised)
+        ensemble = Ensemble(quantised, fuser="deepen")
         assert ensemble.generate(PROMPTS[0], max_new_tokens=12).timings.drafted == 0
         assert ensemble.generate(PROMPTS[0], max_new_tokens=12, draft=3).timings.drafted > 3
 

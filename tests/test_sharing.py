@@ -17,8 +17,8 @@ PROMPTS = ["The capital of France is", "Question: What is 12 + 30?\nAnswer:", "d
 
 @pytest.fixture(scope="module")
 def ensembles(smollm2: Member, gemma: Member) -> list[Ensemble]:
-    pair = Ensemble([smollm2, gemma], recipe="bytes")
-    turned = Ensemble([gemma, smollm2], recipe="bytes")
+    pair = Ensemble([smollm2, gemma], fuser="deepen")
+    turned = Ensemble([gemma, smollm2], fuser="deepen")
     singles = [Ensemble([one], fuser="single") for one in (smollm2, gemma)]
     return [*singles, pair, pair.variant(fuser="average"), turned]
 

@@ -33,7 +33,7 @@ def hidden(member: Member, k: int) -> Member:
 
 @pytest.fixture(scope="module")
 def pair(smollm2: Member, gemma: Member) -> Ensemble:
-    return Ensemble([smollm2, gemma])
+    return Ensemble([smollm2, gemma], fuser="deepen")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
+from deepen_ext.space.relative_map import RelativeMap
 
 
 class FollowFuser(UnionVocabFuser):
@@ -27,12 +28,20 @@ class FollowFuser(UnionVocabFuser):
     uses_recipe: ClassVar[bool] = True
 
     _search: DeepenFuser
+    maps: list[RelativeMap]
+    learning_rate: float
+    steps: int
+    min_probability: float
+    log_probs: bool
 
     @classmethod
     def make(cls, given: Ingredients) -> FollowFuser:
         """See `Fuser.make`."""
         fuser = cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
-        fuser._search = DeepenFuser.make(given)
+        search = fuser._search = DeepenFuser.make(given)
+        # Records of results tell fusers apart by these.
+        fuser.maps, fuser.learning_rate, fuser.steps = search.maps, search.learning_rate, search.steps
+        fuser.min_probability, fuser.log_probs = search.min_probability, search.log_probs
         return fuser
 
     def search_bound(self) -> SearchBound:
