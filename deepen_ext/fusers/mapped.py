@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,10 +27,20 @@ class MappedFuser(Fuser):
         device: torch.device,
         **common: Unpack[Common],
     ) -> None:
-        """Look up every token of every assistant, some seconds for a large vocabulary."""
+        """On CUDA `tables` are made here, so that no step waits for them; on the CPU when they are needed."""
         super().__init__(vocab_sizes, device, **common)
-        # int64 [V_i] of each assistant; -1 for a token that counts for none.
-        self.tables = [bridge.table(member, 0).to(device) for member in range(1, len(vocab_sizes))]
+        self._bridge = bridge
+        if device.type == "cuda":
+            _ = self.tables
+
+    @cached_property
+    def tables(self) -> list[torch.Tensor]:
+        """Of each assistant int64 [V_i], on the fusing device; -1 for a token that counts for none.
+
+        Every token of every assistant is looked up: some seconds for a large vocabulary.
+        """
+        members = range(1, len(self.vocab_sizes))
+        return [self._bridge.table(member, 0).to(self.device) for member in members]
 
     @classmethod
     def make(cls, given: Ingredients) -> Self:

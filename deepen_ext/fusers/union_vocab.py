@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 
-from deepen_ext.fusers.bridge import TokenBridge
-from deepen_ext.fusers.ingredients import Common
 from deepen_ext.fusers.mapped import MappedFuser
 from deepen_ext.fusers.parts import Said
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class UnionVocabFuser(MappedFuser):
@@ -26,17 +22,10 @@ class UnionVocabFuser(MappedFuser):
 
     name: ClassVar[str] = "union-vocab"
 
-    def __init__(
-        self,
-        vocab_sizes: Sequence[int],
-        bridge: TokenBridge,
-        device: torch.device,
-        **common: Unpack[Common],
-    ) -> None:
-        """See `MappedFuser`."""
-        super().__init__(vocab_sizes, bridge, device, **common)
-        # The main model's tokens in order, and for each one of the assistant's tokens that counts for it.
-        self._sorted = [table.sort() for table in self.tables]
+    @cached_property
+    def _sorted(self) -> list[torch.return_types.sort]:
+        """Of each assistant: the main model's tokens in order, and for each one of the assistant's tokens."""
+        return [table.sort() for table in self.tables]
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
