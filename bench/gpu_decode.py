@@ -173,6 +173,7 @@ def time_drafts(device: torch.device, keep: Callable[[Figure], None], *, tiny: b
     (name, config), (other, other_config) = shapes(tiny).items()
     for one in (config, other_config):
         one.eos_token_id = None  # nothing ends a text
+    torch.manual_seed(0)  # how many drafts stand depends on the random weights
     main = member_of(_model(config, device), _bytes(), name)
     assistant = member_of(_model(other_config, device), _bytes(), other)
     alone = _alone(main, CONTEXT + WARM_UP + STEPS)
