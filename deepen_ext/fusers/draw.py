@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.bridge import TokenBridge
-from deepen_ext.fusers.ingredients import Common
+from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self
 
 
 class DrawFuser(UnionVocabFuser):
@@ -39,21 +35,17 @@ class DrawFuser(UnionVocabFuser):
     name: ClassVar[str] = "draw"
     draws: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        vocab_sizes: Sequence[int],
-        bridge: TokenBridge,
-        device: torch.device,
-        **common: Unpack[Common],
-    ) -> None:
-        """See `UnionVocabFuser`.
+    @classmethod
+    def make(cls, given: Ingredients) -> Self:
+        """See `Fuser.make`.
 
         Raises:
             InputError: a rule of weighing: what a member says nobody knows before it is asked.
         """
-        super().__init__(vocab_sizes, bridge, device, **common)
-        if self.rule is not None:
+        fuser = super().make(given)
+        if fuser.rule is not None:
             raise InputError(
                 f"fuser='draw' asks one member only, so it cannot weigh members by what each says; leave out "
-                f"{self.weighing}, or use fuser='union-vocab'"
+                f"{fuser.weighing}, or use fuser='union-vocab'"
             )
+        return fuser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -13,6 +13,9 @@ from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.union_vocab import UnionVocabFuser
 from deepen_ext.space.relative_map import RelativeMap
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class FollowFuser(UnionVocabFuser):
@@ -35,9 +38,9 @@ class FollowFuser(UnionVocabFuser):
     log_probs: bool
 
     @classmethod
-    def make(cls, given: Ingredients) -> FollowFuser:
+    def make(cls, given: Ingredients) -> Self:
         """See `Fuser.make`."""
-        fuser = cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
+        fuser = super().make(given)
         search = fuser._search = DeepenFuser.make(given)
         # Records of results tell fusers apart by these.
         fuser.maps, fuser.learning_rate, fuser.steps = search.maps, search.learning_rate, search.steps
@@ -54,7 +57,7 @@ class FollowFuser(UnionVocabFuser):
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`. On CUDA both are computed for every row, so that nothing waits for the device."""
-        leads = weights[:, 0] >= weights[:, 1:].amax(dim=1)
+        leads = _leads(weights)
         host = leads.device.type == "cpu"
         if host and bool(leads.all()):
             return self._search.fuse(logits, said, weights)
@@ -68,6 +71,11 @@ class FollowFuser(UnionVocabFuser):
 
     def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `Fuser.logprobs`."""
-        leads = weights[:, 0] >= weights[:, 1:].amax(dim=1)
+        leads = _leads(weights)
         searched = self._search.logprobs(said, weights, tokens)
         return torch.where(leads, searched, super().logprobs(said, weights, tokens))
+
+
+def _leads(weights: torch.Tensor) -> torch.Tensor:
+    """Rows in which the main model has the largest weight, bool [b]."""
+    return weights[:, 0] >= weights[:, 1:].amax(dim=1)

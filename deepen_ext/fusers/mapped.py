@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from deepen_ext.fusers.base import Fuser
-from deepen_ext.fusers.bridge import TokenBridge
-from deepen_ext.fusers.ingredients import Common, Ingredients
+from deepen_ext.fusers.bridged import BridgedFuser
+from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import Said
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
 
-class MappedFuser(Fuser):
+class MappedFuser(BridgedFuser):
     """Knows for every token of every assistant the main model's token that it counts for (`TokenBridge`)."""
 
-    def __init__(
-        self,
-        vocab_sizes: Sequence[int],
-        bridge: TokenBridge,
-        device: torch.device,
-        **common: Unpack[Common],
-    ) -> None:
+    @classmethod
+    def make(cls, given: Ingredients) -> Self:
         """On CUDA `tables` are made here, so that no step waits for them; on the CPU when they are needed."""
-        super().__init__(vocab_sizes, device, **common)
-        self._bridge = bridge
-        if device.type == "cuda":
-            _ = self.tables
+        fuser = super().make(given)
+        if fuser.device.type == "cuda":
+            _ = fuser.tables
+        return fuser
 
     @cached_property
     def tables(self) -> list[torch.Tensor]:
@@ -41,11 +34,6 @@ class MappedFuser(Fuser):
         """
         members = range(1, len(self.vocab_sizes))
         return [self._bridge.table(member, 0).to(self.device) for member in members]
-
-    @classmethod
-    def make(cls, given: Ingredients) -> Self:
-        """See `Fuser.make`."""
-        return cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
 
     def mapped(self, said: Said) -> torch.Tensor:
         """What an assistant says, in the main model's tokens, float32 [b, V_main]; 0 where it is silent."""

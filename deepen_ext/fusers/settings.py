@@ -23,7 +23,7 @@ from deepen_ext.space.recipes import (
     check_temperature,
 )
 
-SHARPNESS = 1 / 16  # chosen on dev splits, see docs/results.md
+SHARPNESS = 1 / 16  # set by reasoning, not by a search: docs/results.md
 
 # (main model's logits [b, V_main], what the members say, weights float32 [b, n]) -> new logits [b, V_main]
 FuseFunction = Callable[[torch.Tensor, Sequence[Said], torch.Tensor], torch.Tensor]

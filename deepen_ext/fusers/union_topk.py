@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from deepen_ext.fusers.base import Fuser
-from deepen_ext.fusers.bridge import TokenBridge
-from deepen_ext.fusers.ingredients import Common, Ingredients
+from deepen_ext.fusers.bridged import BridgedFuser
 from deepen_ext.fusers.parts import Said
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 TOP = 10  # k, as the paper has it
 
 
-class UnionTopkFuser(Fuser):
+class UnionTopkFuser(BridgedFuser):
     """UniTE's step: the members' k = 10 most probable tokens, as byte strings, are the union.
 
     Each member gives every token of the union its own logit: that of the same token, or, where it does not
@@ -31,22 +26,6 @@ class UnionTopkFuser(Fuser):
     """
 
     name: ClassVar[str] = "union-topk"
-
-    def __init__(
-        self,
-        vocab_sizes: Sequence[int],
-        bridge: TokenBridge,
-        device: torch.device,
-        **common: Unpack[Common],
-    ) -> None:
-        """See `Fuser`."""
-        super().__init__(vocab_sizes, device, **common)
-        self._bridge = bridge
-
-    @classmethod
-    def make(cls, given: Ingredients) -> UnionTopkFuser:
-        """See `Fuser.make`."""
-        return cls(given.vocab_sizes, given.bridge(), given.device, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
