@@ -19,6 +19,18 @@ class ModelError(DeepenError, RuntimeError):
     """A model, tokenizer or file cannot be used. Exit code 1 on the command line."""
 
 
+class MemberLost(ModelError):
+    """A member that runs elsewhere gives no usable answer any more: its server or actor is gone or broken.
+
+    Attributes:
+        member: its name.
+    """
+
+    def __init__(self, member: str, why: str) -> None:
+        super().__init__(f"{member}: {why}")
+        self.member = member
+
+
 @contextmanager
 def failures_of(name: str) -> Iterator[None]:
     """What goes wrong in a forward pass of this member is a ModelError with its name.
