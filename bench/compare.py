@@ -22,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, environment, machine_name, write_json
-from compare_setup import Deadline, add_options, check_default, configurations, load, say, settings_used
+from compare_setup import (
+    Deadline,
+    add_options,
+    alike,
+    check_default,
+    configurations,
+    load,
+    say,
+    settings_used,
+)
 
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.headers import Header, by_likelihood
@@ -171,7 +180,10 @@ def kept(file: Path, there: list[tuple[Header, Records]]) -> dict[str, Any]:
     names = {header["configuration"]["name"] for header, _ in there}
     rest = {name: one for name, one in known["configurations"].items() if name not in names}
     now = what_was_asked(there[0][0])
-    if rest and (other := [key for key, value in now.items() if known[key] != value]):
+    other = [key for key in now if key != "settings" and known[key] != now[key]]
+    if alike(known["settings"]) != alike(now["settings"]):
+        other.append("settings")
+    if rest and other:
         raise InputError(
             f"{file} has configurations that the --work folder has not ({next(iter(rest))}, ...), with other "
             f"{other[0]}: give another --output, or remove the file"
@@ -211,7 +223,7 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
     # By metric and member, which items it has right alone.
     alone: dict[str, dict[str, Outcomes]] = {metric: {} for metric in metrics}
     for name, one in rest.items():
-        if one["method"] == "single":
+        if one["method"] == "single" and "right" in one:  # the oldest files have numbers alone
             alone["correct"][name] = outcomes(one)
             if "norm" in one:
                 alone["correct_norm"][name] = outcomes(one["norm"])

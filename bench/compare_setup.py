@@ -40,6 +40,8 @@ METHODS = (
 )
 _DEFAULTS = FusionSettings().resolved(logits=True)
 DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
+# Settings that no method's name tells.
+ALIKE = ("learning_rate", "steps", "candidates", "boundary_aware")
 _NUMBERS = {
     "eta": "learning_rate",
     "tau": "relative_temperature",
@@ -184,8 +186,13 @@ def settings_used() -> dict[str, Any]:
     return {
         "default_method": DEFAULT,
         "models": MODELS,
-        "defaults": {
-            key: getattr(_DEFAULTS, key)
-            for key in ("learning_rate", "steps", "candidates", "boundary_aware", "weights", "confidence")
-        },
+        "defaults": {key: getattr(_DEFAULTS, key) for key in ALIKE},
     }
+
+
+def alike(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two results must have the same to stand side by side, of their `settings_used`.
+
+    Which method was the default when they were made does not count: every method stands by its name.
+    """
+    return tuple(settings["defaults"][key] for key in ALIKE)

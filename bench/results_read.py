@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compare_setup import DEFAULT
+from compare_setup import ALIKE, DEFAULT, alike
 from results_format import TASKS, Configuration, Configurations, Result, comparisons
 
 CHOICES = ("arc_challenge", "piqa", "mmlu")  # tasks that are scored in two ways
-ALIKE = ("learning_rate", "steps", "candidates", "boundary_aware")  # settings that no method's name tells
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def read_results(folder: Path) -> Results:
         time={file.parent.name: _load(file) for file in sorted(evaluation.glob("*/time.json"))},
         peers={file.stem: _load(file) for file in sorted((folder / "peers").glob("*.json"))},
     )
-    made = {tuple(one["settings"]["defaults"][key] for key in ALIKE) for _, one in results.files()}
+    made = {alike(one["settings"]) for _, one in results.files()}
     if len(made) > 1:
         raise SystemExit(f"{folder}: results of different defaults ({', '.join(ALIKE)}); make them all anew")
     return results

@@ -186,6 +186,30 @@ def test_results_of_other_items_do_not_stand_in_one_file(
         compare.kept(file, there)
 
 
+def test_results_from_before_a_change_of_the_default_are_added_to(
+    data: Path, work: Path, tmp_path: Path
+) -> None:
+    """Every method stands by its name; a member of whom the file has no items is not compared with."""
+    late, file = tmp_path / "late", tmp_path / "arc_challenge.json"
+    late.mkdir()
+    ours = record_path(work, "arc_challenge", OURS)
+    ours.rename(late / ours.name)
+    compare.write_task(work, data, "arc_challenge", tmp_path, FOUND)
+    known = json.loads(file.read_text())
+    known["settings"] |= {"default_method": "average", "models": {}}
+    known["settings"]["defaults"]["weights"] = None
+    del known["configurations"]["G"]["right"]
+    file.write_text(json.dumps(known))
+    compare.write_task(late, data, "arc_challenge", tmp_path, FOUND)
+    found = json.loads(file.read_text())
+    assert found["configurations"].keys() == {"S", "G", OURS, "S+G deepen:paper"}
+    assert found["configurations"][OURS]["against_best_single"] is None
+    known["settings"]["defaults"]["steps"] += 1
+    file.write_text(json.dumps(known))
+    with pytest.raises(InputError, match="settings"):
+        compare.write_task(late, data, "arc_challenge", tmp_path, FOUND)
+
+
 def test_results_of_an_older_default_are_refused(work: Path, tmp_path: Path) -> None:
     write_answers(work, "G+S deepen:paper@eta=0.77", answers("1"), rate=0.77)
     compare.kept(tmp_path / "none.json", compare.read(work, "arc_challenge"))
