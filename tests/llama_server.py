@@ -19,6 +19,8 @@ params.n_parallel, params.n_ctx = int(sys.argv[2]), int(sys.argv[3])
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.warmup = params.use_jinja = False
 params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + sys.argv[5])
+if sys.argv[5] == "F32":  # flash attention rounds to float16
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 if sys.argv[6]:
     params.api_keys = [sys.argv[6]]
 server = xllamacpp.Server(params)

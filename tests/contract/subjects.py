@@ -259,7 +259,7 @@ def _http(slots: int) -> Subject:
 
     def serve(name: str, seed: int, port: int = 0) -> LlamaServer:
         size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
-        file = write_tiny_model(folder / f"{name}.gguf", "llama", seed=seed, **size)
+        file = write_tiny_model(folder / f"{name}.gguf", "llama", seed=seed, tokens=True, **size)
         return LlamaServer(file, slots, _CONTEXT, cache="F32", port=port)
 
     def backend(server: LlamaServer) -> HttpBackend:
