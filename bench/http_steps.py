@@ -1,10 +1,10 @@
-"""What a step takes more with the assistant in a server: the demo pair, SmolLM2 here and Gemma in llama.cpp's.
+"""What a step takes more with the assistant in a server: the demo pair, Gemma in llama.cpp's server.
 
     OMP_NUM_THREADS=1 python bench/http_steps.py              some minutes on two idle cores
     python bench/http_steps.py --tokens 8 --repetitions 1     a try
 
-The server is llama.cpp's own, as the package xllamacpp brings it, in another process, with the same file and as
-many threads as the member in process has. Both ensembles write the same prompts in turns, without drafts and
+The server is llama.cpp's own, as the package xllamacpp brings it, in another process, with the same file and
+one thread, as the member in process has. Both ensembles write the same prompts in turns, without drafts and
 with, and the medians over the repetitions are compared: milliseconds a token of the whole, and of the
 assistant's share of it. A step of both reads one token in the assistant. Texts may fall apart at near-ties;
 how many did is said. Bytes are those of the bodies, of requests and of answers. `alone` is the time of a
@@ -43,11 +43,28 @@ def one_run(ensemble: Ensemble, prompt: str, tokens: int, draft: int) -> tuple[f
     return timings.ms_per_token, share, found.token_ids
 
 
+class Bytes:
+    """Counts the bytes of a member's requests and answers from now on."""
+
+    def __init__(self, member: Member) -> None:
+        self.sent = self.received = 0
+        client = member.backend.client  # type: ignore[attr-defined]
+        once = type(client)._once
+
+        def counting(method: str, path: str, body: bytes | None, deadline: float) -> Any:
+            reply = once(client, method, path, body, deadline)
+            self.sent += len(body or b"")
+            self.received += len(reply.body)
+            return reply
+
+        client._once = counting
+
+
 def compare(pair: dict[str, Ensemble], options: argparse.Namespace, draft: int) -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
     apart, more = 0, []
-    client = pair["http"].members[1].backend.client  # type: ignore[attr-defined]
-    sent, received, tokens = client.bytes_sent, client.bytes_received, 0
+    counted = Bytes(pair["http"].members[1])
+    tokens = 0
     for repetition in range(options.repetitions):
         for prompt in PROMPTS[: options.prompts]:
             texts = {}
@@ -69,8 +86,8 @@ def compare(pair: dict[str, Ensemble], options: argparse.Namespace, draft: int) 
         "budget": BUDGETS[draft],
         "texts": len(more),
         "texts that fell apart": apart,
-        "bytes a token, sent": (client.bytes_sent - sent) / tokens,
-        "bytes a token, received": (client.bytes_received - received) / tokens,
+        "bytes a token, sent": counted.sent / tokens,
+        "bytes a token, received": counted.received / tokens,
     }
 
 

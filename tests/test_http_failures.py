@@ -214,7 +214,7 @@ def test_started_again(tiny_smollm2: Member, tiny_smollm2_dir: Path) -> None:
         session.ask({0: [5, 6, 7, 8]}, 5).wait()
         server.stop()
         server = ModelServer(tiny_smollm2, "sglang", name="org/another", port=server.port)
-        with lost(member, "another model or other settings .org/another in the place of org/tiny-model"):
+        with lost(member, "another model .org/another in the place of org/tiny-model"):
             session.ask({0: [5, 6, 7, 8, 9]}, 5).wait()
     finally:
         member.backend.close()

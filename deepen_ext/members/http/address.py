@@ -48,6 +48,7 @@ def read_address(name: str) -> Address:
     try:
         parts = urlsplit(name)
         port = parts.port
+        (parts.hostname or "").encode("idna")
     except ValueError as error:
         raise InputError(f"{name}: no address of a server ({error}); write http://host:port") from error
     if parts.username is not None or parts.password is not None:

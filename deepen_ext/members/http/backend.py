@@ -46,8 +46,7 @@ class HttpBackend(ServedModel):
         """
         del dtype
         served = self.protocol.served
-        facts = (served.model, self.vocab_size, served.parameters, served.dtype, served.architecture)
-        return hashlib.sha256(repr(facts).encode()).hexdigest()
+        return hashlib.sha256(repr((self.vocab_size, served.facts)).encode()).hexdigest()
 
     def describe(self) -> Description:
         """See `Backend`. Memory is the server's, and not told."""

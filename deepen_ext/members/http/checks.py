@@ -12,7 +12,6 @@ from deepen_ext.members.backend import Finding
 from deepen_ext.members.http.backend import HttpBackend
 from deepen_ext.members.http.client import Client, Refusal
 from deepen_ext.members.http.protocols.base import Protocol, Question
-from deepen_ext.members.http.rows import to_topk
 from deepen_ext.text.vocabulary import PROBES, Vocabulary
 
 _SPACE_MARK = "\u2581"  # llama.cpp takes it for a space
@@ -141,12 +140,7 @@ def _begins(backend: HttpBackend, ids: list[int]) -> Finding:
 def _temperature(backend: HttpBackend, ids: list[int]) -> Finding:
     """Requests ask for temperature 1, where both are the same; so this only tells what the server does."""
     k = min(5, backend.most(5))
-    cool, plain = (
-        to_topk(
-            backend.exchange(Question(ids, 1, k, temperature=one)).rows, k, backend.vocab_size, backend.device
-        )
-        for one in (0.5, 1.0)
-    )
+    cool, plain = (backend.distributions(Question(ids, 1, k, temperature=one)) for one in (0.5, 1.0))
     if float((cool.probs - plain.probs).abs().max()) < _SAME:
         return Finding("log-probabilities", "before temperature: the same at 0.5 and at 1")
     return Finding(
@@ -158,14 +152,9 @@ def _positions(backend: HttpBackend, ids: list[int]) -> Finding:
     """Several positions in one request must be those of a request each."""
     several = 3
     k = min(5, backend.most(5))
-
-    def ask(positions: int, length: int) -> Any:
-        rows = backend.exchange(Question(ids[:length], positions, k)).rows
-        return to_topk(rows, k, backend.vocab_size, backend.device)
-
-    each = [ask(1, len(ids) - n) for n in reversed(range(several))]
+    each = [backend.distributions(Question(ids[: len(ids) - n], 1, k)) for n in reversed(range(several))]
     try:
-        together = ask(several, len(ids))
+        together = backend.distributions(Question(ids, several, k))
     except Refusal:
         backend.protocol.most_positions = 1
         return Finding("positions", "one a request: a draft costs a request for each of its tokens", False)
@@ -180,8 +169,8 @@ def _positions(backend: HttpBackend, ids: list[int]) -> Finding:
 
 def _sure(backend: HttpBackend, ids: list[int]) -> Finding:
     """A server that drafts by itself may give drafted tokens probability 1 in the place of theirs."""
-    rows = [backend.exchange(Question(ids[: len(ids) - n], 1, 1)).rows[0] for n in range(min(4, len(ids)))]
-    if all(float(row.logprobs[0]) == 0.0 for row in rows):
+    said = [backend.distributions(Question(ids[: len(ids) - n], 1, 1)) for n in range(min(4, len(ids)))]
+    if all(float(one.probs[0, 0]) == 1.0 for one in said):
         raise ModelError(
             f"{backend.name}: {backend.client.address} gives its first token probability 1 everywhere, which "
             "is no distribution of a model; start it without speculative decoding"

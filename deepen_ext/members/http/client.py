@@ -59,8 +59,6 @@ class Client:
     Attributes:
         address: where the server is.
         member: the member's name, for errors.
-        bytes_sent: bytes of bodies sent so far.
-        bytes_received: bytes of bodies received so far.
     """
 
     def __init__(self, address: Address, key: str | None, timeout: float, connections: int) -> None:
@@ -74,7 +72,6 @@ class Client:
         """
         self.address = address
         self.member = str(address)
-        self.bytes_sent = self.bytes_received = 0
         self._key = key
         self._timeout = timeout
         self._wire = Wire()
@@ -182,8 +179,6 @@ class Client:
                 f"has not answered within {self._timeout:g} seconds; see what it is doing, or give a longer "
                 "timeout="
             ) from None
-        finally:
-            self.bytes_sent += 0 if body is None else len(body)
 
     def _body(self, response: httpcore.Response) -> bytes:
         parts, size = [], 0
@@ -198,7 +193,6 @@ class Client:
                 f"broke off in the middle of an answer, after {size} bytes ({_words(error)}); see its log, "
                 "and start it again"
             ) from None
-        self.bytes_received += size
         return b"".join(parts)
 
     def _without_key(self, text: str) -> str:

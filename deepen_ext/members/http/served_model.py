@@ -10,12 +10,10 @@ import torch
 
 from deepen_ext.errors import MemberLost
 from deepen_ext.members.http.client import Client, Refusal
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading
+from deepen_ext.members.http.protocols import look_for
+from deepen_ext.members.http.protocols.base import WRONG_SHAPE, Protocol, Question, Reading
 from deepen_ext.members.http.rows import BadRow, to_topk
 from deepen_ext.ops.topk_softmax import TopK
-
-# What an answer of another shape than the protocol's raises when it is read.
-_WRONG_SHAPE = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
 class ServedModel:
@@ -107,11 +105,20 @@ class ServedModel:
             MemberLost: no answer, or one that cannot be used.
         """
         try:
-            said = self.exchange(asked, read=read)
+            return self.distributions(asked, read=read)
         except Refusal as refusal:
             raise self.client.lost(
                 f"refuses a request of {len(asked.ids)} ids with {refusal}; see its log"
             ) from None
+
+    def distributions(self, asked: Question, *, read: bool = False) -> TopK:
+        """As `answer`, but a refusal is left to the caller.
+
+        Raises:
+            Refusal: the server refuses.
+            MemberLost: see `answer`.
+        """
+        said = self.exchange(asked, read=read)
         try:
             return to_topk(said.rows, asked.k, self.vocab_size, self.device)
         except BadRow as error:
@@ -131,7 +138,7 @@ class ServedModel:
             said = protocol.read(answer, asked)
         except BadRow as error:
             raise client.lost(f"{error}; it cannot be a member") from None
-        except _WRONG_SHAPE as error:
+        except WRONG_SHAPE as error:
             raise client.lost(
                 f"answers otherwise than {protocol.name} does ({type(error).__name__}: {error}); check its "
                 "version, or give another protocol="
@@ -154,16 +161,16 @@ class ServedModel:
     def _verify(self) -> None:
         """That a server on a new connection serves what it did: it may have been started again."""
         made = self.client.connections_made
-        found = type(self.protocol).found_at(self.client)
+        found = look_for(type(self.protocol), self.client)
         if found is None:
             raise self.client.lost(f"is no server of the kind {self.protocol.name} any more; load it anew")
-        if found.served != self.protocol.served:
+        if found.served.facts != self.protocol.served.facts:
             raise self._other_model(found.served.model)
         self._verified = made
 
     def _other_model(self, model: str) -> MemberLost:
         return self.client.lost(
-            f"was started again with another model or other settings ({model} in the place of "
+            f"was started again with another model ({model} in the place of "
             f"{self.protocol.served.model}); start it as it was, or load the member anew"
         )
 

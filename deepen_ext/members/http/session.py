@@ -12,6 +12,7 @@ from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.http.protocols.base import Question
+from deepen_ext.members.http.rows import to_topk
 from deepen_ext.members.http.served_model import ServedModel
 from deepen_ext.ops.topk_softmax import TopK
 
@@ -96,6 +97,10 @@ class HttpSession:
         """A distribution of this member."""
         return Distribution(self._backend.name, self._backend.vocab_size, k, known_topk=topk)
 
+    def nothing(self, k: int) -> TopK:
+        """Of no positions."""
+        return to_topk([], k, self._backend.vocab_size, self._backend.device)
+
     def keep(self, lane: int, ids: list[int], said: Distribution) -> None:
         """What was said of a lane's text: asked again, it is here."""
         if lane in self._slots:
@@ -167,14 +172,4 @@ class HttpAnswer:
                 self.session.keep(part.lane, part.ids, found[-1])
         if failed is not None:
             raise failed
-        return joined(found) if found else self.session.said(_nothing(self.session, self.k), self.k)
-
-
-def _nothing(session: HttpSession, k: int) -> TopK:
-    device = session._backend.device
-    return TopK(
-        torch.empty(0, k, dtype=torch.int32, device=device),
-        torch.empty(0, k, device=device),
-        torch.empty(0, device=device),
-        torch.empty(0, dtype=torch.int32, device=device),
-    )
+        return joined(found) if found else self.session.said(self.session.nothing(self.k), self.k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol
+from deepen_ext.members.http.protocols.base import WRONG_SHAPE, Protocol
 from deepen_ext.members.http.protocols.llama_cpp import LlamaCppProtocol
 from deepen_ext.members.http.protocols.openai import OpenAIProtocol
 from deepen_ext.members.http.protocols.sglang import SGLangProtocol
@@ -20,10 +20,18 @@ def find_protocol(client: Client, name: str | None) -> Protocol:
         ModelError: the server is of no kind that is known, or not of the kind named.
     """
     for kind in _PROTOCOLS:
-        if name in (None, kind.name) and (found := kind.found_at(client)) is not None:
+        if name in (None, kind.name) and (found := look_for(kind, client)) is not None:
             return found
     kinds = " or ".join(kind.name for kind in _PROTOCOLS)
     raise ModelError(
         f"{client.address}: this answers, but not as a server of the kind {name or kinds}; check the "
         "address, or give another protocol="
     )
+
+
+def look_for(kind: type[Protocol], client: Client) -> Protocol | None:
+    """The protocol, with what the server says of itself; None where it answers as another kind of server."""
+    try:
+        return kind.found_at(client)
+    except WRONG_SHAPE:
+        return None

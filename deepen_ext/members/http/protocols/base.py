@@ -12,10 +12,13 @@ from deepen_ext.members.http.rows import Row
 
 _Read = TypeVar("_Read")
 
+# What an answer of another shape than the protocol's raises when it is read.
+WRONG_SHAPE = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says of itself and its model; None where it does not. Equal after a restart.
+    """What a server says of itself and its model; None where it does not.
 
     Attributes:
         server: its kind and version, for readers.
@@ -36,6 +39,11 @@ class Served:
     parameters: int | None = None
     dtype: str | None = None
     architecture: str | None = None
+
+    @property
+    def facts(self) -> tuple[str, int | None, int | None, str | None, str | None]:
+        """What tells a model from another one; a server may have other settings after a restart."""
+        return self.model, self.vocab_size, self.parameters, self.dtype, self.architecture
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,11 @@ class Protocol(ABC):
     def read_payload(self, asked: Question) -> Mapping[str, Any]:
         """As `payload`, of a text that is read through, and of which little may be in the server's cache."""
         return self.payload(asked)
+
+
+def tokens_of(answer: Any) -> list[int] | None:
+    """The ids in the answer of an endpoint that tokenises; None where there are none."""
+    return list(answer["tokens"]) if isinstance(answer, dict) and "tokens" in answer else None
 
 
 def answered(ask: Callable[[], _Read]) -> _Read | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered
+from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered, tokens_of
 from deepen_ext.members.http.rows import Row
 
 SURELY = 1e6  # a bias by which a token is written
@@ -78,8 +78,7 @@ class LlamaCppProtocol(Protocol):
     def tokenize(self, client: Client, text: str) -> list[int] | None:
         """See `Protocol`."""
         payload = {"content": text, "add_special": False, "parse_special": False}
-        answer = answered(lambda: client.post("/tokenize", payload))
-        return None if answer is None else list(answer["tokens"])
+        return tokens_of(answered(lambda: client.post("/tokenize", payload)))
 
 
 def _slot_context(props: Mapping[str, Any]) -> int | None:

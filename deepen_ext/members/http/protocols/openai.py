@@ -11,7 +11,7 @@ from typing import Any
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered
+from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered, tokens_of
 from deepen_ext.members.http.protocols.llama_cpp import SURELY
 from deepen_ext.members.http.rows import BadRow, Row
 
@@ -107,8 +107,7 @@ class OpenAIProtocol(Protocol):
             "add_special": False,
             "parse_special": False,
         }
-        answer = answered(lambda: client.post("/tokenize", payload))
-        return list(answer["tokens"]) if isinstance(answer, dict) and "tokens" in answer else None
+        return tokens_of(answered(lambda: client.post("/tokenize", payload)))
 
     def count(self, client: Client, text: str) -> int | None:
         """See `Protocol`: the text as a prompt."""

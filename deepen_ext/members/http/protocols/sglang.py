@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered
+from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered, tokens_of
 from deepen_ext.members.http.rows import Row
 
 
@@ -72,8 +72,7 @@ class SGLangProtocol(Protocol):
     def tokenize(self, client: Client, text: str) -> list[int] | None:
         """See `Protocol`."""
         payload = {"model": self.served.model, "prompt": text, "add_special_tokens": False}
-        answer = answered(lambda: client.post("/tokenize", payload))
-        return list(answer["tokens"]) if isinstance(answer, dict) and "tokens" in answer else None
+        return tokens_of(answered(lambda: client.post("/tokenize", payload)))
 
 
 def _first(client: Client, *paths: str) -> Any:
