@@ -251,7 +251,11 @@ def _read_loading(loading: dict[str, Any], members: list[str], file: Path) -> di
             )
     options_of_each(members, **loading)
     found = dict(loading)
-    for key, read in (("adapter", name_from_file), ("offload_folder", _folder_from_file)):
+    for key, read in (
+        ("adapter", name_from_file),
+        ("tokenizer", name_from_file),
+        ("offload_folder", _folder_from_file),
+    ):
         if key in loading:
             values = [None if one is None else read(one, file) for one in _each(loading[key])]
             found[key] = values if isinstance(loading[key], list) else values[0]
@@ -272,7 +276,7 @@ def _plain(key: str, value: Any, file: Path) -> Any:
         return [_plain(key, one, file) for one in value]
     if isinstance(value, Mapping):
         return {name: _plain("", one, file) for name, one in value.items()}
-    if key in ("adapter", "offload_folder") and value is not None:
+    if key in ("adapter", "tokenizer", "offload_folder") and value is not None:
         return path_for_file(str(value), file, new=key == "offload_folder")
     known = value is None or isinstance(value, str | int)
     return value if known else str(value).removeprefix("torch.")  # a device, a dtype

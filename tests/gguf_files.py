@@ -18,19 +18,30 @@ WINDOW = 16
 
 
 def write_tiny_model(
-    path: Path, family: str, *, vocab_size: int, context_length: int, seed: int = 0, kind: Kind = Kind.F32
+    path: Path,
+    family: str,
+    *,
+    vocab_size: int,
+    context_length: int,
+    seed: int = 0,
+    kind: Kind = Kind.F32,
+    tokens: bool = False,
 ) -> Path:
     """A model of random weights in which every token of a text counts and tokens 10n and 10n + 1 tie.
 
     "llama" has two layers; "gemma3" six, of which llama.cpp gives all but the last a window; "mamba", whose
-    states cannot be cut, one. The files have no tokenizer.
+    states cannot be cut, one. The files have no tokenizer, or with `tokens` one of single characters, as a
+    server needs it.
     """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"tiny {family}")
     writer.add_context_length(context_length)
     writer.add_vocab_size(vocab_size)
-    writer.add_tokenizer_model("none")
+    if tokens:
+        _add_tokens(writer, vocab_size)
+    else:
+        writer.add_tokenizer_model("none")
     writer.add_embedding_length(HIDDEN)
     writer.add_layer_norm_rms_eps(1e-6)
     blocks = {"llama": 2, "gemma3": 6, "mamba": 1}[family]
@@ -45,6 +56,17 @@ def write_tiny_model(
         own = kind if one.ndim > 1 and one.shape[-1] % 32 == 0 else Kind.F32
         writer.add_tensor(name, gguf.quants.quantize(one, own), raw_dtype=own)
     return _written(writer, path)
+
+
+def _add_tokens(writer: gguf.GGUFWriter, count: int) -> None:
+    letters = [chr(one) for one in range(ord("!"), ord("~") + 1)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*letters, *(2 * one for one in letters)][:count])
+    writer.add_token_types([gguf.TokenType.NORMAL] * count)
+    writer.add_token_merges([f"{one} {one}" for one in letters][: count - len(letters)])
+    writer.add_eos_token_id(count - 1)
+    writer.add_add_bos_token(False)
 
 
 def _add_attention(writer: gguf.GGUFWriter, family: str, random: np.random.Generator, block: int) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
+from deepen_ext.members.source import is_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from deepen_ext.measure.doctor.coverage import RowShape
     from deepen_ext.measure.doctor.diagnosis import Diagnosis, MemberFacts
     from deepen_ext.measure.doctor.draft_times import DraftTimes
+    from deepen_ext.measure.doctor.server_findings import ServerFindings
 
 
 @with_load_options
@@ -41,24 +44,35 @@ def doctor(
 ) -> None:
     """Examine two or more models before they are fused: is it worth it, and what will it cost?
 
+    Of a model in a server (http://host:port) it also says what was found out of the server.
+
     The exit code is 0 whatever the verdict is.
     """
     with exit_codes(debug):
         named = named_members(model, demo).members
-        if len(named) < 2:
-            raise InputError("a diagnosis needs two or more models; repeat --model")
+        if len(named) < 2 and not is_url(named[0]):
+            raise InputError("a diagnosis needs two or more models, or a server's address; repeat --model")
         sample = None if text is None else _read(text)
         with progress() as say:
             say("Starting")
             from deepen_ext.measure.doctor.diagnose import diagnose
+            from deepen_ext.measure.doctor.server_findings import server_findings, why_not_measured
             from deepen_ext.members.loading import load_members
 
             members = load_members(named, progress=say, **loading.options())
-            diagnosis = diagnose(members, text=sample, batch=batch, progress=say)
+            servers, reason = list(server_findings(members)), why_not_measured(members)
+            measured = None if reason else diagnose(members, text=sample, batch=batch, progress=say)
         if as_json:
-            write(json.dumps(diagnosis.as_dict(), ensure_ascii=False) + "\n")
+            found = {"servers": [asdict(one) for one in servers], "not_measured": reason}
+            found |= {} if measured is None else measured.as_dict()
+            write(json.dumps(found, ensure_ascii=False) + "\n")
+            return
+        for one in servers:
+            _show_server(one)
+        if measured is None:
+            write(f"The gain is not measured: {reason}.\n")
         else:
-            _show(diagnosis)
+            _show(measured)
 
 
 def _read(file: Path) -> str:
@@ -100,6 +114,14 @@ def _show(found: Diagnosis) -> None:
         line(f"Warning: {warning}.", "yellow")
     colour = {"worth fusing": "green", "little to gain": "yellow", "not worth fusing": "red"}
     line(found.verdict.text, f"bold {colour[found.verdict.outcome]}")
+
+
+def _show_server(found: ServerFindings) -> None:
+    console = tables()
+    console.print(f"{found.member}, {found.backend}", style="bold", markup=False)
+    for one in found.findings:
+        console.print(f"  {one.name}: {one.text}", style="" if one.good else "yellow", markup=False)
+    console.print("")
 
 
 def _table(first: str, *columns: str) -> Table:

@@ -23,7 +23,7 @@ from deepen_ext.members.from_text import DEFAULT, option_from_text
 
 _PANEL = f"Loading: one for all, or one for each ({DEFAULT}: the default)"
 _HELP = {
-    "backend": "What runs the model: transformers, or llama.cpp for .gguf files.",
+    "backend": "What runs the model: transformers, llama.cpp for .gguf files, or http for servers.",
     "device": "Where the model runs; cpu by default.",
     "dtype": "Of the weights: float32 (the default), float16 or bfloat16.",
     "threads": "CPU threads of the forward passes.",
@@ -34,6 +34,10 @@ _HELP = {
     "adapter": "A PEFT adapter on the model: a folder or a hub name. --model BASE@ADAPTER is the same.",
     "revision": "Branch, tag or commit of a hub model.",
     "attn_implementation": "How transformers computes attention, such as eager or sdpa.",
+    "protocol": "Of a server (--model http://host:port): llama.cpp, openai or sglang; found out by default.",
+    "tokenizer": "Of a server's model: a folder, a hub name, a .gguf file or demo:NAME.",
+    "api_key": "Where the server's key is: env:NAME or file:PATH.",
+    "timeout": "Seconds that a request to a server may take; 60 by default.",
 }
 _TRUST = "Run code that a model's folder or repository brings along. Without it such a model is refused."
 

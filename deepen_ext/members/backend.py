@@ -41,6 +41,21 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something that was found out about a member when it was loaded.
+
+    Attributes:
+        name: a word or two, such as "prefix cache".
+        text: what was found.
+        good: nothing to look at. False where it costs time, or could not be found out.
+    """
+
+    name: str
+    text: str
+    good: bool = True
+
+
+@dataclass(frozen=True)
 class Description:
     """Facts about the model behind a backend, for readers; None where the backend cannot know.
 
@@ -51,6 +66,7 @@ class Description:
         dtype: of the weights, such as "float32".
         weights_bytes: bytes of the weights.
         cache_bytes: bytes of the KV cache of one lane with 1,000 tokens.
+        findings: what was found out of a model that runs elsewhere.
     """
 
     backend: str
@@ -59,6 +75,7 @@ class Description:
     dtype: str | None
     weights_bytes: int | None
     cache_bytes: int | None
+    findings: tuple[Finding, ...] = ()
 
 
 class Answer(Protocol):

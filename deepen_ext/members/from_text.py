@@ -16,14 +16,19 @@ def option_from_text(name: str, text: str) -> Any:
 
     Args:
         name: the option's.
-        text: a whole number for `threads`; JSON for `max_memory` and for a mapping in `device_map`; `-` for
-            the default.
+        text: a whole number for `threads`, a number for `timeout`; JSON for `max_memory` and for a mapping in
+            `device_map`; `-` for the default.
 
     Raises:
-        InputError: no whole number, or no JSON.
+        InputError: no number, or no JSON.
     """
     if text == DEFAULT:
         return None
+    if name == "timeout":
+        try:
+            return float(text)
+        except ValueError:
+            raise InputError(f"timeout is {shown(text)}; give a number of seconds") from None
     if name == "threads":
         try:
             return int(text)

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from deepen_ext.errors import InputError, shown
+from deepen_ext.ground.numbers import real_number
 from deepen_ext.members.registry import BACKENDS
 from deepen_ext.ops.checks import check_built_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+PROTOCOLS = ("llama.cpp", "openai", "sglang")
+KEY_FORMS = "env:NAME or file:PATH"
 _OF_EVERY_BACKEND = ("backend", "device", "threads", "trust_remote_code")
+ONLY_HTTP = ("protocol", "tokenizer", "api_key", "timeout")
 QUANTIZATIONS = ("int8", "int4")
 
 _TEXTS = {
@@ -24,6 +28,7 @@ _TEXTS = {
     "adapter": "the path of its folder, or its hub name",
     "revision": "a branch, a tag or a commit of the hub, such as 'main'",
     "attn_implementation": "a name that transformers knows, such as 'sdpa'",
+    "tokenizer": "a folder, a hub name, the path of a .gguf file, or demo:NAME",
 }
 _BYTES = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
@@ -33,9 +38,11 @@ class LoadOptions:
     """The options of one member. What a backend does not have is refused by its name when given.
 
     Attributes:
-        backend: "transformers" or "llama.cpp". None: a ``.gguf`` file that goes to the CPU runs in llama.cpp
-            where that is installed; everything else in transformers.
-        device: where the model goes, for example "cpu", "cuda" or "cuda:1".
+        backend: "transformers", "llama.cpp" or "http". None: a ``.gguf`` file that goes to the CPU runs in
+            llama.cpp where that is installed; a server's address is asked by HTTP; everything else runs in
+            transformers.
+        device: where the model goes, for example "cpu", "cuda" or "cuda:1". Of a server: where its
+            distributions go.
         dtype: of the weights: "float32", "float16", "bfloat16" or the ``torch.dtype``. None: float32 in
             transformers; in llama.cpp, which takes no other value, the types that the file has.
         threads: CPU threads of the forward passes, for example 4. None: as many as torch has. In transformers
@@ -56,6 +63,12 @@ class LoadOptions:
         revision: of a hub model: a branch, a tag or a commit, for example "main".
         attn_implementation: how transformers computes attention: "sdpa" (the default) or "eager". Others do
             not take the masks that sessions need, and are refused.
+        protocol: of a server: "llama.cpp", "openai" (vLLM and others of this style) or "sglang". None: found
+            out.
+        tokenizer: of a server's model: a folder, a hub name, a ``.gguf`` file, or ``demo:NAME``.
+        api_key: where the server's key is: "env:NAME", a variable of the environment, or "file:PATH". The key
+            itself is refused, because options are written down.
+        timeout: seconds that a request to the server may take, its repeats included; 60 where None.
     """
 
     backend: str | None = None
@@ -70,6 +83,10 @@ class LoadOptions:
     adapter: str | Path | None = None
     revision: str | None = None
     attn_implementation: str | None = None
+    protocol: str | None = None
+    tokenizer: str | Path | None = None
+    api_key: str | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded.
@@ -81,7 +98,11 @@ class LoadOptions:
             raise InputError(f"trust_remote_code is {shown(self.trust_remote_code)}; give True or False")
         if not isinstance(self.device, str | torch.device):
             raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(self.device)}")
-        for name, choices in (("backend", tuple(BACKENDS)), ("quantization", QUANTIZATIONS)):
+        for name, choices in (
+            ("backend", tuple(BACKENDS)),
+            ("quantization", QUANTIZATIONS),
+            ("protocol", PROTOCOLS),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or value not in choices):
                 raise InputError(f"there is no {name} {shown(value)}; there are {', '.join(choices)}")
@@ -102,7 +123,19 @@ class LoadOptions:
                 f"attn_implementation={shown(self.attn_implementation)} is a kernel of the hub, and so code "
                 "that runs here; give trust_remote_code=True (--trust-remote-code) if you trust it"
             )
+        self._check_server()
         self._check_device_map()
+
+    def _check_server(self) -> None:
+        if self.api_key is not None and not (
+            isinstance(self.api_key, str) and re.fullmatch(r"(env|file):\s*\S.*", self.api_key)
+        ):
+            # What was given may be the key itself, so that it is not shown.
+            raise InputError(
+                f"api_key must be {KEY_FORMS}, where the key is; the key itself is never an option"
+            )
+        if self.timeout is not None:
+            real_number("timeout", self.timeout, "seconds above 0", lambda seconds: 0 < seconds < 1e6)
 
     def _check_device_map(self) -> None:
         if self.device_map is None:
@@ -170,7 +203,7 @@ class LoadOptions:
 
 
 LOAD_OPTIONS = tuple(one.name for one in fields(LoadOptions))
-ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in _OF_EVERY_BACKEND)
+ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in (*_OF_EVERY_BACKEND, *ONLY_HTTP))
 
 
 def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:

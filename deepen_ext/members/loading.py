@@ -13,6 +13,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.ground.progress import Progress
 from deepen_ext.members.llama_cpp.library import INSTALL, is_installed
 from deepen_ext.members.load_options import (
+    ONLY_HTTP,
     ONLY_TRANSFORMERS,
     LoadOptions,
     on_this_machine,
@@ -24,7 +25,7 @@ from deepen_ext.members.source import Source, find_adapter, find_source, split_a
 
 __all__ = ["Progress", "load_member", "load_members"]
 
-_HF, _LLAMA_CPP = "transformers", "llama.cpp"
+_HF, _LLAMA_CPP, _HTTP = "transformers", "llama.cpp", "http"
 
 
 def load_member(name_or_path: str | Path, *, progress: Progress | None = None, **options: Any) -> Member:
@@ -32,7 +33,7 @@ def load_member(name_or_path: str | Path, *, progress: Progress | None = None, *
 
     Args:
         name_or_path: hub name, local folder, ``.gguf`` file, or an embedded model (``demo:gemma-3-270m``);
-            with a PEFT adapter on it, ``"base@adapter"``.
+            with a PEFT adapter on it, ``"base@adapter"``. Or the address of a server, ``http://host:port``.
         progress: called with one line of text as each stage starts.
         options: those of `LoadOptions`: backend, device, dtype, ...
 
@@ -98,7 +99,7 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
     """The name of the backend that each member runs in."""
     found, missed = [], []
     for one in plans:
-        backend = one.options.backend
+        backend = _backend_of_server(one) if one.source.url is not None else one.options.backend
         if backend is None and _is_for_llama_cpp(one):
             if is_installed():
                 backend = _LLAMA_CPP
@@ -111,7 +112,11 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
                 f"{one.name}: llama.cpp reads .gguf files, and this is none; leave backend='llama.cpp' "
                 "(--backend) out for this member, or name a .gguf file"
             )
-        if backend != _HF:
+        if backend == _HTTP:
+            _check_server_options(one)
+        else:
+            _refuse_server_options(one)
+        if backend == _LLAMA_CPP:
             one.options.refuse_others(backend, member=one.name)
         found.append(backend)
     if missed and progress is not None:
@@ -120,6 +125,35 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
             f"and slower. To install it: {INSTALL}"
         )
     return found
+
+
+def _backend_of_server(one: _Plan) -> str:
+    if one.options.backend not in (None, _HTTP):
+        raise InputError(
+            f"{one.name}: the model is in a server, not in {one.options.backend}; leave backend (--backend) "
+            "out for this member"
+        )
+    return _HTTP
+
+
+def _check_server_options(one: _Plan) -> None:
+    """Refuse what does not go with a server."""
+    if one.source.url is None:
+        raise InputError(f"{one.name}: the backend http is for servers; name one as http://host:port")
+    if one.options.threads is not None:
+        raise InputError(
+            f"{one.name}: threads={one.options.threads}: the server chooses its threads; leave threads out "
+            "for this member"
+        )
+    one.options.refuse_others(_HTTP, *ONLY_HTTP, member=one.name)
+
+
+def _refuse_server_options(one: _Plan) -> None:
+    if name := next((name for name in one.options.given() if name in ONLY_HTTP), None):
+        raise InputError(
+            f"{one.name}: {name} is for members that a server runs (http://host:port); where only some are "
+            f"of that kind, give {name} for each member, with None (on the command line -) for this one"
+        )
 
 
 def _is_for_llama_cpp(one: _Plan) -> bool:

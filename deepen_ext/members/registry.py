@@ -11,6 +11,7 @@ from deepen_ext.errors import InputError
 BACKENDS = {
     "transformers": "deepen_ext.members.hf.load",
     "llama.cpp": "deepen_ext.members.llama_cpp.load",
+    "http": "deepen_ext.members.http.load",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a member's name stands for: an embedded model, a GGUF file, a folder, or a model of the hub.
+"""What a member's name stands for: an embedded model, a GGUF file, a folder, a model of the hub, or a server.
 
 A PEFT adapter may stand behind the model: ``"base@adapter"``.
 """
@@ -25,22 +25,29 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where a member's weights are. Just one of the three is there.
+    """Where a member's weights are. Just one of the four is there.
 
     Attributes:
         embedded: a key of `embedded.MODELS`: a GGUF file that is fetched on first use.
         path: a folder of transformers, or a GGUF file.
         hub: a hub name such as org/name.
+        url: a server's address, ``http://host:port``.
     """
 
     embedded: str | None = None
     path: Path | None = None
     hub: str | None = None
+    url: str | None = None
 
     @property
     def is_gguf(self) -> bool:
         """Whether the weights are in a GGUF file."""
         return self.embedded is not None or (self.path is not None and self.path.is_file())
+
+
+def is_url(name: str) -> bool:
+    """Whether a member's name is a server's address."""
+    return name.lower().startswith(("http://", "https://"))
 
 
 def split_adapter(name_or_path: str | Path, folder: Path | None = None) -> tuple[str | Path, str | None]:
@@ -59,7 +66,7 @@ def split_adapter(name_or_path: str | Path, folder: Path | None = None) -> tuple
         return ((folder or Path()) / Path(path).expanduser()).exists()
 
     name = str(name_or_path)
-    if "@" not in name or exists(name):
+    if "@" not in name or is_url(name) or exists(name):
         return name_or_path, None
     splits = [(name[: one.start()], name[one.end() :]) for one in re.finditer("@", name)]
     splits = [(base, adapter) for base, adapter in splits if base and adapter]
@@ -102,6 +109,8 @@ def find_source(name_or_path: str | Path) -> Source:
         name = str(name_or_path).removeprefix("demo:")
         embedded.find(name)
         return Source(embedded=name)
+    if is_url(str(name_or_path)):
+        return Source(url=str(name_or_path))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").is_file():  # it may have neither of these

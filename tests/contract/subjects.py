@@ -15,6 +15,7 @@ import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
+from llama_server import LlamaServer
 from sessions import OnFixedBuffers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -24,6 +25,10 @@ from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.hf.backend import HFBackend
 from deepen_ext.members.hf.loaded_model import dense
 from deepen_ext.members.hf.quantisation import quantise
+from deepen_ext.members.http.address import read_address
+from deepen_ext.members.http.backend import HttpBackend
+from deepen_ext.members.http.client import Client
+from deepen_ext.members.http.protocols import find_protocol
 from deepen_ext.members.llama_cpp import api
 from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
@@ -247,6 +252,52 @@ def _llama_cpp(
     )
 
 
+def _http(slots: int) -> Subject:
+    """llama.cpp's server, in another process."""
+    folder = Path(tempfile.mkdtemp(prefix="deepen-ext-"))
+    atexit.register(shutil.rmtree, folder)
+
+    def serve(name: str, seed: int, port: int = 0) -> LlamaServer:
+        size = {"vocab_size": _VOCAB, "context_length": _CONTEXT}
+        file = write_tiny_model(folder / f"{name}.gguf", "llama", seed=seed, tokens=True, **size)
+        return LlamaServer(file, slots, _CONTEXT, cache="F32", port=port)
+
+    def backend(server: LlamaServer) -> HttpBackend:
+        client = Client(read_address(server.url), None, 30.0, slots)
+        protocol = find_protocol(client, None)
+        return HttpBackend("served llama", client, protocol, _VOCAB, _CPU, slots)
+
+    server = serve("own", 0)
+    own = backend(server)
+    reference = plain_model(folder / "own.gguf")
+
+    def plain(ids: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return reference(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+    @contextmanager
+    def breaks() -> Iterator[str]:
+        """Nothing answers at its address."""
+        nonlocal server
+        server.stop()
+        try:
+            yield "gives no answer"
+        finally:
+            server = serve("own", 0, server.port)
+
+    return Subject(
+        own,
+        vocab_size=_VOCAB,
+        context_length=own.context_length,
+        device=_CPU,
+        dtype="float32",
+        # A server's weights cannot be looked at: a copy is what has the same name.
+        other_weights=lambda: (backend(serve("other", 1)), backend(server)),
+        breaks=breaks,
+        plain=plain,
+    )
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformers": lambda: _transformers("llama"),
     "transformers, sliding windows": lambda: _transformers("gemma3_text"),
@@ -258,6 +309,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     # Its activations are rounded to float16 in between.
     "llama.cpp, sliding windows": lambda: _llama_cpp("gemma3", tolerance=1e-3, plain_tolerance=0.02),
     "llama.cpp, no rollback": lambda: _llama_cpp("mamba"),
+    "http, a slot for each lane": lambda: _http(5),
+    "http, one slot": lambda: _http(1),
     "top-k only": lambda: top_k_only(_transformers("llama"), 20),
     "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }
