@@ -34,6 +34,8 @@ _HELP = {
     "adapter": "A PEFT adapter on the model: a folder or a hub name. --model BASE@ADAPTER is the same.",
     "revision": "Branch, tag or commit of a hub model.",
     "attn_implementation": "How transformers computes attention, such as eager or sdpa.",
+    "placement": 'Run the model in an actor of Ray, as JSON: {"num_cpus": 2, "num_gpus": 1}.',
+    "timeout": "Of a model that runs elsewhere: the most seconds of one request.",
 }
 _TRUST = "Run code that a model's folder or repository brings along. Without it such a model is refused."
 

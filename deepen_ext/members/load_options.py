@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import InputError, shown
+from deepen_ext.ground.numbers import real_number
 from deepen_ext.members.registry import BACKENDS
 from deepen_ext.ops.checks import check_built_for
 
@@ -56,6 +58,10 @@ class LoadOptions:
         revision: of a hub model: a branch, a tag or a commit, for example "main".
         attn_implementation: how transformers computes attention: "sdpa" (the default) or "eager". Others do
             not take the masks that sessions need, and are refused.
+        placement: runs the member in an actor of Ray: where, and with what resources
+            (`deepen_ext.cluster.placement.Placement` documents it), for example ``{"num_cpus": 2, "num_gpus":
+            1}``, or {} for one CPU anywhere. The other options then hold for the actor's machine.
+        timeout: of a member that runs elsewhere, the most seconds that one request may take.
     """
 
     backend: str | None = None
@@ -70,6 +76,8 @@ class LoadOptions:
     adapter: str | Path | None = None
     revision: str | None = None
     attn_implementation: str | None = None
+    placement: Mapping[str, Any] | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded.
@@ -103,6 +111,19 @@ class LoadOptions:
                 "that runs here; give trust_remote_code=True (--trust-remote-code) if you trust it"
             )
         self._check_device_map()
+        self._check_elsewhere()
+
+    def _check_elsewhere(self) -> None:
+        if self.timeout is not None:
+            real_number("timeout", self.timeout, "above 0", lambda seconds: 0 < seconds < 1e9)
+        if self.placement is None:
+            return
+        placement = Placement.read(self.placement)
+        on_gpu = self.device_map is not None or torch.device(self.device).type == "cuda"
+        if on_gpu and not placement.num_gpus:
+            raise InputError(
+                f"placement: {placement} has no GPU, and the model is to use one; give num_gpus=1 or more"
+            )
 
     def _check_device_map(self) -> None:
         if self.device_map is None:

@@ -59,12 +59,23 @@ def load_members(
         _plan(name, base, adapter, own)
         for name, (base, adapter), own in zip(members, found, each, strict=True)
     ]
-    backends = _backends(plans, progress)
-    _set_torch_threads([one for one, backend in zip(plans, backends, strict=True) if backend == _HF])
+    placed = {id(one): _start_elsewhere(one, progress) for one in plans if one.options.placement is not None}
+    here = [one for one in plans if id(one) not in placed]
+    backends = {id(one): backend for one, backend in zip(here, _backends(here, progress), strict=True)}
+    _set_torch_threads([one for one in here if backends[id(one)] == _HF])
     return [
-        backend_module(backend).load(one.source, one.options, progress)
-        for one, backend in zip(plans, backends, strict=True)
+        placed[id(one)].member(progress)
+        if id(one) in placed
+        else backend_module(backends[id(one)]).load(one.source, one.options, progress)
+        for one in plans
     ]
+
+
+def _start_elsewhere(one: _Plan, progress: Progress | None) -> Any:
+    """Begin to load a member in an actor; all of them load while those of this process do."""
+    from deepen_ext.members.ray.load import start_loading
+
+    return start_loading(load_member, one.name, one.source, one.options, progress)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ def _plan(name: str | Path, base: str | Path, adapter: str | None, options: Load
         )
     given = options.adapter if adapter is None else adapter
     try:
-        options = on_this_machine(options)
+        if options.placement is None:
+            options = on_this_machine(options)
         return _Plan(
             str(name), source, replace(options, adapter=None if given is None else find_adapter(given))
         )
@@ -110,6 +122,10 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
             raise InputError(
                 f"{one.name}: llama.cpp reads .gguf files, and this is none; leave backend='llama.cpp' "
                 "(--backend) out for this member, or name a .gguf file"
+            )
+        if one.options.timeout is not None:
+            raise InputError(
+                f"{one.name}: timeout is for members that run elsewhere; give placement too, or leave it out"
             )
         if backend != _HF:
             one.options.refuse_others(backend, member=one.name)

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import ray
 import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
+from ray_cluster import in_actor, start_ray
 from sessions import OnFixedBuffers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from deepen_ext.cluster.actors import get
 from deepen_ext.members.backend import Backend
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.gguf.facts import read_facts
@@ -29,6 +32,9 @@ from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.threads import Threads
+from deepen_ext.members.member import Member
+from deepen_ext.members.ray.actor import MemberActor
+from deepen_ext.members.ray.backend import RayBackend
 from deepen_ext.members.top_k_only import TopKOnly
 
 
@@ -188,6 +194,62 @@ def top_k_only(inner: Subject, k: int) -> Subject:
     return replace(inner, backend=TopKOnly(inner.backend, k), other_weights=others, said={})
 
 
+def _tiny_member(family: str, changed: bool = False, dtype: torch.dtype = torch.float32) -> Member:
+    """A model without a tokenizer: in the actors below the place of `load_member` is taken by this."""
+    model = _model(family, dtype)
+    if changed:
+        next(model.parameters()).data.mul_(1.01)
+    backend = HFBackend(family, model, _VOCAB, _CONTEXT, _CPU, dtype)
+    backend.model.get_input_embeddings().register_forward_pre_hook(_count)
+    return Member(family, backend, Mock(), Mock(), ())
+
+
+_TOKENS = [0]  # that models of this process have read
+
+
+def _count(_: object, inputs: tuple[torch.Tensor]) -> None:
+    _TOKENS[0] += inputs[0].numel()
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+def _break(actor: MemberActor) -> None:
+    actor.hook = actor.member.model.model.layers[-1].register_forward_pre_hook(_fail)
+
+
+def _mend(actor: MemberActor) -> None:
+    actor.hook.remove()
+
+
+def _ray(family: str) -> Subject:
+    """A transformers model in an actor; of what is in its process, only calls tell."""
+    start_ray()
+
+    def backend(**options: object) -> RayBackend:
+        actor = ray.remote(MemberActor).options(num_cpus=0).remote()
+        return RayBackend(actor, get(actor.load.remote(_tiny_member, family, options), 60))
+
+    own = backend()
+
+    @contextmanager
+    def breaks() -> Iterator[str]:
+        in_actor(own.actor, _break)
+        try:
+            yield "out of luck"
+        finally:
+            in_actor(own.actor, _mend)
+
+    return replace(
+        _transformers(family),
+        backend=own,
+        other_weights=lambda: (backend(changed=True), backend(dtype=torch.bfloat16)),
+        breaks=breaks,
+        fed=lambda: in_actor(own.actor, lambda _: _TOKENS[0]),
+    )
+
+
 @contextmanager
 def _aborting() -> Iterator[str]:
     """llama.cpp's forward passes are aborted when they have begun."""
@@ -258,6 +320,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     # Its activations are rounded to float16 in between.
     "llama.cpp, sliding windows": lambda: _llama_cpp("gemma3", tolerance=1e-3, plain_tolerance=0.02),
     "llama.cpp, no rollback": lambda: _llama_cpp("mamba"),
+    "ray": lambda: _ray("llama"),
     "top-k only": lambda: top_k_only(_transformers("llama"), 20),
     "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }
