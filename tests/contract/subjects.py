@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -16,6 +16,7 @@ import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
+from ray.exceptions import RayActorError
 from ray_cluster import in_actor, start_ray
 from sessions import OnFixedBuffers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -211,6 +212,10 @@ def _count(_: object, inputs: tuple[torch.Tensor]) -> None:
     _TOKENS[0] += inputs[0].numel()
 
 
+def _fed(_: MemberActor) -> int:
+    return _TOKENS[0]
+
+
 def _fail(*_: object) -> None:
     raise RuntimeError("out of luck")
 
@@ -223,13 +228,22 @@ def _mend(actor: MemberActor) -> None:
     actor.hook.remove()
 
 
+_ACTORS: dict[tuple, tuple] = {}  # with what they say of themselves
+
+
 def _ray(family: str) -> Subject:
     """A transformers model in an actor; of what is in its process, only calls tell."""
     start_ray()
 
     def backend(**options: object) -> RayBackend:
+        """Actors are kept for other tests: each takes seconds to start."""
+        key = (family, *options.items())
+        with suppress(KeyError, RayActorError):
+            in_actor(_ACTORS[key][0], lambda _: None)
+            return RayBackend(*_ACTORS[key])
         actor = ray.remote(MemberActor).options(num_cpus=0).remote()
-        return RayBackend(actor, get(actor.load.remote(_tiny_member, family, options), 60))
+        _ACTORS[key] = actor, get(actor.load.remote(_tiny_member, family, options), 60)
+        return RayBackend(*_ACTORS[key])
 
     own = backend()
 
@@ -246,7 +260,7 @@ def _ray(family: str) -> Subject:
         backend=own,
         other_weights=lambda: (backend(changed=True), backend(dtype=torch.bfloat16)),
         breaks=breaks,
-        fed=lambda: in_actor(own.actor, lambda _: _TOKENS[0]),
+        fed=lambda: in_actor(own.actor, _fed),
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import DeepenError, ModelError
@@ -94,7 +95,7 @@ def _check_keys(missing: Collection[str], unexpected: Collection[str], where: st
             raise ModelError(f"{where} {what} {first}; it was made for another base model. Name that one")
 
 
-def adapter_tokenizer(adapter: Path | str, where: str, trusted: bool) -> Any | None:
+def adapter_tokenizer(adapter: Path | str, where: str, trusted: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer that an adapter brings; None where it brings none."""
     own = cached_file(
         str(adapter),

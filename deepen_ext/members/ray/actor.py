@@ -30,12 +30,13 @@ class _Held:
 
 
 class MemberActor(Actor):
-    """One member and its sessions, by the numbers that the asking side gives them. Calls come in order."""
+    """One member and its sessions, by their numbers. Calls come in order."""
 
     def __init__(self) -> None:
         """Nothing is loaded yet, so that finding a place and loading can be told apart."""
         self._member: Member | None = None
         self._sessions: dict[int, _Held] = {}
+        self._opened = 0
 
     @property
     def member(self) -> Member:
@@ -74,9 +75,12 @@ class MemberActor(Actor):
         return self.member.backend.fingerprint(None if dtype is None else getattr(torch, dtype))
 
     @answered
-    def open(self, number: int, lanes: int, capacity: int) -> None:
-        """See `Backend.open`."""
-        self._sessions[number] = _Held(self.member.backend.open(lanes, capacity))
+    def open(self, lanes: int, capacity: int) -> int:
+        """See `Backend.open`; the session's number."""
+        session = self.member.backend.open(lanes, capacity)
+        number = self._opened = self._opened + 1
+        self._sessions[number] = _Held(session)
+        return number
 
     @answered
     def ask(self, request: bytes) -> bytes:

@@ -17,7 +17,7 @@ from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
 from deepen_ext.members.ray.actor import MemberActor
 from deepen_ext.members.ray.backend import RayBackend
-from deepen_ext.members.source import Source
+from deepen_ext.members.source import Source, absolute_name, split_adapter
 from deepen_ext.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -87,10 +87,7 @@ def start_loading(
     given = {key: _absolute(key, value) for key, value in options.given().items()}
     for key in ("placement", "timeout"):
         given.pop(key, None)
-    if source.path is not None:
-        there = str(source.path.absolute())
-    else:
-        there = f"demo:{source.embedded}" if source.hub is None else source.hub
+    there = absolute_name(split_adapter(name)[0])
     return Loading(name, source, options, placement, actor, actor.load.remote(load, there, given))
 
 

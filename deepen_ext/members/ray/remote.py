@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -43,7 +42,6 @@ class RemoteMember:
         self.fingerprints: dict[str | None, str] = {}
         self.dropped: deque[int] = deque()
         self._seconds = DEFAULT_SECONDS if seconds is None else seconds
-        self._numbers = itertools.count()
 
     def most_topk(self, k: int) -> int:
         """Of k tokens, how many an answer has."""
@@ -53,8 +51,7 @@ class RemoteMember:
         """Open a session there; its number."""
         while self.dropped:
             self.tell("close", self.dropped.popleft())
-        number = next(self._numbers)
-        self.get(self.call("open", number, lanes, capacity))
+        number: int = self.get(self.call("open", lanes, capacity))
         return number
 
     def call(self, method: str, *args: Any) -> Any:
