@@ -122,7 +122,7 @@ def evaluate(
         int | None,
         typer.Option(
             min=1,
-            help="Share the items out over this many whole ensembles in actors of Ray; --placement says where.",
+            help="Whole ensembles in actors of Ray, which share the items; --placement says where.",
         ),
     ] = None,
     fresh: Annotated[
