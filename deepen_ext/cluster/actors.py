@@ -16,7 +16,7 @@ from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.progress import Progress
 
-PLACING_SECONDS = 60.0  # from the request to an actor's first answer: a process starts, and torch is imported
+PLACING_SECONDS = 120.0  # from the request to an actor's first answer: a process starts and imports torch
 _ERRORS = {kind.__name__: kind for kind in (InputError, ModelError)}
 _ERROR = "deepen_ext error"
 
@@ -96,8 +96,8 @@ def await_place(actor: Any, placement: Placement, what: str) -> None:
     except GetTimeoutError as error:
         end(actor)
         raise InputError(
-            f"{what}: no room for {placement} within {PLACING_SECONDS:.0f} seconds; the cluster has "
-            f"{free_now(ray)} left. Ask for less, or end what holds the rest"
+            f"{what}: its actor has not started within {PLACING_SECONDS:.0f} seconds: it asks for "
+            f"{placement}, and the cluster has {free_now(ray)} left. Ask for less, or end what holds the rest"
         ) from error
     except ray.exceptions.RayError as error:
         raise ModelError(f"{what}: its actor cannot be started: {reason(error)}") from error
