@@ -29,7 +29,7 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.top_k_only import TopKOnly
 
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_models import PROSE, one_byte_tokens, save_model, tiny_reader  # noqa: E402
+from tiny_models import PROSE, one_byte_tokens, save_model, tiny_reader
 
 K = 128
 
@@ -115,7 +115,7 @@ def measure(sizes: Sequence[int], tokens: int, forward_ms: float, folder: Path) 
                 network.calls = network.sent = network.received = 0
                 began = time.perf_counter()
                 text = ensemble.generate(
-                    PROMPTS[0], max_new_tokens=tokens, min_new_tokens=tokens, draft=draft
+                    PROSE[:200], max_new_tokens=tokens, min_new_tokens=tokens, draft=draft
                 )
                 ms = 1e3 * (time.perf_counter() - began) / tokens
                 texts.append(text.token_ids)
@@ -129,8 +129,9 @@ def measure(sizes: Sequence[int], tokens: int, forward_ms: float, folder: Path) 
                         (ms, ms),
                         1,
                         equality="the same text with drafts and without",
-                        note=f"a token {trips:.2f} round trips one after the other, {network.calls / tokens:.1f} "
-                        f"calls, {network.sent / tokens:.0f} bytes out, {network.received / tokens:.0f} in; "
+                        note=f"a token {trips:.2f} round trips one after the other, "
+                        f"{network.calls / tokens:.1f} calls, {network.sent / tokens:.0f} bytes out, "
+                        f"{network.received / tokens:.0f} in; "
                         f"{text.timings.stood} of {text.timings.drafted} drafted tokens stood",
                     )
                 )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 from ray._private.state import actors  # the public one asks the dashboard, which is not there
@@ -20,9 +21,9 @@ def start_ray(cpus: int = 4) -> None:
     if ray.is_initialized():
         return
     folders = [str(TESTS.parent), str(TESTS), str(TESTS / "contract")]
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(folders)  # read by the processes that Ray starts
-    try:
+    # Read by the processes that Ray starts. Without the second its workers give way to all others (nice 15).
+    wanted = {"PYTHONPATH": os.pathsep.join(folders), "RAY_worker_niceness": "0"}
+    with patch.dict(os.environ, wanted):
         ray.init(
             address="local",
             num_cpus=cpus,
@@ -31,11 +32,6 @@ def start_ray(cpus: int = 4) -> None:
             log_to_driver=False,
             logging_level="ERROR",
         )
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 def in_actor(actor: Any, function: Callable[..., Any], *args: Any) -> Any:

@@ -55,9 +55,8 @@ def hidden(member: Member) -> Member:
 
 @pytest.fixture(scope="module")
 def here(folders: list[Path]) -> Ensemble:
-    """In this process, without the assistant's logits: probabilities are rounded as those that travel are."""
-    main, assistant = load_members(folders)
-    return Ensemble([main, hidden(assistant)], learning_rate=0.5)
+    """In this process, by the fuser that is the default where a member has no logits."""
+    return Ensemble.from_pretrained(folders, fuser="deepen", learning_rate=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,7 @@ class TestTexts:
 
     def test_the_main_model_in_an_actor(self, here: Ensemble, both: Ensemble) -> None:
         """Of its logits only what the top-k tells is known."""
-        main, assistant = here.members
-        same = Ensemble([hidden(main), assistant], learning_rate=0.5)
+        same = Ensemble([hidden(one) for one in here.members], learning_rate=0.5)
         assert texts(both) == texts(same)
         sampled = {"do_sample": True, "top_k": 20, "seed": 4, "temperature": 1.3}
         assert texts(both, **sampled) == texts(same, **sampled)
@@ -153,7 +151,7 @@ class TestTexts:
         )
         assert result.exit_code == 0, result.output
         found = json.loads(result.stdout)
-        wanted = Ensemble(here.members).generate(PROMPTS[0], max_new_tokens=8)
+        wanted = Ensemble(here.members, fuser="deepen").generate(PROMPTS[0], max_new_tokens=8)
         assert found["text"] == wanted.text
 
 
@@ -274,15 +272,14 @@ class TestLost:
         assert texts(there) == wanted
 
     def test_no_actor_left(self, folders: list[Path]) -> None:
+        """Neither after `close` nor when nothing holds the member."""
         before = actors_alive()
-        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL])
-        assert actors_alive() == before + 1
-        ensemble.generate(PROMPTS[0], max_new_tokens=2)
-        ensemble.members[1].backend.close()
-        until(lambda: actors_alive() == before)
-        with pytest.raises(MemberLost, match="tiny-2"):
-            ensemble.generate(PROMPTS[0])
-        dropped = load_member(folders[0], placement=SMALL)
+        closed, dropped = load_members(folders, placement=SMALL)
+        assert actors_alive() == before + 2
+        closed.backend.close()
+        until(lambda: actors_alive() == before + 1)
+        with pytest.raises(MemberLost, match="tiny-1"):
+            closed.backend.open()
         del dropped
         until(lambda: gc.collect() >= 0 and actors_alive() == before)
 
@@ -374,33 +371,25 @@ class TestPlacement:
         group = placement_group([{"CPU": 1}, {"CPU": 1}], name="ours")
         ray.get(group.ready())
         try:
-            for named in (group, "ours"):
-                member = load_member(folders[0], placement={"placement_group": named, "bundle": 1})
-                inside = in_actor(
-                    member.backend.actor,  # type: ignore[attr-defined]
-                    lambda _: ray.util.get_current_placement_group().id.hex(),
-                )
-                assert inside == group.id.hex()
-                member.backend.close()
+            member = load_member(folders[0], placement={"placement_group": "ours", "bundle": 1})
+            actor = member.backend.actor  # type: ignore[attr-defined]
+            inside = in_actor(actor, lambda _: ray.util.get_current_placement_group().id.hex())
+            assert inside == group.id.hex()
+            member.backend.close()
             for wrong, message in (({"bundle": 2}, "has 2 bundles"), ({"num_cpus": 2}, "bundle 0 has 1 CPU")):
                 with pytest.raises(InputError, match=message):
                     load_member(folders[0], placement={"placement_group": group, **wrong})
         finally:
             remove_placement_group(group)
 
-    def test_on_a_node(self, folders: list[Path]) -> None:
+    def test_on_a_node_with_threads(self, folders: list[Path]) -> None:
+        """Threads are the CPUs that were reserved."""
         (node,) = ray.nodes()
-        for name in (node["NodeID"], node["NodeManagerAddress"]):
-            member = load_member(folders[0], placement={"node": name, "num_cpus": 0})
-            where = in_actor(member.backend.actor, lambda _: ray.get_runtime_context().get_node_id())  # type: ignore[attr-defined]
-            assert where == node["NodeID"]
-            member.backend.close()
-
-    def test_threads_are_the_cpus(self, folders: list[Path]) -> None:
-        for options, threads in (({"placement": {"num_cpus": 2}}, 2), ({"placement": {}, "threads": 3}, 3)):
-            member = load_member(folders[0], **options)
-            assert in_actor(member.backend.actor, lambda _: torch.get_num_threads()) == threads  # type: ignore[attr-defined]
-            member.backend.close()
+        member = load_member(folders[0], placement={"node": node["NodeManagerAddress"], "num_cpus": 2})
+        actor = member.backend.actor  # type: ignore[attr-defined]
+        assert in_actor(actor, lambda _: ray.get_runtime_context().get_node_id()) == node["NodeID"]
+        assert in_actor(actor, lambda _: torch.get_num_threads()) == 2
+        member.backend.close()
 
     def test_without_ray(self, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "ray", None)
