@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from deepen_ext.measure.evaluation.runner import evaluate
     from deepen_ext.members import embedded as demo
     from deepen_ext.members.loading import load_member, load_members
+    from deepen_ext.replicas import Replicas
     from deepen_ext.space.relative_map import RelativeMap
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = {
     "Ensemble": "deepen_ext.ensemble",
     "Generation": "deepen_ext.decoding.generation",
     "RelativeMap": "deepen_ext.space.relative_map",
+    "Replicas": "deepen_ext.replicas",
     "Timings": "deepen_ext.decoding.generation",
     "diagnose": "deepen_ext.measure.doctor.diagnose",
     "evaluate": "deepen_ext.measure.evaluation.runner",
@@ -45,6 +47,7 @@ __all__ = [
     "InputError",
     "ModelError",
     "RelativeMap",
+    "Replicas",
     "Timings",
     "__version__",
     "demo",

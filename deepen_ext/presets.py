@@ -37,8 +37,8 @@ from deepen_ext.space.recipes import check_recipe
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
-# How members are loaded. Whether their code is run is nothing that a file may say.
-_LOADING = tuple(name for name in LOAD_OPTIONS if name != "trust_remote_code")
+# How members are loaded. A file may say neither whether their code is run, nor to which cluster they go.
+_LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("trust_remote_code", "placement"))
 _PLACES = ("device", "device_map", "max_memory", "offload_folder")  # one of the first two is given, not both
 _KEYS = ("members", *_SETTINGS, *_LOADING, "measured")
 _MOST_BYTES = 1 << 17  # the parser takes a second for it
@@ -55,7 +55,7 @@ class Preset:
         given: the settings that the file has, by their names in `FusionSettings`.
         measured: the section of that name; for readers.
         loading: how the members are loaded, by the names in `LoadOptions`: one value for all, or a list of
-            one for each. Never `trust_remote_code`.
+            one for each. Never `trust_remote_code` or `placement`.
     """
 
     members: list[str]

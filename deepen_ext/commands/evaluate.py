@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +16,20 @@ import typer
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
-from deepen_ext.commands.loading import load_ensemble, named_members, ways_of_fusing, writes_alone
+from deepen_ext.commands.loading import (
+    ensemble_keywords,
+    load_ensemble,
+    named_members,
+    ways_of_fusing,
+    writes_alone,
+)
 from deepen_ext.errors import InputError
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
     from deepen_ext.measure.evaluation.jobs import Progress
     from deepen_ext.measure.evaluation.votes import Poll
+    from deepen_ext.measure.evaluation.writers import Ensembles
 
 _VOTE = "vote"  # a --fuser that is none: the models' own answers vote
 _LINE_SECONDS = 30.0  # between two lines where there is no terminal
@@ -110,6 +118,13 @@ def evaluate(
             help="Read a prompt once for all fusers. Without it slower, but the times can be compared.",
         ),
     ] = True,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Whole ensembles in actors of Ray, which share the items; --placement says where.",
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop the folder's results of these tasks first.")
     ] = False,
@@ -121,7 +136,8 @@ def evaluate(
     """
     with exit_codes(debug):
         from deepen_ext.measure.evaluation.jobs import prepare, tasks_of
-        from deepen_ext.measure.evaluation.votes import Poll, Votes
+        from deepen_ext.measure.evaluation.votes import Votes
+        from deepen_ext.members.source import absolute_name
 
         if certified_skip and scoring is Scoring.likelihood:
             raise InputError("--certified-skip is for texts that are written; leave it out")
@@ -139,12 +155,19 @@ def evaluate(
         fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser and not polled
         first = "single" if alone else next(iter(fuser), None)
-        base = load_ensemble(named, loading, first, weight, recipe, learning_rate)
-        ensembles: dict[str, Ensemble | Poll] = {
-            **_configurations(base, [] if alone or only_polled else fused, singles)
-        }
-        if polled:
-            ensembles[_VOTE] = Poll(tuple(base.names))
+        configurations = partial(
+            _configurations, fused=[] if alone or only_polled else fused, singles=singles, polled=polled
+        )
+        ensembles: Ensembles | Callable[[], Ensembles]
+        chosen = (first, weight, recipe, learning_rate)
+        placement = None
+        if replicas is None:
+            ensembles = configurations(load_ensemble(named, loading, *chosen))
+        else:
+            keywords = ensemble_keywords(named, loading, *chosen)
+            if isinstance(placement := keywords.pop("placement", None), list):
+                raise InputError("--placement: with --replicas it says where each replica goes; give it once")
+            ensembles = partial(_in_replica, [*map(absolute_name, named.members)], keywords, configurations)
 
         from deepen_ext.measure.evaluation.runner import evaluate as run
         from deepen_ext.measure.evaluation.summary_table import summary_table
@@ -167,7 +190,10 @@ def evaluate(
                     top_p=top_p,
                     seed=seed,
                     fresh=fresh,
+                    replicas=replicas,
+                    placement=placement,
                     on_progress=show,
+                    on_line=lambda line: print(line, file=sys.stderr, flush=True),
                 )
         except KeyboardInterrupt:
             same = "the same command without --fresh" if fresh else "the same command"
@@ -178,18 +204,32 @@ def evaluate(
         print(f"written to {out / 'summary.json'}", file=sys.stderr)
 
 
-def _configurations(base: Ensemble, fused: list[dict[str, Any]], singles: bool) -> dict[str, Ensemble]:
-    """By name: the members alone, then each way of fusing them."""
+def _configurations(
+    base: Ensemble, fused: list[dict[str, Any]], singles: bool, polled: bool
+) -> dict[str, Ensemble | Poll]:
+    """By name: the members alone, then each way of fusing them, then the vote."""
     from deepen_ext.ensemble import Ensemble
+    from deepen_ext.measure.evaluation.votes import Poll
 
     named = zip(base.names, base.members, strict=True) if singles else ()
-    found = {name: Ensemble([member], fuser="single") for name, member in named}
+    found: dict[str, Ensemble | Poll] = {name: Ensemble([member], fuser="single") for name, member in named}
     for settings in fused:
         one = base.variant(**settings)
         if one.method in found:
             raise InputError(f"two of the fusers are called {one.method}; name each once")
         found[one.method] = one
+    if polled:
+        found[_VOTE] = Poll(tuple(base.names))
     return found
+
+
+def _in_replica(
+    members: list[str], keywords: dict[str, Any], configurations: Callable[[Ensemble], Ensembles]
+) -> Ensembles:
+    """What each replica loads."""
+    from deepen_ext.ensemble import Ensemble
+
+    return configurations(Ensemble.from_pretrained(members, **keywords))
 
 
 @contextmanager

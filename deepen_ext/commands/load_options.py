@@ -37,7 +37,8 @@ _HELP = {
     "protocol": "Of a server (--model http://host:port): llama.cpp, openai or sglang; found out by default.",
     "tokenizer": "Of a server's model: a folder, a hub name, a .gguf file or demo:NAME.",
     "api_key": "Where the server's key is: env:NAME or file:PATH.",
-    "timeout": "Seconds that a request to a server may take; 60 by default.",
+    "placement": 'Run the model in an actor of Ray, as JSON: {"num_cpus": 2, "num_gpus": 1}.',
+    "timeout": "Of a model that runs elsewhere: the most seconds of one request.",
 }
 _TRUST = "Run code that a model's folder or repository brings along. Without it such a model is refused."
 

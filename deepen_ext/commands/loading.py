@@ -50,15 +50,15 @@ def named_members(models: list[str] | None, demo: bool, preset: Path | None = No
     return Named(members, loaded)
 
 
-def load_ensemble(
+def ensemble_keywords(
     named: Named,
     loading: Loading,
     fuser: str | None,
     weights: list[str] | None,
     recipe: RecipeName | None,
     learning_rate: float | None,
-) -> Ensemble:
-    """The ensemble that the options ask for.
+) -> dict[str, Any]:
+    """What `Ensemble.from_pretrained` takes beside the models, as the options ask for it.
 
     Args:
         named: see `named_members`.
@@ -70,18 +70,28 @@ def load_ensemble(
 
     Raises:
         InputError: a setting out of range.
-        ModelError: a model cannot be loaded.
     """
     given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
+    settings = _settings(named.preset, recipe=recipe, **given)
+    options = loading.options()
+    if named.preset is not None and named.members is named.preset.members:
+        options = named.preset.load_options(**options)
+    return options | settings
+
+
+def load_ensemble(named: Named, *options: Any) -> Ensemble:
+    """The ensemble that the options ask for; they are those of `ensemble_keywords`.
+
+    Raises:
+        InputError: a setting out of range.
+        ModelError: a model cannot be loaded.
+    """
     with progress() as say, _without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble
 
-        settings = _settings(named.preset, recipe=recipe, **given)
-        options = loading.options()
-        if named.preset is not None and named.members is named.preset.members:
-            options = named.preset.load_options(**options)
-        return Ensemble.from_pretrained(named.members, progress=say, **options, **settings)
+        keywords = ensemble_keywords(named, *options)
+        return Ensemble.from_pretrained(named.members, progress=say, **keywords)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ def option_from_text(name: str, text: str) -> Any:
 
     Args:
         name: the option's.
-        text: a whole number for `threads`, a number for `timeout`; JSON for `max_memory` and for a mapping in
-            `device_map`; `-` for the default.
+        text: a whole number for `threads`; a number for `timeout`; JSON for `max_memory`, `placement` and for
+            a mapping in `device_map`; `-` for the default.
 
     Raises:
         InputError: no number, or no JSON.
@@ -34,7 +34,12 @@ def option_from_text(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise InputError(f"threads is {shown(text)}; give a whole number") from None
-    if name == "max_memory" or (name == "device_map" and text.lstrip().startswith("{")):
+    if name == "timeout":
+        try:
+            return float(text)
+        except ValueError:
+            raise InputError(f"timeout is {shown(text)}; give a number of seconds") from None
+    if name in ("max_memory", "placement") or (name == "device_map" and text.lstrip().startswith("{")):
         return _json(name, text)
     return text
 

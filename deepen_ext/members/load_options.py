@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number
+from deepen_ext.members.devices import find_device
 from deepen_ext.members.registry import BACKENDS
 from deepen_ext.ops.checks import check_built_for
 
@@ -68,7 +70,11 @@ class LoadOptions:
         tokenizer: of a server's model: a folder, a hub name, a ``.gguf`` file, or ``demo:NAME``.
         api_key: where the server's key is: "env:NAME", a variable of the environment, or "file:PATH". The key
             itself is refused, because options are written down.
-        timeout: seconds that a request to the server may take, its repeats included; 60 where None.
+        placement: runs the member in an actor of Ray: where, and with what resources
+            (`deepen_ext.cluster.placement.Placement` documents it), for example ``{"num_cpus": 2, "num_gpus":
+            1}``, or {} for one CPU anywhere. The other options then hold for the actor's machine.
+        timeout: of a member that runs elsewhere, the most seconds that one request may take. None: 60 of a
+            server, its repeats included; without limit of an actor.
     """
 
     backend: str | None = None
@@ -86,6 +92,7 @@ class LoadOptions:
     protocol: str | None = None
     tokenizer: str | Path | None = None
     api_key: str | None = None
+    placement: Mapping[str, Any] | None = None
     timeout: float | None = None
 
     def __post_init__(self) -> None:
@@ -125,6 +132,19 @@ class LoadOptions:
             )
         self._check_server()
         self._check_device_map()
+        self._check_elsewhere()
+
+    def _check_elsewhere(self) -> None:
+        if self.timeout is not None:
+            real_number("timeout", self.timeout, "seconds above 0", lambda seconds: 0 < seconds < 1e6)
+        if self.placement is None:
+            return
+        placement = Placement.read(self.placement)
+        on_gpu = self.device_map is not None or torch.device(self.device).type == "cuda"
+        if on_gpu and not placement.num_gpus:
+            raise InputError(
+                f"placement: {placement} has no GPU, and the model is to use one; give num_gpus=1 or more"
+            )
 
     def _check_server(self) -> None:
         if self.api_key is not None and not (
@@ -134,8 +154,6 @@ class LoadOptions:
             raise InputError(
                 f"api_key must be {KEY_FORMS}, where the key is; the key itself is never an option"
             )
-        if self.timeout is not None:
-            real_number("timeout", self.timeout, "seconds above 0", lambda seconds: 0 < seconds < 1e6)
 
     def _check_device_map(self) -> None:
         if self.device_map is None:
@@ -203,7 +221,9 @@ class LoadOptions:
 
 
 LOAD_OPTIONS = tuple(one.name for one in fields(LoadOptions))
-ONLY_TRANSFORMERS = tuple(name for name in LOAD_OPTIONS if name not in (*_OF_EVERY_BACKEND, *ONLY_HTTP))
+ONLY_TRANSFORMERS = tuple(
+    name for name in LOAD_OPTIONS if name not in (*_OF_EVERY_BACKEND, *ONLY_HTTP, "placement")
+)
 
 
 def options_of_each(members: Sequence[str | Path], **options: Any) -> list[LoadOptions]:
@@ -251,24 +271,6 @@ def on_this_machine(options: LoadOptions) -> LoadOptions:
     device = find_device(options.device)
     check_built_for(device)
     return replace(options, device=device)
-
-
-def find_device(device: str | torch.device) -> torch.device:
-    """The device as tensors name it: with its index where it is CUDA.
-
-    Raises:
-        InputError: no such device, or a CUDA device that torch does not see.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(device)}") from error
-    if found.type != "cuda":
-        return found
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (found.index or 0) >= count:
-        raise InputError(f"device {found}: torch sees {count} CUDA devices; use device='cpu'")
-    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
 
 
 def _is_place(place: Any) -> bool:

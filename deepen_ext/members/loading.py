@@ -60,12 +60,26 @@ def load_members(
         _plan(name, base, adapter, own)
         for name, (base, adapter), own in zip(members, found, each, strict=True)
     ]
-    backends = _backends(plans, progress)
-    _set_torch_threads([one for one, backend in zip(plans, backends, strict=True) if backend == _HF])
+    elsewhere = [one for one in plans if one.options.placement is not None]
+    for one in elsewhere:
+        _check_placed(one)
+    placed = {id(one): _start_elsewhere(one, progress) for one in elsewhere}
+    here = [one for one in plans if id(one) not in placed]
+    backends = {id(one): backend for one, backend in zip(here, _backends(here, progress), strict=True)}
+    _set_torch_threads([one for one in here if backends[id(one)] == _HF])
     return [
-        backend_module(backend).load(one.source, one.options, progress)
-        for one, backend in zip(plans, backends, strict=True)
+        placed[id(one)].member(progress)
+        if id(one) in placed
+        else backend_module(backends[id(one)]).load(one.source, one.options, progress)
+        for one in plans
     ]
+
+
+def _start_elsewhere(one: _Plan, progress: Progress | None) -> Any:
+    """Begin to load a member in an actor; all of them load while those of this process do."""
+    from deepen_ext.members.ray.load import start_loading
+
+    return start_loading(load_member, one.name, one.source, one.options, progress)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,8 @@ def _plan(name: str | Path, base: str | Path, adapter: str | None, options: Load
         )
     given = options.adapter if adapter is None else adapter
     try:
-        options = on_this_machine(options)
+        if options.placement is None:
+            options = on_this_machine(options)
         return _Plan(
             str(name), source, replace(options, adapter=None if given is None else find_adapter(given))
         )
@@ -148,11 +163,19 @@ def _check_server_options(one: _Plan) -> None:
     one.options.refuse_others(_HTTP, *ONLY_HTTP, member=one.name)
 
 
-def _refuse_server_options(one: _Plan) -> None:
-    if name := next((name for name in one.options.given() if name in ONLY_HTTP), None):
+def _check_placed(one: _Plan) -> None:
+    """Refuse what does not go with an actor."""
+    if one.source.url is not None:
+        raise InputError(f"{one.name}: a server runs this member; leave placement out for it")
+    _refuse_server_options(one, "timeout")
+
+
+def _refuse_server_options(one: _Plan, *known: str) -> None:
+    if name := next((name for name in one.options.given() if name in set(ONLY_HTTP) - set(known)), None):
+        kind = "run elsewhere (http://host:port, or placement)" if name == "timeout" else "a server runs"
         raise InputError(
-            f"{one.name}: {name} is for members that a server runs (http://host:port); where only some are "
-            f"of that kind, give {name} for each member, with None (on the command line -) for this one"
+            f"{one.name}: {name} is for members that {kind}; where only some are of that kind, give {name} "
+            "for each member, with None (on the command line -) for this one"
         )
 
 

@@ -79,6 +79,17 @@ def split_adapter(name_or_path: str | Path, folder: Path | None = None) -> tuple
     return name_or_path, None
 
 
+def absolute_name(name_or_path: str | Path) -> str:
+    """The name with absolute paths in it, for a process with another working folder."""
+
+    def absolute(part: str | Path) -> str:
+        path = Path(part).expanduser()
+        return str(path.absolute()) if path.exists() else str(part)
+
+    base, adapter = split_adapter(name_or_path)
+    return absolute(base) if adapter is None else f"{absolute(base)}@{absolute(adapter)}"
+
+
 def find_adapter(name_or_path: str | Path) -> Path | str:
     """The folder of a PEFT adapter, or its hub name. Nothing is fetched or read.
 

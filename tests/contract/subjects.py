@@ -6,19 +6,23 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import ray
 import torch
 from accelerate import dispatch_model
 from gguf import GGMLQuantizationType
 from gguf_files import CountingLlama, plain_model, write_tiny_model
 from llama_server import LlamaServer
+from ray.exceptions import RayActorError
+from ray_cluster import in_actor, start_ray
 from sessions import OnFixedBuffers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from deepen_ext.cluster.actors import get
 from deepen_ext.members.backend import Backend
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.gguf.facts import read_facts
@@ -34,6 +38,9 @@ from deepen_ext.members.llama_cpp.context import Context, Feed
 from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.threads import Threads
+from deepen_ext.members.member import Member
+from deepen_ext.members.ray.actor import MemberActor
+from deepen_ext.members.ray.backend import RayBackend
 from deepen_ext.members.top_k_only import TopKOnly
 
 
@@ -193,6 +200,75 @@ def top_k_only(inner: Subject, k: int) -> Subject:
     return replace(inner, backend=TopKOnly(inner.backend, k), other_weights=others, said={})
 
 
+def _tiny_member(family: str, changed: bool = False, dtype: torch.dtype = torch.float32) -> Member:
+    """A model without a tokenizer: in the actors below the place of `load_member` is taken by this."""
+    model = _model(family, dtype)
+    if changed:
+        next(model.parameters()).data.mul_(1.01)
+    backend = HFBackend(family, model, _VOCAB, _CONTEXT, _CPU, dtype)
+    backend.model.get_input_embeddings().register_forward_pre_hook(_count)
+    return Member(family, backend, Mock(), Mock(), ())
+
+
+_TOKENS = [0]  # that models of this process have read
+
+
+def _count(_: object, inputs: tuple[torch.Tensor]) -> None:
+    _TOKENS[0] += inputs[0].numel()
+
+
+def _fed(_: MemberActor) -> int:
+    return _TOKENS[0]
+
+
+def _fail(*_: object) -> None:
+    raise RuntimeError("out of luck")
+
+
+def _break(actor: MemberActor) -> None:
+    actor.hook = actor.member.model.model.layers[-1].register_forward_pre_hook(_fail)
+
+
+def _mend(actor: MemberActor) -> None:
+    actor.hook.remove()
+
+
+_ACTORS: dict[tuple, tuple] = {}  # with what they say of themselves
+
+
+def _ray(family: str) -> Subject:
+    """A transformers model in an actor; of what is in its process, only calls tell."""
+    start_ray()
+
+    def backend(**options: object) -> RayBackend:
+        """Actors are kept for other tests: each takes seconds to start."""
+        key = (family, *options.items())
+        with suppress(KeyError, RayActorError):
+            in_actor(_ACTORS[key][0], lambda _: None)
+            return RayBackend(*_ACTORS[key])
+        actor = ray.remote(MemberActor).options(num_cpus=0).remote()
+        _ACTORS[key] = actor, get(actor.load.remote(_tiny_member, family, options), 60)
+        return RayBackend(*_ACTORS[key])
+
+    own = backend()
+
+    @contextmanager
+    def breaks() -> Iterator[str]:
+        in_actor(own.actor, _break)
+        try:
+            yield "out of luck"
+        finally:
+            in_actor(own.actor, _mend)
+
+    return replace(
+        _transformers(family),
+        backend=own,
+        other_weights=lambda: (backend(changed=True), backend(dtype=torch.bfloat16)),
+        breaks=breaks,
+        fed=lambda: in_actor(own.actor, _fed),
+    )
+
+
 @contextmanager
 def _aborting() -> Iterator[str]:
     """llama.cpp's forward passes are aborted when they have begun."""
@@ -311,6 +387,7 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "llama.cpp, no rollback": lambda: _llama_cpp("mamba"),
     "http, a slot for each lane": lambda: _http(5),
     "http, one slot": lambda: _http(1),
+    "ray": lambda: _ray("llama"),
     "top-k only": lambda: top_k_only(_transformers("llama"), 20),
     "top-k only, sliding windows": lambda: top_k_only(_transformers("gemma3_text"), 7),
 }

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-from deepen_ext.decoding.generation import BatchGeneration
-from deepen_ext.decoding.shared_forwards import SharedForwards
-from deepen_ext.ensemble import Ensemble
+from deepen_ext.cluster.pool import Pool
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.measure.evaluation.choice_scores import score_choices
-from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
-from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
+from deepen_ext.measure.evaluation.choices import ChoiceTask
+from deepen_ext.measure.evaluation.headers import Header, make_header
 from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
-from deepen_ext.measure.evaluation.limits import check_contexts, check_memory
 from deepen_ext.measure.evaluation.records import (
     ItemRecord,
-    ItemTiming,
-    Record,
     RecordFile,
     check_folder,
     output_folder,
     record_path,
 )
 from deepen_ext.measure.evaluation.summary import Summary, summarise, write_summary
-from deepen_ext.measure.evaluation.tasks import Item, Task
-from deepen_ext.measure.evaluation.votes import Poll, Votes, counted
+from deepen_ext.measure.evaluation.votes import Votes
+from deepen_ext.measure.evaluation.writers import (
+    Batch,
+    Ensembles,
+    Way,
+    Writers,
+    WritersHere,
+    WritersInReplicas,
+    make_writers,
+)
 
 DEFAULT_BATCH = 16
 _LONG = 16  # new tokens; answers that may take more end at different times
@@ -38,7 +42,7 @@ _BATCHES = 4
 
 
 def evaluate(
-    ensembles: Mapping[str, Ensemble | Poll],
+    ensembles: Ensembles | Callable[[], Ensembles],
     tasks: str | Sequence[str],
     data: str | Path,
     *,
@@ -54,7 +58,10 @@ def evaluate(
     top_p: float | None = None,
     seed: int | None = None,
     fresh: bool = False,
+    replicas: int | None = None,
+    placement: Mapping[str, Any] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> Summary:
     """Let every ensemble answer the same items, greedily or by votes, and compare what it says or prefers.
 
@@ -65,7 +72,7 @@ def evaluate(
     Args:
         ensembles: by the name of the configuration. A member alone is ``Ensemble([member], fuser="single")``;
             a fused ensemble is compared with its best member if each of its members is there alone. A `Poll`
-            writes nothing: what others of these wrote votes.
+            writes nothing: what others of these wrote votes. With replicas a function that makes them.
         tasks: names in `TASKS`, one or more.
         data: folder with a folder for each task.
         out: folder for ``<task>.<configuration>.jsonl`` and ``summary.json``.
@@ -85,7 +92,12 @@ def evaluate(
         top_p: of sampling, with votes; 0.95 by default.
         seed: of sampling, with votes; 0 by default.
         fresh: drop what the folder holds of these tasks.
+        replicas: actors of Ray that call the function `ensembles` and share the batches out among them. This
+            process loads no model and writes all files. A replica that is lost has its batch done by another.
+            None for ensembles in this process.
+        placement: of each replica (see `deepen_ext.cluster.placement`); None for one CPU anywhere.
         on_progress: called at the beginning of a task and after each batch of a configuration.
+        on_line: called with a line of text as replicas start, and when one is lost.
 
     Returns:
         The summary of all that the folder holds.
@@ -93,36 +105,48 @@ def evaluate(
     Raises:
         InputError: see `prepare`; no ensembles, a setting out of range, a prompt that does not fit a member's
             context, batches that do not fit the memory, files of a run with other settings.
-        ModelError: a member's forward pass failed, or the disk is full. What is done is kept.
+        ModelError: a member's forward pass failed, all replicas are lost, or the disk is full. What is done
+            is kept.
     """
-    folder = Path(out)
-    polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
-    writers = {name: one for name, one in ensembles.items() if isinstance(one, Ensemble)}
-    if not writers:
-        raise InputError("there is nothing to evaluate; give one ensemble or more")
     drawn = Votes.read(votes, temperature, top_p, seed)
     if drawn is not None and certified_skip:
         raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")
     batch_size = whole_number("the batch size", batch_size, 1)
     if scoring == "likelihood":
-        for name, given in (("certified_skip", certified_skip), ("votes", drawn), ("a vote", polls)):
-            if given:
-                raise InputError(
-                    f"{name} is for texts that are written; leave it out with scoring='likelihood'"
-                )
+        _refuse_by_likelihood("certified_skip", certified_skip)
+        _refuse_by_likelihood("votes", drawn)
     named = [tasks] if isinstance(tasks, str) else tasks
     jobs = read_jobs(named, Path(data), split, limit, scoring, drawn)
-    members = {id(member): member for one in writers.values() for member in one.members}
-    at_once = [list(members.values())] if share_forwards else [one.members for one in writers.values()]
+    way = Way(batch_size, certified_skip, share_forwards, drawn)
+    run = partial(_run, jobs, Path(out), way, fresh, on_progress)
+    if replicas is None:
+        if not isinstance(ensembles, Mapping) or placement is not None:
+            raise InputError(
+                "placement, and a function that makes the ensembles, are for replicas; give replicas=N"
+            )
+        return run(WritersHere(ensembles, way))
+    if isinstance(ensembles, Mapping):
+        raise InputError("with replicas give a function that makes the ensembles: each replica calls it")
+    with Pool(partial(make_writers, ensembles, way), replicas, placement, on_line) as pool:
+        return run(WritersInReplicas(pool))
+
+
+def _run(
+    jobs: Sequence[Job],
+    folder: Path,
+    way: Way,
+    fresh: bool,
+    on_progress: Callable[[Progress], None] | None,
+    writers: Writers,
+) -> Summary:
+    names, polls = writers.names(), writers.polls()
     for job in jobs:
-        check_contexts(job, list(members.values()))
-        if fresh or not _is_done(folder, job, writers):
-            check_memory(job, at_once, batch_size, votes)
-    skips = {name: certified_skip and one.fuser.search_bound() is not None for name, one in writers.items()}
-    configurations = {
-        name: configuration_header(name, one, certified_skip=skips[name], share_forwards=share_forwards)
-        for name, one in writers.items()
-    }
+        if isinstance(job.task, ChoiceTask):
+            _refuse_by_likelihood("a vote", polls)
+        writers.check_contexts(job)
+        if fresh or not _is_done(folder, job, names):
+            writers.check_memory(job)
+    configurations = writers.headers()
     configurations |= {name: one.header(name, configurations) for name, one in polls.items()}
     with output_folder(folder), ExitStack() as stack:
         opened = []
@@ -134,29 +158,16 @@ def evaluate(
         clock = Clock(jobs, len(configurations), on_progress)
         for job, files in zip(jobs, opened, strict=True):
             clock.tell(job)
-            by_choices = isinstance(job.task, ChoiceTask)
-            at_a_time = by_choices or (share_forwards and job.task.max_new_tokens > _LONG)
-            size = max(1, batch_size * (_BATCHES if at_a_time else 1) // votes)
-            writing = {name: files[name] for name in writers}
-            for batch, everyone in _batches(job.items, writing, size):
-                indices = {item.index for item in batch}
-                some = {name: one for name, one in writers.items() if everyone or indices - files[name].done}
-                found: Generator[Mapping[str, Sequence[Record]], None, None]
-                if by_choices:
-                    items = [item for item in batch if isinstance(item, ChoiceItem)]
-                    found = score_choices(items, some, batch_size, shared=share_forwards)
-                else:
-                    found = _write(job.task, batch, some, skips, share_forwards, batch_size, drawn)
-                began = perf_counter()
-                with closing(found):  # also after an interrupt: caches are freed
-                    for records in found:
-                        seconds = (perf_counter() - began) / len(records)
-                        for name, own in records.items():
-                            missing = [one for one in own if one.index not in files[name].done]
-                            files[name].append(missing)
-                            clock.count(job, len(missing), seconds)
-                            clock.tell(job, name)
-                        began = perf_counter()
+            began = perf_counter()
+            with closing(writers.answer(_batches(job, {name: files[name] for name in names}, way))) as found:
+                for records in found:
+                    seconds = (perf_counter() - began) / len(records)
+                    for name, own in records.items():
+                        missing = [one for one in own if one.index not in files[name].done]
+                        files[name].append(missing)
+                        clock.count(job, len(missing), seconds)
+                        clock.tell(job, name)
+                    began = perf_counter()
             for name, poll in polls.items():
                 left = [item for item in job.items if item.index not in files[name].done]
                 written = {one: _texts(files[one].path) for one in poll.voters}
@@ -166,6 +177,16 @@ def evaluate(
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
+
+
+def _refuse_by_likelihood(what: str, given: object) -> None:
+    """Refuse what is for texts that are written.
+
+    Raises:
+        InputError: it is given.
+    """
+    if given:
+        raise InputError(f"{what} is for texts that are written; leave it out with scoring='likelihood'")
 
 
 def _texts(path: Path) -> list[ItemRecord]:
@@ -199,80 +220,21 @@ def _open(
     return files
 
 
-def _batches(
-    items: Sequence[Item], files: Mapping[str, RecordFile], size: int
-) -> Iterator[tuple[Sequence[Item], bool]]:
-    """The batches in which a record is missing, each with whether all configurations are to run it.
+def _batches(job: Job, files: Mapping[str, RecordFile], way: Way) -> Iterator[Batch]:
+    """The batches in which a record is missing, with the configurations that are to run them.
 
     The batch that a killed run was in is run whole and by all configurations, also by those that have its
     records: rounding depends on which forwards were shared, and so the missing records come out as they would
     have without the kill.
     """
+    at_a_time = isinstance(job.task, ChoiceTask) or (way.share_forwards and job.task.max_new_tokens > _LONG)
+    votes = 1 if way.votes is None else way.votes.count
+    size = max(1, way.batch_size * (_BATCHES if at_a_time else 1) // votes)
     everyone = True
-    for start in range(0, len(items), size):
-        batch = items[start : start + size]
-        if any(item.index not in one.done for one in files.values() for item in batch):
-            yield batch, everyone
+    for start in range(0, len(job.items), size):
+        items = job.items[start : start + size]
+        indices = {item.index for item in items}
+        lacking = [name for name, file in files.items() if indices - file.done]
+        if lacking:
+            yield Batch(job.task, items, list(files) if everyone else lacking)
             everyone = False
-
-
-def _write(
-    task: Task,
-    batch: Sequence[Item],
-    ensembles: Mapping[str, Ensemble],
-    skips: Mapping[str, bool],
-    share_forwards: bool,
-    batch_size: int,
-    votes: Votes | None,
-) -> Generator[dict[str, list[ItemRecord]], None, None]:
-    """What each configuration writes for a batch, one after the other."""
-    with ExitStack() as sharing:
-        shared = sharing.enter_context(SharedForwards()) if share_forwards else None
-        for name, ensemble in ensembles.items():
-            yield {name: _run(task, batch, ensemble, skips[name], shared, batch_size, votes)}
-
-
-def _run(
-    task: Task,
-    batch: Sequence[Item],
-    ensemble: Ensemble,
-    skip: bool,
-    shared: SharedForwards | None,
-    batch_size: int,
-    votes: Votes | None,
-) -> list[ItemRecord]:
-    """What one configuration writes for a batch: all texts of all items in one call."""
-    texts = [item for item in batch for _ in range(1 if votes is None else votes.count)]
-    generations: BatchGeneration = ensemble.generate(
-        [item.prompt for item in texts],
-        max_new_tokens=task.max_new_tokens,
-        stop_strings=list(task.stop_strings) or None,
-        certified_skip=skip,
-        shared=shared,
-        batch_size=batch_size,
-        **({} if votes is None else votes.settings(batch)),
-    )
-    timings, count = generations.timings, len(texts)
-    timing = ItemTiming(
-        prompt_ms=round(timings.prompt_ms / count, 4),
-        decode_ms=round((timings.total_ms - timings.prompt_ms) / count, 4),
-        rows=len(batch),
-    )
-    records = [
-        ItemRecord(
-            index=item.index,
-            output=one.text,
-            answer=task.answer(one.text),
-            correct=task.correct(one.text, item),
-            tokens=len(one.token_ids),
-            changed=one.changed_tokens,
-            finish_reason=one.finish_reason,
-            timing=timing,
-        )
-        for item, one in zip(texts, generations, strict=True)
-    ]
-    if votes is None:
-        return records
-    return [
-        counted(task, item, records[i * votes.count : (i + 1) * votes.count]) for i, item in enumerate(batch)
-    ]

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import DeepenError, ModelError
@@ -94,10 +95,8 @@ def _check_keys(missing: Collection[str], unexpected: Collection[str], where: st
             raise ModelError(f"{where} {what} {first}; it was made for another base model. Name that one")
 
 
-def _tokenizer_with(
-    adapter: Path | str, weights: dict[str, Any], model: Any, tokenizer: Any, where: str, trusted: bool
-) -> Any:
-    """The adapter's tokenizer where it has one, after the model's embeddings have room for its tokens."""
+def adapter_tokenizer(adapter: Path | str, where: str, trusted: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that an adapter brings; None where it brings none."""
     own = cached_file(
         str(adapter),
         "tokenizer_config.json",
@@ -105,8 +104,17 @@ def _tokenizer_with(
         _raise_exceptions_for_connection_errors=False,
     )
     if own is None:
+        return None
+    return load_tokenizer(Path(own).parent, where, trust_remote_code=trusted, of_adapter=True)
+
+
+def _tokenizer_with(
+    adapter: Path | str, weights: dict[str, Any], model: Any, tokenizer: Any, where: str, trusted: bool
+) -> Any:
+    """The adapter's tokenizer where it has one, after the model's embeddings have room for its tokens."""
+    found: Any = adapter_tokenizer(adapter, where, trusted)
+    if found is None:
         return tokenizer
-    found: Any = load_tokenizer(Path(own).parent, where, trust_remote_code=trusted, of_adapter=True)
     before, after = tokenizer.get_vocab(), found.get_vocab()
     for token, number in sorted(before.items(), key=lambda one: one[1]):
         if after.get(token) != number:

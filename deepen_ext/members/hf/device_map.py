@@ -11,8 +11,9 @@ from torch.nn import ModuleList
 from transformers import AutoModelForCausalLM
 
 from deepen_ext.errors import InputError
+from deepen_ext.members.devices import find_device
 from deepen_ext.members.hf.quantisation import GROUP, check_device, is_quantised_layer
-from deepen_ext.members.load_options import LoadOptions, find_device
+from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.memory import available_bytes
 
 DISK = "disk"

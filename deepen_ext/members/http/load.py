@@ -6,13 +6,14 @@ import re
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.progress import Progress
+from deepen_ext.members.devices import find_device
 from deepen_ext.members.http.address import read_address, read_key
 from deepen_ext.members.http.backend import HttpBackend
 from deepen_ext.members.http.checks import check_server, check_tokenizer
 from deepen_ext.members.http.client import Client, Refusal
 from deepen_ext.members.http.protocols import find_protocol
 from deepen_ext.members.http.tokenizer import load_named_tokenizer
-from deepen_ext.members.load_options import LoadOptions, find_device
+from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source
 from deepen_ext.text.vocabulary import Vocabulary

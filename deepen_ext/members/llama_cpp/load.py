@@ -8,6 +8,7 @@ import torch
 
 from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
+from deepen_ext.members.devices import find_device
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
@@ -16,7 +17,7 @@ from deepen_ext.members.llama_cpp.library import load_library
 from deepen_ext.members.llama_cpp.model import LlamaModel
 from deepen_ext.members.llama_cpp.threads import Threads
 from deepen_ext.members.llama_cpp.tokens import check_tokenizer
-from deepen_ext.members.load_options import LoadOptions, find_device
+from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source
 from deepen_ext.text.vocabulary import Vocabulary

@@ -1,0 +1,121 @@
+"""The demo pair with its assistant in an actor of Ray on this machine, beside the same in process.
+
+Milliseconds a step without drafts, and a token with drafts, and the bytes of the calls. Before anything is
+timed the texts are compared: llama.cpp's quantised assistant gives the same numbers for the same feeding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from common import PROMPTS, ROOT, Figure, environment, percentile, speed_file, spread, write_json
+
+from deepen_ext import Ensemble
+from deepen_ext.members.from_text import DEMO_PAIR
+from deepen_ext.members.ray.remote import RemoteMember
+
+BUDGETS = {0: ("a step", 2.0), 4: ("a token", 1.0)}  # by the draft's length
+
+
+class Counted:
+    """Bytes there and back, of all calls while it is on."""
+
+    def __init__(self) -> None:
+        self.calls = self.sent = self.received = 0
+
+    def __enter__(self) -> Counted:
+        self._call, self._get = RemoteMember.call, RemoteMember.get
+        counted = self
+
+        def call(member: RemoteMember, method: str, *args: Any) -> Any:
+            counted.calls += method == "ask"
+            counted.sent += sum(len(one) for one in args if isinstance(one, bytes))
+            return counted._call(member, method, *args)
+
+        def get(member: RemoteMember, reference: Any) -> Any:
+            reply = counted._get(member, reference)
+            counted.received += len(reply) if isinstance(reply, bytes) else 0
+            return reply
+
+        RemoteMember.call, RemoteMember.get = call, get  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        RemoteMember.call, RemoteMember.get = self._call, self._get  # type: ignore[method-assign]
+
+
+def write(ensemble: Ensemble, draft: int, tokens: int) -> tuple[list[int], list[float], float]:
+    """The text's ids, each step's milliseconds without the first, and the whole time after the first step."""
+    run = ensemble.start(PROMPTS[0], max_new_tokens=tokens, min_new_tokens=tokens, draft=draft)
+    try:
+        times, before = [], time.perf_counter()
+        for _ in run:
+            now = time.perf_counter()
+            times.append(1e3 * (now - before))
+            before = now
+    finally:
+        run.close()
+    return run.results()[0].token_ids, times[1:], sum(times[1:])
+
+
+def measure(tokens: int, rounds: int, threads: int) -> list[Figure]:
+    here = Ensemble.from_pretrained(DEMO_PAIR, backend="llama.cpp", threads=threads)
+    place = {"num_cpus": threads}
+    there = Ensemble.from_pretrained(DEMO_PAIR, backend="llama.cpp", threads=threads, placement=[None, place])
+    figures = []
+    for draft, (what, budget) in BUDGETS.items():
+        ids = [write(one, draft, tokens)[0] for one in (here, there)]
+        assert ids[0] == ids[1], "the texts differ: a near-tie fell the other way; try another prompt"
+        found: dict[str, list[float]] = {"here": [], "there": []}
+        with Counted() as counted:
+            for _ in range(rounds):  # side by side, so that both see the same machine
+                for name, one in (("here", here), ("there", there)):
+                    _, steps, whole = write(one, draft, tokens)
+                    found[name] += steps if draft == 0 else [whole / (tokens - 1)]
+        more = percentile(found["there"], 0.5) - percentile(found["here"], 0.5)
+        written = rounds * tokens
+        figure = Figure(
+            f"assistant in an actor, {f'drafts of {draft}' if draft else 'no drafts'}, {what}",
+            percentile(found["there"], 0.5),
+            "ms",
+            spread(found["there"]),
+            len(found["there"]),
+            baseline="in process",
+            baseline_value=percentile(found["here"], 0.5),
+            baseline_spread=spread(found["here"]),
+            baseline_repetitions=len(found["here"]),
+            equality="the same tokens",
+            budget=f"at most {budget:g} ms more",
+            met=more <= budget,
+            note=f"{more:+.2f} ms; a token {counted.calls / written:.2f} calls, {counted.sent / written:.0f} "
+            f"bytes there, {counted.received / written:.0f} bytes back",
+        )
+        figures.append(figure)
+        print(f"{figure.name}: {figure.value:.2f} against {figure.baseline_value:.2f} ms, {figure.note}")
+    there.members[1].backend.close()
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2, help="of each member's forwards")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "ray_steps")
+    options = parser.parse_args()
+    ray.init(
+        address="local", num_cpus=options.threads, object_store_memory=100 << 20, include_dashboard=False
+    )
+    found = environment()
+    figures = measure(options.tokens, options.rounds, options.threads)
+    target = options.results / speed_file(found)
+    write_json(target, {**found, "figures": {"ray_steps": [one.as_dict() for one in figures]}})
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()
