@@ -139,7 +139,8 @@ def evaluate(
         fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser and not polled
         first = "single" if alone else next(iter(fuser), None)
-        base = load_ensemble(named, loading, first, weight, recipe, learning_rate)
+        whole = options.OnFailureName.stop  # whatever a preset says: what is measured is the whole ensemble
+        base = load_ensemble(named, loading, first, weight, recipe, learning_rate, whole)
         ensembles: dict[str, Ensemble | Poll] = {
             **_configurations(base, [] if alone or only_polled else fused, singles)
         }

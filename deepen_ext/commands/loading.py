@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepen_ext.commands.console import progress
 from deepen_ext.commands.load_options import Loading
-from deepen_ext.commands.options import RecipeName
+from deepen_ext.commands.options import OnFailureName, RecipeName
 from deepen_ext.errors import InputError
 from deepen_ext.members.from_text import DEMO_PAIR
 
@@ -57,6 +57,7 @@ def load_ensemble(
     weights: list[str] | None,
     recipe: RecipeName | None,
     learning_rate: float | None,
+    on_failure: OnFailureName | None = None,
 ) -> Ensemble:
     """The ensemble that the options ask for.
 
@@ -67,12 +68,18 @@ def load_ensemble(
         weights: --weight.
         recipe: --recipe.
         learning_rate: --learning-rate.
+        on_failure: --on-failure, of a command that writes texts for users.
 
     Raises:
         InputError: a setting out of range.
         ModelError: a model cannot be loaded.
     """
-    given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
+    given = {
+        "weights": _read_weights(weights),
+        "fuser": fuser,
+        "learning_rate": learning_rate,
+        "on_failure": None if on_failure is None else on_failure.value,
+    }
     with progress() as say, _without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble

@@ -245,7 +245,7 @@ class Run:
         return [one.written for one in accepted]
 
     def _verified(self, *, alone: bool) -> tuple[Ahead, float, AssistedStep]:
-        """Drafts of all texts (see `Writer.write`), when they were there, and what the members say of them."""
+        """Drafts of all texts (see `Writer.write`), when they were there, and what the members say of it."""
         if self._unweighed:
             ids = {self._assistants.lanes[number]: self._texts[number].ids for number in self._unweighed}
             main_scores = read_prompts(self._main, self._team.main, ids).values()

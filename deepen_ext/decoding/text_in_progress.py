@@ -28,9 +28,7 @@ class TextInProgress:
     recent: str = ""  # the end of the new text with special tokens' names, for stop strings
     changed: int = 0  # tokens that are not the main model's own first choice
     finish_reason: FinishReason | None = None
-    lost: dict[str, int] = field(
-        default_factory=dict
-    )  # members' names, and how many new tokens had their say
+    lost: dict[str, int] = field(default_factory=dict)  # by member: new tokens before it was lost
 
     @property
     def written(self) -> int:

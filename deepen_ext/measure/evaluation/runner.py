@@ -91,15 +91,22 @@ def evaluate(
         The summary of all that the folder holds.
 
     Raises:
-        InputError: see `prepare`; no ensembles, a setting out of range, a prompt that does not fit a member's
-            context, batches that do not fit the memory, files of a run with other settings.
-        ModelError: a member's forward pass failed, or the disk is full. What is done is kept.
+        InputError: see `prepare`; no ensembles, one with on_failure="continue", a setting out of range, a
+            prompt that does not fit a member's context, batches that do not fit the memory, files of a run
+            with other settings.
+        ModelError: a member's forward pass failed or it was lost, or the disk is full. What is done is kept.
     """
     folder = Path(out)
     polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
     writers = {name: one for name, one in ensembles.items() if isinstance(one, Ensemble)}
     if not writers:
         raise InputError("there is nothing to evaluate; give one ensemble or more")
+    for name, writer in writers.items():
+        if writer.team.on_failure != "stop":
+            raise InputError(
+                f"{name}: with on_failure='continue' answers of a smaller ensemble would count as this "
+                "one's; use variant(on_failure='stop'). Given again, the call goes on where it ended"
+            )
     drawn = Votes.read(votes, temperature, top_p, seed)
     if drawn is not None and certified_skip:
         raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")
