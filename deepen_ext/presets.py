@@ -7,6 +7,7 @@
     learning_rate: 0.25
     relative_temperature: 40
     confidence: 0.5
+    on_failure: continue                                       # without an assistant that is lost
     backend: llama.cpp                                         # how they are loaded: one for all,
     threads: [4, null]                                         # or one for each
     measured: {...}                                            # what was measured; not read again

@@ -28,7 +28,7 @@ from deepen_ext.presets import Preset, load_preset, write_preset
 
 PROMPT = PROSE[:40]
 PROMPTS = [PROMPT, PROSE[200:230], "Once", PROSE[700:790], "The first"]
-NEW = 24
+NEW = 16
 # The assistants count for much, and are asked about every token.
 LOUD: dict[str, Any] = {"fuser": "deepen", "learning_rate": 1.0, "boundary_aware": False, "cache": False}
 
@@ -97,7 +97,7 @@ def smaller_from(ensemble: Ensemble, whole: Generation, prompt: str, at: int, **
 
 
 class TestStop:
-    @pytest.mark.parametrize("at", [0, 1, 2, 9, 20])
+    @pytest.mark.parametrize("at", [0, 1, 9, 20])
     def test_the_error_has_what_was_written(self, ensembles, members: list[Member], at: int) -> None:
         whole = write(ensembles(0, 1, 2))
         lose(members[1], at)
@@ -198,7 +198,7 @@ class TestStop:
 
 class TestContinue:
     @pytest.mark.parametrize("fuser", ["union-vocab", "deepen", "average", "union-topk", "follow", "product"])
-    @pytest.mark.parametrize("at", [0, 1, 12, 25])
+    @pytest.mark.parametrize("at", [0, 11])
     def test_as_a_smaller_ensemble_from_there(
         self, ensembles, members: list[Member], fuser: str, at: int
     ) -> None:
@@ -225,10 +225,13 @@ class TestContinue:
 
     def test_the_loss_changes_the_text(self, ensembles, members: list[Member]) -> None:
         """Else the tests here would prove little."""
-        whole = write(ensembles(0, 1, 2))
-        lose(members[1], 8)
-        with pytest.warns(UserWarning, match="go on without"):
-            assert write(ensembles(0, 1, 2, on_failure="continue")).token_ids != whole.token_ids
+        for fuser in ("deepen", "product", "union-vocab"):
+            whole = write(ensembles(0, 1, 2, fuser=fuser))
+            lose(members[1], 0)
+            with pytest.warns(UserWarning, match="go on without"):
+                found = write(ensembles(0, 1, 2, fuser=fuser, on_failure="continue"))
+            backend_of(members[1]).arm(None)
+            assert found.token_ids != whole.token_ids, fuser
 
     def test_all_assistants_one_after_the_other(self, ensembles, members: list[Member]) -> None:
         lose(members[1], 6)
@@ -256,7 +259,7 @@ class TestContinue:
             assert len(write(ensembles(0, 1, 2, on_failure="continue")).token_ids) == NEW
 
     @pytest.mark.parametrize("drafter", ["main", "lookup", "first", "second"])
-    @pytest.mark.parametrize("at", [0, 3, 6, 11])
+    @pytest.mark.parametrize("at", [0, 3, 6])
     def test_drafts(self, ensembles, members: list[Member], drafter: str, at: int) -> None:
         """The one that verifies, and the one that writes ahead."""
         whole = write(ensembles(0, 1, 2))

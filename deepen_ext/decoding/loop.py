@@ -208,7 +208,7 @@ class Run:
                 ahead, read, step = self._verified(alone=bool(begun))
                 break
             except MemberLost as error:
-                self._losses.settle(error)
+                self._losses.handle(error)
                 for number, text in before.items():
                     self._assistants.texts[number] = text
         fused = perf_counter()

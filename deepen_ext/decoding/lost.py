@@ -56,7 +56,7 @@ class Losses:
         self._results = results
         self.names: list[str] = []
 
-    def settle(self, error: MemberLost) -> None:
+    def handle(self, error: MemberLost) -> None:
         """A cycle ended with this error. Nothing is under way afterwards.
 
         Returns where the cycle can be done again: the members that are lost are left out of it.
