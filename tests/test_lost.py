@@ -364,8 +364,8 @@ class TestContinue:
             assert len(found.token_ids) == NEW
 
     def test_words(self, ensembles, members: list[Member]) -> None:
-        for at in range(0, 30, 3):
-            whole = write(ensembles(0, 1, 2, fuser="spans"))
+        whole = write(ensembles(0, 1, 2, fuser="spans"))
+        for at in range(0, 30, 6):
             lose(members[1], at)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
