@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.errors import DeepenError, InputError, MemberLost, ModelError
 
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import BatchGeneration, Generation, Timings
@@ -45,6 +45,7 @@ __all__ = [
     "Ensemble",
     "Generation",
     "InputError",
+    "MemberLost",
     "ModelError",
     "RelativeMap",
     "Replicas",

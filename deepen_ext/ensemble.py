@@ -191,7 +191,8 @@ class Ensemble:
         Raises:
             InputError: an empty prompt, a setting out of range or unknown, a prompt that with its new tokens
                 exceeds some member's context, a batch that exceeds the memory; a member that gives NaN.
-            ModelError: a member's forward pass failed. Its name is in the message; the next call works.
+            ModelError: a member's forward pass failed, or it was lost (`MemberLost`, which has what was
+                written; see the setting `on_failure`). Its name is in the message; the next call works.
         """
         batch = is_batch(prompt)
         if batch and on_text is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +24,19 @@ class MemberLost(ModelError):
 
     Attributes:
         member: its name.
+        why: what went wrong.
+        generations: where an ensemble was writing, what it had written: a `Generation` for each text. The
+            texts that this error cut off have the finish reason "member_lost".
     """
 
-    def __init__(self, member: str, why: str) -> None:
-        super().__init__(f"{member}: {why}")
+    def __init__(self, member: str, why: str, generations: Sequence[Any] = ()) -> None:
+        super().__init__(member, why, generations)  # all of them: so that it can be pickled
         self.member = member
+        self.why = why
+        self.generations = list(generations)
+
+    def __str__(self) -> str:
+        return f"{self.member}: {self.why}"
 
 
 @contextmanager

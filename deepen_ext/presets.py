@@ -7,6 +7,7 @@
     learning_rate: 0.25
     relative_temperature: 40
     confidence: 0.5
+    on_failure: continue                                       # without an assistant that is lost
     backend: llama.cpp                                         # how they are loaded: one for all,
     threads: [4, null]                                         # or one for each
     measured: {...}                                            # what was measured; not read again
@@ -28,7 +29,7 @@ import yaml  # type: ignore[import-untyped]  # its types are a package of their 
 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.make import parse_fuser, recipe_of
-from deepen_ext.fusers.settings import FusionSettings
+from deepen_ext.fusers.settings import FusionSettings, check_on_failure
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
@@ -239,6 +240,8 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"{key} is {shown(value)}; give a number such as {example}")
     elif key == "fuser" and not (isinstance(value, str) and value):
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
+    elif key == "on_failure":
+        check_on_failure(value)
 
 
 def _read_loading(loading: dict[str, Any], members: list[str], file: Path) -> dict[str, Any]:

@@ -82,6 +82,11 @@ class DeepenLM(LM):  # type: ignore[misc]
             raise InputError(f"without_template is {without_template!r}; use 'error' or 'plain'")
         self._without_template: Any = without_template
         self.ensemble = ensemble_from(pretrained, arguments)
+        if self.ensemble.team.on_failure != "stop":
+            raise InputError(
+                "with on_failure='continue' answers of a smaller ensemble would count as this one's; set "
+                "on_failure=stop"
+            )
         self._device = self.ensemble.device
 
     @classmethod

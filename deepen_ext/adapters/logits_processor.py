@@ -14,6 +14,7 @@ from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty,
 from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.decoding.prompts import Messages
+from deepen_ext.errors import InputError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
@@ -66,7 +67,15 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
                 where no attention mask says it; None for the main tokenizer's own.
             eos_token_id: the same as `generate` is given, where that is another one than the model's own: of
                 tokens without text only those that end a text are ever written.
+
+        Raises:
+            InputError: an ensemble that goes on without a lost assistant: nothing here could tell of it.
         """
+        if ensemble.team.on_failure != "stop":
+            raise InputError(
+                "on_failure='continue' needs the ensemble's own loop, which tells what was written "
+                "without whom: use ensemble.variant(on_failure='stop') here, or Ensemble.generate"
+            )
         main = ensemble.members[0]
         self._team = ensemble.team
         self._prompts = AssistantsPrompts(ensemble.members, messages, without_template)
@@ -167,7 +176,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
                     for n, (_, data) in enumerate(read):
                         beside.texts[n].append(data)
                     others = beside.read_prompts(range(len(read)))
-            for prompt, *scores in zip(new, main, *others, strict=True):
+            for prompt, *scores in zip(new, main, *others.values(), strict=True):
                 self._weights[prompt] = prompt_weights(scores, team.weights, team.sharpness)
         for i, prompt in enumerate(prompts):
             assistants.weights[i] = self._weights[prompt]

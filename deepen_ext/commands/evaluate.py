@@ -159,7 +159,8 @@ def evaluate(
             _configurations, fused=[] if alone or only_polled else fused, singles=singles, polled=polled
         )
         ensembles: Ensembles | Callable[[], Ensembles]
-        chosen = (first, weight, recipe, learning_rate)
+        whole = options.OnFailureName.stop  # whatever a preset says: what is measured is the whole ensemble
+        chosen = (first, weight, recipe, learning_rate, whole)
         placement = None
         if replicas is None:
             ensembles = configurations(load_ensemble(named, loading, *chosen))

@@ -15,7 +15,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import load_ensemble, named_members
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, MemberLost
 
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import Generation
@@ -44,6 +44,7 @@ def generate(
     fuser: options.FuserSpec = None,
     recipe: options.Recipes = None,
     learning_rate: options.LearningRate = None,
+    on_failure: options.OnFailure = None,
     preset: options.Preset = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens; by default the most probable is taken.")
@@ -106,26 +107,28 @@ def generate(
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
         if draft is not None:
             draft_length(draft)
-        ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate)
-        result = ensemble.generate(
-            [{"role": "user", "content": text}] if chat else text,
-            max_new_tokens=max_new_tokens,
-            do_sample=sample,
-            stop_strings=stop or None,
-            certified_skip=certified_skip,
-            confidence_gate=confidence_gate,
-            draft=draft,
-            drafter=drafter,
-            trace=trace,
-            without_template=without_template.value,
-            on_text=None if as_json else _writer("" if chat else text),
-            **given,
-        )
-        if as_json:
-            write(json.dumps(_report(ensemble, result)) + "\n")
-        else:
-            write("\n")
-            _summarise(ensemble, result)
+        ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate, on_failure)
+        tell = _tell_as_json if as_json else _tell
+        try:
+            result = ensemble.generate(
+                [{"role": "user", "content": text}] if chat else text,
+                max_new_tokens=max_new_tokens,
+                do_sample=sample,
+                stop_strings=stop or None,
+                certified_skip=certified_skip,
+                confidence_gate=confidence_gate,
+                draft=draft,
+                drafter=drafter,
+                trace=trace,
+                without_template=without_template.value,
+                on_text=None if as_json else _writer("" if chat else text),
+                **given,
+            )
+        except MemberLost as lost:
+            for written in lost.generations:
+                tell(ensemble, written)
+            raise
+        tell(ensemble, result)
 
 
 def _prompt(prompt: str | None) -> str:
@@ -146,6 +149,16 @@ def _writer(prompt: str) -> Callable[[str], None]:
     return write
 
 
+def _tell(ensemble: Ensemble, result: Generation) -> None:
+    """End the text, and say how it came about."""
+    write("\n")
+    _summarise(ensemble, result)
+
+
+def _tell_as_json(ensemble: Ensemble, result: Generation) -> None:
+    write(json.dumps(_report(ensemble, result)) + "\n")
+
+
 def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
     """The JSON object; times in milliseconds, those per token without the step that reads the prompt."""
     timings, later = result.timings, result.timings.later_tokens
@@ -155,6 +168,7 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,
         "changed_tokens": result.changed_tokens,
+        "lost": result.lost,
         "ms_per_token": round(timings.ms_per_token, 3),
         "fusion_ms_per_token": round(timings.fusion_ms_per_token, 3),
         "handoff_ms_per_token": round(timings.handoff_ms / later, 3),
@@ -188,5 +202,7 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
         line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
     if timings.drafted:
         line += f"; {timings.acceptance:.0%} of {timings.drafted} drafted tokens stood"
+    for name, position in result.lost.items():
+        line += f"; without {name} from token {position} on"
     line += f"; run by {' and '.join(dict.fromkeys(result.backends))}"
     Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

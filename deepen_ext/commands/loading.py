@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deepen_ext.commands.console import progress
 from deepen_ext.commands.load_options import Loading
-from deepen_ext.commands.options import RecipeName
+from deepen_ext.commands.options import OnFailureName, RecipeName
 from deepen_ext.errors import InputError
 from deepen_ext.members.from_text import DEMO_PAIR
 
@@ -57,6 +57,7 @@ def ensemble_keywords(
     weights: list[str] | None,
     recipe: RecipeName | None,
     learning_rate: float | None,
+    on_failure: OnFailureName | None = None,
 ) -> dict[str, Any]:
     """What `Ensemble.from_pretrained` takes beside the models, as the options ask for it.
 
@@ -67,11 +68,17 @@ def ensemble_keywords(
         weights: --weight.
         recipe: --recipe.
         learning_rate: --learning-rate.
+        on_failure: --on-failure, of a command that writes texts for users.
 
     Raises:
         InputError: a setting out of range.
     """
-    given = {"weights": _read_weights(weights), "fuser": fuser, "learning_rate": learning_rate}
+    given = {
+        "weights": _read_weights(weights),
+        "fuser": fuser,
+        "learning_rate": learning_rate,
+        "on_failure": None if on_failure is None else on_failure.value,
+    }
     settings = _settings(named.preset, recipe=recipe, **given)
     options = loading.options()
     if named.preset is not None and named.members is named.preset.members:

@@ -11,6 +11,13 @@ import typer
 from deepen_ext.space.recipes import DEFAULT_LEARNING_RATE, DEFAULT_RECIPE
 
 
+class OnFailureName(str, Enum):
+    """What is done when an assistant is lost while a text is written."""
+
+    stop = "stop"
+    go_on = "continue"
+
+
 class RecipeName(str, Enum):
     """How tokens are placed in the relative space."""
 
@@ -71,6 +78,14 @@ LearningRate = Annotated[
 Preset = Annotated[
     Path | None,
     typer.Option("--preset", help="A YAML file that `tune` wrote; options given here come before it."),
+]
+OnFailure = Annotated[
+    OnFailureName | None,
+    typer.Option(
+        "--on-failure",
+        help="When an assistant's server or actor is lost: stop (the default), or continue without it.",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

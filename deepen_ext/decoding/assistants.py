@@ -6,22 +6,31 @@ There is no loop here. What the main model says comes from outside, from `loop.R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from time import perf_counter
-from typing import NamedTuple
 
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.places import Place, Reason
-from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
+from deepen_ext.decoding.prompt_weights import (
+    PromptScore,
+    prompt_weights,
+    read_prompts,
+    tell_of_leader,
+)
+from deepen_ext.decoding.questions import in_order, questions_about
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
 from deepen_ext.decoding.team import Team
+from deepen_ext.decoding.watched_session import WatchedSession
+from deepen_ext.errors import MemberLost
 from deepen_ext.fusers import FusedStep, Part
-from deepen_ext.members.backend import Session
 from deepen_ext.members.chat import PromptText
-from deepen_ext.members.distribution import Distribution, joined
+from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK
 
 
@@ -31,15 +40,6 @@ class AssistedStep:
 
     fused: FusedStep  # its batch rows are the places of the step, in order
     members_ms: dict[str, float]  # forward passes, by assistant
-
-
-class _Question(NamedTuple):
-    """One call of an assistant's session, and the batch rows that its answer has something for."""
-
-    targets: dict[int, Sequence[int]]  # ids by lane
-    positions: dict[int, int]  # by lane
-    rows: list[int]
-    found: list[int]  # of each of these rows, which position of the answer
 
 
 class Assistants:
@@ -74,37 +74,77 @@ class Assistants:
         """
         self._team = team
         self._members = team.members[1:]
-        self.texts = [AssistantsText(self._members, own) for own in prompts]
+        self._out: set[int] = set()  # assistants that were lost, counted without the main model
+        self.texts = [AssistantsText(self._members, own, self._out) for own in prompts]
         self.lanes = {text: text for text in range(len(prompts) if lanes is None else lanes)}
         self._new_tokens = new_tokens
         self._shared = shared
-        self._sessions: list[Session] = []
+        self._sessions: list[WatchedSession] = []
         self.weights: list[Sequence[float]] = [team.weights] * len(prompts)
 
     def open(self) -> None:
         """Make the sessions. On CUDA they take over the buffers of earlier ones."""
-        self._sessions = [
-            open_session(
-                member,
-                len(self.lanes),
-                max(len(text.ids(i)) for text in self.texts) + self._new_tokens,
-                self._shared,
-            )
-            for i, member in enumerate(self._members)
-        ]
+        for i, member in enumerate(self._members):
+            capacity = max(len(text.ids(i)) for text in self.texts) + self._new_tokens
+            opened = partial(open_session, member, len(self.lanes), capacity, self._shared)
+            self._sessions.append(WatchedSession(opened))
 
-    def read_prompts(self, texts: Sequence[int]) -> list[list[PromptScore]]:
-        """How well each assistant reads these texts' prompts; their sessions then hold the prompts."""
-        found = []
+    def read_prompts(self, texts: Sequence[int]) -> dict[int, list[PromptScore]]:
+        """How well each assistant reads these texts' prompts, by member index; those that are out do not.
+
+        Their sessions then hold the prompts.
+        """
+        found = {}
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
-            ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
-            found.append(list(read_prompts(session, member, ids).values()))
+            if i not in self._out:
+                ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
+                found[i + 1] = list(read_prompts(session, member, ids).values())
         return found
+
+    def weigh(self, texts: Sequence[int], main: Sequence[PromptScore]) -> None:
+        """Give these texts the weights of their prompts: see `prompt_weights`.
+
+        Args:
+            texts: their numbers. Their weights are those to start from.
+            main: of each of them, how well the main model reads its prompt.
+        """
+        team, scores = self._team, {0: main, **self.read_prompts(texts)}
+        for at, text in enumerate(texts):
+            given = [self.weights[text][member] for member in scores]
+            found = prompt_weights([own[at] for own in scores.values()], given, team.sharpness)
+            by_member = dict(zip(scores, found, strict=True))
+            weights = [by_member.get(member, 0.0) for member in range(len(team.members))]
+            self.weights[text] = weights
+            tell_of_leader(team.names, weights, team.told)
+
+    def lost(self) -> dict[int, MemberLost]:
+        """The assistants that were lost and are not left out yet: how, by member index."""
+        return {
+            i + 1: session.error
+            for i, session in enumerate(self._sessions)
+            if session.error is not None and i not in self._out
+        }
+
+    def leave_out(self, member: int) -> None:
+        """This assistant, which was lost, has no say any more, in no text.
+
+        Args:
+            member: its index.
+        """
+        self._out.add(member - 1)
+        self._sessions[member - 1].close()
+        self.weights = [_without(member, own) for own in self.weights]
+
+    def settle(self) -> None:
+        """Wait for all that was asked, whatever comes of it: the sessions can then be asked again."""
+        for session in self._sessions:
+            session.settle()
 
     def close(self) -> None:
         """Free all caches."""
-        for session in self._sessions:
-            session.close()
+        with ExitStack() as closing:  # all of them, whatever one of them raises
+            for session in self._sessions:
+                closing.callback(session.close)
 
     def release(self, text: int, following: int | None = None) -> None:
         """This text has ended; `following` gets its lane, if one waits."""
@@ -124,7 +164,7 @@ class Assistants:
 
     def restart(self, text: int, prompts: Sequence[PromptText]) -> None:
         """The text is another now; its lane keeps what the two begin with."""
-        self.texts[text] = AssistantsText(self._members, prompts)
+        self.texts[text] = AssistantsText(self._members, prompts, self._out)
 
     def candidates(self, main: TopK, reasons: Sequence[Reason | None]) -> dict[int, list[tuple[int, float]]]:
         """What `place` needs of the main model's word, by batch row.
@@ -158,7 +198,10 @@ class Assistants:
         if reason is not None or not self._sessions:
             return Place(number, reason, {}, weights)
         rule = self._team.boundary_rule
-        speak = [i for i in range(len(self._sessions)) if text.speaks(i, rule, candidates)]
+        there = [i for i in range(len(self._sessions)) if i not in self._out]
+        if not there:
+            return Place(number, "lost", {}, weights)
+        speak = [i for i in there if text.speaks(i, rule, candidates)]
         if share is not None and speak:
             drawn = _drawn([0, *(i + 1 for i in speak)], weights, share)
             if drawn == 0:
@@ -167,7 +210,7 @@ class Assistants:
         asked = {i: list(text.ids(i)) for i in speak}
         return Place(number, None if speak else "boundary", asked, weights)
 
-    def session(self, member: int) -> Session:
+    def session(self, member: int) -> WatchedSession:
         """An assistant's session, by its member index."""
         return self._sessions[member - 1]
 
@@ -184,22 +227,38 @@ class Assistants:
 
         Raises:
             InputError: a member that gives NaN; a text longer than an assistant's context.
-            ModelError: an assistant's forward pass failed.
+            ModelError: an assistant's forward pass failed; nothing is under way then.
         """
         members_ms = dict.fromkeys(self._team.names[1:], 0.0)
-        fuser = self._team.fuser
-        asked = [(i, self._questions(i, places)) for i in range(len(self._sessions))]
         said: dict[int, list[tuple[list[int], Distribution]]] = {}
-        for i, own in enumerate(places):
+        for row, own in enumerate(places):
             for assistant, known in own.known.items():
-                said.setdefault(assistant, []).append(([i], known))
+                said.setdefault(assistant, []).append(([row], known))
+        try:
+            self._ask(places, said, members_ms)
+        except Exception:
+            self.settle()
+            raise
+        parts = [(i + 1, *in_order(own)) for i, own in sorted(said.items())]
+        weights = [place.weights for place in places]
+        fused = self._team.fuser.step_parts([main, *self._team.fuser.parts(parts)], weights)
+        return AssistedStep(fused, members_ms)
+
+    def _ask(
+        self,
+        places: Sequence[Place],
+        said: dict[int, list[tuple[list[int], Distribution]]],
+        members_ms: dict[str, float],
+    ) -> None:
+        """Add what the assistants say of these places, in batch rows, and the milliseconds it took."""
+        k = self._team.fuser.candidates
+        asked = [(i, questions_about(places, i, self.lanes)) for i in range(len(self._sessions))]
         while asked := [(i, questions) for i, questions in asked if questions]:
             answers = []
             for i, questions in asked:
                 began = perf_counter()
                 one = questions.pop(0)
-                answer = self._sessions[i].ask(one.targets, fuser.candidates, one.positions)
-                answers.append((i, one, answer))
+                answers.append((i, one, self._sessions[i].ask(one.targets, k, one.positions)))
                 members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
             for (i, one, answer), (_, left) in zip(answers, asked, strict=True):
                 began = perf_counter()
@@ -207,39 +266,6 @@ class Assistants:
                 # What a session says may not outlive its next question.
                 said.setdefault(i, []).append((one.rows, given.clone() if left else given))
                 members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
-        parts = [(i + 1, *_in_order(own)) for i, own in sorted(said.items())]
-        weights = [place.weights for place in places]
-        fused = fuser.step_parts([main, *fuser.parts(parts)], weights)
-        return AssistedStep(fused, members_ms)
-
-    def _questions(self, i: int, places: Sequence[Place]) -> list[_Question]:
-        """What assistant i is asked about these places: one question, more where a token reaches across one.
-
-        The last ids of each text come first; what is no beginning of them is left for the next question.
-        """
-        left: dict[int, list[int]] = {}  # batch rows by text
-        for row, place in enumerate(places):
-            if i in place.asked and i not in place.known:
-                left.setdefault(place.text, []).append(row)
-        questions = []
-        while left:
-            one = _Question({}, {}, [], [])
-            rest: dict[int, list[int]] = {}
-            start = 0
-            for text, rows in left.items():
-                ids = places[rows[-1]].asked[i]
-                here = [row for row in rows if _begins(ids, places[row].asked[i])]
-                if len(here) < len(rows):
-                    rest[text] = [row for row in rows if row not in here]
-                first = len(places[here[0]].asked[i])
-                lane, count = self.lanes[text], len(ids) - first + 1
-                one.targets[lane], one.positions[lane] = ids, count
-                one.rows.extend(here)
-                one.found.extend(start + len(places[row].asked[i]) - first for row in here)
-                start += count
-            questions.append(one)
-            left = rest
-        return questions
 
 
 def _drawn(members: Sequence[int], weights: Sequence[float], share: float) -> int:
@@ -248,12 +274,8 @@ def _drawn(members: Sequence[int], weights: Sequence[float], share: float) -> in
     return next((one for one, end in zip(members, ends, strict=True) if share * ends[-1] < end), members[0])
 
 
-def _begins(ids: Sequence[int], start: Sequence[int]) -> bool:
-    return ids[: len(start)] == start
-
-
-def _in_order(said: Sequence[tuple[list[int], Distribution]]) -> tuple[Distribution, list[int]]:
-    """What an assistant said in several pieces, with the batch rows of each: one piece, its rows rising."""
-    rows = [row for own, _ in said for row in own]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    return joined([one for _, one in said]).at(order), [rows[at] for at in order]
+def _without(member: int, weights: Sequence[float]) -> list[float]:
+    """The weights without this member's, summing to 1; the main model's is 1 where nothing is left."""
+    left = [0.0 if i == member else weight for i, weight in enumerate(weights)]
+    total = math.fsum(left)
+    return [weight / total for weight in left] if total else [1.0, *left[1:]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.members.chat import PromptText
@@ -18,9 +18,18 @@ class AssistantsText:
     is not asked for a while, it re-tokenises what came meanwhile at once.
     """
 
-    def __init__(self, assistants: Sequence[Member], prompts: Sequence[PromptText]) -> None:
-        """Tokenise the prompts, one for each assistant."""
+    def __init__(
+        self, assistants: Sequence[Member], prompts: Sequence[PromptText], out: Collection[int] = ()
+    ) -> None:
+        """Tokenise the prompts, one for each assistant.
+
+        Args:
+            assistants: who read the text.
+            prompts: what each of them reads first.
+            out: the assistants that read no further. It may grow.
+        """
         self._assistants = assistants
+        self._out = out
         self._texts = [
             GrowingText(member.vocabulary, one.text, prefix=one.prefix)
             for member, one in zip(assistants, prompts, strict=True)
@@ -32,7 +41,7 @@ class AssistantsText:
     def copy(self) -> AssistantsText:
         """The same text, to go on in another way."""
         twin = AssistantsText([], [])
-        twin._assistants = self._assistants
+        twin._assistants, twin._out = self._assistants, self._out
         twin._texts = [text.copy() for text in self._texts]
         twin._unread, twin._bytes = list(self._unread), list(self._bytes)
         twin._characters = self._characters.copy()
@@ -69,7 +78,9 @@ class AssistantsText:
         """Whether every assistant's context holds the text so far."""
         return all(
             # A text of fewer bytes has fewer tokens (but for a dummy space): then what is unread can wait.
-            member.fits(size + len(member.vocabulary.prefix_ids) + 1) or member.fits(len(self.ids(i)))
+            i in self._out
+            or member.fits(size + len(member.vocabulary.prefix_ids) + 1)
+            or member.fits(len(self.ids(i)))
             for i, (member, size) in enumerate(zip(self._assistants, self._bytes, strict=True))
         )
 

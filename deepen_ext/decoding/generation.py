@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["eos", "length", "stop_string", "stopping_criteria", "context", "cancelled"]
+FinishReason = Literal[
+    "eos", "length", "stop_string", "stopping_criteria", "context", "cancelled", "member_lost"
+]
 
 
 @dataclass
@@ -122,10 +124,13 @@ class Generation:
         token_ids: the main model's new tokens, a final EOS included.
         finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", "stopping_criteria",
             "context": some member's context is full (an assistant may need more tokens for the text than the
-            main model), or "cancelled": a stream that was closed before the end.
+            main model), "cancelled": a stream that was closed before the end, or "member_lost": the text is
+            what a `MemberLost` error has of it.
         changed_tokens: how many tokens differ from the most probable one of the main model alone.
         timings: where the time went; of the whole batch where there was one.
         backends: what computed each member, the main model first, such as "transformers 5.23.0".
+        lost: the members that were lost on the way (`on_failure="continue"`), by name: the position, among
+            the new tokens, of the first that was written without it.
     """
 
     text: str
@@ -134,6 +139,7 @@ class Generation:
     changed_tokens: int
     timings: Timings
     backends: list[str]
+    lost: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

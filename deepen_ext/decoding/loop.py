@@ -14,7 +14,9 @@ A draft of one place is a step without a draft.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,14 +24,16 @@ from typing import Any
 import torch
 
 from deepen_ext.decoding.accept import Acceptor
-from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.assistants import Assistants, AssistedStep
 from deepen_ext.decoding.drafts.ahead import Writer
 from deepen_ext.decoding.drafts.draft_settings import MAIN, DraftSettings
 from deepen_ext.decoding.drafts.pace import Pace
 from deepen_ext.decoding.generation import Generation, Timings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
+from deepen_ext.decoding.lost import Losses
 from deepen_ext.decoding.one_reader import OneReader
-from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts, tell_of_leader
+from deepen_ext.decoding.places import Ahead
+from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.schedule import Schedule
@@ -41,7 +45,8 @@ from deepen_ext.decoding.stopping import Stopping
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress, Written
 from deepen_ext.decoding.trace import Trace
-from deepen_ext.errors import InputError
+from deepen_ext.decoding.watched_session import WatchedSession
+from deepen_ext.errors import InputError, MemberLost
 from deepen_ext.fusers import SpansFuser
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.distribution import gathered
@@ -114,10 +119,16 @@ class Run:
             text.append(prompt.unfinished)
         tokens = [text.tokens() for text in self._assistants.texts]
         check_lengths(team, self._texts, tokens, at_once, shared)
-        self._assistants.open()
+        self._backends = team.backends  # a member that is lost may not say it any more
         self._trace = None if trace is None else Trace(trace)
         capacity = max(text.prompt_length + text.new_tokens for text in self._texts)
-        self._main = open_session(team.main, at_once, capacity, shared)
+        with ExitStack() as opened:  # what is open is closed should the next not open
+            if self._trace is not None:
+                opened.callback(self._trace.close)
+            opened.callback(self._assistants.close)
+            self._assistants.open()
+            self._main = WatchedSession(partial(open_session, team.main, at_once, capacity, shared))
+            opened.pop_all()
         named = team.main.special_in(settings.every_stop_string)  # they end the text: they can be written
         stopping = Stopping(settings, len(prompts))
         self._acceptor = Acceptor(team, self._texts, self._assistants, chooser, stopping)
@@ -138,6 +149,8 @@ class Run:
                 in_place=shared is None,  # what a session of its own gives nobody else reads
                 at_once=writes,
             )
+        self._losses = Losses(team, self._texts, self._main, self._assistants, self._pace, self.results)
+        self._unweighed: list[int] = []  # texts that began, and wait for the weights of their prompts
         self._cancelled = False
         self._streamer = streamer
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=at_once)
@@ -155,7 +168,7 @@ class Run:
 
     def results(self) -> list[Generation]:
         """What was written, text by text."""
-        return [text.result(self._timings, self._team.backends) for text in self._texts]
+        return [text.result(self._timings, self._backends) for text in self._texts]
 
     @property
     def timings(self) -> Timings:
@@ -186,18 +199,18 @@ class Run:
 
     def _cycle(self) -> list[Written]:
         """One token or more for every text that is not finished."""
-        began = perf_counter()
         begun = self._schedule.begun()
-        if begun and self._team.weighs_prompts:
-            self._weigh_prompts(begun)
-        ahead = self._writer.write(self._schedule.active, alone=bool(begun))
-        read = perf_counter()
-        proposals = [one for draft in ahead.drafts.values() for one in draft]
-        main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
-        step = self._assistants.step(main, [one.place for one in proposals])
-        if ahead.decided:
-            tokens = to_device([one.token for one in proposals], self._team.device, torch.int32)
-            step.fused = replace(step.fused, chosen=tokens)
+        self._unweighed = begun if self._team.weighs_prompts else []
+        while True:
+            began = perf_counter()
+            before = {number: self._assistants.texts[number] for number in self._schedule.active}
+            try:
+                ahead, read, step = self._verified(alone=bool(begun))
+                break
+            except MemberLost as error:
+                self._losses.handle(error)
+                for number, text in before.items():
+                    self._assistants.texts[number] = text
         fused = perf_counter()
         accepted = self._acceptor.accept(ahead.drafts, step.fused)
         ended = perf_counter()
@@ -213,7 +226,8 @@ class Run:
             "handoff": (ended - fused) * 1e3 - self._acceptor.sampling_ms + ahead.handoff_ms,
         }
         if self._trace is not None:
-            self._trace.step(self._team, step.fused, accepted, {"members": members_ms, **stages})
+            times_ms = {"members": members_ms, **stages}
+            self._trace.step(self._team, step.fused, accepted, times_ms, self._losses.names)
         if self._streamer is not None:
             for one in accepted:
                 self._streamer.put(torch.tensor([one.token]))
@@ -230,15 +244,22 @@ class Run:
         )
         return [one.written for one in accepted]
 
-    def _weigh_prompts(self, texts: list[int]) -> None:
-        """Each text's weights from how well the members read its prompt."""
-        team = self._team
-        ids = {self._assistants.lanes[number]: self._texts[number].ids for number in texts}
-        main = read_prompts(self._main, team.main, ids).values()
-        for number, *scores in zip(texts, main, *self._assistants.read_prompts(texts), strict=True):
-            weights = prompt_weights(scores, team.weights, team.sharpness)
-            self._assistants.weights[number] = weights
-            tell_of_leader(team.names, weights, team.told)
+    def _verified(self, *, alone: bool) -> tuple[Ahead, float, AssistedStep]:
+        """Drafts of all texts (see `Writer.write`), when they were there, and what the members say of it."""
+        if self._unweighed:
+            ids = {self._assistants.lanes[number]: self._texts[number].ids for number in self._unweighed}
+            main_scores = read_prompts(self._main, self._team.main, ids).values()
+            self._assistants.weigh(self._unweighed, list(main_scores))
+            self._unweighed = []
+        ahead = self._writer.write(self._schedule.active, alone=alone)
+        read = perf_counter()
+        proposals = [one for draft in ahead.drafts.values() for one in draft]
+        main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
+        step = self._assistants.step(main, [one.place for one in proposals])
+        if ahead.decided:
+            tokens = to_device([one.token for one in proposals], self._team.device, torch.int32)
+            step.fused = replace(step.fused, chosen=tokens)
+        return ahead, read, step
 
     def _end_full(self) -> bool:
         """End the texts that some member cannot read any more; whether any text is left."""
@@ -262,11 +283,12 @@ class Run:
         return Written(number, self._texts[number].ids[-1], rest)
 
     def _free(self) -> None:
-        self._main.close()
-        self._assistants.close()
-        if self._streamer is not None:
-            self._streamer.end()  # whoever reads from it must not wait for ever
-            self._streamer = None
-        if self._trace is not None:
-            self._trace.close()
-        self._team.save_rows()
+        with ExitStack() as freed:  # all of it, whatever one of them raises; the last one first
+            freed.callback(self._team.save_rows)
+            if self._trace is not None:
+                freed.callback(self._trace.close)
+            if self._streamer is not None:
+                freed.callback(self._streamer.end)  # whoever reads from it must not wait for ever
+                self._streamer = None
+            freed.callback(self._assistants.close)
+            freed.callback(self._main.close)

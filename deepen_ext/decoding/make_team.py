@@ -48,6 +48,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
         weighs_prompts=settings.weighs_prompts and assisted,
         sharpness=settings.sharpness,
         boundary_rule=BoundaryRule(members[0].vocabulary) if bounded else None,
+        on_failure=settings.on_failure,
         maps=maps,
     )
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, MemberLost
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.asking import check_ids, check_positions
 from deepen_ext.members.backend import Answer, Backend, Session
@@ -45,10 +46,12 @@ class SharedForwards(Closing):
     def close(self) -> None:
         """Free all caches and distributions."""
         self._closed = True
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
-        self._kept.clear()
+        with ExitStack() as closing:  # all of them, whatever one of them raises
+            for session in self._sessions.values():
+                closing.enter_context(suppress(MemberLost))
+                closing.callback(session.close)
+            self._sessions.clear()
+            self._kept.clear()
 
     def session(self, member: Member, lanes: int, capacity: int) -> Session:
         """A session that goes on from what earlier ones of the member left.

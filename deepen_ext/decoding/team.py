@@ -10,6 +10,7 @@ import torch
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.observed.history import History
 from deepen_ext.fusers import Fuser
+from deepen_ext.fusers.settings import OnFailure
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MemberMaps
 
@@ -27,6 +28,7 @@ class Team:
         weighs_prompts: these weights are where `prompt_weights` starts from, for each prompt.
         sharpness: of these weights.
         boundary_rule: when an assistant sits out; None for never.
+        on_failure: what a run does when a member is lost (see `lost`).
         maps: the members' relative maps; None where the fuser has none.
         told: member indices of whom `tell_of_leader` has warned.
         histories: what runs found out about drafts, by whether they sampled.
@@ -40,6 +42,7 @@ class Team:
     weighs_prompts: bool
     sharpness: float
     boundary_rule: BoundaryRule | None
+    on_failure: OnFailure
     maps: MemberMaps | None
     told: set[int] = field(default_factory=set)
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})

@@ -28,6 +28,7 @@ class TextInProgress:
     recent: str = ""  # the end of the new text with special tokens' names, for stop strings
     changed: int = 0  # tokens that are not the main model's own first choice
     finish_reason: FinishReason | None = None
+    lost: dict[str, int] = field(default_factory=dict)  # by member: new tokens before it was lost
 
     @property
     def written(self) -> int:
@@ -43,4 +44,5 @@ class TextInProgress:
             changed_tokens=self.changed,
             timings=timings,
             backends=list(backends),
+            lost={name: tokens for name, tokens in self.lost.items() if tokens < self.written},
         )

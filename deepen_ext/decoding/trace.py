@@ -25,7 +25,8 @@ class Trace:
     ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
     probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
     ``draft``, what became of a token that was written ahead: "stood", "replaced" or "settled" (null where
-    none was); and ``ms``, the step's milliseconds by stage, which its tokens share.
+    none was); ``lost``, the names of the members that were lost before (`on_failure="continue"`); and ``ms``,
+    the step's milliseconds by stage, which its tokens share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
@@ -49,8 +50,15 @@ class Trace:
         if self._file is not None:
             self._file.close()
 
-    def step(self, team: Team, fused: FusedStep, accepted: Sequence[Accepted], ms: Mapping[str, Any]) -> None:
-        """Record the tokens that a step gave."""
+    def step(
+        self,
+        team: Team,
+        fused: FusedStep,
+        accepted: Sequence[Accepted],
+        ms: Mapping[str, Any],
+        lost: Sequence[str] = (),
+    ) -> None:
+        """Record the tokens that a step gave, without the members that were lost."""
         parts = [_readable(part) for part in fused.parts]
         top = ops.topk_softmax(fused.logits, min(_TOP, fused.logits.shape[1]))
         fused_ids, fused_probs = top.ids.tolist(), top.probs.tolist()
@@ -76,6 +84,7 @@ class Trace:
                         }
                         for part, said in spoke
                     ],
+                    "lost": list(lost),
                     "fused": _candidates(team, 0, fused_ids[i], fused_probs[i]),
                     "ms": dict(ms),
                 }

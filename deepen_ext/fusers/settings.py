@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -22,6 +22,8 @@ from deepen_ext.space.recipes import (
     check_recipe,
     check_temperature,
 )
+
+OnFailure = Literal["stop", "continue"]
 
 SHARPNESS = 1 / 16  # set by reasoning, not by a search: docs/results.md
 
@@ -59,6 +61,9 @@ class FusionSettings:
         min_probability: less probable tokens are not worth a relative row, 0 to below 1 (see `DeepenFuser`).
         margin: members propose words where the main model's most probable token is ahead of the next by less,
             0 to 1; the paper (AdaFuse) uses 0.7. Of "spans".
+        on_failure: what is done when an assistant is lost while a text is written: its server or its actor is
+            gone. "stop": an error, which has what was written so far (`errors.MemberLost`). "continue": the
+            others write on without it, and the result says from which token.
         boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
             token (see `BoundaryRule`).
         cache: keep computed relative rows on disk, and use the rows of earlier runs.
@@ -82,6 +87,7 @@ class FusionSettings:
     entries: int = DEFAULT_ENTRIES
     min_probability: float = 1e-4
     margin: float = 0.7
+    on_failure: OnFailure = field(default="stop", metadata={"preset": "continue"})
     boundary_aware: bool = True
     cache: bool = True
 
@@ -100,6 +106,7 @@ class FusionSettings:
         check_weighing(self.weighing, self.confidence, self.gate)
         whole_number("candidates", self.candidates, 1)
         whole_number("entries", self.entries, 1)
+        check_on_failure(self.on_failure)
 
     def changed(self, **given: Any) -> FusionSettings:
         """The same settings but for these.
@@ -161,3 +168,9 @@ def check_steps(value: Any) -> int:
 def check_min_probability(value: Any) -> float:
     """The value as a float; InputError where it is out of range."""
     return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)
+
+
+def check_on_failure(value: Any) -> None:
+    """Raise InputError for what is no `OnFailure`."""
+    if value not in get_args(OnFailure):
+        raise InputError(f"on_failure is {value!r}; use 'stop' or 'continue'")

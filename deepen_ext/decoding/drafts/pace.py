@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.assistants import AssistedStep
@@ -60,12 +60,18 @@ class Pace:
         self.settings = settings
         self._team = team
         self._history = team.histories[sampled]
-        self._assistants = range(1, len(team.members))
+        self._assistants = list(range(1, len(team.members)))
         self._learns = settings.length is None
         self._warm_up = 0 if team.device.type == "cpu" else _WARM_UP
         # Most tokens that others than the main model write: more after drafts that stood, fewer after a miss.
         self._longest: dict[int, int] = {}
         self._unread: dict[int, int] = {}  # main tokens of each text since the assistants read it last
+
+    def leave_out(self, member: int) -> None:
+        """This assistant is not asked any more. Where nobody else may write drafts, the main model does."""
+        self._assistants = [i for i in self._assistants if i != member]
+        left = tuple(one for one in self.settings.drafters if one != member)
+        self.settings = replace(self.settings, drafters=left or (MAIN,))
 
     def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
         """Who writes the next draft.

@@ -103,10 +103,11 @@ def evaluate(
         The summary of all that the folder holds.
 
     Raises:
-        InputError: see `prepare`; no ensembles, a setting out of range, a prompt that does not fit a member's
-            context, batches that do not fit the memory, files of a run with other settings.
-        ModelError: a member's forward pass failed, all replicas are lost, or the disk is full. What is done
-            is kept.
+        InputError: see `prepare`; no ensembles, one with on_failure="continue", a setting out of range, a
+            prompt that does not fit a member's context, batches that do not fit the memory, files of a run
+            with other settings.
+        ModelError: a member's forward pass failed or it was lost, all replicas are lost, or the disk is full.
+            What is done is kept.
     """
     drawn = Votes.read(votes, temperature, top_p, seed)
     if drawn is not None and certified_skip:

@@ -80,13 +80,19 @@ class WritersHere:
         """Take those that write.
 
         Raises:
-            InputError: there are none.
+            InputError: there are none, or one has on_failure="continue".
         """
         self._polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
         self._writing = {name: one for name, one in ensembles.items() if isinstance(one, Ensemble)}
         self._way = way
         if not self._writing:
             raise InputError("there is nothing to evaluate; give one ensemble or more")
+        for name, one in self._writing.items():
+            if one.team.on_failure != "stop":
+                raise InputError(
+                    f"{name}: with on_failure='continue' answers of a smaller ensemble would count as this "
+                    "one's; use variant(on_failure='stop'). Given again, the call goes on where it ended"
+                )
         self._skips = {
             name: way.certified_skip and one.fuser.search_bound() is not None
             for name, one in self._writing.items()
