@@ -105,7 +105,7 @@ def _torch_threads() -> Iterator[None]:
             {"attn_implementation": "org/fast"},
             "'org/fast' is a kernel of the hub, and so code .*trust_remote_code=T",
         ),
-        ({"colour": "red"}, "there is no option 'colour'; there are adapter, attn_implementation, backend"),
+        ({"colour": "red"}, "there is no option 'colour'; there are adapter, api_key, attn_implementation"),
         ({"threads": [1, 2, 3]}, "there are 3 of threads for 2 members; give one, or one for each"),
     ],
 )
