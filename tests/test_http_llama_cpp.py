@@ -131,6 +131,6 @@ def test_on_the_command_line(server: LlamaServer) -> None:
     assert said["not_measured"]
     both = ["--model", SMOLLM2, "--model", server.url, "--tokenizer", "-", "--tokenizer", GEMMA]
     both += ["--api-key", "-", "--api-key", "env:SERVERS_KEY"]
-    found = run("generate", *both, "--max-new-tokens", "6", PROMPTS[0])
+    found = run("generate", *both, "--max-new-tokens", "6", "--prompt", PROMPTS[0])
     assert found.returncode == 0, found.stderr
     assert "Paris" in found.stdout
