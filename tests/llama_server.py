@@ -18,6 +18,7 @@ params.hostnames, params.port = ["127.0.0.1"], int(sys.argv[4])
 params.n_parallel, params.n_ctx = int(sys.argv[2]), int(sys.argv[3])
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.warmup = params.use_jinja = False
+params.swa_full = sys.argv[7] == "1"
 params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, "GGML_TYPE_" + sys.argv[5])
 if sys.argv[5] == "F32":  # flash attention rounds to float16
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -45,9 +46,11 @@ class LlamaServer:
         port: int = 0,
         cache: str = "F16",
         key: str = "",
+        whole_windows: bool = True,
     ) -> None:
-        """Start it, and wait until it answers. `context` is each slot's."""
+        """Start it, and wait until it answers. `context` is each slot's; `whole_windows` is --swa-full."""
         arguments = [str(file), str(slots), str(slots * context), str(port), cache, key]
+        arguments.append(str(int(whole_windows)))
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, *arguments],

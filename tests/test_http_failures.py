@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from http_servers import Handler, ModelServer
 
-from deepen_ext.errors import DeepenError, MemberLost
+from deepen_ext.errors import DeepenError, InputError, MemberLost
 from deepen_ext.members.backend import Session
 from deepen_ext.members.http import client
 from deepen_ext.members.loading import load_member
@@ -291,6 +291,29 @@ def test_a_thousand_faults_leave_nothing_behind(
     assert after[0] <= before[0] + 2
     assert after[1] <= before[1] + 2
     assert served.backend._free_slots == slots  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("http://localhost:1", {"threads": 2}, "the server chooses its threads; leave threads out"),
+        ("http://localhost:1", {"dtype": "float16"}, "dtype='float16' is no option of the backend http"),
+        ("http://localhost:1", {"backend": "transformers"}, "the model is in a server, not in transformers"),
+        ("demo:gemma-3-270m", {"backend": "http"}, "the backend http is for servers"),
+        ("demo:gemma-3-270m", {"tokenizer": "org/name"}, "tokenizer is for members that a server runs"),
+        ("http://localhost:1", {"api_key": "env:NOT_THERE"}, "the environment has no NOT_THERE"),
+        ("http://localhost:1", {"api_key": "file:/not/there"}, "the file cannot be read"),
+        ("http://me:secret@localhost:1", {}, r"http://...@localhost: .*api_key=env:NAME"),
+        ("http://localhost:1/?model=a", {}, "no address of a server; write http://host:port"),
+        ("http://localhost:port", {}, "no address of a server"),
+        ("http://", {}, "no address of a server"),
+    ],
+)
+def test_what_does_not_go_with_a_server(name: str, options: dict[str, Any], message: str) -> None:
+    """Before anything is asked."""
+    with pytest.raises(InputError, match=message) as raised:
+        load_member(name, **options)
+    assert "secret" not in str(raised.value)
 
 
 class TestKeys:

@@ -53,6 +53,16 @@ def test_what_is_found(served: Member) -> None:
     assert "before temperature" in found["log-probabilities"].text
 
 
+def test_a_model_with_sliding_windows_without_swa_full() -> None:
+    """Parts of the text are read again at each token, and the finding says what to do."""
+    with llama_server(demo.gguf_file("gemma-3-270m"), whole_windows=False) as server:
+        member = load_member(server.url, tokenizer=GEMMA)
+        found = {one.name: one for one in member.backend.describe().findings}
+        assert "--swa-full" in found["prefix cache"].text
+        assert not found["prefix cache"].good
+        member.backend.close()
+
+
 def test_a_character_of_several_tokens(served: Member) -> None:
     """llama.cpp's server says nothing of a token that ends within a character, if it writes it by itself."""
     vocabulary = served.vocabulary
@@ -131,6 +141,6 @@ def test_on_the_command_line(server: LlamaServer) -> None:
     assert said["not_measured"]
     both = ["--model", SMOLLM2, "--model", server.url, "--tokenizer", "-", "--tokenizer", GEMMA]
     both += ["--api-key", "-", "--api-key", "env:SERVERS_KEY"]
-    found = run("generate", *both, "--max-new-tokens", "6", PROMPTS[0])
+    found = run("generate", *both, "--max-new-tokens", "6", "--prompt", PROMPTS[0])
     assert found.returncode == 0, found.stderr
     assert "Paris" in found.stdout

@@ -106,6 +106,11 @@ def _torch_threads() -> Iterator[None]:
             "'org/fast' is a kernel of the hub, and so code .*trust_remote_code=T",
         ),
         ({"colour": "red"}, "there is no option 'colour'; there are adapter, api_key, attn_implementation"),
+        ({"protocol": "grpc"}, "there is no protocol 'grpc'; there are llama.cpp, openai, sglang"),
+        ({"timeout": 0}, "timeout is 0; choose seconds above 0"),
+        ({"timeout": "soon"}, "timeout is 'soon'.*give a number"),
+        ({"tokenizer": ""}, "tokenizer is ''; give a folder, a hub name"),
+        ({"api_key": 5}, "api_key must be env:NAME or file:PATH, where the key is"),
         ({"threads": [1, 2, 3]}, "there are 3 of threads for 2 members; give one, or one for each"),
     ],
 )

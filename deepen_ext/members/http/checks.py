@@ -193,16 +193,29 @@ def _prefix_cache(backend: HttpBackend, before: list[int], pool: list[int]) -> l
             times.append((time.perf_counter() - began, said.cached, len(asked)))
     finally:
         backend.give_slot(slot)
+    page, advice = backend.protocol.page, backend.protocol.cache_advice
     return [
-        _cached("prefix cache", "of a text that goes on", times[0][0], *times[1]),
-        _cached("prefix cache, back", "of a text that goes back a little", times[0][0], *times[2]),
+        _cached("prefix cache", "of a text that goes on", times[0][0], *times[1], 2 * page, advice),
+        _cached(
+            "prefix cache, back",
+            "of a text that goes back",
+            times[0][0],
+            *times[2],
+            2 * page + _AGAIN,
+            advice,
+        ),
     ]
 
 
-def _cached(name: str, what: str, first: float, again: float, cached: int | None, length: int) -> Finding:
+def _cached(
+    name: str, what: str, first: float, again: float, cached: int | None, length: int, most: int, advice: str
+) -> Finding:
+    """Good where at most `most` ids of the text were read again."""
     took = f"{1e3 * first:.0f} ms for a new prompt, {1e3 * again:.0f} ms {what}"
     if cached is None:
         return Finding(name, took, again < first / 2)
-    works = cached >= length * 3 // 4
+    works = length - cached <= most
     text = f"{cached} of {length} ids came from it {what}; {took}"
-    return Finding(name, text if works else f"{text}. Each token reads much of the text again", works)
+    return Finding(
+        name, text if works else f"{text}. Each token reads a part of the text again{advice}", works
+    )

@@ -54,14 +54,12 @@ class HttpSession:
         for lane, ids in wanted.items():
             known = self._known.get(lane)
             if known is not None and known.says(ids, counts[lane], size):
-                parts.append(
-                    _Part(lane, ids, known.said.at(range(len(known.said) - counts[lane], len(known.said))))
-                )
+                length = len(known.said)
+                parts.append(_Part(lane, ids, known.said.at(range(length - counts[lane], length))))
                 continue
             self._known.pop(lane, None)
-            asked = list(
-                self._questions(lane, ids, len(ids) - counts[lane], size, backend.protocol.most_positions)
-            )
+            most = backend.protocol.most_positions
+            asked = self._questions(lane, ids, len(ids) - counts[lane], size, most)
             parts.append(_Part(lane, ids, [backend.start(one) for one in asked]))
         return HttpAnswer(self, parts, size)
 
@@ -112,12 +110,10 @@ class HttpSession:
 
     def _questions(self, lane: int, ids: list[int], start: int, k: int, most: int) -> Iterator[Question]:
         """The distributions after ``ids[start]`` and all later ids, `most` of them in a request."""
-        for end in range(min(start + most, len(ids)), len(ids) + most, most):
-            end = min(end, len(ids))
-            yield Question(ids[:end], end - start, k, self._slots[lane])
-            start = end
-            if end == len(ids):
-                return
+        slot = self._slots.get(lane)
+        for at in range(start, len(ids), most):
+            end = min(at + most, len(ids))
+            yield Question(ids[:end], end - at, k, slot)
 
 
 @dataclass(frozen=True)

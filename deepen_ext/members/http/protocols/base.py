@@ -94,6 +94,8 @@ class Protocol(ABC):
     Attributes:
         name: as `protocol=` has it.
         path: where distributions are asked for.
+        page: how many ids its prefix cache keeps or drops together.
+        cache_advice: what helps where it drops more.
         served: what the server said of itself.
         most_positions: how many positions a request may ask for.
         read_block: how many positions a request of a text that is read through may ask for (`read_payload`).
@@ -103,6 +105,8 @@ class Protocol(ABC):
 
     name: ClassVar[str]
     path: ClassVar[str]
+    page: ClassVar[int] = 16
+    cache_advice: ClassVar[str] = ""
 
     def __init__(self, served: Served) -> None:
         """Of a server that said this of itself."""

@@ -25,6 +25,8 @@ class LlamaCppProtocol(Protocol):
 
     name = "llama.cpp"
     path = "/completion"
+    page = 1
+    cache_advice = "; of a model with sliding windows start the server with --swa-full"
 
     @classmethod
     def found_at(cls, client: Client) -> LlamaCppProtocol | None:
