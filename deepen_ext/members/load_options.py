@@ -119,7 +119,7 @@ class LoadOptions:
         if self.placement is None:
             return
         placement = Placement.read(self.placement)
-        on_gpu = self.device_map is not None or torch.device(self.device).type == "cuda"
+        on_gpu = self.device_map is not None or str(self.device).startswith("cuda")
         if on_gpu and not placement.num_gpus:
             raise InputError(
                 f"placement: {placement} has no GPU, and the model is to use one; give num_gpus=1 or more"
