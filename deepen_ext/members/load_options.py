@@ -61,7 +61,8 @@ class LoadOptions:
         placement: runs the member in an actor of Ray: where, and with what resources
             (`deepen_ext.cluster.placement.Placement` documents it), for example ``{"num_cpus": 2, "num_gpus":
             1}``, or {} for one CPU anywhere. The other options then hold for the actor's machine.
-        timeout: of a member that runs elsewhere, the most seconds that one request may take.
+        timeout: of a member that runs elsewhere, the most seconds that one request may take. Given for all
+            members, it holds for those.
     """
 
     backend: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,16 +59,30 @@ def load_members(
         _plan(name, base, adapter, own)
         for name, (base, adapter), own in zip(members, found, each, strict=True)
     ]
-    placed = {id(one): _start_elsewhere(one, progress) for one in plans if one.options.placement is not None}
-    here = [one for one in plans if id(one) not in placed]
-    backends = {id(one): backend for one, backend in zip(here, _backends(here, progress), strict=True)}
-    _set_torch_threads([one for one in here if backends[id(one)] == _HF])
+    placed = {
+        number: _start_elsewhere(one, progress)
+        for number, one in enumerate(plans)
+        if one.options.placement is not None
+    }
+    here = {number: _without_timeout(one, placed) for number, one in enumerate(plans) if number not in placed}
+    backends = dict(zip(here, _backends(list(here.values()), progress), strict=True))
+    _set_torch_threads([one for number, one in here.items() if backends[number] == _HF])
     return [
-        placed[id(one)].member(progress)
-        if id(one) in placed
-        else backend_module(backends[id(one)]).load(one.source, one.options, progress)
-        for one in plans
+        placed[number].member(progress)
+        if number in placed
+        else backend_module(backends[number]).load(here[number].source, here[number].options, progress)
+        for number in range(len(plans))
     ]
+
+
+def _without_timeout(one: _Plan, elsewhere: Collection[Any]) -> _Plan:
+    """A member of this process. A time limit given for all holds for those that run elsewhere."""
+    if one.options.timeout is not None and not elsewhere:
+        raise InputError(
+            f"{one.name}: timeout is for members that run elsewhere, and all are in this process; leave it "
+            "out, or give placement"
+        )
+    return replace(one, options=replace(one.options, timeout=None))
 
 
 def _start_elsewhere(one: _Plan, progress: Progress | None) -> Any:
@@ -122,10 +136,6 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
             raise InputError(
                 f"{one.name}: llama.cpp reads .gguf files, and this is none; leave backend='llama.cpp' "
                 "(--backend) out for this member, or name a .gguf file"
-            )
-        if one.options.timeout is not None:
-            raise InputError(
-                f"{one.name}: timeout is for members that run elsewhere; give placement too, or leave it out"
             )
         if backend != _HF:
             one.options.refuse_others(backend, member=one.name)
