@@ -73,7 +73,7 @@ def both(folders: list[Path]) -> Ensemble:
 @pytest.fixture
 def lonely(folders: list[Path]) -> Iterator[Ensemble]:
     """An ensemble whose assistant's actor a test may end."""
-    found = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=3)
+    found = Ensemble.from_pretrained(folders, placement=[None, SMALL])
     yield found
     found.members[1].backend.close()
 
@@ -223,13 +223,13 @@ class TestLost:
 
     def test_a_time_limit(self, folders: list[Path]) -> None:
         """A busy actor ends the text in time; when it is free the next text works."""
-        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=1)
+        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=3)
         wanted = texts(ensemble)
-        blocked = actor_of(ensemble).__ray_call__.remote(lambda _: time.sleep(3))
+        blocked = actor_of(ensemble).__ray_call__.remote(lambda _: time.sleep(6))
         began = time.monotonic()
-        with pytest.raises(MemberLost, match="tiny-2: its actor gave no answer within 1 seconds"):
+        with pytest.raises(MemberLost, match="tiny-2: its actor gave no answer within 3 seconds"):
             ensemble.generate(PROMPTS[0])
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 5.5
         ray.get(blocked)
         assert texts(ensemble) == wanted
         assert sessions_of(ensemble) == 0
