@@ -73,7 +73,7 @@ def both(folders: list[Path]) -> Ensemble:
 @pytest.fixture
 def lonely(folders: list[Path]) -> Iterator[Ensemble]:
     """An ensemble whose assistant's actor a test may end."""
-    found = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=3)
+    found = Ensemble.from_pretrained(folders, placement=[None, SMALL])
     yield found
     found.members[1].backend.close()
 
@@ -191,9 +191,9 @@ class TestCalls:
                 "open",
                 "close",
             ]
-            # The first has the prompts; a later one 12 bytes, 16 a lane, 4 a token.
-            most = len(PROMPTS) * 4 * (1 + settings["draft"] + 1)
-            assert max(asked[1:]) <= 12 + 16 * len(PROMPTS) + most
+            # The first has the prompts. Later ones have 12 bytes, 16 a lane, 4 for each id that is new.
+            lanes, ids = len(PROMPTS), len(PROMPTS) * 20 * (1 + settings["draft"])
+            assert 0 < sum(asked[1:]) <= len(asked[1:]) * (12 + 16 * lanes) + 4 * ids
 
     def test_what_a_call_carries(self) -> None:
         request = Request(7, 128, [NewIds(0, 5, [1, 2, 3], 2), NewIds(3, 0, [], 1), NewIds(1, 9, [4], 1)])
@@ -223,13 +223,13 @@ class TestLost:
 
     def test_a_time_limit(self, folders: list[Path]) -> None:
         """A busy actor ends the text in time; when it is free the next text works."""
-        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=1)
+        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=3)
         wanted = texts(ensemble)
-        blocked = actor_of(ensemble).__ray_call__.remote(lambda _: time.sleep(3))
+        blocked = actor_of(ensemble).__ray_call__.remote(lambda _: time.sleep(6))
         began = time.monotonic()
-        with pytest.raises(MemberLost, match="tiny-2: its actor gave no answer within 1 seconds"):
+        with pytest.raises(MemberLost, match="tiny-2: its actor gave no answer within 3 seconds"):
             ensemble.generate(PROMPTS[0])
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 5.5
         ray.get(blocked)
         assert texts(ensemble) == wanted
         assert sessions_of(ensemble) == 0
@@ -351,7 +351,7 @@ class TestPlacement:
             load_member(folders[0], placement={}, device="cuda")
         with pytest.raises(InputError, match="timeout is for members that run elsewhere"):
             load_member(folders[0], timeout=5)
-        with pytest.raises(InputError, match="timeout is 0; choose above 0"):
+        with pytest.raises(InputError, match="timeout is 0; choose seconds above 0"):
             load_member(folders[0], placement={}, timeout=0)
 
     def test_no_room_at_the_moment(self, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

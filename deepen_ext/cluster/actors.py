@@ -62,8 +62,10 @@ class Lost(Exception):
     """An actor gives no answer any more; the text says why, and is for the end of a message."""
 
 
-def start_actor(kind: type[Actor], placement: Placement, what: str, progress: Progress | None = None) -> Any:
-    """A new actor; whether it has found its place is waited for with `await_place`.
+def start_actor(
+    kind: type[Actor], placement: Placement, what: str, progress: Progress | None = None
+) -> tuple[Any, Any]:
+    """A new actor, and its version on the way: `await_place` waits for it. Calls made after this come later.
 
     Args:
         kind: its class, without arguments.
@@ -76,10 +78,11 @@ def start_actor(kind: type[Actor], placement: Placement, what: str, progress: Pr
         ModelError: Ray is not installed.
     """
     ray = connect(placement.address, progress)
-    return ray.remote(kind).options(**schedule(ray, placement, what)).remote()
+    actor = ray.remote(kind).options(**schedule(ray, placement, what)).remote()
+    return actor, actor.version.remote()
 
 
-def await_place(actor: Any, placement: Placement, what: str) -> None:
+def await_place(actor: Any, version: Any, placement: Placement, what: str) -> None:
     """Wait until the actor runs, and check that it runs this version of the package.
 
     Raises:
@@ -92,7 +95,7 @@ def await_place(actor: Any, placement: Placement, what: str) -> None:
     from deepen_ext import __version__
 
     try:
-        there = ray.get(actor.version.remote(), timeout=PLACING_SECONDS)
+        there = ray.get(version, timeout=PLACING_SECONDS)
     except GetTimeoutError as error:
         end(actor)
         raise InputError(

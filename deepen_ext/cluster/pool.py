@@ -51,6 +51,7 @@ class ReplicaActor(Actor):
 class _Replica:
     number: int
     actor: Any
+    version: Any  # on its way
 
 
 @dataclass
@@ -88,10 +89,10 @@ class Pool(Closing):
         self._last_loss = "the pool was closed"
         try:
             for number in range(1, replicas + 1):
-                actor = start_actor(ReplicaActor, where, f"replica {number} of {replicas}", progress)
-                self._replicas.append(_Replica(number, actor))
+                started = start_actor(ReplicaActor, where, f"replica {number} of {replicas}", progress)
+                self._replicas.append(_Replica(number, *started))
             for one in self._replicas:
-                await_place(one.actor, where, f"replica {one.number} of {replicas}")
+                await_place(one.actor, one.version, where, f"replica {one.number} of {replicas}")
             self._say(f"Loading {replicas} replicas ({where} each)")
             made = [one.actor.make.remote(make) for one in self._replicas]
             for one, reference in zip(self._replicas, made, strict=True):

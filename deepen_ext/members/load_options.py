@@ -73,8 +73,8 @@ class LoadOptions:
         placement: runs the member in an actor of Ray: where, and with what resources
             (`deepen_ext.cluster.placement.Placement` documents it), for example ``{"num_cpus": 2, "num_gpus":
             1}``, or {} for one CPU anywhere. The other options then hold for the actor's machine.
-        timeout: of a member that runs elsewhere, the most seconds that one request may take. None: 60 of a
-            server, its repeats included; without limit of an actor.
+        timeout: of a member that runs elsewhere, the most seconds that one request may take. Given for all
+            members, it holds for those. None: 60 of a server, its repeats included; 600 of an actor.
     """
 
     backend: str | None = None
@@ -140,7 +140,7 @@ class LoadOptions:
         if self.placement is None:
             return
         placement = Placement.read(self.placement)
-        on_gpu = self.device_map is not None or torch.device(self.device).type == "cuda"
+        on_gpu = self.device_map is not None or str(self.device).startswith("cuda")
         if on_gpu and not placement.num_gpus:
             raise InputError(
                 f"placement: {placement} has no GPU, and the model is to use one; give num_gpus=1 or more"

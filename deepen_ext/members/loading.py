@@ -60,19 +60,26 @@ def load_members(
         _plan(name, base, adapter, own)
         for name, (base, adapter), own in zip(members, found, each, strict=True)
     ]
-    elsewhere = [one for one in plans if one.options.placement is not None]
-    for one in elsewhere:
+    in_actors = {number: one for number, one in enumerate(plans) if one.options.placement is not None}
+    here = {number: one for number, one in enumerate(plans) if number not in in_actors}
+    for one in in_actors.values():
         _check_placed(one)
-    placed = {id(one): _start_elsewhere(one, progress) for one in elsewhere}
-    here = [one for one in plans if id(one) not in placed]
-    backends = {id(one): backend for one, backend in zip(here, _backends(here, progress), strict=True)}
-    _set_torch_threads([one for one in here if backends[id(one)] == _HF])
+    if in_actors or any(one.source.url is not None for one in plans):
+        here = {number: _without_timeout(one) for number, one in here.items()}
+    placed = {number: _start_elsewhere(one, progress) for number, one in in_actors.items()}
+    backends = dict(zip(here, _backends(list(here.values()), progress), strict=True))
+    _set_torch_threads([one for number, one in here.items() if backends[number] == _HF])
     return [
-        placed[id(one)].member(progress)
-        if id(one) in placed
-        else backend_module(backends[id(one)]).load(one.source, one.options, progress)
-        for one in plans
+        placed[number].member(progress)
+        if number in placed
+        else backend_module(backends[number]).load(here[number].source, here[number].options, progress)
+        for number in range(len(plans))
     ]
+
+
+def _without_timeout(one: _Plan) -> _Plan:
+    """A member of this process beside others elsewhere: a time limit given for all holds for those."""
+    return one if one.source.url is not None else replace(one, options=replace(one.options, timeout=None))
 
 
 def _start_elsewhere(one: _Plan, progress: Progress | None) -> Any:

@@ -36,7 +36,6 @@ class MemberActor(Actor):
         """Nothing is loaded yet, so that finding a place and loading can be told apart."""
         self._member: Member | None = None
         self._sessions: dict[int, _Held] = {}
-        self._opened = 0
 
     @property
     def member(self) -> Member:
@@ -75,12 +74,9 @@ class MemberActor(Actor):
         return self.member.backend.fingerprint(None if dtype is None else getattr(torch, dtype))
 
     @answered
-    def open(self, lanes: int, capacity: int) -> int:
-        """See `Backend.open`; the session's number."""
-        session = self.member.backend.open(lanes, capacity)
-        number = self._opened = self._opened + 1
-        self._sessions[number] = _Held(session)
-        return number
+    def open(self, number: int, lanes: int, capacity: int) -> None:
+        """See `Backend.open`. The number is the asking side's, which can close what it never saw open."""
+        self._sessions[number] = _Held(self.member.backend.open(lanes, capacity))
 
     @answered
     def ask(self, request: bytes) -> bytes:

@@ -33,7 +33,8 @@ class Loading:
     options: LoadOptions
     placement: Placement
     actor: Any
-    facts: Any  # on its way
+    version: Any  # on its way, as the facts
+    facts: Any
 
     def member(self, progress: Progress | None = None) -> Member:
         """The member, when it is loaded.
@@ -43,7 +44,7 @@ class Loading:
             ModelError: what loading raises there; the tokenizer here is not that of the model there.
             MemberLost: the actor was lost while it loaded.
         """
-        await_place(self.actor, self.placement, self.name)
+        await_place(self.actor, self.version, self.placement, self.name)
         if progress is not None:
             progress(f"Loading {self.name} in an actor of Ray ({self.placement})")
         tokenizer = _load_tokenizer(self.source, self.options, progress)
@@ -83,12 +84,12 @@ def start_loading(
         ModelError: Ray is not installed.
     """
     placement = Placement.read(options.placement)
-    actor = start_actor(MemberActor, placement, name, progress)
+    actor, version = start_actor(MemberActor, placement, name, progress)
     given = {key: _absolute(key, value) for key, value in options.given().items()}
     for key in ("placement", "timeout"):
         given.pop(key, None)
     there = absolute_name(split_adapter(name)[0])
-    return Loading(name, source, options, placement, actor, actor.load.remote(load, there, given))
+    return Loading(name, source, options, placement, actor, version, actor.load.remote(load, there, given))
 
 
 def _absolute(key: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -51,7 +52,12 @@ class RemoteMember:
         """Open a session there; its number."""
         while self.dropped:
             self.tell("close", self.dropped.popleft())
-        number: int = self.get(self.call("open", lanes, capacity))
+        number = secrets.randbits(31)
+        try:
+            self.get(self.call("open", number, lanes, capacity))
+        except MemberLost:  # after a time limit it is opened all the same
+            self.dropped.append(number)
+            raise
         return number
 
     def call(self, method: str, *args: Any) -> Any:
