@@ -121,8 +121,8 @@ def main() -> None:
         main_model, local = load_member(f"demo:{MAIN}"), load_member(f"demo:{ASSISTANT}", threads=1)
         served = load_member(server.url, tokenizer=f"demo:{ASSISTANT}")
         pair = {
-            "http": Ensemble([main_model, served]),
-            "in process": Ensemble([main_model, local]),
+            "http": Ensemble([main_model, served], fuser="deepen"),
+            "in process": Ensemble([main_model, local], fuser="deepen"),
         }
         for one in pair.values():
             one.generate(PROMPTS[0], max_new_tokens=4)

@@ -63,9 +63,9 @@ def write(ensemble: Ensemble, draft: int, tokens: int) -> tuple[list[int], list[
 
 
 def measure(tokens: int, rounds: int, threads: int) -> list[Figure]:
-    here = Ensemble.from_pretrained(DEMO_PAIR, backend="llama.cpp", threads=threads)
-    place = {"num_cpus": threads}
-    there = Ensemble.from_pretrained(DEMO_PAIR, backend="llama.cpp", threads=threads, placement=[None, place])
+    settings: dict[str, Any] = {"backend": "llama.cpp", "threads": threads, "fuser": "deepen"}
+    here = Ensemble.from_pretrained(DEMO_PAIR, **settings)
+    there = Ensemble.from_pretrained(DEMO_PAIR, **settings, placement=[None, {"num_cpus": threads}])
     figures = []
     for draft, (what, budget) in BUDGETS.items():
         ids = [write(one, draft, tokens)[0] for one in (here, there)]

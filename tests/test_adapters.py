@@ -171,7 +171,7 @@ class TestLogitsProcessor:
         (session,) = fuse._assistants._sessions
         short, long = (len(pair.members[1].vocabulary.encode(text)) + 1 for text in (SHORT, LONG))
         # Beams of one prompt share it, where it is long enough; a step of a beam feeds a few tokens.
-        assert short + long < session.tokens_fed < 3 * short + long + 2 + 6 * 4 * 5
+        assert short + long < session._session.tokens_fed < 3 * short + long + 2 + 6 * 4 * 5
 
     def test_one_processor_for_several_calls(self, pair, main, fuse, expected):
         """Another prompt, fewer rows."""

@@ -271,7 +271,7 @@ class TestStream:
         try:
             for _ in (stream := pair.stream(PROMPTS[0], max_new_tokens=20)):
                 break
-            caches = [one._cache for one in (stream._run._main, *stream._run._assistants._sessions)]
+            caches = [one._session._cache for one in (stream._run._main, *stream._run._assistants._sessions)]
             assert all(cache.nbytes > 0 for cache in caches)
             del stream, _
             assert all(cache.nbytes == 0 for cache in caches)
@@ -281,7 +281,7 @@ class TestStream:
     def test_a_finished_generation_holds_no_cache(self, pair):
         run = pair.start(PROMPTS[:2], max_new_tokens=2)
         list(run)
-        assert run._main._cache.nbytes == 0
+        assert run._main._session._cache.nbytes == 0
         assert [one.text for one in run.results()] == pair.generate(PROMPTS[:2], max_new_tokens=2).texts
 
     def test_closing_from_another_thread_ends_it_after_the_step(self, pair):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from command_line import run
@@ -75,23 +76,20 @@ def test_a_character_of_several_tokens(served: Member) -> None:
 def test_the_same_texts_as_in_process(served: Member, record_property: pytest.RecordProperty) -> None:
     """But for near-ties: weights are quantised, and how a text is fed changes the last digits."""
     main, local = load_member(SMOLLM2), load_member(GEMMA)
-    texts = {}
-    for name, assistant in (("served", served), ("in process", local)):
-        own = Ensemble([main, assistant])
+    with_server, without = (Ensemble([main, one], fuser="deepen") for one in (served, local))
+    apart = 0
+    for prompt in PROMPTS:
         for draft in (0, 3):
-            found = own.generate(PROMPTS, max_new_tokens=16, draft=draft)
-            texts[name, draft] = [one.token_ids for one in found]
-    apart = sum(
-        one != other
-        for draft in (0, 3)
-        for one, other in zip(texts["served", draft], texts["in process", draft], strict=True)
-    )
+            lines: list[dict[str, Any]] = []
+            ours = without.generate(prompt, max_new_tokens=16, draft=draft, trace=lines.append).token_ids
+            theirs = with_server.generate(prompt, max_new_tokens=16, draft=draft).token_ids
+            if ours != theirs:
+                apart += 1
+                at = next(i for i, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+                probs = {one["id"]: one["probability"] for one in lines[at]["fused"]}
+                assert probs[theirs[at]] > 0.7 * probs[ours[at]], (prompt, draft, at, probs)
     record_property("texts that fall apart at a near-tie, of 8", apart)
-    print(f"texts that fall apart at a near-tie: {apart} of 8")
-    assert apart <= 2
-    for draft in (0, 3):
-        for one, other in zip(texts["served", draft], texts["in process", draft], strict=True):
-            assert one[:3] == other[:3]
+    assert apart < 8
 
 
 def test_by_its_endpoint_of_openais_style(server: LlamaServer, served: Member) -> None:

@@ -127,7 +127,7 @@ class TestEvaluation:
             if progress.done == 3 * 4:
                 kill_replica()
 
-        with pytest.raises(ReplicasLost, match=r"all 1 replicas were lost, .*has died.*was kept"):
+        with pytest.raises(ReplicasLost, match=r"all 1 replicas were lost.*has died.*done is kept"):
             run(tmp_path, replicas=1, on_progress=kill)
         done = sum(map(len, item_lines(tmp_path).values()))
         assert 12 <= done < 3 * 24
@@ -153,7 +153,7 @@ class TestEvaluation:
         given: dict[str, Any] = {"out": tmp_path, "scoring": "likelihood"}
         with pytest.raises(InputError, match="give a function that makes the ensembles"):
             evaluate({}, "piqa", data, replicas=2, **given)
-        with pytest.raises(InputError, match="are for replicas; give replicas=N"):
+        with pytest.raises(InputError, match="placement is for replicas; give replicas=N"):
             evaluate({}, "piqa", data, placement={}, **given)
         with pytest.raises(InputError, match="replicas is 0; choose 1 or more"):
             evaluate(partial(make, folders), "piqa", data, replicas=0, **given)

@@ -66,15 +66,22 @@ def load_members(
         _check_placed(one)
     if in_actors or any(one.source.url is not None for one in plans):
         here = {number: _without_timeout(one) for number, one in here.items()}
-    placed = {number: _start_elsewhere(one, progress) for number, one in in_actors.items()}
     backends = dict(zip(here, _backends(list(here.values()), progress), strict=True))
     _set_torch_threads([one for number, one in here.items() if backends[number] == _HF])
-    return [
-        placed[number].member(progress)
-        if number in placed
-        else backend_module(backends[number]).load(here[number].source, here[number].options, progress)
-        for number in range(len(plans))
-    ]
+    placed: dict[int, Any] = {}
+    try:
+        for number, one in in_actors.items():
+            placed[number] = _start_elsewhere(one, progress)
+        return [
+            placed[number].member(progress)
+            if number in placed
+            else backend_module(backends[number]).load(here[number].source, here[number].options, progress)
+            for number in range(len(plans))
+        ]
+    except BaseException:
+        for started in placed.values():
+            started.end()
+        raise
 
 
 def _without_timeout(one: _Plan) -> _Plan:

@@ -116,18 +116,22 @@ def evaluate(
     if scoring == "likelihood":
         _refuse_by_likelihood("certified_skip", certified_skip)
         _refuse_by_likelihood("votes", drawn)
+    way = Way(batch_size, certified_skip, share_forwards, drawn)
+    here = None
+    if isinstance(ensembles, Mapping):
+        if replicas is not None:
+            raise InputError("with replicas give a function that makes the ensembles: each replica calls it")
+        if placement is not None:
+            raise InputError("placement is for replicas; give replicas=N too, or leave it out")
+        here = WritersHere(ensembles, way)
+    elif replicas is None:
+        raise InputError("a function that makes the ensembles is for replicas; give replicas=N")
     named = [tasks] if isinstance(tasks, str) else tasks
     jobs = read_jobs(named, Path(data), split, limit, scoring, drawn)
-    way = Way(batch_size, certified_skip, share_forwards, drawn)
     run = partial(_run, jobs, Path(out), way, fresh, on_progress)
-    if replicas is None:
-        if not isinstance(ensembles, Mapping) or placement is not None:
-            raise InputError(
-                "placement, and a function that makes the ensembles, are for replicas; give replicas=N"
-            )
-        return run(WritersHere(ensembles, way))
-    if isinstance(ensembles, Mapping):
-        raise InputError("with replicas give a function that makes the ensembles: each replica calls it")
+    if isinstance(ensembles, Mapping) or replicas is None:
+        assert here is not None
+        return run(here)
     with Pool(partial(make_writers, ensembles, way), replicas, placement, on_line) as pool:
         return run(WritersInReplicas(pool))
 

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
 
 def checkpoint_bytes(target: Path | str, dtype: torch.dtype | str, revision: str | None) -> int | None:
-    """Bytes of a checkpoint's weights in a dtype, by the headers of its files; None where they are not here.
+    """Bytes of a checkpoint's weights in a dtype, by the headers of its files.
+
+    None where they are not here, or are damaged: loading then says what is wrong.
 
     Args:
         target: a folder, or a hub name, of which only what is in the cache counts.
@@ -21,10 +23,18 @@ def checkpoint_bytes(target: Path | str, dtype: torch.dtype | str, revision: str
         revision: of the hub.
     """
     found = _local(target, "model.safetensors.index.json", revision)
-    if found is not None:
-        names = set(json.loads(Path(found).read_text())["weight_map"].values())
-    else:
-        names = {"model.safetensors"}
+    try:
+        return _bytes_of(target, found, dtype, revision)
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
+
+
+def _bytes_of(
+    target: Path | str, index: str | None, dtype: torch.dtype | str, revision: str | None
+) -> int | None:
+    names = {"model.safetensors"}
+    if index is not None:
+        names = set(json.loads(Path(index).read_text())["weight_map"].values())
     files = [_local(target, one, revision) for one in names]
     if any(file is None for file in files):
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepen_ext.cluster.actors import Lost, await_place, get, start_actor
+from deepen_ext.cluster.actors import Lost, await_place, end, get, start_actor
 from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import MemberLost, ModelError
 from deepen_ext.ground.progress import Progress
@@ -35,6 +35,10 @@ class Loading:
     actor: Any
     version: Any  # on its way, as the facts
     facts: Any
+
+    def end(self) -> None:
+        """End the actor: something could not be loaded, here or elsewhere."""
+        end(self.actor)
 
     def member(self, progress: Progress | None = None) -> Member:
         """The member, when it is loaded.
