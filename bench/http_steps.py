@@ -112,10 +112,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new ones of a text")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file; default: bench/results/<machine>-http.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "http_steps")
     options = parser.parse_args()
     found = environment() | {"kind": "http", "threads": torch.get_num_threads()}
-    target = options.json or ROOT / "bench" / "results" / f"{Path(speed_file(found)).stem}-http.json"
     file = demo.gguf_file(ASSISTANT)
     with llama_server(file, context=1024) as server:  # with one thread
         main_model, local = load_member(f"demo:{MAIN}"), load_member(f"demo:{ASSISTANT}", threads=1)
@@ -132,7 +131,7 @@ def main() -> None:
     for run in found["runs"]:
         print(run)
     print("a request without the forward pass, ms:", found["alone"])
-    write_json(target, found)
+    write_json(options.results / speed_file(found), found)
 
 
 if __name__ == "__main__":
