@@ -16,7 +16,7 @@ class Placement:
 
     Attributes:
         num_cpus: CPUs that Ray reserves. They are also the threads of torch in the actor, unless the member's
-            `threads` says otherwise.
+            `threads` or the variable OMP_NUM_THREADS says otherwise.
         num_gpus: GPUs that Ray reserves; the actor sees no others. A part such as 0.5 shares a GPU.
         node: the machine, by Ray's node id or by its IP address; None for any.
         placement_group: the user's own, or its name; the actor takes its resources from it.

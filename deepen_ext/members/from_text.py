@@ -34,11 +34,6 @@ def option_from_text(name: str, text: str) -> Any:
             return int(text)
         except ValueError:
             raise InputError(f"threads is {shown(text)}; give a whole number") from None
-    if name == "timeout":
-        try:
-            return float(text)
-        except ValueError:
-            raise InputError(f"timeout is {shown(text)}; give a number of seconds") from None
     if name in ("max_memory", "placement") or (name == "device_map" and text.lstrip().startswith("{")):
         return _json(name, text)
     return text

@@ -12,6 +12,17 @@ from deepen_ext.members.http.rows import Row
 
 _Read = TypeVar("_Read")
 
+# Sampling settings that leave a distribution as the model has it, by the names that vLLM and SGLang share.
+# Servers have other defaults: all are sent.
+NEUTRAL_SAMPLING = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
 # What an answer of another shape than the protocol's raises when it is read.
 WRONG_SHAPE = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 

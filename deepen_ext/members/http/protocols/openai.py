@@ -11,7 +11,15 @@ from typing import Any
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered, tokens_of
+from deepen_ext.members.http.protocols.base import (
+    NEUTRAL_SAMPLING,
+    Protocol,
+    Question,
+    Reading,
+    Served,
+    answered,
+    tokens_of,
+)
 from deepen_ext.members.http.protocols.llama_cpp import SURELY
 from deepen_ext.members.http.rows import BadRow, Row
 
@@ -58,7 +66,7 @@ class OpenAIProtocol(Protocol):
         return protocol
 
     def payload(self, asked: Question) -> Mapping[str, Any]:
-        """See `Protocol`. Settings that the server has defaults for are all named, and neutral."""
+        """See `Protocol`."""
         prompts = asked.prefixes
         llama_cpp = self.served.server.startswith("llamacpp") and self.written is not None
         return {
@@ -68,12 +76,7 @@ class OpenAIProtocol(Protocol):
             "max_tokens": 1,
             "logprobs": asked.k,
             "temperature": asked.temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
+            **NEUTRAL_SAMPLING,
             "add_special_tokens": False,
             "return_tokens_as_token_ids": True,
         }

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepen_ext.members.http.client import Client
-from deepen_ext.members.http.protocols.base import Protocol, Question, Reading, Served, answered, tokens_of
+from deepen_ext.members.http.protocols.base import (
+    NEUTRAL_SAMPLING,
+    Protocol,
+    Question,
+    Reading,
+    Served,
+    answered,
+    tokens_of,
+)
 from deepen_ext.members.http.rows import Row
 
 
@@ -49,12 +57,7 @@ class SGLangProtocol(Protocol):
             "sampling_params": {
                 "max_new_tokens": 1,
                 "temperature": asked.temperature,
-                "top_p": 1.0,
-                "top_k": -1,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
+                **NEUTRAL_SAMPLING,
                 "ignore_eos": True,
             },
             "return_logprob": True,
