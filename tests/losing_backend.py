@@ -91,8 +91,8 @@ class LosingSession:
             self._backend.call("read")
             yield block
 
-    def set_aside(self, lane: int) -> None:
-        self._session.set_aside(lane)
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
+        self._session.set_aside(lane, forget=forget)
 
     def release(self, lane: int) -> None:
         self.held.discard(lane)

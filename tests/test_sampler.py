@@ -12,8 +12,9 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from deepen_ext import InputError
+from deepen_ext.decoding.draws import draw
 from deepen_ext.decoding.processor_kinds import STATELESS
-from deepen_ext.decoding.sampler import Chooser, _draw
+from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.top_p import top_p
 
@@ -249,11 +250,11 @@ class TestDraws:
             probs[1] = 0
             probs /= probs.sum()
         generator = torch.Generator()
-        draws = _draw(probs.float().expand(20_000, -1), range(20_000), generator)
+        draws = draw(probs.float().expand(20_000, -1), range(20_000), generator)
         if vocab_size > 1:
             assert chi_square(draws, probs) < 3
         for seed in range(20):
-            assert _draw(probs.float()[None], [seed], generator) == draws[seed]
+            assert draw(probs.float()[None], [seed], generator) == draws[seed]
 
     def test_similar_distributions_draw_the_same_token(self):
         """Up to the bound for two races; a running sum with one random number does much worse."""
@@ -263,7 +264,7 @@ class TestDraws:
         distance = ((p - q).abs().sum() / 2).item()
         assert 0.02 < distance < 0.1
         generator = torch.Generator()
-        draws = [_draw(one.float().expand(4000, -1), range(4000), generator) for one in (p, q)]
+        draws = [draw(one.float().expand(4000, -1), range(4000), generator) for one in (p, q)]
         differ = (draws[0] != draws[1]).double().mean().item()
         assert 0.01 < differ < 2 * distance / (1 + distance)
         share = torch.rand(4000, generator=noise, dtype=torch.float64)
@@ -275,12 +276,12 @@ class TestDraws:
         probs = torch.tensor(
             [[0.0, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0, 0.6], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]]
         )
-        assert _draw(probs, [1, 2], torch.Generator()).tolist() == [7, 6]
+        assert draw(probs, [1, 2], torch.Generator()).tolist() == [7, 6]
 
     def test_nan_gives_some_token(self):
         probs = torch.full((2, 250), torch.nan)
         probs[1, 1:] = 0
-        assert _draw(probs, [1, 2], torch.Generator()).max() < 250
+        assert draw(probs, [1, 2], torch.Generator()).max() < 250
 
 
 class TestPlaces:

@@ -70,7 +70,7 @@ class Acceptor:
     def __init__(
         self,
         team: Team,
-        texts: Sequence[TextInProgress],
+        texts: Mapping[int, TextInProgress],
         assistants: Assistants,
         chooser: Chooser,
         stopping: Stopping,
@@ -83,6 +83,11 @@ class Acceptor:
         self.sampling_ms = 0.0
         self.failure: Exception | None = None
 
+    def take_failure(self) -> Exception | None:
+        """`failure`, which is None again afterwards."""
+        failure, self.failure = self.failure, None
+        return failure
+
     def accept(self, drafts: Mapping[int, Draft], fused: FusedStep) -> list[Accepted]:
         """Write what stands of each draft, and the first token that is another one.
 
@@ -93,8 +98,8 @@ class Acceptor:
             fused: its rows are the drafts' places, draft after draft.
 
         Raises:
-            InputError: a member that gave NaN; processors that forbid every token. After other tokens of
-                these drafts were written, this is in `failure`.
+            InputError: a member that gave NaN; processors that forbid every token (`ChoiceError`). After
+                other tokens of these drafts were written, this is in `failure`.
         """
         began = perf_counter()
         choices = _Choices(self._chooser, drafts, self._texts, fused)
@@ -114,7 +119,12 @@ class Acceptor:
         going, depth = list(drafts), 0
         while going:
             began = perf_counter()
-            tokens = choices.at(depth, going)
+            try:
+                tokens = choices.at(depth, going)
+            except Exception:
+                for number in going:  # what follows in their drafts is dropped
+                    self._assistants.texts[number] = drafts[number][depth].before
+                raise
             self.sampling_ms += (perf_counter() - began) * 1e3
             following = []
             for number, token in zip(going, tokens, strict=True):
@@ -138,10 +148,10 @@ class Acceptor:
             read = one.piece  # they have it from the draft
         else:
             self._assistants.texts[number] = one.before
-            if self._stopping.ends_text(token):
+            if self._stopping.ends_text(number, token):
                 return Written(number, token, "")
             read = one.before.append(main.bytes_written(token))
-        self._stopping.remember(text, read)
+        self._stopping.remember(number, text, read)
         piece = read if main.vocabulary.bytes_of(token) else read.removesuffix(main.name_of(token))
         if piece:
             text.pieces.append(piece)
@@ -157,7 +167,11 @@ class _Choices:
     """
 
     def __init__(
-        self, chooser: Chooser, drafts: Mapping[int, Draft], texts: Sequence[TextInProgress], fused: FusedStep
+        self,
+        chooser: Chooser,
+        drafts: Mapping[int, Draft],
+        texts: Mapping[int, TextInProgress],
+        fused: FusedStep,
     ) -> None:
         self._chooser = chooser
         self._drafts = drafts
@@ -168,7 +182,7 @@ class _Choices:
         self.starts = dict(zip(drafts, starts, strict=False))
         # All at once where that costs nothing, or saves reads of the device. Else in order: of the places
         # that are dropped nobody should compute anything, and a caller's processor may count its calls.
-        plain = not chooser.settings.do_sample and not chooser.processors(next(iter(drafts)))
+        plain = chooser.is_plain(drafts)
         in_order = chooser.keeps_state or (fused.logits.device.type == "cpu" and not plain)
         self._tokens = None
         if in_order:

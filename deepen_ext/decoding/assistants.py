@@ -6,12 +6,10 @@ There is no loop here. What the main model says comes from outside, from `loop.R
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from time import perf_counter
 
 from deepen_ext.decoding.assistants_text import AssistantsText
@@ -25,6 +23,7 @@ from deepen_ext.decoding.prompt_weights import (
 )
 from deepen_ext.decoding.questions import in_order, questions_about
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
+from deepen_ext.decoding.shares import drawn, without
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.errors import MemberLost
@@ -43,7 +42,7 @@ class AssistedStep:
 
 
 class Assistants:
-    """B texts as the assistants of a team have them, named by their number 0..B-1.
+    """Texts as the assistants of a team have them, by number.
 
     Each text that is being written has a lane of every session; a text that waits gets the lane of one that
     ended.
@@ -57,37 +56,66 @@ class Assistants:
     def __init__(
         self,
         team: Team,
-        prompts: Sequence[Sequence[PromptText]],
+        prompts: Sequence[Sequence[PromptText]] = (),
         *,
-        lanes: int | None = None,
-        new_tokens: int = 0,
         shared: SharedForwards | None = None,
     ) -> None:
         """Encode the prompts; `open` comes before the first `step`.
 
         Args:
             team: whose members 1.. these are.
-            prompts: of each text, its beginning as each assistant reads it.
-            lanes: how many texts, the first ones, are written at once; None for all.
-            new_tokens: how many tokens a text may grow by, as far as is known.
+            prompts: of each text, its beginning as each assistant reads it. These are numbered from 0, and
+                each has the lane of its number; `add` brings more.
             shared: forwards to share with other runs.
         """
         self._team = team
         self._members = team.members[1:]
         self._out: set[int] = set()  # assistants that were lost, counted without the main model
-        self.texts = [AssistantsText(self._members, own, self._out) for own in prompts]
-        self.lanes = {text: text for text in range(len(prompts) if lanes is None else lanes)}
-        self._new_tokens = new_tokens
+        self.texts: dict[int, AssistantsText] = {}
+        self.lanes: dict[int, int] = {}
+        self.weights: dict[int, Sequence[float]] = {}
         self._shared = shared
         self._sessions: list[WatchedSession] = []
-        self.weights: list[Sequence[float]] = [team.weights] * len(prompts)
+        for number, own in enumerate(prompts):
+            self.add(number, own)
+            self.lanes[number] = number
 
-    def open(self) -> None:
-        """Make the sessions. On CUDA they take over the buffers of earlier ones."""
+    def add(self, number: int, prompts: Sequence[PromptText], unfinished: bytes = b"") -> None:
+        """One more text.
+
+        Args:
+            number: its own.
+            prompts: its beginning as each assistant reads it.
+            unfinished: what there is of a character after that.
+        """
+        self.texts[number] = AssistantsText(self._members, prompts, self._out)
+        self.texts[number].append(unfinished)
+        weights: Sequence[float] = self._team.weights
+        for out in self._out:
+            weights = without(out + 1, weights)
+        self.weights[number] = weights
+
+    def forget(self, number: int) -> None:
+        """This text, which has no lane, is asked about no more."""
+        del self.texts[number], self.weights[number]
+
+    def open(self, lanes: int | None = None, new_tokens: int = 0) -> None:
+        """Make the sessions. On CUDA they take over the buffers of earlier ones.
+
+        Args:
+            lanes: how many texts are written at once; None for as many as there are.
+            new_tokens: how many tokens a text may grow by, as far as is known.
+        """
+        lanes = len(self.texts) if lanes is None else lanes
         for i, member in enumerate(self._members):
-            capacity = max(len(text.ids(i)) for text in self.texts) + self._new_tokens
-            opened = partial(open_session, member, len(self.lanes), capacity, self._shared)
+            longest = max((len(text.ids(i)) for text in self.texts.values()), default=0)
+            opened = partial(open_session, member, lanes, longest + new_tokens, self._shared)
             self._sessions.append(WatchedSession(opened))
+
+    @property
+    def sessions(self) -> dict[int, WatchedSession]:
+        """Of the assistants that are there, by member index."""
+        return {i + 1: session for i, session in enumerate(self._sessions) if i not in self._out}
 
     def read_prompts(self, texts: Sequence[int]) -> dict[int, list[PromptScore]]:
         """How well each assistant reads these texts' prompts, by member index; those that are out do not.
@@ -133,7 +161,7 @@ class Assistants:
         """
         self._out.add(member - 1)
         self._sessions[member - 1].close()
-        self.weights = [_without(member, own) for own in self.weights]
+        self.weights = {number: without(member, own) for number, own in self.weights.items()}
 
     def settle(self) -> None:
         """Wait for all that was asked, whatever comes of it: the sessions can then be asked again."""
@@ -146,12 +174,8 @@ class Assistants:
             for session in self._sessions:
                 closing.callback(session.close)
 
-    def release(self, text: int, following: int | None = None) -> None:
-        """This text has ended; `following` gets its lane, if one waits."""
-        lane = self.lanes.pop(text)
-        if following is not None:
-            self.lanes[following] = lane
-            return
+    def release(self, lane: int) -> None:
+        """The lane's text has ended: what it holds is freed."""
         for session in self._sessions:
             session.release(lane)
 
@@ -160,7 +184,7 @@ class Assistants:
 
         Its lane keeps what the two have in common; the rest is fed again.
         """
-        self.texts = [self.texts[source].copy() for source in sources]
+        self.texts = {text: self.texts[source].copy() for text, source in enumerate(sources)}
 
     def restart(self, text: int, prompts: Sequence[PromptText]) -> None:
         """The text is another now; its lane keeps what the two begin with."""
@@ -203,10 +227,10 @@ class Assistants:
             return Place(number, "lost", {}, weights)
         speak = [i for i in there if text.speaks(i, rule, candidates)]
         if share is not None and speak:
-            drawn = _drawn([0, *(i + 1 for i in speak)], weights, share)
-            if drawn == 0:
+            chosen = drawn([0, *(i + 1 for i in speak)], weights, share)
+            if chosen == 0:
                 return Place(number, "main model drawn", {}, weights)
-            speak, weights = [drawn - 1], [float(i == drawn) for i in range(len(weights))]
+            speak, weights = [chosen - 1], [float(i == chosen) for i in range(len(weights))]
         asked = {i: list(text.ids(i)) for i in speak}
         return Place(number, None if speak else "boundary", asked, weights)
 
@@ -266,16 +290,3 @@ class Assistants:
                 # What a session says may not outlive its next question.
                 said.setdefault(i, []).append((one.rows, given.clone() if left else given))
                 members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
-
-
-def _drawn(members: Sequence[int], weights: Sequence[float], share: float) -> int:
-    """The member in whose part of the weights this share of their sum lies; the main model if it is 0."""
-    ends = list(accumulate(weights[member] for member in members))
-    return next((one for one, end in zip(members, ends, strict=True) if share * ends[-1] < end), members[0])
-
-
-def _without(member: int, weights: Sequence[float]) -> list[float]:
-    """The weights without this member's, summing to 1; the main model's is 1 where nothing is left."""
-    left = [0.0 if i == member else weight for i, weight in enumerate(weights)]
-    total = math.fsum(left)
-    return [weight / total for weight in left] if total else [1.0, *left[1:]]

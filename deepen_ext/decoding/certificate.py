@@ -59,7 +59,7 @@ class Certificate:
             bool [b], where the logits are.
         """
         processors = self._chooser.processors(rows[0])
-        if self._chooser.settings.do_sample or any(type(one) not in ORDERLY for one in processors):
+        if self._chooser.samples(rows[0]) or any(type(one) not in ORDERLY for one in processors):
             return torch.zeros(len(rows), dtype=torch.bool, device=main_logits.device)
         if top is None or top.ids.shape[1] < 2:
             # One read: a sixth of torch.topk's time at 262,144 tokens on the CPU.

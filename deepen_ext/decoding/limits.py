@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deepen_ext.decoding.settings import Settings
-from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress
 from deepen_ext.errors import InputError
-from deepen_ext.members.memory import find_shortage
+from deepen_ext.members.memory import Held, find_shortage
 
 
 def check_main_model(team: Team, settings: Settings) -> None:
@@ -61,27 +60,27 @@ def check_choice(team: Team, settings: Settings) -> None:
 
 def check_lengths(
     team: Team,
-    texts: Sequence[TextInProgress],
-    tokens: Sequence[Sequence[int]],
+    texts: Mapping[int, TextInProgress],
+    tokens: Mapping[int, Sequence[int]],
     at_once: int,
-    shared: SharedForwards | None,
+    held: Held | None,
 ) -> None:
     """That every prompt with its new tokens fits every member's context, and the batch the memory.
 
     Args:
         team: the members.
-        texts: of the run.
+        texts: of the run, by number.
         tokens: of each text, how many tokens its prompt has for each assistant.
         at_once: how many texts are written side by side.
-        shared: forwards that the run goes on from.
+        held: bytes by device that sessions of a member with so many lanes hold already.
 
     Raises:
         InputError: one does not.
     """
     longest = [0] * len(team.members)
-    for number, (text, own) in enumerate(zip(texts, tokens, strict=True)):
-        new = text.new_tokens
-        for i, (member, length) in enumerate(zip(team.members, [text.prompt_length, *own], strict=True)):
+    for number, text in texts.items():
+        new, lengths = text.new_tokens, [text.prompt_length, *tokens[number]]
+        for i, (member, length) in enumerate(zip(team.members, lengths, strict=True)):
             longest[i] = max(longest[i], length + new)
             if not member.fits(length + new):
                 which = f"the prompt's {length}" if len(texts) == 1 else f"prompt {number}'s {length}"
@@ -90,7 +89,6 @@ def check_lengths(
                     f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
                     f"shorten the prompt or ask for at most {max(limit - length, 0)}"
                 )
-    held = None if shared is None else shared.bytes_held
     if (short := find_shortage(at_once, zip(team.members, longest, strict=True), held)) is not None:
         fewer = "choose a smaller batch_size, or " if at_once > 1 else ""
         raise InputError(

@@ -11,7 +11,7 @@ The main model's loss ends the run in either case: the text is made of its token
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.drafts.pace import Pace
@@ -32,7 +32,7 @@ class Losses:
     def __init__(
         self,
         team: Team,
-        texts: Sequence[TextInProgress],
+        texts: Mapping[int, TextInProgress],
         main: WatchedSession,
         assistants: Assistants,
         pace: Pace,
@@ -78,14 +78,14 @@ class Losses:
             self.names.append(name)
             self._assistants.leave_out(member)
             self._pace.leave_out(member)
-            for text in self._texts:
+            for text in self._texts.values():
                 if text.finish_reason is None:
                     text.lost[name] = text.written
             warnings.warn(f"{how}; the others go on without it (on_failure='continue')", stacklevel=2)
 
     def _ended(self, error: MemberLost, why: str) -> MemberLost:
         """The error for the caller."""
-        for text in self._texts:
+        for text in self._texts.values():
             text.finish_reason = text.finish_reason or "member_lost"
         written = self._results()
         tokens = sum(len(one.token_ids) for one in written)

@@ -2,54 +2,114 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import secrets
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TopPLogitsWarper
 
+from deepen_ext.decoding.draws import draw, seed_of, seeds_and_numbers
 from deepen_ext.decoding.processor_kinds import BATCHED, STATELESS
 from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.text_ids import TextIds
 from deepen_ext.decoding.top_p import top_p
 from deepen_ext.errors import InputError
-from deepen_ext.members.asking import common_prefix
+from deepen_ext.members.distribution import select
+
+
+class ChoiceError(InputError):
+    """No token can be chosen for a text.
+
+    Attributes:
+        text: its number.
+    """
+
+    def __init__(self, text: int) -> None:
+        super().__init__(f"text {text}: the processors forbid every token, or give NaN; forbid fewer")
+        self.text = text
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is known of a text.
+
+    Attributes:
+        settings: asked for.
+        prompt_length: in the main model's tokens.
+        ids: as a tensor.
+        processors: its own.
+        stateless: of these, those that keep no state.
+        seed: of its random numbers.
+        number: among the texts that have this seed.
+    """
+
+    settings: Settings
+    prompt_length: int
+    ids: TextIds
+    processors: LogitsProcessorList
+    stateless: LogitsProcessorList
+    seed: int
+    number: int
 
 
 class Chooser:
     """The next token of each text of a batch: processors, warpers, then the most probable token or a draw.
 
-    A text's token depends on its scores, its ids, the seed and the text's number alone. It does not depend on
-    the other texts of the batch, nor on what was chosen before and dropped: a token's random numbers are a
-    function of the seed, the text's number and how many new tokens come before the token.
+    A text's token depends on its scores, its ids, its settings, the seed and the text's number alone. It does
+    not depend on the other texts of the batch, nor on what was chosen before and dropped: a token's random
+    numbers are a function of the seed, the text's number and how many new tokens come before the token.
+
+    Texts may have settings of their own. Those that are processed alike go through the processors together.
     """
 
     def __init__(
         self, settings: Settings, prompts: Sequence[Sequence[int]], device: str | torch.device
     ) -> None:
-        """Prepare one text for each prompt.
+        """Prepare one text for each prompt, numbered from 0; `add` brings more.
 
         Args:
-            settings: of the generation.
+            settings: of these texts.
             prompts: of each text, in the main model's tokens.
             device: of the scores; a seed gives other random numbers on each kind of device.
 
         Raises:
             InputError: a list of seeds that has not one for each prompt.
         """
-        self.settings = settings
-        self._prompt_lengths = [len(one) for one in prompts]
-        self._ids = [_TextIds(torch.device(device)) for _ in prompts]
-        self._processors = [settings.processors(one, device, text) for text, one in enumerate(prompts)]
-        self._stateless = [
-            LogitsProcessorList(one for one in own if type(one) in STATELESS) for own in self._processors
-        ]
-        self._seeds = _seeds_and_numbers(settings.seed, len(prompts))
-        if settings.do_sample:
-            self._generator = torch.Generator(device)
+        self._device = torch.device(device)
+        self._generator = torch.Generator(device)
+        self._texts: dict[int, _Text] = {}
+        for text, seed in enumerate(seeds_and_numbers(settings.seed, len(prompts))):
+            self._add(text, settings, prompts[text], *seed)
+
+    def add(self, text: int, settings: Settings, prompt: Sequence[int]) -> None:
+        """One more text. Its random numbers are those that it has by its seed in a call of its own.
+
+        Args:
+            text: its number.
+            settings: its own, with one seed.
+            prompt: in the main model's tokens.
+        """
+        self._add(text, settings, prompt, *seeds_and_numbers(settings.seed, 1)[0])
+
+    def forget(self, text: int) -> None:
+        """The text is chosen for no more."""
+        del self._texts[text]
+
+    def _add(self, text: int, settings: Settings, prompt: Sequence[int], seed: int, number: int) -> None:
+        processors = settings.processors(prompt, self._device, text)
+        stateless = LogitsProcessorList(one for one in processors if type(one) in STATELESS)
+        ids = TextIds(self._device)
+        self._texts[text] = _Text(settings, len(prompt), ids, processors, stateless, seed, number)
+
+    def samples(self, text: int) -> bool:
+        """Whether the text's tokens are drawn."""
+        return self._texts[text].settings.do_sample
+
+    def is_plain(self, texts: Iterable[int]) -> bool:
+        """Whether all these texts take the most probable token of the scores as they are."""
+        return not any(self.samples(text) or self._texts[text].processors for text in texts)
 
     @property
     def keeps_state(self) -> bool:
@@ -58,16 +118,16 @@ class Chooser:
         Then `choose` must be called once for each token of a text, in order, with one row for the text.
         Otherwise it may be called as often as needed, in any order.
         """
-        return len(self._stateless[0]) < len(self._processors[0])  # the classes do not depend on the text
+        return any(len(text.stateless) < len(text.processors) for text in self._texts.values())
 
     @property
     def guesses_by_scores(self) -> bool:
         """Whether `propose` looks at the scores, and of the ids at nothing but how many there are."""
-        return all(type(one) in BATCHED for one in self._stateless[0])
+        return all(type(one) in BATCHED for text in self._texts.values() for one in text.stateless)
 
     def processors(self, text: int) -> LogitsProcessorList:
         """The text's own, in order: processors, then warpers where something is drawn."""
-        return self._processors[text]
+        return self._texts[text].processors
 
     def choose(
         self,
@@ -88,9 +148,9 @@ class Chooser:
             chosen: their argmax, if it is known: greedy decoding without processors then costs nothing.
 
         Raises:
-            InputError: on the CPU, a text whose processors forbid every token or give NaN.
+            ChoiceError: on the CPU, a text whose processors forbid every token or give NaN.
         """
-        return self._choose(self._processors, scores, texts, ids, chosen, check=scores.device.type == "cpu")
+        return self._choose(_all, scores, texts, ids, chosen, check=scores.device.type == "cpu")
 
     def propose(
         self,
@@ -111,13 +171,16 @@ class Chooser:
             ids: as in `choose`; the draft's tokens so far are among them.
             chosen: as in `choose`.
         """
-        return self._choose(self._stateless, scores, texts, ids, chosen, check=False)
+        return self._choose(_stateless, scores, texts, ids, chosen, check=False)
 
     def processed(
         self, scores: torch.Tensor, texts: Sequence[int], ids: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """The scores after processors and, for sampling, warpers: float32 [b, V]; see `choose`."""
-        return self._processed(self._processors, scores, texts, ids)
+        processed = scores.to(torch.float32, copy=True)
+        for rows in self._alike(texts):
+            processed[rows] = self._processed(_all, *_of_rows(rows, scores, texts, ids))
+        return processed
 
     def share(self, text: int, length: int) -> float:
         """A random number of 0 to below 1 for a text's next token, beside those that draw the token itself.
@@ -126,12 +189,19 @@ class Chooser:
             text: its number.
             length: of its ids, prompt and new tokens so far.
         """
-        seed = _seed_of(*self._seeds[text], length - self._prompt_lengths[text], b"share")
-        return (seed >> 10) / 2**53
+        own = self._texts[text]
+        return (seed_of(own.seed, own.number, length - own.prompt_length, b"share") >> 10) / 2**53
+
+    def _alike(self, texts: Sequence[int]) -> list[list[int]]:
+        """The rows of texts that are processed alike."""
+        found: dict[object, list[int]] = {}
+        for row, text in enumerate(texts):
+            found.setdefault(self._texts[text].settings.kind, []).append(row)
+        return list(found.values())
 
     def _choose(
         self,
-        processors: Sequence[LogitsProcessorList],
+        kinds: _Kinds,
         scores: torch.Tensor,
         texts: Sequence[int],
         ids: Sequence[Sequence[int]],
@@ -140,37 +210,53 @@ class Chooser:
         check: bool,
     ) -> torch.Tensor:
         """`choose` with these processors of each text; with `check` its error, which waits for the scores."""
-        if not self.settings.do_sample and not processors[texts[0]]:
-            return scores.argmax(dim=-1) if chosen is None else chosen.long()
-        scores = self._processed(processors, scores, texts, ids)
-        if check:
-            for text, best in zip(texts, scores.amax(dim=-1).tolist(), strict=True):
-                if not math.isfinite(best):
-                    raise InputError(
-                        f"text {text}: the processors forbid every token, or give NaN; forbid fewer"
-                    )
-        if not self.settings.do_sample:
-            return scores.argmax(dim=-1)
-        seeds = [
-            _seed_of(*self._seeds[text], len(own) - self._prompt_lengths[text])
-            for text, own in zip(texts, ids, strict=True)
-        ]
-        return _draw(torch.softmax(scores, dim=-1), seeds, self._generator)
+        groups = self._alike(texts)
+        if len(groups) == 1:
+            return self._choose_alike(kinds, scores, texts, ids, chosen, check=check)
+        tokens = torch.empty(len(texts), dtype=torch.long, device=scores.device)
+        for rows in groups:
+            own = _of_rows(rows, scores, texts, ids)
+            best = None if chosen is None else chosen[rows]
+            tokens[rows] = self._choose_alike(kinds, *own, best, check=check)
+        return tokens
 
-    def _processed(
+    def _choose_alike(
         self,
-        processors: Sequence[LogitsProcessorList],
+        kinds: _Kinds,
         scores: torch.Tensor,
         texts: Sequence[int],
         ids: Sequence[Sequence[int]],
+        chosen: torch.Tensor | None,
+        *,
+        check: bool,
     ) -> torch.Tensor:
+        first = self._texts[texts[0]]
+        if not first.settings.do_sample and not kinds(first):
+            return scores.argmax(dim=-1) if chosen is None else chosen.long()
+        scores = self._processed(kinds, scores, texts, ids)
+        if check:
+            for text, best in zip(texts, scores.amax(dim=-1).tolist(), strict=True):
+                if not math.isfinite(best):
+                    raise ChoiceError(text)
+        if not first.settings.do_sample:
+            return scores.argmax(dim=-1)
+        seeds = []
+        for text, row in zip(texts, ids, strict=True):
+            own = self._texts[text]
+            seeds.append(seed_of(own.seed, own.number, len(row) - own.prompt_length))
+        return draw(torch.softmax(scores, dim=-1), seeds, self._generator)
+
+    def _processed(
+        self, kinds: _Kinds, scores: torch.Tensor, texts: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Of texts that are processed alike."""
         # A copy, as in transformers: the caller's own processors may write into what they are given.
         scores = scores.to(torch.float32, copy=True)
-        of_rows: list[Any] = [processors[text] for text in texts]
+        of_rows: list[Any] = [kinds(self._texts[text]) for text in texts]
         if all(type(one) in BATCHED for one in of_rows[0]):  # the classes do not depend on the text
             tokens = [torch.empty(1, 0, dtype=torch.long, device=scores.device)] * len(texts)  # not looked at
         else:
-            tokens = [self._ids[text].read(own) for text, own in zip(texts, ids, strict=True)]
+            tokens = [self._texts[text].ids.read(own) for text, own in zip(texts, ids, strict=True)]
         for of_each in zip(*of_rows, strict=True):
             if type(of_each[0]) is TopPLogitsWarper and scores.device.type == "cpu":
                 scores = top_p(of_each[0], scores)
@@ -186,80 +272,18 @@ class Chooser:
         return scores
 
 
-def _seeds_and_numbers(seed: int | Sequence[int] | None, count: int) -> list[tuple[int, int]]:
-    """Of each text, a seed, and its number among the texts that have this seed."""
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise InputError(f"{len(seed)} seeds for {count} prompts; give one for each, or one for all")
-        return [(one, 0) for one in seed]
-    seed = secrets.randbits(62) if seed is None else seed
-    return [(seed, text) for text in range(count)]
+_Kinds = Callable[[_Text], LogitsProcessorList]
 
 
-def _seed_of(seed: int, text: int, position: int, use: bytes = b"") -> int:
-    """The seed, of 63 bits, of one token's random numbers for some use: b"" for the draw of the token."""
-    data = hashlib.blake2b(struct.pack("<qqq", seed, text, position), digest_size=8, person=use).digest()
-    return int.from_bytes(data, "little") >> 1
+def _all(text: _Text) -> LogitsProcessorList:
+    return text.processors
 
 
-def _draw(probs: torch.Tensor, seeds: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """One draw for each row of probabilities [b, V], with the random numbers of the row's seed; int64 [b].
-
-    A draw is an exponential race. Every token has a random number E ~ Exp(1), and the token with the largest
-    p / E wins: token v with probability p_v. Races with the same random numbers from two distributions are
-    coupled ("Gumbel coupling": log p - log E is log p plus Gumbel noise). Their winners differ with
-    probability 2 TV / (1 + TV) at most, where TV is the total variation distance of the distributions
-    (Daliri, Musco and Suresh, arXiv 2408.07978). So a draft and its verification, which draw with the same
-    random numbers from similar distributions, mostly take the same token. With one random number and the
-    running sum of the probabilities they would not: what the first tokens gain moves all tokens behind them.
-
-    V random numbers take 20 ns each on a CPU. Two races need 2 sqrt(V) of them: the tokens are laid out in a
-    square, row by row; the columns race by their sums, then the tokens of the column that won. Tokens of
-    neighbouring ids, which are often alike, are in different columns.
-
-    Nothing waits for a device, and NaN gives some token (torch.multinomial ends the process on CUDA). A token
-    of probability 0 is never drawn.
-    """
-    count, vocab_size = probs.shape
-    width = math.isqrt(vocab_size - 1) + 1
-    height = -(-vocab_size // width)
-    noise = probs.new_empty(count, width + height, dtype=torch.float64)
-    for row, seed in zip(noise, seeds, strict=True):
-        row.exponential_(generator=generator.manual_seed(seed))
-    noise.clamp_min_(torch.finfo(torch.float64).tiny)  # 0 / 0 would win
-    if width * height > vocab_size:
-        probs = torch.nn.functional.pad(probs, (0, width * height - vocab_size))
-    square = probs.view(count, height, width)
-    # In float64, so that the order of the terms, which depends on b, does not matter.
-    column = (square.sum(dim=1, dtype=torch.float64) / noise[:, :width]).argmax(dim=-1)
-    inside = square.gather(2, column[:, None, None].expand(-1, height, 1)).squeeze(2)
-    return (inside / noise[:, width:]).argmax(dim=-1) * width + column
+def _stateless(text: _Text) -> LogitsProcessorList:
+    return text.stateless
 
 
-class _TextIds:
-    """One text's ids as a tensor; only what is new is copied.
-
-    For CUDA they lie in pinned memory: a copy from there does not wait for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._held: list[int] = []
-        self._buffer = torch.empty(0, dtype=torch.long)
-
-    def read(self, ids: Sequence[int]) -> torch.Tensor:
-        """The ids as int64 [1, L] on the device.
-
-        What was given out is never written over: it may still be looked at, or on its way to the device.
-        """
-        ids = list(ids)
-        shared = common_prefix(self._held, ids)
-        if shared < len(ids):
-            if shared < len(self._held) or len(ids) > len(self._buffer):
-                pinned = self._device.type == "cuda"
-                buffer = torch.empty(2 * len(ids), dtype=torch.long, pin_memory=pinned)
-                buffer[:shared] = self._buffer[:shared]
-                self._buffer = buffer
-            self._buffer[shared : len(ids)] = torch.tensor(ids[shared:], dtype=torch.long)
-            self._held = ids
-        return self._buffer[None, : len(ids)].to(self._device, non_blocking=True)
+def _of_rows(
+    rows: Sequence[int], scores: torch.Tensor, texts: Sequence[int], ids: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, list[int], list[Sequence[int]]]:
+    return select(scores, list(rows)), [texts[row] for row in rows], [ids[row] for row in rows]

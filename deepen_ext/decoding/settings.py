@@ -80,6 +80,7 @@ class Settings:
         stop_strings: the text ends once the new text, special tokens written out, holds one of them. (For
             transformers it may begin in the prompt.)
         eos_ids: the main model's token ids that end the text.
+        kind: equal for settings whose texts go through the same processors.
     """
 
     max_new_tokens: int
@@ -88,6 +89,7 @@ class Settings:
     seed: int | tuple[int, ...] | None
     stop_strings: list[str]
     eos_ids: frozenset[int]
+    kind: object
     _config: GenerationConfig = field(repr=False)
     _maker: _ProcessorMaker = field(repr=False)
     _max_time: float | None = None
@@ -165,12 +167,15 @@ class Settings:
             "seed": check_seed(seed),
             "stop_strings": stop_list(values.pop("stop_strings", None)),
             "eos_ids": frozenset(eos),
+            "kind": (repr(sorted(values.items())), frozenset(eos)),
             "_maker": _ProcessorMaker(main.vocab_size),
             "_max_time": values.pop("max_time", None),
             "_logits_processor": callables("logits_processor", logits_processor),
             "_stopping_criteria": callables("stopping_criteria", stopping_criteria),
             "_prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
+        if settings["_logits_processor"] or prefix_allowed_tokens_fn is not None:
+            settings["kind"] = object()  # what these do is not known
         for criterion in settings["_stopping_criteria"]:
             if type(criterion) in (MaxLengthCriteria, EosTokenCriteria):
                 raise InputError(

@@ -121,8 +121,8 @@ class _SharedSession:
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         return self._session.read(lane, ids, start, k)
 
-    def set_aside(self, lane: int) -> None:
-        self._session.set_aside(lane)
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
+        self._session.set_aside(lane, forget=forget)
 
     def release(self, lane: int) -> None:
         self._session.set_aside(lane)

@@ -9,6 +9,7 @@ import torch
 from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.places import Reason
 from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
@@ -22,12 +23,19 @@ class Skips:
     """The certified skip (`Certificate`) and the confidence gate of one run."""
 
     def __init__(
-        self, team: Team, chooser: Chooser, *, certified_skip: bool, confidence_gate: float | None
+        self,
+        team: Team,
+        settings: Settings,
+        chooser: Chooser,
+        *,
+        certified_skip: bool = False,
+        confidence_gate: float | None = None,
     ) -> None:
         """Check that they fit the run.
 
         Args:
             team: whose assistants may be spared.
+            settings: of the texts.
             chooser: picks the tokens.
             certified_skip: ask the assistants only where they can change a greedy token.
             confidence_gate: nor where the main model's first choice has at least this probability.
@@ -42,7 +50,7 @@ class Skips:
             real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
         if not certified_skip:
             return
-        if chooser.settings.do_sample:
+        if settings.do_sample:
             raise InputError(
                 "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
                 "which is not exact"

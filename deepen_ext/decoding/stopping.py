@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from transformers import StoppingCriteriaList
 
 from deepen_ext.decoding.generation import FinishReason
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.text_in_progress import TextInProgress
 
 
+@dataclass(frozen=True)
+class _Rules:
+    settings: Settings
+    criteria: StoppingCriteriaList
+    longest: int  # of its stop strings, in characters
+
+
 class Stopping:
-    """The rules of one run; each of its texts has criteria of its own."""
+    """The rules of one run's texts."""
 
-    def __init__(self, settings: Settings, texts: int) -> None:
-        """Criteria that count time count from now."""
-        self._settings = settings
-        self._criteria = [settings.criteria() for _ in range(texts)]
-        self._longest = max(map(len, settings.stop_strings), default=0)
+    def __init__(self) -> None:
+        self._rules: dict[int, _Rules] = {}
 
-    def ends_text(self, token: int) -> bool:
-        """Whether the token is one of the EOS ids."""
-        return token in self._settings.eos_ids
+    def add(self, number: int, settings: Settings) -> None:
+        """One more text. Criteria that count time count from now."""
+        longest = max(map(len, settings.stop_strings), default=0)
+        self._rules[number] = _Rules(settings, settings.criteria(), longest)
 
-    def remember(self, text: TextInProgress, read: str) -> None:
+    def forget(self, number: int) -> None:
+        """The text has ended."""
+        del self._rules[number]
+
+    def ends_text(self, number: int, token: int) -> bool:
+        """Whether the token is one of the text's EOS ids."""
+        return token in self._rules[number].settings.eos_ids
+
+    def remember(self, number: int, text: TextInProgress, read: str) -> None:
         """Keep as much of the text's end as a stop string can reach into; `read` was added to it."""
-        if self._longest:
-            text.recent = (text.recent + read)[-(self._longest + len(read)) :]
+        if longest := self._rules[number].longest:
+            text.recent = (text.recent + read)[-(longest + len(read)) :]
 
     def reason(self, number: int, text: TextInProgress, logits: torch.Tensor) -> FinishReason | None:
         """Why the text ends with its last token, or None.
@@ -35,11 +51,11 @@ class Stopping:
             text: with the token.
             logits: the fused ones [1, V] that the token was chosen from.
         """
-        if self.ends_text(text.ids[-1]):
+        rules = self._rules[number]
+        if self.ends_text(number, text.ids[-1]):
             return "eos"
-        if any(stop in text.recent for stop in self._settings.stop_strings):
+        if any(stop in text.recent for stop in rules.settings.stop_strings):
             return "stop_string"
-        criteria = self._criteria[number]
-        if criteria and bool(criteria(torch.tensor([text.ids]), (logits,)).all()):
+        if rules.criteria and bool(rules.criteria(torch.tensor([text.ids]), (logits,)).all()):
             return "stopping_criteria"
         return "length" if text.written >= text.new_tokens else None

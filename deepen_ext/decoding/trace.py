@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from deepen_ext import ops
 from deepen_ext.decoding.accept import Accepted
@@ -15,6 +15,25 @@ from deepen_ext.errors import InputError, ModelError
 from deepen_ext.fusers import FusedStep, Part
 
 _TOP = 5  # candidates shown of each member
+
+
+class Observer(Protocol):
+    """Is told every token of a run."""
+
+    def step(
+        self,
+        team: Team,
+        fused: FusedStep,
+        accepted: Sequence[Accepted],
+        ms: Mapping[str, Any],
+        lost: Sequence[str] = (),
+    ) -> None:
+        """A step gave these tokens. What is fused may be written over afterwards."""
+        ...
+
+    def close(self) -> None:
+        """The run has ended."""
+        ...
 
 
 class Trace:

@@ -72,10 +72,10 @@ class WatchedSession:
         """Nothing is under way any more."""
         self._under_way = None
 
-    def set_aside(self, lane: int) -> None:
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
         """See `Session`."""
         with suppress(MemberLost), self.watched():
-            self._there.set_aside(lane)
+            self._there.set_aside(lane, forget=forget)
 
     def release(self, lane: int) -> None:
         """See `Session`."""

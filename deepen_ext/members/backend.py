@@ -132,8 +132,13 @@ class Session(Protocol):
         """
         ...
 
-    def set_aside(self, lane: int) -> None:
-        """Keep a lane that is not asked for a while out of the way. Any `ask` may name it again."""
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
+        """Keep a lane that is not asked for a while out of the way. Any `ask` may name it again.
+
+        Args:
+            lane: which.
+            forget: its text has ended: what it holds is freed, and the next text begins from nothing.
+        """
         ...
 
     def release(self, lane: int) -> None:

@@ -35,6 +35,8 @@ class Shortage:
         )
 
 
+Held = Callable[[Member, int], Mapping[torch.device, int]]
+
 _givers: list[Callable[[torch.device], None]] = []
 
 
@@ -47,7 +49,7 @@ def gives_back(function: Callable[[torch.device], None]) -> Callable[[torch.devi
 def find_shortage(
     lanes: int,
     lengths: Iterable[tuple[Member, int]],
-    held: Callable[[Member, int], Mapping[torch.device, int]] | None = None,
+    held: Held | None = None,
 ) -> Shortage | None:
     """The first device that lacks the memory for sessions of the members side by side, if there is one.
 

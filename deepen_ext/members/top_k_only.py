@@ -94,8 +94,8 @@ class _TopKSession:
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         return map(_without_logits, self._session.read(lane, ids, start, min(k, self._k)))
 
-    def set_aside(self, lane: int) -> None:
-        self._session.set_aside(lane)
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
+        self._session.set_aside(lane, forget=forget)
 
     def release(self, lane: int) -> None:
         self._session.release(lane)

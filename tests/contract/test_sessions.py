@@ -380,6 +380,22 @@ class TestLanes:
                 session.set_aside(lane)
             ask(subject, session, {2: held[2], 1: text(19, 1), 4: held[4]})
 
+    def test_lanes_that_are_emptied_and_asked_again(self, subject: Subject) -> None:
+        with opened(subject.backend, 4) as session:
+            for lane in range(4):
+                session.set_aside(lane, forget=True)  # nothing was asked yet
+            held = {lane: text(15 + 4 * lane, lane) for lane in range(3)}
+            ask(subject, session, held)
+            session.set_aside(0, forget=True)
+            ask(subject, session, {2: [*held[2], 4], 1: [*held[1], 3]})
+            said, spent = _spent(subject, lambda: session.ask({0: held[0]}, K).wait())
+            compare(subject, said, {0: held[0]})
+            assert spent in (len(held[0]), None)  # nothing of it was kept
+            session.set_aside(1)
+            session.set_aside(2, forget=True)
+            ask(subject, session, {3: text(9, 7), 0: [*held[0], 8]}, 2)
+            ask(subject, session, {1: [*held[1], 3, 6], 2: text(12, 9), 0: held[0], 3: text(9, 7)})
+
     def test_a_lane_takes_the_next_text(self, subject: Subject) -> None:
         with opened(subject.backend, 2) as session:
             ask(subject, session, {0: text(30), 1: text(20, 1)})

@@ -36,7 +36,7 @@ class Writer:
         team: Team,
         main: Session,
         assistants: Assistants,
-        texts: Sequence[TextInProgress],
+        texts: Mapping[int, TextInProgress],
         chooser: Chooser,
         skips: Skips,
         stopping: Stopping,
@@ -109,6 +109,10 @@ class Writer:
             going = [number for number in going if self._fits(number, ahead.drafts[number])]
             if not going:
                 return ahead
+
+    def forget(self, number: int) -> None:
+        """The text has ended."""
+        self._lookups.pop(number, None)
 
     def _plan(self, ahead: Ahead, active: Sequence[int]) -> Plan:
         if LOOKUP in self._pace.settings.drafters:
@@ -231,7 +235,7 @@ class Writer:
                     one.offered = token
                     offers[n].mark_known(place, ahead.drafter)
                 # Where the main model would write something else, the offer is most likely wrong.
-                if token != one.token or self._stopping.ends_text(one.token):
+                if token != one.token or self._stopping.ends_text(n, one.token):
                     break
                 self._go_on(one)
                 if not self._fits(n, draft):
@@ -248,7 +252,7 @@ class Writer:
         """Whether the text goes on after the draft's last token."""
         text = self._texts[number]
         more = text.written + len(draft) < text.new_tokens and len(draft) < self._most_places()
-        return more and not self._stopping.ends_text(draft[-1].token)
+        return more and not self._stopping.ends_text(number, draft[-1].token)
 
     def _most_places(self) -> int:
         """Of a draft, those that need no verification among them."""

@@ -73,6 +73,10 @@ class Pace:
         left = tuple(one for one in self.settings.drafters if one != member)
         self.settings = replace(self.settings, drafters=left or (MAIN,))
 
+    def forget(self, text: int) -> None:
+        """The text has ended."""
+        self._unread.pop(text, None)
+
     def plan(self, lanes: int, looked_up: Sequence[int]) -> Plan:
         """Who writes the next draft.
 

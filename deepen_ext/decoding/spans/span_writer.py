@@ -55,12 +55,13 @@ class SpanWriter:
         team: Team,
         main: Session,
         assistants: Assistants,
-        texts: Sequence[TextInProgress],
+        texts: Mapping[int, TextInProgress],
         chooser: Chooser,
         skips: Skips,
         margin: float,
         *,
         unwritable: torch.Tensor,
+        eos_ids: frozenset[int],
     ) -> None:
         """Nothing is computed.
 
@@ -73,12 +74,13 @@ class SpanWriter:
             skips: says which places need no assistant.
             margin: members propose where the main model's first choice is ahead by less.
             unwritable: the main model's ids that are never written.
+            eos_ids: the main model's ids that end a text.
         """
         self._team = team
         self._main = main
         self._assistants = assistants
         self._texts = texts
-        self._ends = [chooser.settings.eos_ids, *(member.eos_ids for member in team.members[1:])]
+        self._ends = [eos_ids, *(member.eos_ids for member in team.members[1:])]
         self._unwritable = [unwritable, *(member.unwritable() for member in team.members[1:])]
         self._margin = margin
         self._words = WordReader(team, assistants, chooser, skips)
@@ -110,6 +112,9 @@ class SpanWriter:
                 ahead.drafts[number] = draft
                 ahead.drafted += len(draft) - 1
         return ahead
+
+    def forget(self, number: int) -> None:
+        """The text has ended: nothing of it is kept here."""
 
     @property
     def _k(self) -> int:

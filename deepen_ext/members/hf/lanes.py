@@ -37,9 +37,16 @@ class Lanes:
         """Raise InputError for a lane that does not exist or was released."""
         check_lane(self._name, lane, self.count, self._order)
 
-    def take_back(self, lanes: Sequence[int]) -> None:
-        """These lanes are fed again, should they have been set aside."""
-        self._aside.difference_update(lanes)
+    def take_back(self, lanes: Sequence[int], stream: AbstractContextManager[None]) -> None:
+        """These lanes are fed again. Those that were set aside go to the end of the ones in use."""
+        back = [lane for lane in lanes if lane in self._aside]
+        if not back:
+            return
+        with stream:
+            for lane in back:
+                in_use = len(self._order) - len(self._aside)
+                self._exchange(lane, self._order[in_use] if in_use < self.cache_lane(lane) else lane)
+                self._aside.remove(lane)
 
     def copy_prefixes(self, wanted: Mapping[int, list[int]], positions: Mapping[int, int]) -> None:
         """What another lane holds of a lane's ids need not be fed: the lane takes its states.
@@ -64,6 +71,7 @@ class Lanes:
         with self._moving(self._order[at + 1 :]), stream:
             self._cache.close_gap(at, len(self._order))
             self._order.remove(lane)
+        self._aside.discard(lane)
 
     def set_aside(self, lane: int, stream: AbstractContextManager[None]) -> None:
         """The lane is not fed for a while: it changes places with the last one in use."""
@@ -71,13 +79,18 @@ class Lanes:
         in_use = [other for other in self._order if other not in self._aside]
         if not in_use:
             return
-        one, last = self.cache_lane(lane), self.cache_lane(in_use[-1])
-        if one > last:
+        if self.cache_lane(lane) < self.cache_lane(in_use[-1]):
+            with stream:
+                self._exchange(lane, in_use[-1])
+
+    def _exchange(self, lane: int, other: int) -> None:
+        """Two lanes change places in the cache."""
+        if lane == other:
             return
-        end = max(len(self.ids[lane]), len(self.ids[in_use[-1]]))
-        with self._moving([lane, in_use[-1]]), stream:
-            self._cache.exchange(one, last, end)
-            self._order[one], self._order[last] = self._order[last], self._order[one]
+        one, two = self.cache_lane(lane), self.cache_lane(other)
+        with self._moving([lane, other]):
+            self._cache.exchange(one, two, max(len(self.ids[lane]), len(self.ids[other])))
+            self._order[one], self._order[two] = other, lane
 
     def clear(self) -> None:
         """Release all."""

@@ -98,7 +98,7 @@ class HFSession(Closing):
             logits = torch.empty((0, loaded.vocab_size), dtype=loaded.dtype, device=loaded.device)
             return self._answer(logits, k)
         self._take_unread()
-        self._lanes.take_back(list(wanted))
+        self._lanes.take_back(list(wanted), self._on_own_stream())
         unfed = self._roll_back(wanted, counts)
         self._usable = False  # for another session, should this fail
         with failures_of(loaded.name), self._work():
@@ -178,9 +178,13 @@ class HFSession(Closing):
         self._known.pop(lane, None)
         self._lanes.release(lane, self._on_own_stream())
 
-    def set_aside(self, lane: int) -> None:
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
         """See `Session`. On the CPU the lanes that are still asked for stay side by side in the cache."""
         self._lanes.check(lane)
+        if forget:
+            self._take_unread()
+            self._known.pop(lane, None)
+            self._lanes.ids[lane] = []
         if not self._fixed:  # over fixed buffers all lanes are run at every step
             self._lanes.set_aside(lane, self._on_own_stream())
 

@@ -76,9 +76,11 @@ class HttpSession:
             self._check(lane, ids)
             yield self.said(self._backend.answer(asked, read=True), k)
 
-    def set_aside(self, lane: int) -> None:
-        """See `Session`. Only what is asked for is sent."""
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
+        """See `Session`. Only what is asked for is sent; what the server holds is its own affair."""
         check_lane(self._backend.name, lane, self._count, self._slots)
+        if forget:
+            self._known.pop(lane, None)
 
     def release(self, lane: int) -> None:
         """See `Session`."""

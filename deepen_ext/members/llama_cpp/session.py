@@ -112,9 +112,11 @@ class LlamaSession(Closing):
                 yield Distribution(self._loaded.name, self._loaded.vocab_size, k, logits.clone())
             at = end
 
-    def set_aside(self, lane: int) -> None:
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
         """See `Session`. Only what is asked for goes through the model in any case."""
         check_lane(self._loaded.name, lane, self._count, self._ids)
+        if forget:
+            self._drop_from(lane, 0)
 
     def release(self, lane: int) -> None:
         """See `Session`."""

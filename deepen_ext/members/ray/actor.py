@@ -100,9 +100,13 @@ class MemberActor(Actor):
         """The next block of a reading that has not ended."""
         return self._next_block(self._sessions[number], lane)
 
-    def set_aside(self, number: int, lane: int) -> None:
+    def set_aside(self, number: int, lane: int, forget: bool) -> None:
         """See `Session`. Nobody waits for this, or for the next two."""
-        self._sessions[number].session.set_aside(lane)
+        held = self._sessions[number]
+        held.session.set_aside(lane, forget=forget)
+        if forget:
+            held.texts.pop(lane, None)
+            held.readings.pop(lane, None)
 
     def release(self, number: int, lane: int) -> None:
         """See `Session`."""

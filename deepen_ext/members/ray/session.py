@@ -87,10 +87,12 @@ class RaySession(Closing):
                 )
             reference = backend.call("read_on", self._number, lane)
 
-    def set_aside(self, lane: int) -> None:
+    def set_aside(self, lane: int, *, forget: bool = False) -> None:
         """See `Session`."""
         check_lane(self._backend.name, lane, self._count, self._texts)
-        self._backend.tell("set_aside", self._number, lane)
+        if forget:
+            self._texts[lane] = []
+        self._backend.tell("set_aside", self._number, lane, forget)
 
     def release(self, lane: int) -> None:
         """See `Session`."""

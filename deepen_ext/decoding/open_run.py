@@ -1,0 +1,296 @@
+"""A run that texts join and leave between its cycles, each with settings of its own.
+
+A text that joins has its prompt read in pieces, one piece in a cycle, so that the texts beside it go on
+(chunked prefill; Agrawal et al., arXiv 2308.16369). The last piece is read in the cycle of its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+
+from deepen_ext.decoding.accept import Accepted
+from deepen_ext.decoding.assistants import AssistedStep
+from deepen_ext.decoding.cycle import Cycles
+from deepen_ext.decoding.drafts.draft_settings import DraftSettings
+from deepen_ext.decoding.generation import FinishReason, Timings
+from deepen_ext.decoding.kept_lanes import KeptLanes
+from deepen_ext.decoding.limits import check_lengths
+from deepen_ext.decoding.places import Ahead
+from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS
+from deepen_ext.decoding.prompts import Prompt
+from deepen_ext.decoding.sampler import ChoiceError
+from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.team import Team
+from deepen_ext.decoding.text_in_progress import TextInProgress, Written
+from deepen_ext.decoding.trace import Observer
+from deepen_ext.members.member import Member
+
+_CAPACITY = 256  # tokens of a text that there is room for at first
+
+
+@dataclass
+class _Prompt:
+    """A prompt that is being read: of each member, how many tokens are read, and how many are to be."""
+
+    goals: list[int]
+    read: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return sum(goal - read for goal, read in zip(self.goals, self.read, strict=True))
+
+
+class OpenRun(Cycles):
+    """Texts of one team, as many at once as there are lanes. One thread uses it.
+
+        number = run.add(prompt, settings)
+        while run.busy:
+            for written in run.step(): ...
+            run.ended()                         texts that are done, by number
+
+    What all its texts have in common: the team, how drafts are made, the tokens that cannot be written.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        settings: Settings,
+        lanes: int,
+        *,
+        chunk: int,
+        drafts: DraftSettings | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        """Open the sessions; no text is there yet.
+
+        Args:
+            team: who writes.
+            settings: for what all texts have in common (see `joins`).
+            lanes: most texts at once.
+            chunk: most tokens of prompts that each member reads beside texts that are being written.
+            drafts: see `Run`.
+            observer: is told every token.
+
+        Raises:
+            InputError: see `Run`.
+        """
+        super().__init__(
+            team,
+            settings,
+            (),
+            lanes,
+            capacity=_CAPACITY,
+            drafts=drafts,
+            observer=None if observer is None else lambda: observer,
+        )
+        self._lane_count = lanes
+        self._chunk = chunk
+        self._numbers = count()
+        self._prompts: dict[int, _Prompt] = {}
+        self._kept = KeptLanes()
+        self._ended: list[int] = []
+        self.failures: dict[int, ChoiceError] = {}
+        for lane in range(lanes):
+            self._set_aside(lane, forget=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a text is there."""
+        return bool(self._texts)
+
+    @property
+    def free(self) -> int:
+        """How many more texts there are lanes for."""
+        return self._lane_count - len(self._texts)
+
+    @property
+    def reading(self) -> int:
+        """How many texts' prompts are being read."""
+        return len(self._prompts)
+
+    @property
+    def bytes_held(self) -> dict[torch.device, int]:
+        """Bytes of all members' caches, by device."""
+        held: dict[torch.device, int] = {}
+        for session in (self._main, *self._assistants.sessions.values()):
+            for device, size in session.bytes_held.items():
+                held[device] = held.get(device, 0) + size
+        return held
+
+    def add(self, prompt: Prompt, settings: Settings) -> int:
+        """One more text; there is a lane for it. Returns its number.
+
+        Args:
+            prompt: its beginning.
+            settings: its own, with one seed.
+
+        Raises:
+            InputError: it exceeds a context, or the memory that is left.
+        """
+        number = next(self._numbers)
+        self._chooser.add(number, settings, prompt.main_ids)
+        self._take(number, prompt, settings)
+        lengths = {n: self._assistants.texts[n].tokens() for n in self._texts}
+        try:
+            check_lengths(self._team, self._texts, lengths, self._lane_count, held=self._bytes_of)
+        except BaseException:
+            self._schedule.withdraw(number)
+            self._forget(number)
+            raise
+        for text in self._schedule.begin(self._best_lane):
+            self._assistants.lanes = self._schedule.lanes
+            self._prompts[text] = self._prompt(text)
+        return number
+
+    def text(self, number: int) -> TextInProgress:
+        """A text that is there."""
+        return self._texts[number]
+
+    def cancel(self, number: int) -> None:
+        """The text ends here."""
+        self._end(number, "cancelled")
+
+    def step(self) -> list[Written]:
+        """Read some of the prompts, and write a token or more of every text that is being written.
+
+        Raises:
+            DeepenError: see `Run`. The run can only be closed then. What is wrong with one text alone ends
+                that text: see `failures`.
+        """
+        self._timings = Timings(members_ms=dict.fromkeys(self._team.names, 0.0))
+        self._read_prompts()
+        self._end_full()
+        ready = any(prompt.left == 0 for prompt in self._prompts.values())
+        written = self._cycle() if self._schedule.active or ready else []
+        if (failure := self._acceptor.take_failure()) is not None:
+            self._fail(failure)
+        return written
+
+    def ended(self) -> dict[int, TextInProgress]:
+        """The texts that have ended since the last call. They are forgotten."""
+        ended = {number: self._texts[number] for number in self._ended}
+        self._ended = []
+        for number, text in ended.items():
+            if rest := self._assistants.texts[number].finish():
+                text.pieces.append(rest)
+            self._forget(number)
+        return ended
+
+    def close(self) -> None:
+        """Free all caches, and keep the relative rows that were computed."""
+        self._free()
+
+    def _read_prompts(self) -> None:
+        """A piece of the prompts, for each member: of those with least left first, and of the oldest."""
+        if not self._prompts:
+            return
+        alone = not self._schedule.active
+        budget = [self._chunk if not alone else 1 << 30] * len(self._team.members)
+        oldest = next(iter(self._prompts))
+        order = sorted(self._prompts, key=lambda number: self._prompts[number].left)
+        for number in dict.fromkeys([oldest, *order]):
+            share = 2 if number == oldest and len(order) > 1 and not alone else 1
+            self._read_piece(number, budget, share)
+
+    def _read_piece(self, number: int, budget: list[int], share: int) -> None:
+        prompt, lane = self._prompts[number], self._schedule.lanes[number]
+        for member, ids in enumerate(self._ids(number)):
+            session = self._assistants.sessions.get(member) if member else self._main
+            goal, read = prompt.goals[member], prompt.read[member]
+            piece = min(goal - read, budget[member] // share)
+            if session is None or piece <= 0:
+                continue
+            session.ask({lane: ids[: read + piece]}, 1).wait()
+            prompt.read[member] += piece
+            budget[member] -= piece
+
+    def _prompt(self, number: int) -> _Prompt:
+        """What is to be read ahead: all but what the cycle of the first token reads."""
+        last = PROMPT_TOKENS + 1 if self._team.weighs_prompts else self._chunk
+        ids = self._ids(number)
+        goals = [max(len(own) - last, 0) for own in ids]
+        spared = [min(goal, own) for goal, own in zip(goals, self._shared(number, ids), strict=True)]
+        for member, (own, shared) in enumerate(zip(ids, spared, strict=True)):
+            session = self._assistants.sessions.get(member) if member else self._main
+            if shared and session is not None:  # states that another lane has cost no forward but one
+                session.ask({self._schedule.lanes[number]: own[:shared]}, 1).wait()
+        return _Prompt(goals, spared)
+
+    def _shared(self, number: int, ids: Sequence[list[int]]) -> list[int]:
+        """Of each member, how many of these ids some lane holds already."""
+        others = [self._ids(other) for other in self._schedule.active if other != number]
+        return self._kept.shared(ids, others)
+
+    def _best_lane(self, text: int, free: Sequence[int]) -> int:
+        return self._kept.best(self._texts[text].ids, free)
+
+    def _begun(self) -> list[int]:
+        """The texts whose prompts are read but for the last piece; beside others, no more than a chunk."""
+        begun: list[int] = []
+        room = self._chunk if self._schedule.active else 1 << 30
+        for number, prompt in list(self._prompts.items()):
+            if prompt.left == 0 and room > 0:
+                begun.append(number)
+                room -= len(self._texts[number].ids) - prompt.read[0]
+                del self._prompts[number]
+        self._schedule.start(begun)
+        return begun
+
+    def _accepted(self, ahead: Ahead, step: AssistedStep) -> list[Accepted]:
+        try:
+            return super()._accepted(ahead, step)
+        except ChoiceError as error:
+            self._fail(error)
+            return []
+
+    def _fail(self, error: Exception) -> None:
+        """A text that cannot go on ends, and the others do."""
+        if not isinstance(error, ChoiceError):
+            raise error
+        self.failures[error.text] = error
+        self._end(error.text, "cancelled")
+
+    def _end(self, number: int, reason: FinishReason) -> None:
+        if self._texts[number].finish_reason is None:
+            self._texts[number].finish_reason = reason
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        """Keep the newest lanes' states for texts that begin alike; the others are emptied."""
+        unread = self._prompts.pop(number, None)
+        ids = self._ids(number)
+        if unread is not None:
+            ids = [own[:read] for own, read in zip(ids, unread.read, strict=True)]
+        lane = self._schedule.end(number)
+        self._ended.append(number)
+        self._set_aside(lane)
+        oldest = self._kept.keep(lane, [own[:-1] for own in ids])  # the last token was not read
+        if oldest is not None:
+            self._set_aside(oldest, forget=True)
+
+    def _set_aside(self, lane: int, *, forget: bool = False) -> None:
+        for session in (self._main, *self._assistants.sessions.values()):
+            session.set_aside(lane, forget=forget)
+
+    def _bytes_of(self, member: Member, lanes: int) -> Mapping[torch.device, int]:
+        """What the member's session holds."""
+        i = next(i for i, own in enumerate(self._team.members) if own is member)
+        session = self._assistants.sessions.get(i) if i else self._main
+        return {} if session is None else session.bytes_held
+
+    def _ids(self, number: int) -> list[list[int]]:
+        """The text's ids, member after member; what an assistant that was lost has is no matter."""
+        own = self._assistants.texts[number]
+        return [self._texts[number].ids, *(own.ids(i) for i in range(len(self._team.members) - 1))]
+
+    def _forget(self, number: int) -> None:
+        del self._texts[number]
+        self._assistants.forget(number)
+        self._chooser.forget(number)
+        self._stopping.forget(number)
+        self._pace.forget(number)
+        self._writer.forget(number)
