@@ -56,8 +56,8 @@ def against(logits, wanted, *, learning_rate, steps, share=1.0, min_probability=
 class Settled:
     """What a Certificate asks of a Chooser, for greedy decoding without processors."""
 
-    class settings:
-        do_sample = False
+    def samples(self, row):
+        return False
 
     def processors(self, row):
         return []

@@ -16,7 +16,7 @@ from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.assistants import AssistedStep
 from deepen_ext.decoding.cycle import Cycles
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
-from deepen_ext.decoding.generation import FinishReason, Timings
+from deepen_ext.decoding.generation import FinishReason, Generation, Timings
 from deepen_ext.decoding.kept_lanes import KeptLanes
 from deepen_ext.decoding.limits import check_lengths
 from deepen_ext.decoding.places import Ahead
@@ -146,9 +146,9 @@ class OpenRun(Cycles):
             self._prompts[text] = self._prompt(text)
         return number
 
-    def text(self, number: int) -> TextInProgress:
-        """A text that is there."""
-        return self._texts[number]
+    def result(self, number: int) -> Generation:
+        """What was written of a text so far."""
+        return self._texts[number].result(self._timings, self._backends)
 
     def cancel(self, number: int) -> None:
         """The text ends here."""
@@ -175,8 +175,7 @@ class OpenRun(Cycles):
         ended = {number: self._texts[number] for number in self._ended}
         self._ended = []
         for number, text in ended.items():
-            if rest := self._assistants.texts[number].finish():
-                text.pieces.append(rest)
+            text.rest = self._assistants.texts[number].finish()
             self._forget(number)
         return ended
 

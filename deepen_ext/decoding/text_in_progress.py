@@ -27,6 +27,7 @@ class TextInProgress:
     pieces: list[str] = field(default_factory=list)
     recent: str = ""  # the end of the new text with special tokens' names, for stop strings
     changed: int = 0  # tokens that are not the main model's own first choice
+    rest: str = ""  # what an unfinished character left, at the end
     finish_reason: FinishReason | None = None
     lost: dict[str, int] = field(default_factory=dict)  # by member: new tokens before it was lost
 

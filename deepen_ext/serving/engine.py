@@ -1,55 +1,79 @@
 """The engine: requests come at any time, texts join and leave between the steps of one loop.
 
-INTERFACE ONLY, being built.
+    submit(request, listener)      any thread: the request is checked and queued
+    the engine's thread            lets texts join, steps every run, tells the listeners
+
+Texts of one ensemble with one way of drafting are written together, in a run; another fuser, or other
+weights, make another run. The runs take turns.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from time import monotonic
 
+from deepen_ext.adapters.prompt_texts import text_of
+from deepen_ext.decoding.drafts.draft_settings import DraftSettings
+from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
+from deepen_ext.decoding.prompts import Prompt, read_prompts
+from deepen_ext.decoding.settings import Settings
 from deepen_ext.ensemble import Ensemble
-from deepen_ext.errors import InputError
+from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.ground.closing import Closing
+from deepen_ext.ground.numbers import whole_number
+from deepen_ext.members.chat import PromptText
+from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 from deepen_ext.serving.requests import Listener, Request
+from deepen_ext.serving.running import Running, Waiting
 
-
-class Busy(InputError):
-    """No room for one more request now.
-
-    Attributes:
-        retry_after: seconds after which to try again, by what texts have taken lately.
-    """
-
-    retry_after: int
-
-
-class UnknownModel(InputError):
-    """No model of this name is served."""
+_VARIANTS = 16  # ensembles with settings of single requests that are kept ready
+_IDLE_SECONDS = 30.0  # a run without texts keeps its caches so long
+_TURN_SECONDS = 0.5  # how often a waiting thread looks around
+_REMEMBERED = 32  # texts whose times say how long a request will wait
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine is doing."""
+    """What the engine is doing.
 
-    running: int  # texts being written
-    reading: int  # texts whose prompt is being read
-    waiting: int  # requests in the queue
-    tokens: int  # written since the start
-    prompt_tokens: int  # read since the start
-    bytes_held: int  # of caches, over all devices
+    Attributes:
+        running: texts being written.
+        reading: texts whose prompt is being read.
+        waiting: requests in the queue.
+        tokens: written since the start.
+        prompt_tokens: of the prompts that texts began with since the start.
+        bytes_held: of caches, over all devices.
+    """
+
+    running: int
+    reading: int
+    waiting: int
+    tokens: int
+    prompt_tokens: int
+    bytes_held: int
 
 
 class Ticket:
-    """A request that was taken."""
+    """A request that was taken.
 
-    prompt_tokens: int
+    Attributes:
+        prompt_tokens: of the main model.
+    """
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+        self.prompt_tokens = len(waiting.prompt.main_ids)
 
     def cancel(self) -> None:
         """The text is not wanted any more: it leaves after the present step. Its `Ended` says "cancelled"."""
+        self._waiting.cancelled = True
 
 
-class Engine:
-    """One thread writes all texts; any thread may submit."""
+class Engine(Closing):
+    """One thread writes all texts; any thread may submit. A context manager."""
 
     def __init__(
         self,
@@ -57,24 +81,211 @@ class Engine:
         *,
         lanes: int = 32,
         queue: int = 256,
-        prompt_chunk: int = 256,
+        prompt_chunk: int = 64,
     ) -> None:
-        """models: by served name; a member alone is `Ensemble([member], fuser="single")`."""
+        """Start the thread.
+
+        Args:
+            models: by served name; a member alone is ``Ensemble([member], fuser="single")``.
+            lanes: most texts at once, of each run.
+            queue: most requests that wait.
+            prompt_chunk: most tokens of new prompts that are read in a step beside texts being written.
+
+        Raises:
+            InputError: no models, or a number out of range.
+        """
+        if not models:
+            raise InputError("there is nothing to serve; name at least one ensemble")
+        self.models = dict(models)
+        self._lanes = whole_number("lanes", lanes, 1)
+        self._most_waiting = whole_number("queue", queue, 1)
+        self._chunk = whole_number("prompt_chunk", prompt_chunk, 1)
+        self._variants: OrderedDict[object, Ensemble] = OrderedDict()
+        self._waiting: deque[Waiting] = deque()
+        self._runs: dict[object, Running] = {}
+        self._changed = threading.Condition()
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED)  # what texts took lately
+        self._closing = self._stop_now = False
+        self._tokens = self._prompt_tokens = 0
+        self._load = (0, 0, 0)  # running, reading, bytes held: as the thread last saw it
+        self._thread = threading.Thread(target=self._work, name="deepen-ext engine", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request, listener: Listener) -> Ticket:
         """Check the request and queue it.
 
+        Args:
+            request: what is asked for.
+            listener: is told what becomes of it, in the engine's thread.
+
         Raises:
             UnknownModel: see there.
-            Busy: the queue is full, or the memory is taken by other texts now.
-            InputError: a setting, a prompt longer than a context, or one that no memory here could hold.
+            Busy: the queue is full.
+            Closed: see there.
+            InputError: a setting, or a prompt that is longer than a context or than any memory here holds.
         """
-        raise NotImplementedError
+        ensemble = self._ensemble(request)
+        team = ensemble.team
+        settings = Settings.read(team.main, **request.decoding)
+        check_main_model(team, settings)
+        check_choice(team, settings)
+        drafts = DraftSettings.read(team, request.draft, "auto")
+        prompt = _read_prompt(ensemble, request)
+        waiting = Waiting(request, ensemble, settings, drafts, prompt, listener)
+        check_lengths(team, {0: waiting.text()}, {0: waiting.assistant_lengths()}, 1, None)
+        with self._changed:
+            if self._closing:
+                raise Closed("this server is about to end and takes no new requests")
+            if len(self._waiting) >= self._most_waiting:
+                raise Busy(f"{len(self._waiting)} requests wait already", self._retry_after())
+            self._waiting.append(waiting)
+            self._changed.notify()
+        return Ticket(waiting)
 
     @property
     def load(self) -> Load:
         """Now."""
-        raise NotImplementedError
+        running, reading, held = self._load
+        return Load(running, reading, len(self._waiting), self._tokens, self._prompt_tokens, held)
 
     def close(self, seconds: float = 0.0) -> None:
-        """No new requests (they get Busy); running ones may go on so long, then they end as "cancelled"."""
+        """No new requests. Texts may go on so many seconds; then they end as "cancelled"."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(max(seconds, 0.0))
+        self._stop_now = True
+        with self._changed:
+            self._changed.notify()
+        self._thread.join()
+
+    def _ensemble(self, request: Request) -> Ensemble:
+        """The model with the request's own settings of fusion."""
+        try:
+            ensemble = self.models[request.model]
+        except KeyError:
+            raise UnknownModel(
+                f"no model {request.model!r} is served here; choose one of {', '.join(self.models)}"
+            ) from None
+        if not request.fusion:
+            return ensemble
+        key = request.model, repr(sorted(request.fusion.items()))
+        with self._changed:
+            if key in self._variants:
+                self._variants.move_to_end(key)
+                return self._variants[key]
+        variant = ensemble.variant(**request.fusion)
+        with self._changed:
+            self._variants[key] = variant
+            if len(self._variants) > _VARIANTS:
+                self._variants.popitem(last=False)
+        return variant
+
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue is free, about."""
+        usual = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
+        return max(1, round(usual / self._lanes))
+
+    def _work(self) -> None:
+        """The engine's thread."""
+        try:
+            while not self._stop_now:
+                self._join()
+                busy = [run for run in list(self._runs.values()) if run.busy]
+                for run in busy:
+                    self._count(run.step())
+                self._note()
+                if busy:
+                    continue
+                self._close_idle()
+                with self._changed:
+                    if self._closing and not self._waiting:
+                        return
+                    if not self._waiting:
+                        self._changed.wait(_TURN_SECONDS)
+        finally:
+            for run in self._runs.values():
+                run.cancel_all()
+                run.close()
+            with self._changed:
+                left, self._waiting = list(self._waiting), deque()
+            for waiting in left:
+                waiting.end_unbegun()
+            self._load = (0, 0, 0)
+
+    def _join(self) -> None:
+        """Let waiting texts join their runs, in order; one that finds no room lets none of its run pass."""
+        full: set[object] = set()
+        for waiting in list(self._waiting):
+            if waiting.cancelled:
+                self._take(waiting)
+                waiting.end_unbegun()
+            elif waiting.key not in full and not self._joined(waiting):
+                full.add(waiting.key)
+
+    def _joined(self, waiting: Waiting) -> bool:
+        """Whether the text found room; told as failed, it needs none."""
+        run = self._runs.get(waiting.key)
+        if run is not None and not run.free:
+            return False
+        try:
+            if run is None:
+                run = Running(waiting, self._lanes, self._chunk)
+                self._runs[waiting.key] = run
+            run.add(waiting)
+        except InputError as error:
+            if any(other.busy for other in self._runs.values()):
+                return False  # the memory is others' now
+            self._take(waiting)
+            waiting.fail(error)
+            return True
+        except Exception as error:
+            self._take(waiting)
+            waiting.fail(_named(error))
+            return True
+        self._prompt_tokens += len(waiting.prompt.main_ids)
+        self._take(waiting)
+        return True
+
+    def _take(self, waiting: Waiting) -> None:
+        with self._changed:
+            self._waiting.remove(waiting)
+
+    def _count(self, done: tuple[int, list[float]]) -> None:
+        tokens, seconds = done
+        self._tokens += tokens
+        self._seconds.extend(seconds)
+
+    def _note(self) -> None:
+        runs = [run for run in self._runs.values() if not run.broken]
+        self._runs = {key: run for key, run in self._runs.items() if not run.broken}
+        self._load = (
+            sum(run.writing for run in runs),
+            sum(run.reading for run in runs),
+            sum(run.bytes_held for run in runs),
+        )
+
+    def _close_idle(self) -> None:
+        """Free the caches of runs that nobody has needed for a while; all of them where requests wait."""
+        for key, run in list(self._runs.items()):
+            if not run.busy and (self._waiting or monotonic() - run.used > _IDLE_SECONDS):
+                run.close()
+                del self._runs[key]
+
+
+def _read_prompt(ensemble: Ensemble, request: Request) -> Prompt:
+    given = request.prompt
+    if isinstance(given, str) or not given or not all(type(one) is int for one in given):
+        return read_prompts(ensemble.members, given, request.without_template)[0]  # type: ignore[arg-type]
+    main, ids = ensemble.members[0], [int(one) for one in given]  # type: ignore[call-overload]
+    if min(ids) < 0 or max(ids) >= main.vocab_size:
+        raise InputError(f"the prompt's token ids must lie in 0..{main.vocab_size - 1}")
+    text, unfinished = text_of(main, ids)
+    return Prompt(ids, [PromptText(text)] * (len(ensemble.members) - 1), unfinished)
+
+
+def _named(error: Exception) -> DeepenError:
+    """The error as a listener gets it."""
+    if isinstance(error, DeepenError):
+        return error
+    return ModelError(f"the text could not be begun: {type(error).__name__}: {error}")

@@ -98,7 +98,6 @@ class Ended:
         finish_reason: see `Generation`.
         text: the rest that an unfinished character leaves; "" mostly.
         prompt_tokens: of the main model.
-        shared_tokens: of these, those that were not read, because another text had begun with them.
         completion_tokens: of the main model, a final EOS included.
         changed_tokens: see `Generation`.
         lost: see `Generation`.
@@ -107,7 +106,6 @@ class Ended:
     finish_reason: FinishReason
     text: str
     prompt_tokens: int
-    shared_tokens: int
     completion_tokens: int
     changed_tokens: int
     lost: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,25 @@
+"""Why a request is not taken."""
+
+from __future__ import annotations
+
+from deepen_ext.errors import InputError
+
+
+class Busy(InputError):
+    """No room for one more request now.
+
+    Attributes:
+        retry_after: seconds after which to try again, by what texts have taken lately.
+    """
+
+    def __init__(self, why: str, retry_after: int) -> None:
+        super().__init__(f"{why}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class Closed(InputError):
+    """The engine takes no requests any more."""
+
+
+class UnknownModel(InputError):
+    """No model of this name is served."""
