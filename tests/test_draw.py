@@ -11,8 +11,8 @@ import torch
 from oracle import random_logits
 
 from deepen_ext import Ensemble, InputError
-from deepen_ext.decoding.assistants import _drawn
 from deepen_ext.decoding.generation import BatchGeneration
+from deepen_ext.decoding.shares import drawn
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 
@@ -33,12 +33,12 @@ def traced(ensemble: Ensemble, prompts: Any, **settings: Any) -> tuple[BatchGene
 
 def test_a_members_part_of_the_weights() -> None:
     weights = [0.5, 0.0, 0.3, 0.2]
-    assert [_drawn([0, 1, 2, 3], weights, share) for share in (0, 0.49, 0.5, 0.79, 0.81, 0.99)] == [
+    assert [drawn([0, 1, 2, 3], weights, share) for share in (0, 0.49, 0.5, 0.79, 0.81, 0.99)] == [
         *(0, 0, 2, 2),
         *(3, 3),
     ]
-    assert [_drawn([0, 3], weights, share) for share in (0.7, 0.72)] == [0, 3]  # of those that would speak
-    assert _drawn([0, 1], [0.0, 0.0, 0.5, 0.5], 0.5) == 0
+    assert [drawn([0, 3], weights, share) for share in (0.7, 0.72)] == [0, 3]  # of those that would speak
+    assert drawn([0, 1], [0.0, 0.0, 0.5, 0.5], 0.5) == 0
 
 
 def test_its_likelihood_is_the_average(pair: Ensemble) -> None:

@@ -242,8 +242,9 @@ class OpenRun(Cycles):
     def _accepted(self, ahead: Ahead, step: AssistedStep) -> list[Accepted]:
         try:
             return super()._accepted(ahead, step)
-        except ChoiceError as error:
-            self._fail(error)
+        except ChoiceError as error:  # the cycle lets go of texts that have a finish reason
+            self.failures[error.text] = error
+            self._texts[error.text].finish_reason = "cancelled"
             return []
 
     def _fail(self, error: Exception) -> None:

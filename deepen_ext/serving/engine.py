@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
+from typing import cast
 
 from deepen_ext.adapters.prompt_texts import text_of
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
-from deepen_ext.decoding.prompts import Prompt, read_prompts
+from deepen_ext.decoding.prompts import Messages, Prompt, read_prompts
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import DeepenError, InputError, ModelError
@@ -274,10 +275,11 @@ class Engine(Closing):
 
 
 def _read_prompt(ensemble: Ensemble, request: Request) -> Prompt:
-    given = request.prompt
-    if isinstance(given, str) or not given or not all(type(one) is int for one in given):
-        return read_prompts(ensemble.members, given, request.without_template)[0]  # type: ignore[arg-type]
-    main, ids = ensemble.members[0], [int(one) for one in given]  # type: ignore[call-overload]
+    given, main = request.prompt, ensemble.members[0]
+    if isinstance(given, str) or not all(type(one) is int for one in given) or not given:
+        prompts = cast("str | Messages", given)
+        return read_prompts(ensemble.members, prompts, request.without_template)[0]
+    ids = list(cast("Sequence[int]", given))
     if min(ids) < 0 or max(ids) >= main.vocab_size:
         raise InputError(f"the prompt's token ids must lie in 0..{main.vocab_size - 1}")
     text, unfinished = text_of(main, ids)

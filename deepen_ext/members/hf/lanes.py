@@ -88,8 +88,9 @@ class Lanes:
         if lane == other:
             return
         one, two = self.cache_lane(lane), self.cache_lane(other)
+        end = max(len(self.ids[lane]), len(self.ids[other]))
         with self._moving([lane, other]):
-            self._cache.exchange(one, two, max(len(self.ids[lane]), len(self.ids[other])))
+            self._cache.exchange(one, two, end)
             self._order[one], self._order[two] = other, lane
 
     def clear(self) -> None:
