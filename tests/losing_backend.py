@@ -26,6 +26,7 @@ class Losing:
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
+        self.elsewhere = False
         self.arm(None)
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +39,6 @@ class Losing:
         self.calls: list[str] = []
         self.sessions: list[LosingSession] = []
         self.lost = False
-        self.elsewhere = False
 
     def call(self, kind: str) -> None:
         """One more call: the member may be lost by it, or be lost already."""
