@@ -186,7 +186,7 @@ class TestStop:
             pytest.raises(MemberLost, match="gone at"),
         ):
             main.generate(**ids, max_new_tokens=NEW, logits_processor=[processor])
-        with pytest.raises(InputError, match="needs the ensemble's own loop"):
+        with pytest.raises(InputError, match="cannot be used here: only Ensemble"):
             DeepenLogitsProcessor(ensembles(0, 1, on_failure="continue"))
 
     def test_what_cannot_be_opened_is_closed_again(self, ensembles, members: list[Member], tmp_path) -> None:
