@@ -500,6 +500,49 @@ def test_two_hundred_losses_leave_nothing_open(ensembles, members: list[Member])
     assert continued > 20
 
 
+class TestEvaluation:
+    @pytest.mark.parametrize("scoring", ["generation", "likelihood"])
+    def test_what_was_answered_stands(
+        self, ensembles, members: list[Member], tmp_path: Path, scoring: str
+    ) -> None:
+        """The error names the member; given again, the call goes on where it ended, to the same answers."""
+        (tmp_path / "data" / "piqa").mkdir(parents=True)
+        lines = [
+            {"question": f"To dry {n} hands", "A": f"use towel {n}", "B": "use oil", "answer": "AB"[n % 2]}
+            for n in range(6)
+        ]
+        test_file = tmp_path / "data" / "piqa" / "test.jsonl"
+        test_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = []
+        calls = 0
+        for name in ("whole", "lost"):
+            backend_of(members[1]).arm(calls // 2 if name == "lost" else None)
+            out = tmp_path / name
+
+            def run(out: Path = out) -> None:
+                evaluate(
+                    {"x": ensembles(0, 1)}, "piqa", tmp_path / "data", out=out, batch_size=1, scoring=scoring
+                )
+
+            if name == "lost":
+                with pytest.raises(MemberLost, match="first: gone at"):
+                    run()
+                assert 0 < len(_answers(out)) < len(lines)
+                backend_of(members[1]).arm(None)
+            run()
+            calls = len([one for one in backend_of(members[1]).calls if one in QUESTIONS])
+            found.append(_answers(out))
+        assert len(found[0]) == len(lines)
+        assert found[0] == found[1]
+
+
+def _answers(out: Path) -> list[Any]:
+    """What is on disk of the items, without times."""
+    (file,) = out.glob("*.jsonl")
+    items = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return [{name: value for name, value in one.items() if name != "timing"} for one in items]
+
+
 class TestWhereItIsSet:
     def test_a_wrong_value(self, ensembles) -> None:
         with pytest.raises(InputError, match="on_failure is 'retry'; use 'stop' or 'continue'"):

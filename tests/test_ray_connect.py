@@ -40,7 +40,9 @@ def test_the_one_that_a_file_names(tmp_path: Path, dead: str) -> None:
     note = tmp_path / "ray" / "ray_current_cluster"
     note.write_text(dead)
     for address in (None, "auto"):
-        with pytest.raises(InputError, match=rf"no Ray cluster answers at '{dead}' .*{note} names.*Remove it"):
+        with pytest.raises(
+            InputError, match=rf"no Ray cluster answers at '{dead}' .*{note} names.*Remove it"
+        ):
             connect(address)
     note.unlink()
     assert connect(None) is ray
