@@ -77,6 +77,23 @@ def gemma(gemma_dir: Path) -> Member:
 
 
 @pytest.fixture(scope="session")
+def real_ray() -> None:
+    """Ray on this machine."""
+    from ray_cluster import start_ray
+
+    start_ray()
+
+
+@pytest.fixture(scope="session")
+def one_byte_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A main model and an assistant: one token a byte."""
+    from tiny_models import one_byte_tokens, save_model
+
+    folder = tmp_path_factory.mktemp("models")
+    return [save_model(folder / f"tiny-{seed}", one_byte_tokens(), seed=seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="session")
 def tokenizers(
     request: pytest.FixtureRequest, qwen_tokenizer_dir: Path
 ) -> dict[str, PreTrainedTokenizerBase]:

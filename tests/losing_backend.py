@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from deepen_ext.errors import MemberLost
-from deepen_ext.members.backend import Answer, Session
+from deepen_ext.members.backend import Answer, Capabilities, Session
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.member import Member
 
@@ -21,10 +21,12 @@ class Losing:
     Attributes:
         calls: the names of the calls so far.
         sessions: all that were opened.
+        elsewhere: it is asked before the main model works.
     """
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
+        self.elsewhere = False
         self.arm(None)
 
     def __getattr__(self, name: str) -> Any:
@@ -47,6 +49,10 @@ class Losing:
         self.calls.append(kind)
         if self.lost:
             raise MemberLost(self.backend.name, f"gone at {kind}")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(self.backend.capabilities, elsewhere=self.elsewhere)
 
     def open(self, lanes: int = 1, capacity: int = 0) -> LosingSession:
         self.call("open")
@@ -95,11 +101,13 @@ class LosingSession:
         self._session.set_aside(lane, forget=forget)
 
     def release(self, lane: int) -> None:
+        assert not self.under_way
         self.held.discard(lane)
         self._session.release(lane)
         self._backend.call("release")
 
     def close(self) -> None:
+        assert not self.under_way
         self.held.clear()
         self.closed = True
         self._session.close()
@@ -119,6 +127,9 @@ class LosingAnswer:
         said = self._answer.wait()
         self._backend.call("wait")
         return said
+
+    def ready(self) -> bool:
+        return self._answer.ready()
 
 
 def losing(member: Member) -> Member:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from draft_cases import Cases, differences, drafts_of
+from far_backend import FarBackend, far, some_elsewhere
 from tiny_models import AWKWARD, PROSE, tiny_of_tokenizer, tiny_reader
 from transformers import Qwen2Config
 
@@ -38,11 +39,12 @@ def members(
     layers = ["sliding_attention", "full_attention"]
     two = {"num_hidden_layers": 2, "layer_types": layers}
     one = {"num_hidden_layers": 1}
-    return {
-        "smollm2": tiny_reader(tiny_smollm2, "smollm2", PROSE + AWKWARD, seed=1, **one),
-        "gemma": tiny_reader(tiny_gemma, "gemma", AWKWARD + PROSE[1200:], seed=2, **two),
-        "qwen": tiny_reader(qwen, "qwen", PROSE[:3000] + AWKWARD * 2, seed=3, layer_types=layers[1:], **one),
-    }
+    read = [
+        tiny_reader(tiny_smollm2, "smollm2", PROSE + AWKWARD, seed=1, **one),
+        tiny_reader(tiny_gemma, "gemma", AWKWARD + PROSE[1200:], seed=2, **two),
+        tiny_reader(qwen, "qwen", PROSE[:3000] + AWKWARD * 2, seed=3, layer_types=layers[1:], **one),
+    ]
+    return {member.name: far(member) for member in read}
 
 
 @pytest.mark.slow
@@ -58,6 +60,7 @@ def test_the_same_with_and_without_drafts(members: dict[str, Member]) -> None:
         ensemble = cases.ensemble(case)
         vocabulary = ensemble.members[0].vocabulary
         prompts = [vocabulary.prefix_ids + vocabulary.encode(one) for one in case.prompts]
+        FarBackend.reset()
         with SharedForwards() as kept:
             shared = kept if rng.random() < 0.15 else None
             want = case.write(ensemble, shared, draft=0)
@@ -67,6 +70,7 @@ def test_the_same_with_and_without_drafts(members: dict[str, Member]) -> None:
             assert want.timings.drafted == 0
             for _ in range(4):
                 drafts = drafts_of(rng, case, ensemble)
+                some_elsewhere(rng, ensemble.names)
                 got = case.write(ensemble, shared, **drafts)
                 seen += _seen(got)
                 if found := list(differences(want, got, prompts)):

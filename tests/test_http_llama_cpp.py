@@ -110,6 +110,29 @@ def test_without_its_key(server: LlamaServer) -> None:
         load_member(server.url, tokenizer=GEMMA)
 
 
+def test_the_others_go_on() -> None:
+    """The server is killed in the middle of a text, with on_failure="continue"."""
+    main = load_member(SMOLLM2)
+    with llama_server(demo.gguf_file("gemma-3-270m")) as server:
+        member = load_member(server.url, tokenizer=GEMMA)
+        ensemble = Ensemble([main, member], fuser="deepen", on_failure="continue")
+        whole = ensemble.generate(PROMPTS[0], max_new_tokens=8, min_new_tokens=8, draft=0).token_ids
+        run = ensemble.start(PROMPTS[0], max_new_tokens=16, min_new_tokens=16, draft=0)
+        for _ in range(5):
+            next(iter(run))
+        server.stop()
+        with pytest.warns(UserWarning, match="Gemma-3-270M: .*; the others go on without it"):
+            list(run)
+        (found,) = run.results()
+        at = found.lost["Gemma-3-270M"]
+        assert at == 5
+        assert found.token_ids[:at] == whole[:at]
+        text = PROMPTS[0] + main.vocabulary.decode(found.token_ids[:at]).decode()
+        rest = Ensemble([main], fuser="single").generate(text, max_new_tokens=16 - at, min_new_tokens=16 - at)
+        assert found.token_ids[at:] == rest.token_ids
+        member.backend.close()
+
+
 def test_started_again_with_another_model(served: Member) -> None:
     """The same address, another file."""
     files = {name: demo.gguf_file(name) for name in ("gemma-3-270m", "smollm2-135m-instruct")}

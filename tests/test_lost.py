@@ -62,6 +62,7 @@ def _all_there(members: list[Member]) -> Iterator[None]:
     """Before a test all are there; after it none of their sessions is open."""
     for member in members:
         backend_of(member).arm(None)
+        backend_of(member).elsewhere = False
     yield
     for member in members:
         backend_of(member).check_free()
@@ -185,7 +186,7 @@ class TestStop:
             pytest.raises(MemberLost, match="gone at"),
         ):
             main.generate(**ids, max_new_tokens=NEW, logits_processor=[processor])
-        with pytest.raises(InputError, match="needs the ensemble's own loop"):
+        with pytest.raises(InputError, match="cannot be used here: only Ensemble"):
             DeepenLogitsProcessor(ensembles(0, 1, on_failure="continue"))
 
     def test_what_cannot_be_opened_is_closed_again(self, ensembles, members: list[Member], tmp_path) -> None:
@@ -408,9 +409,48 @@ class TestContinue:
             write(ensembles(0, 1, on_failure="continue"), logits_processor=[processor])
 
 
+class TestElsewhere:
+    """The first assistant is asked before the main model works."""
+
+    @pytest.mark.parametrize("draft", [0, 4])
+    @pytest.mark.parametrize("kinds", [("ask",), ("wait",)])
+    @pytest.mark.parametrize("at", [0, 1, 5])
+    def test_it_is_lost(self, ensembles, members: list[Member], draft: int, kinds, at: int) -> None:
+        """When it is asked, or while the main model works."""
+        whole = write(ensembles(0, 1, 2))
+        lose(members[1], at, kinds)
+        backend_of(members[1]).elsewhere = True
+        with pytest.warns(UserWarning, match="first: gone at .*; the others go on without it"):
+            found = write(ensembles(0, 1, 2, on_failure="continue"), draft=draft)
+        position = found.lost["first"]
+        assert draft or position == at
+        assert found.token_ids[:position] == whole.token_ids[:position]
+        assert found.token_ids[position:] == smaller_from(ensembles(0, 2), found, PROMPT, position)
+
+    @pytest.mark.parametrize("draft", [0, 4])
+    def test_the_main_model_is_lost_meanwhile(self, ensembles, members: list[Member], draft: int) -> None:
+        """`LosingSession` objects to what is closed while an answer is under way."""
+        whole = write(ensembles(0, 1))
+        for kinds in (("ask",), ("wait",)):
+            lose(members[0], 7, kinds)
+            backend_of(members[1]).elsewhere = True
+            with pytest.raises(MemberLost, match=r"main: gone at .*the main model") as caught:
+                write(ensembles(0, 1, on_failure="continue"), draft=draft)
+            (written,) = caught.value.generations
+            assert written.token_ids == whole.token_ids[: len(written.token_ids)]
+            assert written.token_ids
+
+    def test_both_are(self, ensembles, members: list[Member]) -> None:
+        lose(members[0], 7, ("wait",))
+        lose(members[1], 7, ("wait",))
+        backend_of(members[1]).elsewhere = True
+        with pytest.raises(MemberLost, match="main: gone at wait"):
+            write(ensembles(0, 1, on_failure="continue"))
+
+
 def test_two_hundred_losses_leave_nothing_open(ensembles, members: list[Member]) -> None:
     """Whoever is lost whenever: what was written stands, and no lane is held."""
-    rng = random.Random(1)
+    rng, places = random.Random(1), random.Random(2)
     fusions: list[dict[str, Any]] = [
         {"fuser": "union-vocab"},
         {"fuser": "deepen", "boundary_aware": True},
@@ -436,6 +476,8 @@ def test_two_hundred_losses_leave_nothing_open(ensembles, members: list[Member])
         for member in rng.sample(members, rng.choice([1, 1, 2])):
             lose(member, rng.randrange(30), rng.choice([QUESTIONS, EVERYTHING]))
         ensemble = ensembles(0, 1, 2, on_failure=on_failure, **fusion)
+        for member in members[1:]:
+            backend_of(member).elsewhere = places.random() < 0.5
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -456,6 +498,49 @@ def test_two_hundred_losses_leave_nothing_open(ensembles, members: list[Member])
     assert not unexpected
     assert stopped > 20
     assert continued > 20
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("scoring", ["generation", "likelihood"])
+    def test_what_was_answered_stands(
+        self, ensembles, members: list[Member], tmp_path: Path, scoring: str
+    ) -> None:
+        """The error names the member; given again, the call goes on where it ended, to the same answers."""
+        (tmp_path / "data" / "piqa").mkdir(parents=True)
+        lines = [
+            {"question": f"To dry {n} hands", "A": f"use towel {n}", "B": "use oil", "answer": "AB"[n % 2]}
+            for n in range(6)
+        ]
+        test_file = tmp_path / "data" / "piqa" / "test.jsonl"
+        test_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = []
+        calls = 0
+        for name in ("whole", "lost"):
+            backend_of(members[1]).arm(calls // 2 if name == "lost" else None)
+            out = tmp_path / name
+
+            def run(out: Path = out) -> None:
+                evaluate(
+                    {"x": ensembles(0, 1)}, "piqa", tmp_path / "data", out=out, batch_size=1, scoring=scoring
+                )
+
+            if name == "lost":
+                with pytest.raises(MemberLost, match="first: gone at"):
+                    run()
+                assert 0 < len(_answers(out)) < len(lines)
+                backend_of(members[1]).arm(None)
+            run()
+            calls = len([one for one in backend_of(members[1]).calls if one in QUESTIONS])
+            found.append(_answers(out))
+        assert len(found[0]) == len(lines)
+        assert found[0] == found[1]
+
+
+def _answers(out: Path) -> list[Any]:
+    """What is on disk of the items, without times."""
+    (file,) = out.glob("*.jsonl")
+    items = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return [{name: value for name, value in one.items() if name != "timing"} for one in items]
 
 
 class TestWhereItIsSet:

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
-from ray_cluster import actors_alive, in_actor, kill_process, start_ray, until
+from ray_cluster import actors_alive, in_actor, kill_process, until
 from tiny_models import one_byte_tokens, save_model
 from typer.testing import CliRunner
 
@@ -37,16 +37,7 @@ PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "L'été dernier,"
 SMALL = {"num_cpus": 0}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> None:
-    start_ray()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A main model and an assistant: one token a byte."""
-    folder = tmp_path_factory.mktemp("models")
-    return [save_model(folder / f"tiny-{seed}", one_byte_tokens(), seed=seed) for seed in (1, 2)]
+pytestmark = pytest.mark.usefixtures("real_ray")
 
 
 def hidden(member: Member) -> Member:
@@ -54,26 +45,26 @@ def hidden(member: Member) -> Member:
 
 
 @pytest.fixture(scope="module")
-def here(folders: list[Path]) -> Ensemble:
+def here(one_byte_folders: list[Path]) -> Ensemble:
     """In this process, by the fuser that is the default where a member has no logits."""
-    return Ensemble.from_pretrained(folders, fuser="deepen", learning_rate=0.5)
+    return Ensemble.from_pretrained(one_byte_folders, fuser="deepen", learning_rate=0.5)
 
 
 @pytest.fixture(scope="module")
-def there(folders: list[Path]) -> Ensemble:
+def there(one_byte_folders: list[Path]) -> Ensemble:
     """The assistant in an actor."""
-    return Ensemble.from_pretrained(folders, placement=[None, SMALL], learning_rate=0.5)
+    return Ensemble.from_pretrained(one_byte_folders, placement=[None, SMALL], learning_rate=0.5)
 
 
 @pytest.fixture(scope="module")
-def both(folders: list[Path]) -> Ensemble:
-    return Ensemble.from_pretrained(folders, placement=SMALL, learning_rate=0.5)
+def both(one_byte_folders: list[Path]) -> Ensemble:
+    return Ensemble.from_pretrained(one_byte_folders, placement=SMALL, learning_rate=0.5)
 
 
 @pytest.fixture
-def lonely(folders: list[Path]) -> Iterator[Ensemble]:
+def lonely(one_byte_folders: list[Path]) -> Iterator[Ensemble]:
     """An ensemble whose assistant's actor a test may end."""
-    found = Ensemble.from_pretrained(folders, placement=[None, SMALL])
+    found = Ensemble.from_pretrained(one_byte_folders, placement=[None, SMALL])
     yield found
     found.members[1].backend.close()
 
@@ -143,8 +134,8 @@ class TestTexts:
         with pytest.raises(InputError, match=r"tiny-2.*recipe='bytes'"):
             there.variant(recipe="calibrated")
 
-    def test_from_the_command_line(self, here: Ensemble, folders: list[Path]) -> None:
-        models = [option for folder in folders for option in ("--model", str(folder))]
+    def test_from_the_command_line(self, here: Ensemble, one_byte_folders: list[Path]) -> None:
+        models = [option for folder in one_byte_folders for option in ("--model", str(folder))]
         places = ["--placement", "-", "--placement", json.dumps(SMALL)]
         result = CliRunner().invoke(
             app, ["generate", "--prompt", PROMPTS[0], *models, *places, "--max-new-tokens", "8", "--json"]
@@ -221,9 +212,28 @@ class TestLost:
         with pytest.raises(MemberLost, match="tiny-2"):
             lonely.generate(PROMPTS[0])
 
-    def test_a_time_limit(self, folders: list[Path]) -> None:
+    def test_the_others_go_on(self, lonely: Ensemble) -> None:
+        """With on_failure="continue", after kill -9: the result and the trace say from where on."""
+        ensemble = lonely.variant(on_failure="continue")
+        whole = ensemble.generate(PROMPTS[0], max_new_tokens=24, draft=0).token_ids
+        records: list[dict[str, Any]] = []
+        run = ensemble.start(PROMPTS[0], max_new_tokens=24, draft=0, trace=records.append)
+        for _ in range(6):
+            next(iter(run))
+        kill_process(actor_of(lonely))
+        with pytest.warns(UserWarning, match="tiny-2: its actor has died.*; the others go on without it"):
+            list(run)
+        (found,) = run.results()
+        at = found.lost["tiny-2"]
+        assert at == 6
+        assert len(found.token_ids) == 24
+        assert found.token_ids[:at] == whole[:at]
+        assert [one["lost"] for one in records] == [[]] * at + [["tiny-2"]] * (24 - at)
+        assert all(one["token"] == one["main_choice"] for one in records[at:])
+
+    def test_a_time_limit(self, one_byte_folders: list[Path]) -> None:
         """A busy actor ends the text in time; when it is free the next text works."""
-        ensemble = Ensemble.from_pretrained(folders, placement=[None, SMALL], timeout=3)
+        ensemble = Ensemble.from_pretrained(one_byte_folders, placement=[None, SMALL], timeout=3)
         wanted = texts(ensemble)
         blocked = actor_of(ensemble).__ray_call__.remote(lambda _: time.sleep(6))
         began = time.monotonic()
@@ -271,10 +281,10 @@ class TestLost:
         assert len(os.listdir("/proc/self/fd")) <= before + 5
         assert texts(there) == wanted
 
-    def test_no_actor_left(self, folders: list[Path]) -> None:
+    def test_no_actor_left(self, one_byte_folders: list[Path]) -> None:
         """Neither after `close` nor when nothing holds the member."""
         before = actors_alive()
-        closed, dropped = load_members(folders, placement=SMALL)
+        closed, dropped = load_members(one_byte_folders, placement=SMALL)
         assert actors_alive() == before + 2
         closed.backend.close()
         until(lambda: actors_alive() == before + 1)
@@ -283,7 +293,7 @@ class TestLost:
         del dropped
         until(lambda: gc.collect() >= 0 and actors_alive() == before)
 
-    def test_a_model_that_cannot_be_loaded(self, folders: list[Path], tmp_path: Path) -> None:
+    def test_a_model_that_cannot_be_loaded(self, one_byte_folders: list[Path], tmp_path: Path) -> None:
         """The error is the one of a member in process, and the actor goes."""
         before = actors_alive()
         broken = save_model(tmp_path / "broken", one_byte_tokens(), seed=3)
@@ -296,12 +306,14 @@ class TestLost:
         assert errors[0] == errors[1]
         until(lambda: gc.collect() >= 0 and actors_alive() == before)
 
-    def test_another_tokenizer_there(self, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_tokenizer_there(
+        self, one_byte_folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(MemberActor, "vocabulary", lambda self: "another")
         ray.cloudpickle.register_pickle_by_value(sys.modules[MemberActor.__module__])
         try:
             with pytest.raises(ModelError, match="tokenizer read here is not that of the model in the actor"):
-                load_member(folders[0], placement=SMALL)
+                load_member(one_byte_folders[0], placement=SMALL)
         finally:
             ray.cloudpickle.unregister_pickle_by_value(sys.modules[MemberActor.__module__])
 
@@ -340,21 +352,23 @@ class TestPlacement:
             ({"num_gpus": 1}, "num_gpus 1 fits nowhere"),
         ],
     )
-    def test_refused_early(self, folders: list[Path], placement: Any, message: str) -> None:
+    def test_refused_early(self, one_byte_folders: list[Path], placement: Any, message: str) -> None:
         before = actors_alive()
         with pytest.raises(InputError, match=message):
-            Ensemble.from_pretrained(folders, placement=[None, placement])
+            Ensemble.from_pretrained(one_byte_folders, placement=[None, placement])
         assert actors_alive() == before
 
-    def test_options_that_do_not_go_together(self, folders: list[Path]) -> None:
+    def test_options_that_do_not_go_together(self, one_byte_folders: list[Path]) -> None:
         with pytest.raises(InputError, match="has no GPU, and the model is to use one; give num_gpus=1"):
-            load_member(folders[0], placement={}, device="cuda")
+            load_member(one_byte_folders[0], placement={}, device="cuda")
         with pytest.raises(InputError, match="timeout is for members that run elsewhere"):
-            load_member(folders[0], timeout=5)
+            load_member(one_byte_folders[0], timeout=5)
         with pytest.raises(InputError, match="timeout is 0; choose seconds above 0"):
-            load_member(folders[0], placement={}, timeout=0)
+            load_member(one_byte_folders[0], placement={}, timeout=0)
 
-    def test_no_room_at_the_moment(self, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_room_at_the_moment(
+        self, one_byte_folders: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The error comes after the time limit and says what is left; nothing waits on."""
         monkeypatch.setattr(actors, "PLACING_SECONDS", 2.0)
         before = actors_alive()
@@ -363,39 +377,41 @@ class TestPlacement:
         with pytest.raises(
             InputError, match=r"not started within 2 seconds: .*num_cpus 2.* 1 CPU, 0 GPU left"
         ):
-            load_member(folders[0], placement={"num_cpus": 2})
+            load_member(one_byte_folders[0], placement={"num_cpus": 2})
         ray.kill(large)
         until(lambda: actors_alive() == before)
 
-    def test_in_a_group_of_the_users(self, folders: list[Path]) -> None:
+    def test_in_a_group_of_the_users(self, one_byte_folders: list[Path]) -> None:
         group = placement_group([{"CPU": 1}, {"CPU": 1}], name="ours")
         ray.get(group.ready())
         try:
-            member = load_member(folders[0], placement={"placement_group": "ours", "bundle": 1})
+            member = load_member(one_byte_folders[0], placement={"placement_group": "ours", "bundle": 1})
             actor = member.backend.actor  # type: ignore[attr-defined]
             inside = in_actor(actor, lambda _: ray.util.get_current_placement_group().id.hex())
             assert inside == group.id.hex()
             member.backend.close()
             for wrong, message in (({"bundle": 2}, "has 2 bundles"), ({"num_cpus": 2}, "bundle 0 has 1 CPU")):
                 with pytest.raises(InputError, match=message):
-                    load_member(folders[0], placement={"placement_group": group, **wrong})
+                    load_member(one_byte_folders[0], placement={"placement_group": group, **wrong})
         finally:
             remove_placement_group(group)
 
-    def test_on_a_node_with_threads(self, folders: list[Path]) -> None:
+    def test_on_a_node_with_threads(self, one_byte_folders: list[Path]) -> None:
         """Threads are the CPUs that were reserved, where the environment does not say otherwise."""
         (node,) = ray.nodes()
-        member = load_member(folders[0], placement={"node": node["NodeManagerAddress"], "num_cpus": 2})
+        member = load_member(
+            one_byte_folders[0], placement={"node": node["NodeManagerAddress"], "num_cpus": 2}
+        )
         actor = member.backend.actor  # type: ignore[attr-defined]
         assert in_actor(actor, lambda _: ray.get_runtime_context().get_node_id()) == node["NodeID"]
         threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
         assert in_actor(actor, lambda _: torch.get_num_threads()) == threads
         member.backend.close()
 
-    def test_without_ray(self, folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_ray(self, one_byte_folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(ModelError, match=r"not installed: pip install 'deepen-ext\[ray\]'"):
-            load_member(folders[0], placement={})
+            load_member(one_byte_folders[0], placement={})
 
 
 def test_ray_is_imported_when_a_member_asks_for_it() -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_cluster import actors_alive, processes_of, start_ray, until
+from ray_cluster import actors_alive, processes_of, until
 from test_evaluation import item_lines
-from tiny_models import one_byte_tokens, save_model
 from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError, Replicas, evaluate
@@ -25,15 +24,7 @@ SMALL = {"num_cpus": 0}
 PROMPTS = [f"{number} sheep, {number + 1} sheep, " for number in range(10)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> None:
-    start_ray()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return [save_model(folder / f"tiny-{seed}", one_byte_tokens(), seed=seed) for seed in (1, 2)]
+pytestmark = pytest.mark.usefixtures("real_ray")
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +40,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(folders: list[Path]) -> dict[str, Ensemble]:
-    fused = Ensemble.from_pretrained(folders, fuser="average")
+def make(one_byte_folders: list[Path]) -> dict[str, Ensemble]:
+    fused = Ensemble.from_pretrained(one_byte_folders, fuser="average")
     singles = {member.name: Ensemble([member], fuser="single") for member in fused.members}
     return {**singles, "average": fused}
 
 
 @pytest.fixture(scope="module")
-def run(folders: list[Path], data: Path) -> Callable[..., Any]:
-    made = partial(make, folders)
+def run(one_byte_folders: list[Path], data: Path) -> Callable[..., Any]:
+    made = partial(make, one_byte_folders)
 
     def run(out: Path, **options: Any) -> None:
         given = {"scoring": "likelihood", "batch_size": 1, **options}
@@ -135,10 +126,10 @@ class TestEvaluation:
         assert item_lines(tmp_path) == item_lines(alone)
 
     def test_from_the_command_line(
-        self, folders: list[Path], data: Path, alone: Path, tmp_path: Path
+        self, one_byte_folders: list[Path], data: Path, alone: Path, tmp_path: Path
     ) -> None:
         arguments = ["eval", "--task", "piqa", "--data", str(data), "--json", str(tmp_path)]
-        arguments += [option for folder in folders for option in ("--model", str(folder))]
+        arguments += [option for folder in one_byte_folders for option in ("--model", str(folder))]
         arguments += ["--scoring", "likelihood", "--fuser", "average", "--batch-size", "1"]
         arguments += ["--replicas", "2", "--placement", json.dumps(SMALL)]
         result = CliRunner().invoke(app, arguments)
@@ -149,24 +140,31 @@ class TestEvaluation:
         assert result.exit_code == 2
         assert "--placement: with --replicas" in result.stderr
 
-    def test_refused(self, folders: list[Path], data: Path, tmp_path: Path) -> None:
+    def test_refused(self, one_byte_folders: list[Path], data: Path, tmp_path: Path) -> None:
         given: dict[str, Any] = {"out": tmp_path, "scoring": "likelihood"}
         with pytest.raises(InputError, match="give a function that makes the ensembles"):
             evaluate({}, "piqa", data, replicas=2, **given)
         with pytest.raises(InputError, match="placement is for replicas; give replicas=N"):
             evaluate({}, "piqa", data, placement={}, **given)
         with pytest.raises(InputError, match="replicas is 0; choose 1 or more"):
-            evaluate(partial(make, folders), "piqa", data, replicas=0, **given)
+            evaluate(partial(make, one_byte_folders), "piqa", data, replicas=0, **given)
         with pytest.raises(InputError, match="replica 1 of 2: num_cpus 5000 fits nowhere"):
-            evaluate(partial(make, folders), "piqa", data, replicas=2, placement={"num_cpus": 5000}, **given)
+            evaluate(
+                partial(make, one_byte_folders),
+                "piqa",
+                data,
+                replicas=2,
+                placement={"num_cpus": 5000},
+                **given,
+            )
 
 
 class TestManyPrompts:
-    def test_as_one_ensemble(self, folders: list[Path]) -> None:
-        alone = Ensemble.from_pretrained(folders)
+    def test_as_one_ensemble(self, one_byte_folders: list[Path]) -> None:
+        alone = Ensemble.from_pretrained(one_byte_folders)
         seeds = list(range(10))
         settings: list[dict[str, Any]] = [{}, {"do_sample": True, "temperature": 1.3, "seed": seeds}]
-        with Replicas(folders, 2, placement=SMALL) as replicas:
+        with Replicas(one_byte_folders, 2, placement=SMALL) as replicas:
             for one in settings:
                 wanted = alone.generate(PROMPTS, max_new_tokens=12, **one)
                 found = replicas.generate_many(PROMPTS, batch_size=3, max_new_tokens=12, **one)
@@ -191,10 +189,10 @@ class TestManyPrompts:
                 replicas.generate_many(PROMPTS, batch_size=3, max_new_tokens=12)
             assert caught.value.done == [None] * 10
 
-    def test_a_model_that_cannot_be_loaded(self, folders: list[Path]) -> None:
+    def test_a_model_that_cannot_be_loaded(self, one_byte_folders: list[Path]) -> None:
         before = actors_alive()
         with pytest.raises(InputError, match="no such file or folder"):
-            Replicas([folders[0], "/nowhere/at/all"], 2, placement=SMALL)
+            Replicas([one_byte_folders[0], "/nowhere/at/all"], 2, placement=SMALL)
         with pytest.raises(InputError, match="there is no backend 'nowhere'"):
-            Replicas(folders, 1, placement=SMALL, backend="nowhere")
+            Replicas(one_byte_folders, 1, placement=SMALL, backend="nowhere")
         until(lambda: actors_alive() == before)

@@ -82,11 +82,7 @@ class DeepenLM(LM):  # type: ignore[misc]
             raise InputError(f"without_template is {without_template!r}; use 'error' or 'plain'")
         self._without_template: Any = without_template
         self.ensemble = ensemble_from(pretrained, arguments)
-        if self.ensemble.team.on_failure != "stop":
-            raise InputError(
-                "with on_failure='continue' answers of a smaller ensemble would count as this one's; set "
-                "on_failure=stop"
-            )
+        self.ensemble.team.require_stop("answers of a smaller ensemble would count as this one's")
         self._device = self.ensemble.device
 
     @classmethod

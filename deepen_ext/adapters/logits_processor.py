@@ -12,9 +12,8 @@ from transformers import LogitsProcessor
 from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
 from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty, written
 from deepen_ext.decoding.assistants import Assistants
-from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
+from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.decoding.prompts import Messages
-from deepen_ext.errors import InputError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
@@ -71,11 +70,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         Raises:
             InputError: an ensemble that goes on without a lost assistant: nothing here could tell of it.
         """
-        if ensemble.team.on_failure != "stop":
-            raise InputError(
-                "on_failure='continue' needs the ensemble's own loop, which tells what was written "
-                "without whom: use ensemble.variant(on_failure='stop') here, or Ensemble.generate"
-            )
+        ensemble.team.require_stop("only Ensemble.generate tells what was written without whom")
         main = ensemble.members[0]
         self._team = ensemble.team
         self._prompts = AssistantsPrompts(ensemble.members, messages, without_template)
@@ -87,7 +82,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         self._prompts_of: list[_RowPrompt] = []
         self._seen: list[list[int]] = []  # the ids that each row's assistants have read, with padding
         self._assistants: Assistants | None = None
-        self._weights: dict[tuple[int, ...], list[float]] = {}  # by the prompt's ids
+        self._weights: dict[tuple[int, ...], Sequence[float]] = {}  # by the prompt's ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The fused scores [B, V] of the tokens after `input_ids` [B, L].
@@ -165,19 +160,22 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         new = {prompt: i for i, prompt in enumerate(prompts) if prompt not in self._weights}
         if new:
             with closing(team.main.backend.open(len(new), max(map(len, new)))) as session:
-                main = read_prompts(session, team.main, {n: list(ids) for n, ids in enumerate(new)}).values()
+                main = read_prompts(session, team.main, {n: list(ids) for n, ids in enumerate(new)})
             texts = list(new.values())
             if all(rows[i] == self._prompts_of[i].ids for i in texts):
-                others = assistants.read_prompts(texts)  # which then hold the prompts
+                for i in texts:
+                    assistants.weights[i] = team.weights  # not those of a prompt before
+                assistants.weigh(texts, list(main.values()))  # they then hold the prompts
+                found = [assistants.weights[i] for i in texts]
             else:
                 read = [self._read(i, self._prompts_of[i].ids) for i in texts]
                 with closing(Assistants(team, [one for one, _ in read])) as beside:
                     beside.open()
                     for n, (_, data) in enumerate(read):
                         beside.texts[n].append(data)
-                    others = beside.read_prompts(range(len(read)))
-            for prompt, *scores in zip(new, main, *others.values(), strict=True):
-                self._weights[prompt] = prompt_weights(scores, team.weights, team.sharpness)
+                    beside.weigh(range(len(read)), list(main.values()))
+                    found = [beside.weights[n] for n in range(len(read))]
+            self._weights |= dict(zip(new, found, strict=True))
         for i, prompt in enumerate(prompts):
             assistants.weights[i] = self._weights[prompt]
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.progress import Progress
+
+_SECONDS = 5.0  # in which a cluster takes a connection; Ray itself tries for two minutes
 
 INSTALL = "pip install 'deepen-ext[ray]'"
 
@@ -51,6 +56,7 @@ def connect(address: str | None, progress: Progress | None = None) -> Any:
         return ray
     if progress is not None:
         progress("Starting Ray, or joining a cluster that runs here" if address is None else "Joining Ray")
+    _check_answers(address)
     try:
         ray.init(
             address=address,
@@ -63,6 +69,31 @@ def connect(address: str | None, progress: Progress | None = None) -> Any:
         where = "Ray cannot be started" if address is None else f"no Ray cluster answers at {address!r}"
         raise InputError(f"placement: {where}: {first}") from error
     return ray
+
+
+def _check_answers(address: str | None) -> None:
+    """That somebody listens at the address that Ray would join; it may be the one of a cluster that was killed.
+
+    Raises:
+        InputError: nobody does; the message says where the address comes from.
+    """
+    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    found, source = address, ""
+    if address in (None, "auto"):
+        found, source = os.environ.get("RAY_ADDRESS"), ", which RAY_ADDRESS names; set it anew, or unset it"
+        if not found:
+            found = note.read_text().strip() if note.is_file() else None
+            source = (
+                f", which {note} names: it ended without removing that file. Remove it, or set "
+                "RAY_ADDRESS=local for a cluster of this program alone"
+            )
+    host, _, port = (found or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "local", or nothing that has a port
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS).close()
+    except OSError as error:
+        raise InputError(f"placement: no Ray cluster answers at {found!r} ({error}){source}") from error
 
 
 def schedule(ray: Any, placement: Placement, what: str) -> dict[str, Any]:

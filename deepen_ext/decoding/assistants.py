@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 
+from deepen_ext.decoding.asker import Asker
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.places import Place, Reason
@@ -21,7 +21,7 @@ from deepen_ext.decoding.prompt_weights import (
     read_prompts,
     tell_of_leader,
 )
-from deepen_ext.decoding.questions import in_order, questions_about
+from deepen_ext.decoding.questions import in_order
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
 from deepen_ext.decoding.shares import drawn, without
 from deepen_ext.decoding.team import Team
@@ -29,7 +29,6 @@ from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.errors import MemberLost
 from deepen_ext.fusers import FusedStep, Part
 from deepen_ext.members.chat import PromptText
-from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK
 
 
@@ -76,6 +75,8 @@ class Assistants:
         self.weights: dict[int, Sequence[float]] = {}
         self._shared = shared
         self._sessions: list[WatchedSession] = []
+        elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]
+        self._asker = Asker(self._sessions, elsewhere, team.fuser.candidates)
         for number, own in enumerate(prompts):
             self.add(number, own)
             self.lanes[number] = number
@@ -165,8 +166,7 @@ class Assistants:
 
     def settle(self) -> None:
         """Wait for all that was asked, whatever comes of it: the sessions can then be asked again."""
-        for session in self._sessions:
-            session.settle()
+        self._asker.settle()
 
     def close(self) -> None:
         """Free all caches."""
@@ -238,6 +238,31 @@ class Assistants:
         """An assistant's session, by its member index."""
         return self._sessions[member - 1]
 
+    def ask_ahead(self, places: Sequence[Place], texts: Sequence[int], drafter: int = 0) -> dict[int, float]:
+        """Ask members elsewhere that are free, so that they work while the main model does.
+
+        Args:
+            places: of the drafts, as far as they are written.
+            texts: of which the next place is asked about too, before the main model has said anything of it.
+            drafter: a member that is not asked here, by its index.
+
+        Returns:
+            by member index, the milliseconds it took.
+
+        Raises:
+            ModelError: a forward pass failed, of this question or of the one before.
+        """
+        there = [i for i in self._asker.elsewhere if i not in self._out]
+        if not there:
+            return {}
+        coming = [
+            Place(number, None, {i: list(self.texts[number].ids(i)) for i in there}, self.weights[number])
+            for number in texts
+            if not self.texts[number].unfinished
+        ]
+        spent = self._asker.ask_ahead([*places, *coming], self.lanes, drafter - 1)
+        return {i + 1: ms for i, ms in spent.items()}
+
     def step(self, main: Part, places: Sequence[Place]) -> AssistedStep:
         """Fuse what the assistants say into what the main model says. All are asked, then all are waited for.
 
@@ -253,40 +278,12 @@ class Assistants:
             InputError: a member that gives NaN; a text longer than an assistant's context.
             ModelError: an assistant's forward pass failed; nothing is under way then.
         """
-        members_ms = dict.fromkeys(self._team.names[1:], 0.0)
-        said: dict[int, list[tuple[list[int], Distribution]]] = {}
-        for row, own in enumerate(places):
-            for assistant, known in own.known.items():
-                said.setdefault(assistant, []).append(([row], known))
         try:
-            self._ask(places, said, members_ms)
+            said, spent = self._asker.ask(places, self.lanes)
         except Exception:
             self.settle()
             raise
         parts = [(i + 1, *in_order(own)) for i, own in sorted(said.items())]
         weights = [place.weights for place in places]
         fused = self._team.fuser.step_parts([main, *self._team.fuser.parts(parts)], weights)
-        return AssistedStep(fused, members_ms)
-
-    def _ask(
-        self,
-        places: Sequence[Place],
-        said: dict[int, list[tuple[list[int], Distribution]]],
-        members_ms: dict[str, float],
-    ) -> None:
-        """Add what the assistants say of these places, in batch rows, and the milliseconds it took."""
-        k = self._team.fuser.candidates
-        asked = [(i, questions_about(places, i, self.lanes)) for i in range(len(self._sessions))]
-        while asked := [(i, questions) for i, questions in asked if questions]:
-            answers = []
-            for i, questions in asked:
-                began = perf_counter()
-                one = questions.pop(0)
-                answers.append((i, one, self._sessions[i].ask(one.targets, k, one.positions)))
-                members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
-            for (i, one, answer), (_, left) in zip(answers, asked, strict=True):
-                began = perf_counter()
-                given = answer.wait().at(one.found)
-                # What a session says may not outlive its next question.
-                said.setdefault(i, []).append((one.rows, given.clone() if left else given))
-                members_ms[self._team.names[i + 1]] += (perf_counter() - began) * 1e3
+        return AssistedStep(fused, {self._team.names[i + 1]: ms for i, ms in spent.items()})

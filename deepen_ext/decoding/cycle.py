@@ -162,6 +162,9 @@ class Cycles:
                 self._losses.handle(error)
                 for number, text in before.items():
                     self._assistants.texts[number] = text
+            except Exception:
+                self._assistants.settle()  # an assistant may have been asked ahead
+                raise
         fused = perf_counter()
         accepted = self._accepted(ahead, step)
         ended = perf_counter()

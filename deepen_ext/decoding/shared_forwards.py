@@ -165,6 +165,9 @@ class _SharedAnswer:
                 return given
         return joined([said for lane in self.texts for said in found[lane]])
 
+    def ready(self) -> bool:
+        return self.answer is None or self.answer.ready()
+
 
 def _texts(ids: Sequence[int], positions: int) -> list[_Ids]:
     """The ids before each of the last positions."""

@@ -60,6 +60,11 @@ class Skips:
             raise InputError(f"certified_skip bounds the inverse search, which {team.method} has not")
         self._certificate = Certificate(bound, chooser)
 
+    @property
+    def spares(self) -> bool:
+        """Whether there is anything by which an assistant may be spared."""
+        return self._certificate is not None or self._gate is not None
+
     def flags(
         self,
         main: Part,

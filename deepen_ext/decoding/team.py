@@ -9,6 +9,7 @@ import torch
 
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.observed.history import History
+from deepen_ext.errors import InputError
 from deepen_ext.fusers import Fuser
 from deepen_ext.fusers.settings import OnFailure
 from deepen_ext.members.member import Member
@@ -61,6 +62,18 @@ class Team:
     def device(self) -> torch.device:
         """Where the fusion runs: the main model's."""
         return self.main.device
+
+    def require_stop(self, why: str) -> None:
+        """Refuse a team that goes on without an assistant that is lost.
+
+        Args:
+            why: what that would do where it is refused.
+
+        Raises:
+            InputError: on_failure is "continue".
+        """
+        if self.on_failure != "stop":
+            raise InputError(f"on_failure='continue' cannot be used here: {why}; use on_failure='stop'")
 
     def save_rows(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""

@@ -108,3 +108,6 @@ class _WatchedAnswer:
         self.session.done()
         with self.session.watched():
             return self.answer.wait()
+
+    def ready(self) -> bool:
+        return self.answer.ready()

@@ -32,12 +32,15 @@ class Capabilities:
             quantised activations do not promise that.
         writes: its sessions can write several tokens without the host reading each: they are
             `WritingSession`s. It pays where the host and the device work side by side.
+        elsewhere: it computes in another process or on another machine, beside the members here: it is worth
+            asking before its answer is needed for sure.
     """
 
     logits: bool
     max_topk: int | None
     repeatable: bool
     writes: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,10 @@ class Answer(Protocol):
         Raises:
             ModelError: the forward pass failed; the member's name is in the message.
         """
+        ...
+
+    def ready(self) -> bool:
+        """Whether `wait` has nothing to wait for. An answer that failed is ready."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,7 +53,7 @@ class TopKOnly:
     @property
     def capabilities(self) -> Capabilities:
         """No logits, and no more than k tokens."""
-        return Capabilities(logits=False, max_topk=self._k, repeatable=self._backend.capabilities.repeatable)
+        return replace(self._backend.capabilities, logits=False, max_topk=self._k, writes=False)
 
     def open(self, lanes: int = 1, capacity: int = 0) -> Session:  # noqa: D102
         return _TopKSession(self._backend.open(lanes, capacity), self._k)
@@ -110,6 +110,9 @@ class _TopKAnswer:
 
     def wait(self) -> Distribution:
         return _without_logits(self.answer.wait())
+
+    def ready(self) -> bool:
+        return self.answer.ready()
 
 
 def _without_logits(said: Distribution) -> Distribution:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -437,6 +438,18 @@ class TestSessionsDoNotMeet:
                 answers = [one.ask(mine, K), other.ask(theirs, K)]
                 for answer, targets in zip(answers, (mine, theirs), strict=True):
                     compare(subject, answer.wait(), targets)
+
+    def test_an_answer_is_ready_some_time(self, subject: Subject) -> None:
+        """Whoever looks does not wait, and changes nothing."""
+        with opened(subject.backend, 2) as session:
+            for length in (12, 14):
+                targets = {0: text(length), 1: text(length + 2, 1)}
+                answer, end = session.ask(targets, K), monotonic() + 30
+                while not answer.ready():
+                    assert monotonic() < end
+                    sleep(0.001)
+                assert answer.ready()
+                compare(subject, answer.wait(), targets)
 
     def test_one_after_the_other(self, subject: Subject) -> None:
         """What a session leaves behind is not in the next one."""

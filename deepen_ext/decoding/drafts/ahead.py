@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import cast
 
 import torch
 
 from deepen_ext.decoding.assistants import Assistants
-from deepen_ext.decoding.drafts.by_member import MemberDraft, in_main_tokens, write_by_member
+from deepen_ext.decoding.drafts.by_member import Offer, in_main_tokens, write_by_member
 from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
 from deepen_ext.decoding.drafts.lookup import PromptLookup
 from deepen_ext.decoding.drafts.main_word import Word, WordReader
 from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace, Plan
-from deepen_ext.decoding.places import Ahead, Draft, Place, Proposal
+from deepen_ext.decoding.places import Ahead, Draft, Proposal
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.skips import Skips
 from deepen_ext.decoding.stopping import Stopping
@@ -66,6 +65,8 @@ class Writer:
         self._assistants = assistants
         self._texts = texts
         self._chooser = chooser
+        # Where assistants may be spared, one elsewhere is asked when it is known that it is needed.
+        self._asks_first = not (skips.spares or team.fuser.draws)
         self._stopping = stopping
         self._pace = pace
         self._unwritable = unwritable
@@ -124,17 +125,17 @@ class Writer:
         found = self._lookups.setdefault(number, PromptLookup()).find(self._texts[number].ids, MOST_OFFERED)
         return self._writable_part(number, found)
 
-    def _offers(self, ahead: Ahead, active: Sequence[int], length: int) -> dict[int, _Offer]:
+    def _offers(self, ahead: Ahead, active: Sequence[int], length: int) -> dict[int, Offer]:
         """What a drafter other than the main model has for these texts."""
         if not length:
             return {}
         if ahead.drafter == LOOKUP:
-            return {number: _Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
+            return {number: Offer(ids[:length]) for number, ids in ahead.looked_up.items()}
         began = perf_counter()
         written = write_by_member(self._team, self._assistants, ahead.drafter, active, length)
         ahead.add_ms(ahead.drafter, (perf_counter() - began) * 1e3)
         return {
-            number: _Offer(self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own)
+            number: Offer(self._writable_part(number, in_main_tokens(self._team, ahead.drafter, own)), own)
             for number, own in written.items()
         }
 
@@ -159,6 +160,7 @@ class Writer:
             # Of the ids only their number counts (`Chooser.guesses_by_scores`).
             return self._chooser.propose(writable, active, [range(length + n) for length in lengths])
 
+        asked_ms = self._ask_ahead(ahead, active)
         began = perf_counter()
         tokens, said = cast(WritingSession, self._main).write(
             {lanes[n]: self._texts[n].ids for n in active}, self._team.fuser.candidates, count, choose
@@ -173,18 +175,19 @@ class Writer:
             began=began,
         )
         ahead.add_ms(MAIN, word.spent_ms)
-        self._pace.read(len(active), 1, word.spent_ms / (count + 1))
+        self._pace.read(len(active), 1, (asked_ms + word.spent_ms) / (count + 1))
         starts = {n: i * (count + 1) for i, n in enumerate(active)}
         self._add_places(ahead, said, word, {n: word.tokens[at : at + count] for n, at in starts.items()}, {})
         ahead.drafted += sum(one.piece is not None for draft in ahead.drafts.values() for one in draft)
 
     def _read(
-        self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, _Offer], *, timed: bool = True
+        self, ahead: Ahead, going: Sequence[int], offers: Mapping[int, Offer], *, timed: bool = True
     ) -> Distribution:
         """One forward of the main model: the next place of each draft, and those after what is on offer."""
         team, lanes, drafts = self._team, self._assistants.lanes, ahead.drafts
         offered = {number: offers[number].ids if number in offers else [] for number in going}
         starts = {n: self._texts[n].ids + [one.token for one in drafts[n]] for n in going}
+        asked_ms = self._ask_ahead(ahead, going, prompts=not timed)
         began = perf_counter()
         said = self._main.ask(
             {lanes[n]: starts[n] + offered[n] for n in going},
@@ -197,10 +200,28 @@ class Writer:
         word = self._words.read(said, numbers, prefixes, began=began)
         ahead.add_ms(MAIN, word.spent_ms)
         if timed:
-            self._pace.read(len(going), max(map(len, offered.values())) + 1, word.spent_ms)
+            self._pace.read(len(going), max(map(len, offered.values())) + 1, asked_ms + word.spent_ms)
         ahead.drafted += sum(map(len, offered.values()))
         self._add_places(ahead, said, word, offered, offers)
         return said
+
+    def _ask_ahead(self, ahead: Ahead, going: Sequence[int], *, prompts: bool = False) -> float:
+        """Members elsewhere begin before the main model does; how many milliseconds it took to ask them.
+
+        Args:
+            ahead: its drafts' places may not be asked about yet; gets the times.
+            going: the texts that the main model goes on with.
+            prompts: some of them are prompts that nobody has read.
+        """
+        began = perf_counter()
+        places = [one.place for draft in ahead.drafts.values() for one in draft]
+        texts = going if self._asks_first or prompts else ()
+        spent = self._assistants.ask_ahead(places, texts, ahead.drafter)
+        for member, ms in spent.items():
+            ahead.add_ms(member, ms)
+        whole = (perf_counter() - began) * 1e3
+        ahead.handoff_ms += whole - sum(spent.values())
+        return whole
 
     def _add_places(
         self,
@@ -208,7 +229,7 @@ class Writer:
         said: Distribution,
         word: Word,
         following: Mapping[int, list[int]],
-        offers: Mapping[int, _Offer],
+        offers: Mapping[int, Offer],
     ) -> None:
         """The next places of each draft: one, and one more after each token that follows and stands.
 
@@ -267,22 +288,6 @@ class Writer:
     def _go_on(self, one: Proposal) -> None:
         """The next place comes after this token."""
         self._assistants.texts[one.place.text] = one.go_on(self._team.main.bytes_written(one.token))
-
-
-@dataclass
-class _Offer:
-    """Main-model tokens that a drafter has for a text."""
-
-    ids: list[int]
-    written: MemberDraft | None = None
-
-    def mark_known(self, place: Place, member: int) -> None:
-        """What the member said while it wrote, it need not be asked again."""
-        asked = place.asked.get(member - 1)
-        if self.written is not None and asked is not None:
-            known = self.written.known(asked)
-            if known is not None:
-                place.known[member - 1] = known
 
 
 def _keep(drafts: Mapping[int, Draft], said: Distribution) -> None:

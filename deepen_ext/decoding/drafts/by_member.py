@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.places import Place
 from deepen_ext.decoding.team import Team
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.text.characters import whole_characters
@@ -29,6 +30,22 @@ class MemberDraft:
         """What it said after these ids, should they be the text and a beginning of the draft."""
         at = len(ids) - self.start
         return self.said[at] if 0 <= at < len(self.said) and self.ids[: len(ids)] == ids else None
+
+
+@dataclass
+class Offer:
+    """Main-model tokens that a drafter has for a text."""
+
+    ids: list[int]
+    written: MemberDraft | None = None
+
+    def mark_known(self, place: Place, member: int) -> None:
+        """What the member said while it wrote, it need not be asked again."""
+        asked = place.asked.get(member - 1)
+        if self.written is not None and asked is not None:
+            known = self.written.known(asked)
+            if known is not None:
+                place.known[member - 1] = known
 
 
 def write_by_member(

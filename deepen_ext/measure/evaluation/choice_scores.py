@@ -48,6 +48,7 @@ def _score_group(
     members = list({id(member): member for one in ensembles.values() for member in one.members}.values())
     weighs = any(one.weighs_prompts for one in ensembles.values())
     before: TextReading | None = None
+    readings: list[TextReading] = []
     try:
         for start in range(0, len(items), size):
             found: Records = {name: [] for name in ensembles}
@@ -67,8 +68,8 @@ def _score_group(
                     reading.close()
             yield found
     finally:
-        if before is not None:
-            before.close()
+        for reading in (*readings, *([] if before is None else [before])):
+            reading.close()
 
 
 def _log_likelihoods(reading: TextReading, ensembles: Mapping[str, Ensemble]) -> dict[str, float]:

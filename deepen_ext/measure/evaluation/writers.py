@@ -88,11 +88,7 @@ class WritersHere:
         if not self._writing:
             raise InputError("there is nothing to evaluate; give one ensemble or more")
         for name, one in self._writing.items():
-            if one.team.on_failure != "stop":
-                raise InputError(
-                    f"{name}: with on_failure='continue' answers of a smaller ensemble would count as this "
-                    "one's; use variant(on_failure='stop'). Given again, the call goes on where it ended"
-                )
+            one.team.require_stop(f"answers of a smaller ensemble would count as those of {name}")
         self._skips = {
             name: way.certified_skip and one.fuser.search_bound() is not None
             for name, one in self._writing.items()

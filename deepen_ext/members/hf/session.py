@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +13,7 @@ from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix
 from deepen_ext.members.backend import Choose
 from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.hf.answer import HFAnswer
 from deepen_ext.members.hf.attention import share_heads
 from deepen_ext.members.hf.feed_plan import fed_first
 from deepen_ext.members.hf.forwards import Forwards, Known
@@ -272,22 +272,6 @@ class HFSession(Closing):
     def _check(self, lane: int, ids: list[int]) -> None:
         self._lanes.check(lane)
         check_ids(self._loaded, lane, self._lanes.count, ids)
-
-
-@dataclass(frozen=True)
-class HFAnswer:
-    """See `members.backend.Answer`."""
-
-    said: Distribution
-    stream: torch.cuda.Stream | None
-
-    def wait(self) -> Distribution:
-        """The distributions; on CUDA the caller's stream waits for the member's, the host does not."""
-        if self.stream is not None and self.said.logits is not None:
-            current = torch.cuda.current_stream(self.said.device)
-            current.wait_stream(self.stream)
-            self.said.logits.record_stream(current)
-        return self.said
 
 
 def _on_fixed_buffers(loaded: LoadedModel, cache: LaneCache) -> bool:

@@ -24,7 +24,7 @@ class HttpBackend(ServedModel):
     @property
     def capabilities(self) -> Capabilities:
         """The most probable tokens alone; a server's batches and its prefix cache change last digits."""
-        return Capabilities(logits=False, max_topk=self.max_topk, repeatable=False)
+        return Capabilities(logits=False, max_topk=self.max_topk, repeatable=False, elsewhere=True)
 
     def open(self, lanes: int = 1, capacity: int = 0) -> HttpSession:
         """See `Backend`. Each lane has a slot of the server's own, where as many are free."""

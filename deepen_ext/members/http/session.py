@@ -171,3 +171,8 @@ class HttpAnswer:
         if failed is not None:
             raise failed
         return joined(found) if found else self.session.said(self.session.nothing(self.k), self.k)
+
+    def ready(self) -> bool:
+        """See `Answer`."""
+        requests = [part.said for part in self.parts if not isinstance(part.said, Distribution)]
+        return all(future.done() for own in requests for future in own)

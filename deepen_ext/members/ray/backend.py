@@ -24,8 +24,9 @@ class RayBackend(RemoteMember):
     @property
     def capabilities(self) -> Capabilities:
         """No logits, and any k that the backend in the actor gives; repeatable where that is."""
+        facts = self.facts
         return Capabilities(
-            logits=False, max_topk=self.facts["max_topk"], repeatable=self.facts["repeatable"]
+            logits=False, max_topk=facts["max_topk"], repeatable=facts["repeatable"], elsewhere=True
         )
 
     def open(self, lanes: int = 1, capacity: int = 0) -> RaySession:

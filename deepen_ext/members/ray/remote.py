@@ -86,6 +86,12 @@ class RemoteMember:
         except Lost as error:
             raise self._lost(str(error)) from error
 
+    def is_done(self, reference: Any) -> bool:
+        """Whether `get` has nothing to wait for."""
+        import ray
+
+        return bool(ray.wait([reference], timeout=0)[0])
+
     def _lost(self, why: str) -> MemberLost:
         return MemberLost(
             self.name,

@@ -135,6 +135,10 @@ class RayAnswer:
         top = _nothing(self._k) if self._reference is None else unpack_reply(backend.get(self._reference))
         return Distribution(backend.name, backend.vocab_size, top.ids.shape[1], known_topk=top)
 
+    def ready(self) -> bool:
+        """See `Answer`."""
+        return self._reference is None or self._backend.is_done(self._reference)
+
 
 def _nothing(k: int) -> TopK:
     ids, row = torch.empty((0, k), dtype=torch.int32), torch.empty(0)
