@@ -1,4 +1,4 @@
-"""The documentation site: it builds without a warning, its links and anchors exist, and it needs no network."""
+"""The documentation site: built without a warning, its links and anchors exist, it needs no network."""
 
 from __future__ import annotations
 
@@ -107,3 +107,12 @@ def test_the_api_comes_from_docstrings(pages: dict[Path, Page]) -> None:
         assert {home if name == "demo" else f"{home}.{name}", f"deepen_ext.{name}"} & anchors, name
     text = next(file for file in pages if file.name == "ensemble.html").read_text("utf-8")
     assert "hub names, local folders" in text  # an argument of from_pretrained
+
+
+def test_tables_and_lists_are_not_left_as_text(pages: dict[Path, Page]) -> None:
+    """GitHub reads some Markdown that the site's reader does not: tables in folds, lists right under a line."""
+    for file in pages:
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", file.read_text("utf-8"), flags=re.DOTALL)
+        assert not re.search(r"^\|.*\|$", text, re.MULTILINE), file.name
+        for paragraph in re.findall(r"<p>(.*?)</p>", text, flags=re.DOTALL):
+            assert not re.search(r"\n(- |\d+\. )", paragraph), f"{file.name}: {paragraph[:200]}"
