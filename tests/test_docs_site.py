@@ -110,7 +110,7 @@ def test_the_api_comes_from_docstrings(pages: dict[Path, Page]) -> None:
 
 
 def test_tables_and_lists_are_not_left_as_text(pages: dict[Path, Page]) -> None:
-    """GitHub reads some Markdown that the site's reader does not: tables in folds, lists right under a line."""
+    """GitHub reads Markdown that the site does not: tables in folds, lists right under a line."""
     for file in pages:
         text = re.sub(r"<(pre|code)\b.*?</\1>", "", file.read_text("utf-8"), flags=re.DOTALL)
         assert not re.search(r"^\|.*\|$", text, re.MULTILINE), file.name

@@ -17,7 +17,7 @@ def tuning_plot(tuning: Tuning) -> Picture:
     """
     alone = zip(tuning.names, tuning.alone_bits_per_byte(), strict=True)
     return run_plot(
-        f"Bits a byte on {len(tuning.sizes)} dev items, by configuration",
+        "Bits a byte of the items that were read, by configuration",
         "Lower is better. Blue: chosen. Lines: two standard errors of the difference to uniform weights.",
         "configurations, in the order they were tried",
         [_dot(tuning, one) for one in tuning.tried],
