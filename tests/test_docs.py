@@ -34,16 +34,11 @@ INVENTED = re.compile(r"\b(scale_rows\w*|test_scale_rows|mine)\b")
 FILE = re.compile(r"[\w./-]+\.(?:py|pyi|h|cc|cu|cuh|md|svg)")
 
 
-# Blocks that no test runs, by page and first line, and why.
+# Blocks that no test here runs, by page and first line, and why. tests/test_ray_replicas.py and
+# tests/test_lm_eval.py run smaller ones of the kind.
 NOT_RUN = {
-    (
-        "distributed.md",
-        "from deepen_ext import Replicas",
-    ): "eight GPUs; tests/test_ray_replicas.py has smaller ones",
-    (
-        "lm_eval.md",
-        "import lm_eval",
-    ): "its task is on the hub; tests/test_lm_eval.py has one of its own",
+    ("distributed.md", "from deepen_ext import Replicas"): "takes eight GPUs",
+    ("lm_eval.md", "import lm_eval"): "its task is on the hub",
 }
 
 
