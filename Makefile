@@ -37,7 +37,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint pytest tokenizers core build format bench results gpu gpu-build gpu-test \
+.PHONY: help demo test check lint pytest tokenizers core build format bench results docs gpu gpu-build gpu-test \
   gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -82,6 +82,9 @@ bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/per
 
 results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (bench/compare*.py take hours to make those)
 	$(PY) bench/results_page.py
+
+docs: $(INSTALLED)  ## the documentation site: site/index.html
+	$(BIN)/zensical build --strict --clean
 
 # For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. After gpu-build the
 # steps run in any order, each for less than ten minutes, for machines that lend their GPU for minutes: docs/gpu.md.
@@ -142,7 +145,7 @@ gpu-page:  ## from GPU_RESULTS: bench/results/<gpu>.json, the tables in docs/per
 	$(PYTHON) bench/gpu_model.py
 
 clean:  ## remove the environment and everything built (the cache of converted models stays)
-	rm -rf $(VENV) build dist *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist site .cache *.egg-info deepen_ext/_core*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find csrc deepen_ext tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What the core is compiled with: it needs neither torch nor any other package.

@@ -143,7 +143,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def folded(title: str, content: str) -> str:
-    return f"<details>\n<summary>{title}</summary>\n\n{content}\n\n</details>"
+    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{content}\n\n</details>'
 
 
 def holm(p_values: Mapping[Any, float], level: float = 0.05) -> list[Any]:

@@ -29,8 +29,9 @@ from results_format import (
     error_of,
     of_all,
 )
-from results_plots import Dot, Group, Row, column, dot_plot
 from results_read import Results, read_results
+
+from deepen_ext.plots.chart import Column, Dot, Group, Row, bounds, dot_plot
 
 BENCH = Path(__file__).resolve().parent
 
@@ -101,15 +102,14 @@ def gains_plot(found: Results) -> str:
             for method, own in methods.items()
             if method in (DEFAULT, parts.EARLIER)
         ]
-        groups.append(Group(ensemble_name(ensemble), rows, [0.0] * len(measures)))
-    low, high = _bounds(_dots(groups), least=1.0)
+        groups.append(Group(ensemble_name(ensemble), rows))
+    low, high = bounds(_dots(groups), least=1.0)
     return dot_plot(
         "Points against the best single member, with 95 % intervals",
         "Right is better. Blue: better, orange: worse (McNemar, p < 0.05), hollow: neither.",
-        [column(one.title, low, high) for one in measures],
+        [Column(one.title, low, high) for one in measures],
         [group for group in groups if group.rows],
-        signed=True,
-    )
+    ).svg()
 
 
 def _points_dot(own: Configuration | None) -> Dot | None:
@@ -137,18 +137,16 @@ def likelihood_plot(likelihood: Result) -> str:
                 for ensemble, methods in ensembles.items()
                 if method in methods
             ],
-            [0.0] * len(kinds),
         )
         for method, title in sorted(titles.items(), key=lambda one: one[0] != DEFAULT)
     ]
-    low, high = _bounds(_dots(groups), least=0.01)
+    low, high = bounds(_dots(groups), least=0.01)
     return dot_plot(
         "Likelihood: change in bits a byte of real text against the best single member",
         "Left is better. Bars: two standard errors. Blue: better, orange: worse, hollow: neither.",
-        [column(KINDS[kind], low, high) for kind in kinds],
+        [Column(KINDS[kind], low, high) for kind in kinds],
         [group for group in groups if group.rows],
-        signed=True,
-    )
+    ).svg()
 
 
 def _bits_dot(own: Configuration, kind: str) -> Dot:
@@ -157,17 +155,8 @@ def _bits_dot(own: Configuration, kind: str) -> Dot:
     return Dot(value, value - error, value + error, bits_verdict(difference))
 
 
-def _dots(groups: Sequence[Group]) -> Iterator[Dot]:
-    return (dot for group in groups for row in group.rows for dot in row.dots if dot is not None)
-
-
-def _bounds(dots: Iterator[Dot], least: float) -> tuple[float, float]:
-    """A scale that holds all intervals, and 0."""
-    shown = list(dots)
-    return (
-        min([-least, *(1.05 * dot.low for dot in shown)]),
-        max([least, *(1.05 * dot.high for dot in shown)]),
-    )
+def _dots(groups: Sequence[Group]) -> Iterator[Dot | None]:
+    return (dot for group in groups for row in group.rows for dot in row.dots)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from marked import write_marked
-from results_plots import Bar, bar_plot
+
+from deepen_ext.plots.chart import Bar, bar_plot
 
 BENCH = Path(__file__).resolve().parent
 SUM = "sum of the members alone, transformers generate"  # bench/decode.py's baseline
@@ -178,18 +179,18 @@ def speed_plot(result: dict[str, Any]) -> str:
     for one in result["figures"].get("decode", []):
         if one["name"].endswith(ALONE):
             name = one["name"].removesuffix(ALONE)
-            alone.append(Bar(f"{name} alone, transformers", one["value"], *one["spread"], "single"))
+            alone.append(Bar(f"{name} alone, transformers", one["value"], "single", *one["spread"]))
         if one.get("baseline") != SUM:
             continue
         text, _, settings = one["name"].partition(", context 256, batch 1")
         if text not in groups:
             title = "the members one after the other, transformers"
-            groups[text] = [Bar(title, one["baseline_value"], *one["baseline_spread"], "single")]
+            groups[text] = [Bar(title, one["baseline_value"], "single", *one["baseline_spread"])]
         label = "fused by deepen-ext"
         if "certified skip" in settings:
             (settled,) = (part.split()[0] for part in one["note"].split("; ") if part.endswith("settled"))
             label += f", certified skip ({settled} settled)"
-        groups[text].append(Bar(label, one["value"], *one["spread"], "gain"))
+        groups[text].append(Bar(label, one["value"], "gain", *one["spread"]))
     if not groups:
         return ""
     first = next(iter(groups.values()))  # the members alone were timed on the first text
@@ -202,7 +203,7 @@ def speed_plot(result: dict[str, Any]) -> str:
         f"transformers {versions['transformers']}; commit {_commit(result)}, {result['date'][:10]}",
         list(groups.items()),
         unit="ms",
-    )
+    ).svg()
 
 
 def _commit(result: dict[str, Any]) -> str:

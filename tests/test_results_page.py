@@ -496,7 +496,7 @@ def test_a_page_of_small_results(results: Path, tmp_path: Path) -> None:
     for name, count in (("gains.svg", 5), ("summary-some-cpu.svg", 2 * 4)):
         assert f"(results/{name})" in page
         root = ElementTree.fromstring(made[name])
-        dots = [one for one in root.iter() if one.tag.endswith("circle") or one.tag.endswith("path")]
+        dots = [one for one in root.iter() if one.attrib.get("id", "").startswith("dot-")]
         assert len(dots) == count
 
     before = contents(docs)

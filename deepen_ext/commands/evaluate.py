@@ -24,6 +24,7 @@ from deepen_ext.commands.loading import (
     writes_alone,
 )
 from deepen_ext.errors import InputError
+from deepen_ext.plots.output_file import check_output_file
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -125,6 +126,7 @@ def evaluate(
             help="Whole ensembles in actors of Ray, which share the items; --placement says where.",
         ),
     ] = None,
+    plot: options.Plot = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Drop the folder's results of these tasks first.")
     ] = False,
@@ -141,6 +143,11 @@ def evaluate(
 
         if certified_skip and scoring is Scoring.likelihood:
             raise InputError("--certified-skip is for texts that are written; leave it out")
+        check_output_file("--plot", plot)
+        if plot is not None and not singles:
+            raise InputError("--plot: gains are over the models alone; leave out --no-singles")
+        if plot is not None and model is not None and len(model) == 1:
+            raise InputError("--plot: a model alone has no gain to show; name two or more models")
         tasks = list(tasks_of(scoring.value)) if "all" in task else task
         drawn = Votes.read(votes, temperature, top_p, seed)
         prepare(tasks, data, split.value, limit, out, scoring=scoring.value, votes=drawn, fresh=fresh)
@@ -202,6 +209,10 @@ def evaluate(
             raise
 
         tables(160).print(summary_table(summary))
+        if plot is not None:
+            from deepen_ext.plots.evaluation import gains_plot
+
+            gains_plot(summary).save(plot)
         print(f"written to {out / 'summary.json'}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import load_ensemble, named_members, ways_of_fusing, writes_alone
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
+from deepen_ext.plots.output_file import check_output_file
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -42,6 +43,7 @@ def nll(
     context: Annotated[
         int, typer.Option(min=0, help="Each after at most so many of the characters before it.")
     ] = CONTEXT,
+    plot: options.Plot = None,
     as_json: options.AsJson = False,
     debug: options.Debug = False,
 ) -> None:
@@ -54,6 +56,7 @@ def nll(
         named = named_members(model, demo, preset)  # before the text is waited for
         if any(map(writes_alone, fuser or [])):
             raise InputError("every member alone is measured anyway; leave --fuser single out")
+        check_output_file("--plot", plot)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
         ways = ways_of_fusing(named, specs, recipe)
@@ -64,6 +67,10 @@ def nll(
             variants = [base.variant(**settings) for settings in ways]
             ensembles = {one.method: one for one in variants}
             scores = score_texts(cut, ensembles, progress=say)
+        if plot is not None:
+            from deepen_ext.plots.likelihood import likelihood_plot
+
+            likelihood_plot(scores, list(ensembles)).save(plot)
         if as_json:
             report = _report(scores, ensembles)
             about = {"file": text, "pieces": len(cut), "piece": piece, "context": context}

@@ -88,4 +88,8 @@ OnFailure = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object at the end instead of the text.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Also write a picture: a .svg, .png or .pdf file.", show_default=False),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -12,6 +12,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members, writes_alone
 from deepen_ext.errors import InputError
+from deepen_ext.plots.output_file import check_output_file
 from deepen_ext.space.recipes import RECIPES, check_recipe
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def tune(
             "With --fuser union-vocab or average.",
         ),
     ] = False,
+    plot: options.Plot = None,
     debug: options.Debug = False,
 ) -> None:
     """Choose weights, settings and the main model of two or more models, and write a preset.
@@ -64,6 +66,7 @@ def tune(
             raise InputError("--task and --data go together: the benchmark, and the folder it is in")
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; name a file, such as {out / 'preset.yaml'}")
+        check_output_file("--plot", plot)
         named = named_members(model, demo).members
         if len(named) < 2 or (fuser is not None and writes_alone(fuser)):
             raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
@@ -101,6 +104,10 @@ def tune(
             )
         preset = tuning.preset(named, dev, spec, given)
         write_preset(out, preset)
+        if plot is not None:
+            from deepen_ext.plots.tuning import tuning_plot
+
+            tuning_plot(tuning).save(plot)
         _show(tuning, dev)
         write(f"Written to {out}; use it with --preset {out}\n")
 

@@ -1,0 +1,1 @@
+"""Results as pictures: plots by matplotlib (extra `plot`), and doctor's page of HTML."""

@@ -1,0 +1,51 @@
+"""Whether a picture can be written, looked at before the hours of work that end in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from deepen_ext.errors import InputError
+
+FORMATS = (".svg", ".png", ".pdf")
+INSTALL = "pip install 'deepen-ext[plot]'"
+
+
+def check_output_file(option: str, file: Path | None, formats: Sequence[str] = FORMATS) -> None:
+    """Nothing is imported and nothing written. None, an option that was not given, is always right.
+
+    Args:
+        option: its name, for messages.
+        file: where the picture is to go.
+        formats: endings of file names that can be written.
+
+    Raises:
+        InputError: another ending, a folder that is not there or cannot be written to, matplotlib is not
+            installed.
+    """
+    if file is None:
+        return
+    if file.suffix.lower() not in formats:
+        raise InputError(f"{option} {file}: a name that ends in {' or '.join(formats)} is needed")
+    if file.is_dir():
+        raise InputError(f"{option} {file} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise InputError(f"{option} {file}: there is no folder {file.parent}; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise InputError(f"{option} {file}: no right to write there; name another file")
+    if find_spec("matplotlib") is None:
+        raise InputError(f"{option} needs matplotlib, which is not installed: {INSTALL}")
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write it over what is there.
+
+    Raises:
+        InputError: the system does not take it.
+    """
+    try:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}); name another file") from error
