@@ -38,6 +38,10 @@ class Answer {
   }
 
   add(record, text) {
+    for (const one of record.members) {
+      memberIndex(one.name); // the main model comes first, and has the first colour
+      this.names.add(one.name);
+    }
     this.waiting.push({ record, text });
     if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
   }
@@ -68,10 +72,6 @@ class Answer {
   }
 
   append({ record, text }) {
-    for (const one of record.members) {
-      memberIndex(one.name);
-      this.names.add(one.name);
-    }
     const decided = verdict(record);
     const index = this.tokens.push({ record, text, decided }) - 1;
     const by = decided.by === null ? "" : ` m${decided.by % 8}`;
@@ -117,12 +117,12 @@ class Answer {
 
   legendButton(key) {
     const [kind, by] = key.split(" ");
-    const [name, meaning] = KINDS[kind].map((words) => words.replace("{}", memberNames[by]));
-    const sample = make("span", `sample t ${kind}${by === undefined || by === "null" ? "" : ` m${by % 8}`}`, "ab");
-    sample.setAttribute("aria-hidden", "true");
-    const button = make("button", "", sample, make("bdi", "", name), make("b", "", ""));
+    const [name, meaning] = KINDS[kind];
+    const words = make("span", "", name.split("{}")[0]);
+    if (by !== undefined) words.append(make("bdi", "", memberNames[by]), name.split("{}")[1]);
+    const button = make("button", "", sampleOf(kind, by), words, make("b", "", ""));
     button.type = "button";
-    button.title = meaning.replace("{}", memberNames[by]);
+    button.title = meaning;
     button.dataset.key = key;
     button.setAttribute("aria-pressed", "false");
     button.addEventListener("click", () => this.single(button));
@@ -219,6 +219,18 @@ class Answer {
     while (last + 1 < this.tokens.length && times(last + 1) === own) last++;
     return last - first + 1;
   }
+}
+
+function sampleOf(kind, by) {
+  const sample = make("span", `sample t ${kind}${by === undefined ? "" : ` m${by % 8}`}`, "ab");
+  sample.setAttribute("aria-hidden", "true");
+  return sample;
+}
+
+for (const [kind, [name, meaning]] of Object.entries(KINDS)) {
+  if (kind === "own") continue; // it has no mark
+  const words = make("dd", "", make("b", "", name.replace("{}", "…")), `: ${meaning}`);
+  document.getElementById("meanings").append(make("dt", "", sampleOf(kind, kind === "changed" ? 1 : undefined)), words);
 }
 
 let pinned = null; // the answer whose token was selected

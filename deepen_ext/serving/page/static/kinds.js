@@ -7,13 +7,13 @@ function memberIndex(name) {
   return found < 0 ? memberNames.push(name) - 1 : found;
 }
 
-// In the order of the legend. `{}` is a member's name.
+// In the order of the legend: the name with `{}` for a member's, and what it means.
 const KINDS = {
-  own: ["own", "written by {} alone"],
+  own: ["by {} alone", "written without anybody beside it"],
   agreed: ["agreed", "every member that was asked had it first"],
-  kept: ["kept", "the main model's choice stood, though an assistant had another first"],
-  changed: ["changed by {}", "not the main model's choice; {} spoke most for it"],
-  joint: ["changed together", "not the main model's choice, and none of any one assistant's best candidates"],
+  kept: ["kept", "the main model's choice, though an assistant had another first"],
+  changed: ["changed by {}", "not the main model's choice; this member spoke most for it"],
+  joint: ["changed together", "not the main model's choice, and among no one assistant's best"],
   settled: ["settled", "by the main model alone: no assistant could have changed it"],
   satout: ["sat out", "by the main model alone: the assistants had no say here"],
   drawn: ["drawn", "sampling or a rule took it, not the most probable token"],
