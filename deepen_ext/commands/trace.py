@@ -17,7 +17,8 @@ from deepen_ext.serving.page.trace_file import read_trace
 
 def trace(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="What `generate --trace FILE` has written: a JSON line a token.")
+        str,
+        typer.Argument(metavar="FILE", help="What `generate --trace FILE` has written: a JSON line a token."),
     ],
     html: Annotated[Path, typer.Option("--html", help="Write the page here: one file, which loads nothing.")],
     debug: options.Debug = False,
@@ -36,4 +37,4 @@ def trace(
         except OSError as error:
             raise InputError(f"{html}: cannot be written: {error.strerror}; choose another place") from error
         with progress() as say:
-            say(f"Note: {html}: {len(page):,} bytes")
+            say(f"Note: {html}: {len(page.encode()):,} bytes")

@@ -17,7 +17,7 @@ from deepen_ext import Ensemble
 from deepen_ext.members.loading import load_member
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import BrowserContext, Page
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -33,22 +33,23 @@ Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser() -> Iterator[BrowserContext]:
+    """Headless Chromium."""
     if CHROMIUM is None:
         pytest.skip("NO chromium ON PATH: the page was not tried in a browser; install Debian's chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
+        yield browser.new_context()
         browser.close()
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(browser: BrowserContext) -> Iterator[Page]:
     """A window in which no script may fail, and which asks no other host."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.set_default_timeout(10_000)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -56,11 +57,13 @@ def page(browser: Browser) -> Iterator[Page]:
     page.on(
         "request",
         lambda request: (
-            None if request.url.startswith(("http://127.0.0.1:", "file:", "data:")) else wrong.append(request.url)
+            None
+            if request.url.startswith(("http://127.0.0.1:", "file:", "data:"))
+            else wrong.append(request.url)
         ),
     )
     yield page
-    context.close()
+    page.close()
     assert not wrong
 
 
@@ -70,7 +73,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Ensemble:
     folder = tmp_path_factory.mktemp("page")
     words = one_byte_tokens()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=500, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=500, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
     words.train_from_iterator([PROSE], trainer)
     return Ensemble(
         [

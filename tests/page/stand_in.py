@@ -1,4 +1,4 @@
-"""A server of the tests' own that streams real records in the form of `deepen-ext serve`, and fails as told."""
+"""A server of the tests' own that streams real records as `deepen-ext serve` does, and fails as told."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def trace_html(records: Iterable[Mapping[str, Any]], *, title: str = "trace") ->
         InputError: what is no such record; the message says which and why.
     """
     checked = [check_record(record, f"record {number}") for number, record in enumerate(records, start=1)]
-    # Inside of a script element, "</script" and "<!--" would mean something to HTML. ASCII, as a lone half of a
+    # Inside of a script element, "</script" and "<!--" would mean something to HTML. All in ASCII: half of a
     # surrogate pair cannot be written as UTF-8.
     data = json.dumps(checked, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     element = f'<script type="application/json" id="trace">{data}</script>'

@@ -83,7 +83,7 @@ _ONE_OF_OURS = "this is no line that --trace has written"
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        return check_record(json.loads(line), where)
+        return check_record(json.loads(line.rstrip(b"\r\n")), where)
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:

@@ -28,7 +28,7 @@ class Answer {
     this.copy = make("button", "quiet", "Copy");
     this.copy.type = "button";
     this.copy.addEventListener("click", () => navigator.clipboard?.writeText(this.plainText()));
-    const head = make("header", "", this.title, this.status, this.copy);
+    const head = make("header", "", this.title, this.copy, this.status);
     this.root = make("article", "answer", head, this.legend, this.text, this.problem);
     this.title.id = `${this.id}-title`;
     this.root.setAttribute("aria-labelledby", this.title.id);
@@ -42,7 +42,10 @@ class Answer {
       memberIndex(one.name); // the main model comes first, and has the first colour
       this.names.add(one.name);
     }
-    this.waiting.push({ record, text });
+    const decided = verdict(record);
+    this.count(decided.kind, decided.by);
+    if (isDrafted(record)) this.count(record.draft, null);
+    this.waiting.push({ record, text, decided });
     if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
   }
 
@@ -71,19 +74,19 @@ class Answer {
     if (this.waiting.length) this.frame = requestAnimationFrame(() => this.draw());
   }
 
-  append({ record, text }) {
-    const decided = verdict(record);
-    const index = this.tokens.push({ record, text, decided }) - 1;
+  append(token) {
+    const { record, text, decided } = token;
+    const index = this.tokens.push(token) - 1;
     const by = decided.by === null ? "" : ` m${decided.by % 8}`;
-    const draft = record.draft === "stood" || record.draft === "replaced" ? ` ${record.draft}` : "";
-    const className = `t ${decided.kind}${by}${draft}`;
-    this.count(decided.kind, decided.by);
-    if (draft) this.count(record.draft, null);
+    const className = `t ${decided.kind}${by}${isDrafted(record) ? ` ${record.draft}` : ""}`;
     const lines = text.split("\n");
     this.parts.push(lines.map((piece, at) => {
       if (at > 0 || !this.line) this.line = this.text.appendChild(make("div", "line"));
-      const broken = at < lines.length - 1;
-      const part = make("span", className + (broken ? " broken" : piece === "" && at === 0 ? " empty" : ""), piece);
+      // A space before a word is no part of what is marked: marks end where the word does.
+      const space = /^ (?=[^ ])/.test(piece) ? " " : "";
+      if (space) this.line.append(space);
+      const sign = at < lines.length - 1 ? " broken" : piece === "" && at === 0 ? " empty" : "";
+      const part = make("span", className + sign, piece.slice(space.length));
       part.dataset.i = index;
       return this.line.appendChild(part);
     }));
@@ -219,6 +222,10 @@ class Answer {
     while (last + 1 < this.tokens.length && times(last + 1) === own) last++;
     return last - first + 1;
   }
+}
+
+function isDrafted(record) {
+  return record.draft === "stood" || record.draft === "replaced";
 }
 
 function sampleOf(kind, by) {

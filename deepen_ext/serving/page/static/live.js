@@ -93,6 +93,7 @@ const LIVE = {
     this.answers.replaceChildren(...asked.map(([answer]) => answer.root));
     this.answers.classList.toggle("two", asked.length > 1);
     document.body.classList.remove("empty");
+    if (matchMedia("(max-width: 999px)").matches) this.answers.scrollIntoView();
     await Promise.all(asked.map(([answer, path, body]) => this.write(answer, path, body)));
     this.running = null;
     this.form.classList.remove("running");
