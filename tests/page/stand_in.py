@@ -84,10 +84,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/":
             self.answer(200, page_html().encode(), "text/html; charset=utf-8")
         elif self.path == "/v1/models" and not self._refused():
-            data = [{"id": name, "object": "model", "owned_by": "deepen-ext"} for name in self.stand_in.texts]
+            data = [self._card(name, records) for name, records in self.stand_in.texts.items()]
             self.answer(200, json.dumps({"object": "list", "data": data}).encode())
         elif self.path != "/v1/models":
             self.error(404, "no such path")
+
+    @staticmethod
+    def _card(name: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        members = list({one["name"]: None for record in records for one in record["members"]})
+        kind = "ensemble" if len(members) > 1 else "member"
+        return {"id": name, "object": "model", "deepen": {"kind": kind, "members": members}}
 
     def do_POST(self) -> None:
         self.stand_in.paths.append(self.path)

@@ -178,6 +178,19 @@ class TestStream:
         )
         assert len(looks) == len(set(looks)) == 9
 
+    def test_the_models(self, page: Page, server: StandIn) -> None:
+        open_page(page, server)
+        choices = "all => all.map(one => [one.parentElement.label, one.value])"
+        both = [["Together", "pair"], ["One alone", "bytes"]]
+        assert page.locator("[name=model] option").evaluate_all(choices) == both
+        assert page.locator("[name=beside] option").evaluate_all(choices)[1:] == both
+        page.fill("[name=fuser]", "average")
+        page.select_option("[name=model]", "bytes")
+        assert page.locator("[name=fuser]").is_disabled()  # nobody to fuse it with
+        start(page)
+        ended(page)
+        assert "fuser" not in server.requests[0][1]
+
     def test_stop_keeps_what_was_written(self, page: Page, server: StandIn, records: Records) -> None:
         with held_up(server, 20):
             open_page(page, server)

@@ -5,6 +5,7 @@ const LIVE = {
   answers: document.getElementById("answers"),
   notice: document.getElementById("notice"),
   keyBox: document.getElementById("key-box"),
+  alone: new Set(), // models that are a member alone
   running: null, // aborts what is being written
 
   field(name) {
@@ -29,20 +30,44 @@ const LIVE = {
     for (const name of ["fuser", "draft"]) {
       this.field(name).addEventListener("input", (event) => event.target.setCustomValidity(""));
     }
+    this.field("model").addEventListener("change", () => this.chosen());
     this.listModels();
   },
 
   async listModels() {
     this.notice.hidden = true;
     try {
-      const ids = (await readModels(this.key())).map((one) => String(one.id));
-      const option = (id) => new Option(id, id);
-      this.field("model").replaceChildren(...ids.map(option));
-      this.field("beside").replaceChildren(new Option("nobody", ""), ...ids.map(option));
+      const models = await readModels(this.key());
+      this.alone = new Set(models.filter((one) => one.deepen?.kind === "member").map((one) => one.id));
+      this.offer("model", models);
+      this.offer("beside", models, new Option("nobody", ""));
       this.field("start").disabled = false;
+      this.chosen();
     } catch (error) {
       this.tell(error);
     }
+  },
+
+  // The models of a chooser; what was chosen before stays.
+  offer(name, models, ...first) {
+    const before = this.field(name).value;
+    const group = (label, found) => {
+      const made = make("optgroup", "", ...found.map((one) => new Option(one.id, one.id)));
+      made.label = label;
+      return found.length ? [made] : [];
+    };
+    const isAlone = (one) => this.alone.has(one.id);
+    this.field(name).replaceChildren(
+      ...first,
+      ...group("Together", models.filter((one) => !isAlone(one))),
+      ...group("One alone", models.filter(isAlone)),
+    );
+    if (models.some((one) => one.id === before)) this.field(name).value = before;
+  },
+
+  // Nobody is fused with a member alone.
+  chosen() {
+    this.field("fuser").disabled = this.alone.has(this.field("model").value);
   },
 
   // A problem that belongs to no answer.
@@ -75,7 +100,7 @@ const LIVE = {
     body.temperature = this.field("temperature").valueAsNumber;
     if (first) { // how members are fused is nothing to a member alone beside them
       const [fuser, draft] = [this.field("fuser").value.trim(), this.draft()];
-      if (fuser) body.fuser = fuser;
+      if (fuser && !this.field("fuser").disabled) body.fuser = fuser;
       if (draft !== null) body.draft = draft;
     }
     return [chat ? "v1/chat/completions" : "v1/completions", body];
