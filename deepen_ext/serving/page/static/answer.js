@@ -237,7 +237,8 @@ function sampleOf(kind, by) {
 for (const [kind, [name, meaning]] of Object.entries(KINDS)) {
   if (kind === "own") continue; // it has no mark
   const words = make("dd", "", make("b", "", name.replace("{}", "…")), `: ${meaning}`);
-  document.getElementById("meanings").append(make("dt", "", sampleOf(kind, kind === "changed" ? 1 : undefined)), words);
+  const sample = make("dt", "", sampleOf(kind, kind === "changed" ? 1 : undefined));
+  document.getElementById("meanings").append(make("div", "", sample, words));
 }
 
 let pinned = null; // the answer whose token was selected

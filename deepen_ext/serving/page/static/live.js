@@ -170,6 +170,7 @@ function progress(answer, state) {
   const changed = answer.changed();
   if (answer.memberNames().length > 1) words.push(`${changed} changed`);
   const seconds = (state.last - state.first) / 1000;
-  if (state.tokens > 1 && seconds > 0) words.push(`${((state.tokens - 1) / seconds).toFixed(1)} tokens/s`);
+  const rate = (state.tokens - 1) / seconds;
+  if (state.tokens > 1 && seconds > 0) words.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
   return words.join(", ");
 }
