@@ -109,9 +109,7 @@ class TestStream:
         assert shown(page) == text_of(records)
         assert page.locator(".problem:visible").count() == 0
         status = page.locator(".answer .status").inner_text()
-        assert status.startswith(
-            f"at the token limit, {len(records)} tokens, {len(changed(records))} changed"
-        )
+        assert status.startswith(f"token limit, {len(records)} tokens, {len(changed(records))} changed")
         assert not [path for path in server.paths if path not in ("/", "/v1/models", "/v1/completions")]
 
     def test_what_is_asked_for(self, page: Page, server: StandIn) -> None:
@@ -286,6 +284,37 @@ class TestInspector:
         )
         (said,) = re.findall(r"([\d.]+) ms in this step", words)
         assert float(said) == pytest.approx(total, rel=0.02)
+
+    def test_whose_candidates_speak_for_the_token(
+        self, page: Page, server: StandIn, records: Records
+    ) -> None:
+        """By the id with the main model. An assistant's longer token speaks for the main's shorter one."""
+
+        def record(token: str, main: list[str], assistant: list[str]) -> dict[str, Any]:
+            def top(texts: list[str]) -> list[dict[str, Any]]:
+                return [{"id": i, "text": text, "probability": 0.3} for i, text in enumerate(texts)]
+
+            written = {"id": main.index(token), "text": token}
+            both = [
+                {**member, "top": top(texts)}
+                for member, texts in zip(records[0]["members"], (main, assistant), strict=True)
+            ]
+            fused = sorted(top(main), key=lambda one: one["text"] != token)
+            more = {"token": written, "main_choice": {"id": 0, "text": main[0]}, "members": both}
+            return {**records[0], **more, "text": token, "fused": fused, "draft": None}
+
+        server.texts["pair"] = [
+            record(" Ant", [" Ant", " also"], [" Antarctica", " a"]),  # the main model has no " Antarctica"
+            record(" a", [" a", " also"], [" also", " a"]),  # but it has " also"
+            record(" also", [" a", " also"], [" also", " a"]),
+            record(" also", [" a", " also"], [" one", " two"]),
+        ]
+        write(page, server)
+        kinds = [token(page, i).get_attribute("class") for i in range(4)]
+        assert kinds == ["t agreed", "t kept", "t changed m1", "t joint"]
+        token(page, 1).hover()
+        bold = page.locator("#inspected .written td:first-child").all_inner_texts()
+        assert bold == ["·a", "·a", "·a"]
 
     def test_the_keyboard_alone(self, page: Page, server: StandIn, records: Records) -> None:
         write(page, server)

@@ -145,7 +145,8 @@ class Answer {
       return part ? Number(part.dataset.i) : -1;
     };
     this.text.addEventListener("pointerover", (event) => {
-      if (event.pointerType !== "touch" && at(event) >= 0) inspector.show(this, at(event), false);
+      const moved = event.clientX !== pointer.x || event.clientY !== pointer.y; // not the text below it
+      if (moved && event.pointerType !== "touch" && at(event) >= 0) inspector.show(this, at(event), false);
     });
     this.text.addEventListener("pointerleave", () => {
       if (pinned) inspector.show(pinned, pinned.current, false);
@@ -240,6 +241,9 @@ for (const [kind, [name, meaning]] of Object.entries(KINDS)) {
   const sample = make("dt", "", sampleOf(kind, kind === "changed" ? 1 : undefined));
   document.getElementById("meanings").append(make("div", "", sample, words));
 }
+
+const pointer = { x: -1, y: -1 };
+document.addEventListener("pointermove", (event) => Object.assign(pointer, { x: event.clientX, y: event.clientY }));
 
 let pinned = null; // the answer whose token was selected
 

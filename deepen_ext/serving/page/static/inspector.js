@@ -22,9 +22,12 @@ const inspector = {
       make("p", "place", `${place}, id ${record.token.id}`),
       sentence,
       weights(record.members),
-      ...record.members.map((one) => candidates(memberLabel(one.name), one.top, record, one.weight)),
+      ...record.members.map((one, at) => {
+        const written = (found) => (at === 0 ? found.id === record.token.id : speaksFor(record, found.text));
+        return candidates(memberLabel(one.name), one.top, written, one.weight);
+      }),
       ...silent(answer, record),
-      candidates("fused", record.fused, record, null),
+      candidates("fused", record.fused, (found) => found.id === record.token.id, null),
       times(answer, index),
     );
     this.root.classList.add("open");
@@ -58,13 +61,14 @@ function weights(members) {
   return made;
 }
 
-function candidates(title, top, record, weight) {
+// Those that speak for the token that was written stand out.
+function candidates(title, top, written, weight) {
   const head = make("h3", "", title);
   if (weight !== null) head.append(make("span", "weight", `weight ${percent(weight)}`));
   const rows = top.map((one) => {
     const row = make("tr", "", make("td", "", label(one.text)), make("td", "", bar(one.probability)));
     row.append(make("td", "", percent(one.probability)));
-    if (goesWith(record.token.text, one.text)) row.className = "written";
+    if (written(one)) row.className = "written";
     return row;
   });
   const colour = typeof title === "string" ? "" : title.className.replace("member", "");

@@ -32,15 +32,19 @@ const REASONS = {
   lost: "no assistant was left",
 };
 
-// Vocabularies differ: " Ant" of one model and " Antarctica" of another say the same of what comes next.
-function goesWith(text, other) {
-  return text === other || (text !== "" && other !== "" && (other.startsWith(text) || text.startsWith(other)));
+// Whether an assistant's candidate speaks for the token. Vocabularies differ: " Antarctica" of an assistant
+// speaks for " Ant" of a main model that has no such token. One that the main model has itself speaks for that.
+function speaksFor(record, candidate) {
+  const text = record.token.text;
+  if (candidate === text) return true;
+  const isMains = [...record.members[0].top, ...record.fused].some((one) => one.text === candidate);
+  return text.trim() !== "" && candidate.startsWith(text) && !isMains;
 }
 
-// How much a member's candidates speak for a text.
-function supportOf(member, text) {
+// How much a member's candidates speak for the token.
+function supportOf(record, member) {
   let sum = 0;
-  for (const one of member.top) if (goesWith(text, one.text)) sum += one.probability;
+  for (const one of member.top) if (speaksFor(record, one.text)) sum += one.probability;
   return sum * member.weight;
 }
 
@@ -53,16 +57,15 @@ function verdict(record) {
     if (record.not_asked === null) return { kind: "own", by: main ? memberIndex(main.name) : null };
     return { kind: record.not_asked === "settled" ? "settled" : "satout", by: null };
   }
-  const text = record.token.text;
   if (isMainChoice) {
-    const all = assistants.every((one) => !one.top.length || goesWith(text, one.top[0].text));
+    const all = assistants.every((one) => !one.top.length || speaksFor(record, one.top[0].text));
     return { kind: all ? "agreed" : "kept", by: null };
   }
   if (record.fused.length && record.fused[0].id !== record.token.id) return { kind: "drawn", by: null };
   let best = null;
   let most = 0;
   for (const one of assistants) {
-    const support = supportOf(one, text);
+    const support = supportOf(record, one);
     if (support > most) [best, most] = [one, support];
   }
   return best ? { kind: "changed", by: memberIndex(best.name) } : { kind: "joint", by: null };

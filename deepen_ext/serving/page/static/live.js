@@ -133,7 +133,7 @@ const LIVE = {
     let end = "";
     try {
       await streamText(path, body, this.key(), signal, (chunk) => takeChunk(answer, state, chunk));
-      end = { length: "at the token limit", stop: "complete" }[state.reason] ?? state.reason;
+      end = { length: "token limit", stop: "complete" }[state.reason] ?? state.reason;
     } catch (error) {
       if (signal.aborted) end = "stopped";
       else {

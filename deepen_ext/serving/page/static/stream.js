@@ -80,17 +80,20 @@ async function streamText(path, body, key, signal, take) {
     throw new ServerProblem(0, "The server cannot be reached. Is deepen-ext serve still running?");
   }
   if (!response.ok) throw await problemOf(response);
+  let done = false; // the rest is read all the same: to leave before would look like a client that has gone
   try {
     for await (const data of eventsOf(response.body)) {
-      if (data === "[DONE]") return;
+      done ||= data === "[DONE]";
+      if (done) continue;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ServerProblem(500, `The server had to stop: ${chunk.error.message ?? chunk.error}`);
       take(chunk);
     }
   } catch (error) {
+    if (done) return;
     if (signal.aborted || error instanceof ServerProblem) throw error;
     const what = error instanceof SyntaxError ? "The server sent what is no JSON" : "The connection was lost";
     throw new ServerProblem(0, `${what}. What was written stays.`);
   }
-  throw new ServerProblem(0, "The connection ended before the text did. What was written stays.");
+  if (!done) throw new ServerProblem(0, "The connection ended before the text did. What was written stays.");
 }
