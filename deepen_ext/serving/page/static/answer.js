@@ -10,6 +10,7 @@ class Answer {
     this.tokens = []; // {record, text, decided}
     this.parts = []; // the elements of each token: one, and one more for each line that it goes on to
     this.waiting = [];
+    this.drawn = () => {}; // called after each batch
     this.counts = new Map();
     this.names = new Set();
     this.current = -1;
@@ -20,7 +21,6 @@ class Answer {
     this.text.setAttribute("aria-describedby", "keys");
     this.title = make("h2", "", make("bdi", "", title));
     this.status = make("p", "status");
-    this.status.setAttribute("role", "status");
     this.problem = make("p", "problem");
     this.problem.setAttribute("role", "alert");
     this.problem.hidden = true;
@@ -71,6 +71,7 @@ class Answer {
     this.showLegend();
     if (this.rest && !this.waiting.length) (this.line ?? this.text).append(this.rest);
     if (follows) this.text.scrollTop = this.text.scrollHeight;
+    this.drawn();
     if (this.waiting.length) this.frame = requestAnimationFrame(() => this.draw());
   }
 

@@ -125,12 +125,12 @@ const LIVE = {
   },
 
   async write(answer, path, body) {
-    const state = { first: 0, last: 0, tokens: 0, reason: "", prompt: 0 };
+    const state = { first: 0, last: 0, tokens: 0, reason: "" };
     const signal = this.running.signal;
-    const timer = setInterval(() => answer.status.textContent = progress(answer, state), 500);
+    let end = "";
+    answer.drawn = () => answer.status.textContent = [end, progress(answer, state)].filter(Boolean).join(", ");
     answer.status.textContent = "waiting";
     answer.root.classList.add("writing");
-    let end = "";
     try {
       await streamText(path, body, this.key(), signal, (chunk) => takeChunk(answer, state, chunk));
       end = { length: "token limit", stop: "complete" }[state.reason] ?? state.reason;
@@ -144,14 +144,13 @@ const LIVE = {
         if (!(error instanceof ServerProblem)) console.error(error);
       }
     }
-    clearInterval(timer);
     answer.root.classList.remove("writing");
-    answer.status.textContent = [end, progress(answer, state)].filter(Boolean).join(", ");
+    answer.drawn();
+    inspector.spoken.textContent = `${answer.title.textContent}: ${answer.status.textContent}`; // for screen readers
   },
 };
 
 function takeChunk(answer, state, chunk) {
-  if (chunk.usage) state.prompt = chunk.usage.prompt_tokens;
   const choice = chunk.choices?.[0];
   if (!choice) return;
   const text = choice.text ?? choice.delta?.content ?? "";
@@ -165,7 +164,7 @@ function takeChunk(answer, state, chunk) {
 }
 
 function progress(answer, state) {
-  if (!state.tokens) return answer.problem.hidden ? "waiting" : "";
+  if (!state.tokens) return "";
   const words = [`${state.tokens} tokens`];
   const changed = answer.changed();
   if (answer.memberNames().length > 1) words.push(`${changed} changed`);
