@@ -61,6 +61,8 @@ lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, c
 
 pytest: $(INSTALLED)
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+	@command -v chromium >/dev/null || echo "make test: NO chromium ON PATH, so the page was not tried in a browser" \
+	  "(tests/page/test_page.py); install Debian's chromium" >&2
 
 # Some 330 MB of packages on the first run, in minutes; of them only the tokenizers are kept, in the cache.
 tokenizers: export DEEPEN_TOKENIZERS := all

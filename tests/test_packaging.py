@@ -78,7 +78,8 @@ def compile_commands(source: Path, wheel: Path) -> list[dict[str, str]]:
 def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    tracked = {path.relative_to(source).as_posix() for path in source.glob("deepen_ext/**/*.py")}
+    sources = [*source.glob("deepen_ext/**/*.py"), *source.glob("deepen_ext/serving/page/static/*")]
+    tracked = {path.relative_to(source).as_posix() for path in sources}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     package = tracked | {"deepen_ext/py.typed", "deepen_ext/_core.pyi", f"deepen_ext/_core{suffix}"}
     assert {name for name in names if ".dist-info/" not in name} == package

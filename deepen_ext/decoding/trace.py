@@ -40,7 +40,8 @@ class Trace:
     """Makes a record of every token and gives it to a function, or writes it as a line of JSON.
 
     A record has ``row`` (the text's number) and ``position`` (of the token among its new ones); ``token`` and
-    ``main_choice`` (``id`` and ``text``); ``not_asked``, why the assistants had no say (null where they had);
+    ``main_choice`` (``id`` and ``text``); ``text``, the characters that the token completed ("" while one is
+    unfinished); ``not_asked``, why the assistants had no say (null where they had);
     ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
     probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
     ``draft``, what became of a token that was written ahead: "stood", "replaced" or "settled" (null where
@@ -93,6 +94,7 @@ class Trace:
                     "position": one.position,
                     "token": _token(team, 0, one.token),
                     "main_choice": _token(team, 0, main_choices[i]),
+                    "text": one.written.text,
                     "not_asked": one.proposal.place.reason,
                     "draft": one.fate,
                     "members": [

@@ -1,0 +1,142 @@
+"""Traces as the page takes them: read from a file line by line, each record checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepen_ext.errors import InputError
+
+_FATES = (None, "stood", "replaced", "settled")
+
+
+def read_trace(file: str | Path) -> list[dict[str, Any]]:
+    """The records of a trace file, one JSON line a token.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or a line is no record of a token; the message has the
+            line's number.
+    """
+    path = Path(file).expanduser()
+    records = []
+    try:
+        with path.open("rb") as opened:
+            for number, line in enumerate(opened, start=1):
+                if line.strip():
+                    records.append(_record(line, f"{file}: line {number}"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; name a file that --trace has written") from error
+    if not records:
+        raise InputError(f"{file} has no record; name a file that --trace has written")
+    return records
+
+
+def check_record(record: Any, where: str) -> dict[str, Any]:
+    """The record, where the page can show it.
+
+    Args:
+        record: what may be one of `decoding.trace.Trace`.
+        where: named in the error.
+
+    Raises:
+        InputError: something is missing in it, or is of another kind.
+    """
+    one = _Part(record, where)
+    one.count("row")
+    one.count("position")
+    for name in ("token", "main_choice"):
+        token = one.part(name)
+        token.count("id")
+        token.text("text")
+    for name in ("not_asked", "text"):
+        if one.has(name):
+            one.text(name)
+    if one.has("draft") and record["draft"] not in _FATES:
+        raise InputError(f"{where}: its draft is {record['draft']!r}; {_ONE_OF_OURS}")
+    if "not_asked" not in record:
+        raise InputError(f"{where}: it has no not_asked; {_ONE_OF_OURS}")
+    members = one.parts("members")
+    if not members:
+        raise InputError(f"{where}: it has no members; {_ONE_OF_OURS}")
+    for member in members:
+        member.text("name")
+        member.number("weight")
+        member.candidates("top")
+    one.candidates("fused")
+    ms = one.part("ms")
+    spent = ms.part("members")
+    for name in spent.value:
+        spent.number(name)
+    for name in ("fusion", "sampling", "handoff"):
+        if ms.has(name):
+            ms.number(name)
+    if one.has("lost") and not all(isinstance(name, str) for name in one.value["lost"]):
+        raise InputError(f"{where}: its lost is no list of names; {_ONE_OF_OURS}")
+    return dict(one.value)
+
+
+_ONE_OF_OURS = "this is no line that --trace has written"
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        return check_record(json.loads(line.rstrip(b"\r\n")), where)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        hint = "" if line.endswith(b"\n") else " (the last line is cut off: the run was killed?)"
+        raise InputError(f"{where}{column}: this is no JSON: {reason}{hint}") from error
+
+
+class _Part:
+    """An object of a record, with where it is."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} is no JSON object; {_ONE_OF_OURS}")
+        self.value = value
+        self._where = where
+
+    def has(self, name: str) -> bool:
+        return self.value.get(name) is not None
+
+    def part(self, name: str) -> _Part:
+        return _Part(self.value.get(name), f"{self._where}: {name}")
+
+    def parts(self, name: str) -> list[_Part]:
+        found = self.value.get(name)
+        if not isinstance(found, list):
+            raise self._wrong(name, "a list")
+        return [_Part(one, f"{self._where}: {name}, number {i}") for i, one in enumerate(found, start=1)]
+
+    def text(self, name: str) -> None:
+        if not isinstance(self.value.get(name), str):
+            raise self._wrong(name, "a text")
+
+    def count(self, name: str) -> None:
+        found = self.value.get(name)
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 1 << 53:
+            raise self._wrong(name, "a whole number")
+
+    def number(self, name: str) -> None:
+        found = self.value.get(name)
+        if not isinstance(found, (int, float)) or isinstance(found, bool) or not math.isfinite(found):
+            raise self._wrong(name, "a finite number")
+
+    def candidates(self, name: str) -> None:
+        for one in self.parts(name):
+            one.count("id")
+            one.text("text")
+            one.number("probability")
+
+    def _wrong(self, name: str, kind: str) -> InputError:
+        if name not in self.value:
+            return InputError(f"{self._where}: it has no {name}; {_ONE_OF_OURS}")
+        found = repr(self.value[name])
+        shown = found if len(found) <= 40 else f"{found[:40]}..."
+        return InputError(f"{self._where}: {name} is {shown}, not {kind}; {_ONE_OF_OURS}")
