@@ -93,12 +93,6 @@ class _Asked(_Body):
         """As a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
-    @model_validator(mode="after")
-    def _check_stream(self) -> _Asked:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; set stream to true, or leave it out")
-        return self
-
 
 class CompletionBody(_Asked):
     """Of /v1/completions."""

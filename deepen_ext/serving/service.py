@@ -15,7 +15,7 @@ from deepen_ext.serving import asking
 from deepen_ext.serving.answers import Answer, Streaming
 from deepen_ext.serving.bodies import ChatBody, CompletionBody
 from deepen_ext.serving.engine import Engine
-from deepen_ext.serving.errors import LOG, shutting_down
+from deepen_ext.serving.errors import LOG, refused, shutting_down
 from deepen_ext.serving.listening import Texts
 from deepen_ext.serving.metrics import Metrics
 from deepen_ext.serving.models import Models
@@ -80,6 +80,8 @@ class Service:
     async def _answer(self, shape: Shape, body: CompletionBody | ChatBody, began: float) -> Answer:
         if self.closing:
             raise shutting_down()
+        if body.stream_options is not None and not body.stream:
+            raise refused("stream_options is for streams; set stream, or leave it out", "stream_options")
         if self.limits.log_prompts:
             LOG.info("%s prompts: %r", shape.id, [one.prompt for one in shape.asked.requests[:: body.n]])
         texts = Texts(len(shape.asked.requests))

@@ -75,12 +75,12 @@ class Running:
 
     def idle(self, seconds: float = 10.0) -> bool:
         """Whether nothing is written or waits any more, within so long."""
-        return until(lambda: _busy(self.service) == 0, seconds)
+        return until(lambda: self.busy() == 0, seconds)
 
-
-def _busy(service: Service) -> int:
-    load = service.engine.load
-    return load.running + load.reading + load.waiting
+    def busy(self) -> int:
+        """How many texts are asked for now."""
+        load = self.service.engine.load
+        return load.running + load.reading + load.waiting
 
 
 def until(true: Callable[[], bool], seconds: float = 10.0) -> bool:
