@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deepen_ext.errors import DeepenError, InputError, MemberLost, shown
-from deepen_ext.serving.engine import Busy, UnknownModel
+from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 
 LOG = logging.getLogger("deepen_ext.serving")
 
@@ -82,6 +82,8 @@ def from_deepen(error: DeepenError) -> ApiError:
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, Busy):
         return ApiError(429, str(error), code="busy", retry_after=error.retry_after)
+    if isinstance(error, Closed):
+        return shutting_down()
     if isinstance(error, InputError):
         return ApiError(400, str(error))
     LOG.error("%s: %s", type(error).__name__, error)

@@ -44,9 +44,6 @@ class Metrics:
         self._responses = counter("deepen_ext_http_responses", "Answers.", ("path", "status"))
         self._texts = counter("deepen_ext_texts", "Texts that ended.", ("model", "finish_reason"))
         self._prompt = counter("deepen_ext_model_prompt_tokens", "Tokens of prompts.", ("model",))
-        self._shared = counter(
-            "deepen_ext_model_shared_prompt_tokens", "Of these, those that were not read anew.", ("model",)
-        )
         self._new = counter("deepen_ext_model_tokens", "Tokens written.", ("model",))
         self._changed = counter(
             "deepen_ext_model_changed_tokens", "Of these, those that the assistants changed.", ("model",)
@@ -85,7 +82,6 @@ class Metrics:
         """A text has ended."""
         self._texts.labels(model, text.finish_reason).inc()
         self._prompt.labels(model).inc(text.prompt_tokens)
-        self._shared.labels(model).inc(text.shared_tokens)
         self._new.labels(model).inc(text.completion_tokens)
         self._changed.labels(model).inc(text.changed_tokens)
 

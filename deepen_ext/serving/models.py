@@ -9,7 +9,7 @@ from typing import Any
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.members.member import Member
-from deepen_ext.serving.engine import UnknownModel
+from deepen_ext.serving.refusals import UnknownModel
 
 # Most probable tokens that a request may ask for.
 MOST_OF_ENSEMBLE = 5

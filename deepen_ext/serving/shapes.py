@@ -58,15 +58,9 @@ class Shape(ABC):
 
     def usage(self, ended: Sequence[Ended]) -> dict[str, Any]:
         """Token counts; a prompt counts once, however many texts follow it."""
-        prompts = ended[:: self.asked.n]
-        prompt = sum(one.prompt_tokens for one in prompts)
+        prompt = sum(one.prompt_tokens for one in ended[:: self.asked.n])
         new = sum(one.completion_tokens for one in ended) if self.asked.write else 0
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": new,
-            "total_tokens": prompt + new,
-            "prompt_tokens_details": {"cached_tokens": sum(one.shared_tokens for one in prompts)},
-        }
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
     def usage_chunk(self, ended: Sequence[Ended]) -> dict[str, Any]:
         """The last chunk, where it is asked for."""

@@ -187,7 +187,7 @@ def test_stop_strings_are_held_back(stops: list[str], pieces: list[str], told: l
     writing = Writing(stops)
     found = [writing.add([Piece(1, one)]).text for one in pieces]
     reason = "stop_string" if stops else "length"
-    found.append(writing.end(Ended(reason, "", 1, 0, len(pieces), 0)).text)  # type: ignore[arg-type]
+    found.append(writing.end(Ended(reason, "", 1, len(pieces), 0)).text)  # type: ignore[arg-type]
     assert found == told
 
 
