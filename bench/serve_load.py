@@ -4,8 +4,8 @@
     python bench/serve_load.py --clients 1 2 --tokens 8 --requests 20  a try
 
 The server is a process of its own. For each number of clients, all of them stream a greedy text at once; the
-same prompts are written by `Ensemble.generate` in one batch, in another process, before or after in turns. The
-server's own usage counts the tokens. Then: the time between tokens of running texts while a prompt of
+same prompts are written by `Ensemble.generate` in one batch, in another process, before or after in turns.
+The server's own usage counts the tokens. Then: the time between tokens of running texts while a prompt of
 --prompt-tokens is read beside them, and without it. Then --requests requests, one in ten of which is dropped
 after its second token, and the server's resident memory along the way.
 """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
 
 from deepen_ext import __version__
 from deepen_ext.serving.errors import add_handlers
@@ -41,6 +44,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(MODEL_ROUTES)
     app.include_router(MODEL_ROUTES, prefix="/members/{member}", include_in_schema=False)
     app.include_router(SERVER_ROUTES)
+    _mount_page(app)
     add_handlers(app)
     limits = service.limits
     app.add_middleware(Gate, key=limits.key, most_bytes=limits.body_bytes, closing=lambda: service.closing)
@@ -54,6 +58,22 @@ def make_app(service: Service) -> FastAPI:
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _mount_page(app: FastAPI) -> None:
+    """The page at /, where that package is there. It may load nothing from elsewhere."""
+    if find_spec("deepen_ext.serving.page") is None:
+        return
+    text = import_module("deepen_ext.serving.page").page_html()
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+    headers = {
+        "content-security-policy": f"{policy}; img-src data:; base-uri 'none'; frame-ancestors 'none'",
+        "x-content-type-options": "nosniff",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers=headers)
 
 
 def _schema(app: FastAPI, service: Service) -> dict[str, Any]:
