@@ -12,6 +12,7 @@ from deepen_ext.commands.evaluate import evaluate
 from deepen_ext.commands.generate import generate
 from deepen_ext.commands.lm_eval import CONTEXT, lm_eval
 from deepen_ext.commands.nll import nll
+from deepen_ext.commands.serve import serve
 from deepen_ext.commands.trace import trace
 from deepen_ext.commands.tune import tune
 
@@ -26,6 +27,7 @@ app.command()(doctor)
 app.command()(nll)
 app.command("eval")(evaluate)
 app.command()(tune)
+app.command()(serve)
 app.command()(trace)
 app.command("lm-eval", context_settings=CONTEXT)(lm_eval)
 

@@ -15,6 +15,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +65,15 @@ class Loading:
         return found
 
 
-def with_load_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of loading in the place of its parameter `loading`."""
+def with_load_options(
+    command: Callable[..., None], flags: Mapping[str, str] = MappingProxyType({})
+) -> Callable[..., None]:
+    """The command with the options of loading in the place of its parameter `loading`.
+
+    Args:
+        command: the function.
+        flags: of options whose usual flag means something else in this command.
+    """
 
     @functools.wraps(command)
     def run(*, trust_remote_code: bool, **given: Any) -> None:
@@ -73,17 +81,19 @@ def with_load_options(command: Callable[..., None]) -> Callable[..., None]:
         command(loading=Loading(texts, trust_remote_code), **given)
 
     own = inspect.signature(command, eval_str=True)
-    parameters = [one for one in own.parameters.values() if one.name != "loading"] + _parameters()
+    parameters = [one for one in own.parameters.values() if one.name != "loading"] + _parameters(flags)
     run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     return run
 
 
-def _parameters() -> list[inspect.Parameter]:
+def _parameters(flags: Mapping[str, str]) -> list[inspect.Parameter]:
     """As typer reads them. Numbers and JSON are texts there, because `-` may stand in their place."""
 
     def parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
-        option = typer.Option(_flag(name), help=text, rich_help_panel=_PANEL, show_default=False)
+        option = typer.Option(
+            flags.get(name, _flag(name)), help=text, rich_help_panel=_PANEL, show_default=False
+        )
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return inspect.Parameter(name, kinds, default=default, annotation=Annotated[kind, option])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,6 +99,47 @@ def load_ensemble(named: Named, *options: Any) -> Ensemble:
 
         keywords = ensemble_keywords(named, *options)
         return Ensemble.from_pretrained(named.members, progress=say, **keywords)
+
+
+def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[str, Ensemble]:
+    """Several ensembles; members that are the same, loaded in the same way, are there once.
+
+    Args:
+        asked: by the ensemble's name, its members and what `ensemble_keywords` gives.
+
+    Raises:
+        InputError: a setting out of range.
+        ModelError: a model cannot be loaded.
+    """
+    with progress() as say, _without_collector():
+        say("Starting")
+        from deepen_ext.ensemble import Ensemble
+        from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
+        from deepen_ext.members.loading import load_members
+
+        plans: dict[str, list[str]] = {}
+        wanted: dict[str, tuple[str, LoadOptions]] = {}
+        for ensemble, (named, keywords) in asked.items():
+            loading = {key: keywords[key] for key in LOAD_OPTIONS if key in keywords}
+            each = options_of_each(named.members, **loading)
+            same = [f"{name} {own}" for name, own in zip(named.members, each, strict=True)]
+            plans[ensemble] = same
+            wanted |= dict(zip(same, zip(named.members, each, strict=True), strict=True))
+        given = [own.given() for _, own in wanted.values()]
+        options = {
+            key: [one.get(key, False if key == "trust_remote_code" else None) for one in given]
+            for key in {key for one in given for key in one}
+        }
+        loaded = load_members([name for name, _ in wanted.values()], progress=say, **options)
+        members = dict(zip(wanted, loaded, strict=True))
+        say("Matching vocabularies")
+        return {
+            name: Ensemble(
+                [members[one] for one in plans[name]],
+                **{key: value for key, value in keywords.items() if key not in LOAD_OPTIONS},
+            )
+            for name, (_, keywords) in asked.items()
+        }
 
 
 @contextmanager

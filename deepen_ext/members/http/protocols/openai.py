@@ -61,7 +61,7 @@ class OpenAIProtocol(Protocol):
             context_length=longest - 1 if isinstance(longest, int) else None,  # one more token must fit
         )
         protocol = cls(served)
-        if owner == "vllm":
+        if owner in ("vllm", "deepen-ext"):  # they have prompt_logprobs
             protocol.read_block = 1 << 20
         return protocol
 

@@ -1,0 +1,176 @@
+"""What goes wrong, as OpenAI's clients read it: a status and one JSON object. Never a stack trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from deepen_ext.errors import DeepenError, InputError, MemberLost, shown
+from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
+
+LOG = logging.getLogger("deepen_ext.serving")
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+}
+
+
+class ApiError(HTTPException):
+    """A request that is refused, or that failed. FastAPI lets HTTPException pass where it reads a body.
+
+    Attributes:
+        status: of HTTP.
+        message: for the client.
+        param: the field that is wrong.
+        code: one word for programs.
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's shape."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        headers = {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
+
+
+def refused(message: str, param: str | None = None) -> ApiError:
+    """A 400: the request is wrong, and the message says what to do."""
+    return ApiError(400, message, param=param)
+
+
+def from_deepen(error: DeepenError) -> ApiError:
+    """What a client is told of an error of ours.
+
+    The message of a model that failed may name files and addresses of this machine: it goes into the log.
+    """
+    if isinstance(error, UnknownModel):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code="busy", retry_after=error.retry_after)
+    if isinstance(error, Closed):
+        return shutting_down()
+    if isinstance(error, InputError):
+        return ApiError(400, str(error))
+    LOG.error("%s: %s", type(error).__name__, error)
+    if isinstance(error, MemberLost):
+        return ApiError(502, f"the member {error.member} gives no answer any more", code="member_lost")
+    return ApiError(500, "the model failed; the server's log says how", code="model_failed")
+
+
+def shutting_down() -> ApiError:
+    """The server ends."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=10)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have every error of the app answered in this shape."""
+
+    async def ours(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def deepen(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, DeepenError)
+        return from_deepen(error).response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()).response()
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        answer = from_http(request, error).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        # The class alone: a message may have what a client sent. uvicorn logs the traceback.
+        return ApiError(500, f"an error of the server ({type(error).__name__}); see its log").response()
+
+    app.add_exception_handler(ApiError, ours)
+    app.add_exception_handler(DeepenError, deepen)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def from_http(request: Request, error: HTTPException) -> ApiError:
+    """Of the framework's own errors: no such path, a wrong method, a body that is no text."""
+    if error.status_code == 404:
+        return ApiError(
+            404, f"there is nothing at {shown(request.url.path)}; /openapi.json lists what there is"
+        )
+    if error.status_code == 405:
+        return ApiError(405, f"{shown(request.url.path)} does not take {request.method}")
+    if error.status_code == 400:
+        return refused("the body cannot be read; send JSON in UTF-8, not nested deeply")
+    return ApiError(error.status_code, str(error.detail))
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Of a body that does not fit: the first field that is wrong, and all that is wrong with it."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return refused(f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
+    path = [one for one in first["loc"] if one != "body"]
+    if not path:
+        return refused("send a JSON object, with the header content-type: application/json")
+    name = str(path[0])
+    if first["type"] == "extra_forbidden":
+        return refused(f"{_place(path)} is not supported; leave it out", param=shown_name(name))
+    same = [one for one in errors if [part for part in one["loc"] if part != "body"][:1] == path[:1]]
+    why = dict.fromkeys(_words(str(one["msg"])) for one in same)
+    return refused(f"{_place(path[:1])}: {'; or '.join(why)}", param=shown_name(name))
+
+
+def shown_name(name: str) -> str:
+    """A field's name as a client sent it, cut where it is long."""
+    return name if len(name) <= 60 else f"{name[:60]}..."
+
+
+def _place(path: Sequence[Any]) -> str:
+    """`messages[0].name` of what pydantic calls ("messages", 0, "UserMessage", "name")."""
+    text = shown_name(str(path[0]))
+    for part in path[1:]:
+        text += f"[{part}]" if isinstance(part, int) else f".{shown_name(str(part))}"
+    return text
+
+
+def _words(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
