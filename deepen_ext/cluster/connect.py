@@ -72,7 +72,7 @@ def connect(address: str | None, progress: Progress | None = None) -> Any:
 
 
 def _check_answers(address: str | None) -> None:
-    """That somebody listens at the address that Ray would join; it may be the one of a cluster that was killed.
+    """That somebody listens at the address that Ray would join; it may be a killed cluster's.
 
     Raises:
         InputError: nobody does; the message says where the address comes from.

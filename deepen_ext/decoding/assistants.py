@@ -1,7 +1,7 @@
 """The assistants' side of a batch of texts: what they have read, who takes part in a step, the fusion.
 
-There is no loop here. What the main model says comes from outside, from `cycle.Cycles` or from transformers' own
-`generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that were chosen.
+There is no loop here. What the main model says comes from outside, from `cycle.Cycles` or from transformers'
+own `generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that were chosen.
 """
 
 from __future__ import annotations
