@@ -374,21 +374,23 @@ class TestInspector:
 
 
 class TestFailures:
-    @pytest.mark.parametrize(
-        ("status", "headers", "said"),
-        [
+    def test_a_refusal(self, page: Page, server: StandIn) -> None:
+        cases: list[tuple[int, dict[str, str], str]] = [
             (429, {"Retry_After": "7"}, "The server is busy. Start again in 7 s."),
             (500, {}, "The server could not answer (500). It says: <b>broken</b>"),
             (400, {}, "The server could not answer (400). It says: <b>broken</b>"),
             (503, {}, "The server takes no requests now. Start again a little later."),
-        ],
-    )
-    def test_a_refusal(
-        self, page: Page, server: StandIn, status: int, headers: dict[str, str], said: str
-    ) -> None:
-        server.fault = lambda handler: handler.error(status, "<b>broken</b>", **headers)
-        write(page, server)
-        assert said in page.locator(".answer .problem").inner_text()
+        ]
+        open_page(page, server)
+        for status, headers, said in cases:
+
+            def refuse(handler: Handler, status: int = status, more: dict[str, str] = headers) -> bool:
+                return handler.error(status, "<b>broken</b>", **more)
+
+            server.fault = refuse
+            start(page)
+            ended(page)
+            assert said in page.locator(".answer .problem").inner_text()
         server.fault = None
         page.click("[name=start]")  # and the next one works
         ended(page)

@@ -26,8 +26,8 @@ async function problemOf(response) {
   }
   const after = response.headers.get("Retry-After");
   const plain = {
-    401: "The server asks for a key. Enter it above, then start again.",
-    403: "The server does not take this key. Enter another one above, then start again.",
+    401: "The server asks for a key: fill in the field Key, then start again.",
+    403: "The server does not take this key: fill in another one, then start again.",
     429: `The server is busy. Start again ${after ? `in ${after} s` : "a little later"}.`,
     503: `The server takes no requests now. Start again ${after ? `in ${after} s` : "a little later"}.`,
   }[response.status];
