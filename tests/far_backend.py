@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from time import sleep
 from typing import Any, ClassVar
 
 from deepen_ext.members.backend import Answer, Capabilities, Session
@@ -22,6 +23,7 @@ class FarBackend(HFBackend):
         ready: whether an answer is there already; asked each time.
         events: of all such members, what was called, by name: "ask main", "wait main".
         positions: of each `ask`, how many positions a lane was asked about; with the member's name.
+        seconds: that each `wait` for a member elsewhere takes.
         broken: called by each `ask` with the member's name.
     """
 
@@ -29,6 +31,7 @@ class FarBackend(HFBackend):
     ready: ClassVar[Callable[[], bool]] = lambda: True
     events: ClassVar[list[str]] = []
     positions: ClassVar[list[tuple[str, list[int]]]] = []
+    seconds: ClassVar[float] = 0.0
     broken: ClassVar[Callable[[str], None]] = lambda name: None
     sessions: ClassVar[list[FarSession]] = []
 
@@ -37,7 +40,7 @@ class FarBackend(HFBackend):
         """Nobody is elsewhere; nothing was called."""
         cls.names = set()
         cls.ready = lambda: True
-        cls.broken = lambda name: None
+        cls.broken, cls.seconds = lambda name: None, 0.0
         cls.events, cls.positions, cls.sessions = [], [], []
 
     @property
@@ -95,6 +98,7 @@ class FarAnswer:
         FarBackend.events.append(f"wait {self.name}")
         assert self.session.under_way, "waited for twice"
         self.session.under_way = False
+        sleep(FarBackend.seconds if self.name in FarBackend.names else 0.0)
         return self.answer.wait()
 
     def ready(self) -> bool:

@@ -98,6 +98,16 @@ class TestOrder:
         assert [own for name, own in FarBackend.positions if name == "far"][1:3] == [[1], [3]]
         assert found.token_ids == events(pair)[0].token_ids
 
+    def test_a_member_far_slower_than_the_main_model(self, pair: Ensemble) -> None:
+        """It would be waited for twice a draft; that is measured, and it is asked once, in the end."""
+        FarBackend.names, FarBackend.seconds = {"far"}, 0.05
+        FarBackend.ready = lambda: False
+        pair.generate(PROMPT, max_new_tokens=30, min_new_tokens=30, draft=3)
+        cycles = "".join({"ask far": "f", "ask main": "m"}.get(one, "") for one in FarBackend.events)
+        assert cycles.startswith("fm" + "fmmmmf")  # ahead, and the rest
+        assert cycles.count("mmmmf") > 4
+        assert "mmmmfmmmmfmmmmf" in cycles
+
     def test_what_another_drafter_offers(self, members: list[Member]) -> None:
         """The one that writes is not asked beside; another one is asked before the main model reads."""
         trio = Ensemble(members, **LOUD)

@@ -7,7 +7,8 @@ place turns out to need it (`Place.known`); else it is dropped. With drafts the 
 token that the main model writes ahead: when the draft is written, most of its places are verified.
 
 While a draft is written no answer is waited for. What an assistant was not asked by then, it is asked in the
-end.
+end. Where it is much slower than the main model, it would be waited for twice then, once for the first place
+and once for the rest. So what is waited for with drafts is measured both ways, and the better one is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from deepen_ext.decoding.questions import Question, questions_about
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.members.backend import Answer
 from deepen_ext.members.distribution import Distribution
+
+_TRY_AGAIN = 16  # cycles with drafts after which the other way is measured again
+_FADE = 0.7  # of the mean so far, with each later measurement
 
 # By assistant, what it says of some places: batch rows, and of each of them one position.
 Said = dict[int, list[tuple[list[int], Distribution]]]
@@ -55,6 +59,12 @@ class Asker:
         self._k = k
         self._ahead: dict[int, _Asked] = {}
         self._said_ahead: dict[int, list[tuple[Place, Distribution]]] = {}
+        self._late: set[int] | None = None  # assistants not asked ahead in this cycle; None: not decided yet
+        self._drafted = 0  # cycles with drafts
+        self._drafts = False  # whether the last cycle had some
+        self._waits_twice: set[int] = set()  # assistants that were, in some cycle
+        # With drafts, milliseconds a place in the end: by assistant, by whether it was asked ahead.
+        self._waited: dict[tuple[int, bool], float] = {}
 
     def ask_ahead(self, places: Sequence[Place], lanes: Mapping[int, int], but: int) -> dict[int, float]:
         """Ask the assistants elsewhere, as far as they are free, about what they were not asked yet.
@@ -68,9 +78,11 @@ class Asker:
             by assistant, the milliseconds it took.
         """
         spent = {}
+        if self._late is None:
+            self._late = {i for i in self.elsewhere if self._drafts and not self._pays(i)}
         for i in self.elsewhere:
             asked = self._ahead.get(i)
-            if i == but or (asked is not None and not asked.answer.ready()):
+            if i == but or i in self._late or (asked is not None and not asked.answer.ready()):
                 continue
             began = perf_counter()
             self._take(i, places)
@@ -95,8 +107,10 @@ class Asker:
         # Who was asked ahead is waited for when all others have been asked.
         for i in sorted(spent, key=self._ahead.__contains__):
             began = perf_counter()
+            late = i in self._ahead and not self._ahead[i].answer.ready()
             self._take(i, places)
             if questions := questions_about(places, i, lanes):
+                self._waits_twice |= {i} if late else set()
                 now.append((i, self._start(i, questions[0], places), questions[1:]))
             spent[i] += (perf_counter() - began) * 1e3
         while now:
@@ -117,6 +131,7 @@ class Asker:
         for row, place in enumerate(places):
             for i, known in place.known.items():
                 said.setdefault(i, []).append(([row], known))
+        self._learn(places, spent)
         self._forget()
         return said, spent
 
@@ -143,6 +158,23 @@ class Asker:
                 if place.text == about.text and place.asked.get(i) == about.asked[i]:
                     place.known.setdefault(i, said)
 
+    def _pays(self, i: int) -> bool:
+        """Whether to ask an assistant ahead in a cycle with drafts."""
+        ahead, after = self._waited.get((i, True)), self._waited.get((i, False))
+        if i not in self._waits_twice or ahead is None or after is None:
+            return i not in self._waits_twice or ahead is None
+        return (ahead <= after) != (self._drafted % _TRY_AGAIN == 0)
+
+    def _learn(self, places: Sequence[Place], spent: Mapping[int, float]) -> None:
+        self._drafts = len(places) > len({place.text for place in places})  # some text has several
+        if not self._drafts:
+            return
+        self._drafted += 1
+        for i in self.elsewhere:
+            way, now = (i, i not in (self._late or ())), spent[i] / len(places)
+            self._waited[way] = _FADE * self._waited.get(way, now) + (1 - _FADE) * now
+
     def _forget(self) -> None:
+        self._late = None
         self._ahead.clear()
         self._said_ahead.clear()
