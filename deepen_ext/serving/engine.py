@@ -195,10 +195,10 @@ class Engine(Closing):
                 busy = [run for run in list(self._runs.values()) if run.busy]
                 for run in busy:
                     self._count(run.step())
+                self._close_idle(needed=bool(self._waiting) and not busy)
                 self._note()
                 if busy:
                     continue
-                self._close_idle()
                 with self._changed:
                     if self._closing and not self._waiting:
                         return
@@ -266,10 +266,10 @@ class Engine(Closing):
             sum(run.bytes_held for run in runs),
         )
 
-    def _close_idle(self) -> None:
-        """Free the caches of runs that nobody has needed for a while; all of them where requests wait."""
+    def _close_idle(self, *, needed: bool) -> None:
+        """Free the caches of runs that nobody has used for a while; of all idle ones where room is needed."""
         for key, run in list(self._runs.items()):
-            if not run.busy and (self._waiting or monotonic() - run.used > _IDLE_SECONDS):
+            if not run.busy and (needed or monotonic() - run.used > _IDLE_SECONDS):
                 run.close()
                 del self._runs[key]
 
