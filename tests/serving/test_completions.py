@@ -252,8 +252,7 @@ def test_penalties_and_biases(client: openai.OpenAI, pair: Ensemble) -> None:
 
     assert ids() == plain.token_ids
     for name in ("presence_penalty", "frequency_penalty"):
-        for amount in (0.5, 2):
-            assert ids(**{name: amount}) == by_hand(pair, name, amount)
+        assert ids(**{name: 2}) == by_hand(pair, name, 2)
     repeated = pair.generate(PROMPT, max_new_tokens=24, draft=0, repetition_penalty=1.5).token_ids
     extra = {"return_tokens_as_token_ids": True, "repetition_penalty": 1.5}
     assert ids(extra_body=extra) == repeated
@@ -282,7 +281,6 @@ def by_hand(pair: Ensemble, name: str, amount: float) -> list[int]:
 
 def test_ways_of_fusing_for_one_request(client: openai.OpenAI, pair: Ensemble) -> None:
     for own in (
-        {"fuser": "average"},
         {"fuser": "deepen:calibrated"},
         {"weights": [0.2, 0.8]},
         {"fuser": "union-topk", "weights": [0.9, 0.1]},
