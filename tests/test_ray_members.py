@@ -225,7 +225,7 @@ class TestLost:
             list(run)
         (found,) = run.results()
         at = found.lost["tiny-2"]
-        assert at == 6
+        assert 6 <= at < 24  # inside a character nobody is asked
         assert len(found.token_ids) == 24
         assert found.token_ids[:at] == whole[:at]
         assert [one["lost"] for one in records] == [[]] * at + [["tiny-2"]] * (24 - at)

@@ -27,6 +27,7 @@ from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress, Written
 from deepen_ext.decoding.trace import Observer
+from deepen_ext.errors import MemberLost
 from deepen_ext.members.member import Member
 
 _CAPACITY = 256  # tokens of a text that there is room for at first
@@ -109,7 +110,7 @@ class OpenRun(Cycles):
 
     @property
     def reading(self) -> int:
-        """How many texts' prompts are being read."""
+        """How many prompts are being read."""
         return len(self._prompts)
 
     @property
@@ -141,7 +142,7 @@ class OpenRun(Cycles):
             self._schedule.withdraw(number)
             self._forget(number)
             raise
-        for text in self._schedule.begin(self._best_lane):
+        for text in self._schedule.begin(lambda text, free: self._kept.best(self._texts[text].ids, free)):
             self._assistants.lanes = self._schedule.lanes
             self._prompts[text] = self._prompt(text)
         return number
@@ -162,7 +163,10 @@ class OpenRun(Cycles):
                 that text: see `failures`.
         """
         self._timings = Timings(members_ms=dict.fromkeys(self._team.names, 0.0))
-        self._read_prompts()
+        try:
+            self._read_prompts()
+        except MemberLost as error:
+            self._losses.handle(error)
         self._end_full()
         ready = any(prompt.left == 0 for prompt in self._prompts.values())
         written = self._cycle() if self._schedule.active or ready else []
@@ -196,36 +200,37 @@ class OpenRun(Cycles):
             self._read_piece(number, budget, share)
 
     def _read_piece(self, number: int, budget: list[int], share: int) -> None:
+        """A piece of one prompt. All members are asked, then all are waited for."""
         prompt, lane = self._prompts[number], self._schedule.lanes[number]
+        answers = []
         for member, ids in enumerate(self._ids(number)):
             session = self._assistants.sessions.get(member) if member else self._main
             goal, read = prompt.goals[member], prompt.read[member]
             piece = min(goal - read, budget[member] // share)
-            if session is None or piece <= 0:
-                continue
-            session.ask({lane: ids[: read + piece]}, 1).wait()
-            prompt.read[member] += piece
-            budget[member] -= piece
+            if session is None:
+                prompt.read[member] = goal
+            elif piece > 0:
+                answers.append(session.ask({lane: ids[: read + piece]}, 1))
+                prompt.read[member] += piece
+                budget[member] -= piece
+        for answer in answers:
+            answer.wait()
 
     def _prompt(self, number: int) -> _Prompt:
-        """What is to be read ahead: all but what the cycle of the first token reads."""
+        """What is to be read ahead: all but what the cycle of the first token reads.
+
+        What another lane holds already counts as read: the session takes it over with the next piece.
+        """
         last = PROMPT_TOKENS + 1 if self._team.weighs_prompts else self._chunk
         ids = self._ids(number)
         goals = [max(len(own) - last, 0) for own in ids]
-        spared = [min(goal, own) for goal, own in zip(goals, self._shared(number, ids), strict=True)]
-        for member, (own, shared) in enumerate(zip(ids, spared, strict=True)):
-            session = self._assistants.sessions.get(member) if member else self._main
-            if shared and session is not None:  # states that another lane has cost no forward but one
-                session.ask({self._schedule.lanes[number]: own[:shared]}, 1).wait()
-        return _Prompt(goals, spared)
+        shared = self._shared(number, ids)
+        return _Prompt(goals, [min(goal, own) for goal, own in zip(goals, shared, strict=True)])
 
     def _shared(self, number: int, ids: Sequence[list[int]]) -> list[int]:
         """Of each member, how many of these ids some lane holds already."""
         others = [self._ids(other) for other in self._schedule.active if other != number]
         return self._kept.shared(ids, others)
-
-    def _best_lane(self, text: int, free: Sequence[int]) -> int:
-        return self._kept.best(self._texts[text].ids, free)
 
     def _begun(self) -> list[int]:
         """The texts whose prompts are read but for the last piece; beside others, no more than a chunk."""
