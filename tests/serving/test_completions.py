@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from typing import Any
 
 import openai
 import pytest
 import torch
+from command_line import ROOT
 from running import ASSISTANT, MAIN, PROMPT, Running
 
 from deepen_ext import Ensemble
@@ -327,3 +329,12 @@ def test_many_at_once_by_the_async_client(served: Running, pair: Ensemble) -> No
             return list(await asyncio.gather(*(one(client, prompt) for prompt in prompts)))
 
     assert asyncio.run(all_of_them()) == expected
+
+
+def test_the_guides_example(served: Running, pair: Ensemble, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    assert "http://127.0.0.1:8000" in block
+    exec(compile(block.replace("http://127.0.0.1:8000", served.url), "docs/serving.md", "exec"), {})
+    expected = pair.generate("The capital of France is", max_new_tokens=24, draft=0).text
+    assert capsys.readouterr().out == expected
