@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +12,7 @@ from deepen_ext import __version__
 from deepen_ext.serving.errors import add_handlers
 from deepen_ext.serving.limits import Gate
 from deepen_ext.serving.metrics import Counting
+from deepen_ext.serving.page import page_html
 from deepen_ext.serving.routes import MODEL_ROUTES, SERVER_ROUTES
 from deepen_ext.serving.service import Service
 
@@ -61,10 +60,8 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _mount_page(app: FastAPI) -> None:
-    """The page at /, where that package is there. It may load nothing from elsewhere."""
-    if find_spec("deepen_ext.serving.page") is None:
-        return
-    text = import_module("deepen_ext.serving.page").page_html()
+    """The page at /. It may load nothing from elsewhere."""
+    text = page_html()
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
     headers = {
         "content-security-policy": f"{policy}; img-src data:; base-uri 'none'; frame-ancestors 'none'",

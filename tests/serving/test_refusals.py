@@ -190,6 +190,11 @@ def test_keys(guarded: Running) -> None:
         assert status == 401
         assert headers["www-authenticate"] == "Bearer"
     assert guarded.ask("/health")[0] == 200
+    status, page, headers = guarded.ask("/")  # it asks for the key itself
+    assert status == 200
+    assert b"<html" in page
+    assert KEY.encode() not in page
+    assert "connect-src 'self'" in headers["content-security-policy"]
     status, answer, _ = guarded.ask(COMPLETIONS, COMPLETION, authorization=f"Bearer {KEY}")
     assert status == 200, answer
     with pytest.raises(openai.AuthenticationError):
