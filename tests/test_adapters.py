@@ -20,8 +20,8 @@ from transformers import (
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.adapters import DeepenLogitsProcessor, custom_generate, pipeline
-from deepen_ext.adapters.prompt_texts import text_of
 from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.prompt_ids import text_of
 
 SHORT = "The capital of France is"
 LONG = (

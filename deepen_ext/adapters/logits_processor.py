@@ -10,8 +10,9 @@ import torch
 from transformers import LogitsProcessor
 
 from deepen_ext.adapters.generate_call import GenerateCall, generate_call, is_drafting
-from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty, written
+from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty
 from deepen_ext.decoding.assistants import Assistants
+from deepen_ext.decoding.prompt_ids import written
 from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.decoding.prompts import Messages
 from deepen_ext.ground.closing import Closing

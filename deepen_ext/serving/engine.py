@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import cast
 
-from deepen_ext.adapters.prompt_texts import text_of
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
+from deepen_ext.decoding.prompt_ids import text_of
 from deepen_ext.decoding.prompts import Messages, Prompt, read_prompts
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.ensemble import Ensemble
