@@ -39,6 +39,7 @@ FILE = re.compile(r"[\w./-]+\.(?:py|pyi|h|cc|cu|cuh|md|svg)")
 NOT_RUN = {
     ("distributed.md", "from deepen_ext import Replicas"): "takes eight GPUs",
     ("lm_eval.md", "import lm_eval"): "its task is on the hub",
+    ("serving.md", "from openai import OpenAI"): "tests/serving/test_completions.py runs it, with a server",
 }
 
 

@@ -177,7 +177,8 @@ class TestCalls:
             steps = sum(1 for _ in run)
             run.close()
             asked = [size for method, size in calls if method == "ask"]
-            assert len(asked) <= steps
+            # With drafts also before every token that the main model writes ahead, and once in the end.
+            assert len(asked) <= steps * (settings["draft"] + 2 if settings["draft"] else 1)
             assert [method for method, _ in calls if method not in ("ask", "set_aside", "release")] == [
                 "open",
                 "close",

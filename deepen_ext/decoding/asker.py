@@ -106,13 +106,14 @@ class Asker:
         now: list[tuple[int, _Asked, list[Question]]] = []
         # Who was asked ahead is waited for when all others have been asked.
         for i in sorted(spent, key=self._ahead.__contains__):
-            began = perf_counter()
-            late = i in self._ahead and not self._ahead[i].answer.ready()
+            began, ahead = perf_counter(), self._ahead.get(i)
+            late = ahead is not None and not ahead.answer.ready()
             self._take(i, places)
             if questions := questions_about(places, i, lanes):
                 self._waits_twice |= {i} if late else set()
                 now.append((i, self._start(i, questions[0], places), questions[1:]))
-            spent[i] += (perf_counter() - began) * 1e3
+            if questions or ahead is not None:
+                spent[i] += (perf_counter() - began) * 1e3
         while now:
             following = []
             for i, asked, left in now:

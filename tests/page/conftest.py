@@ -32,7 +32,7 @@ FLAGS = [
 Records = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would be in the way of other tests'
 def browser() -> Iterator[BrowserContext]:
     """Headless Chromium."""
     if CHROMIUM is None:
