@@ -62,7 +62,7 @@ class Bytes:
 
 def compare(pair: dict[str, Ensemble], options: argparse.Namespace, draft: int) -> dict[str, Any]:
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in pair}
-    apart, more = 0, []
+    apart, more, same = 0, [], []
     counted = Bytes(pair["http"].members[1])
     tokens = 0
     for repetition in range(options.repetitions):
@@ -73,8 +73,11 @@ def compare(pair: dict[str, Ensemble], options: argparse.Namespace, draft: int) 
                 ms, share, texts[name] = one_run(pair[name], prompt, options.tokens, draft)
                 times[name].append((ms, share))
             tokens += len(texts["http"])
-            apart += texts["http"] != texts["in process"]
             more.append(times["http"][-1][0] - times["in process"][-1][0])
+            if texts["http"] == texts["in process"]:
+                same.append(more[-1])
+            else:
+                apart += 1
     medians = {
         name: [statistics.median(one) for one in zip(*own, strict=True)] for name, own in times.items()
     }
@@ -83,6 +86,7 @@ def compare(pair: dict[str, Ensemble], options: argparse.Namespace, draft: int) 
         "ms a token": {name: own[0] for name, own in medians.items()},
         "of it the assistant": {name: own[1] for name, own in medians.items()},
         "ms a token more": statistics.median(more),
+        "ms a token more, texts that are the same": statistics.median(same) if same else None,
         "budget": BUDGETS[draft],
         "texts": len(more),
         "texts that fell apart": apart,

@@ -1,7 +1,8 @@
 """The demo pair with its assistant in an actor of Ray on this machine, beside the same in process.
 
 Milliseconds a step without drafts, and a token with drafts, and the bytes of the calls. Before anything is
-timed the texts are compared: llama.cpp's quantised assistant gives the same numbers for the same feeding.
+timed the texts are compared: an actor is asked token by token, where a draft in process is read at once, and
+quantised weights then differ in last digits. Prompts whose texts fall apart at a near-tie are left out, and counted.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Counted:
         RemoteMember.call, RemoteMember.get = self._call, self._get  # type: ignore[method-assign]
 
 
-def write(ensemble: Ensemble, draft: int, tokens: int) -> tuple[list[int], list[float], float]:
+def write(
+    ensemble: Ensemble, prompt: str, draft: int, tokens: int
+) -> tuple[list[int], list[float], float]:
     """The text's ids, each step's milliseconds without the first, and the whole time after the first step."""
-    run = ensemble.start(PROMPTS[0], max_new_tokens=tokens, min_new_tokens=tokens, draft=draft)
+    run = ensemble.start(prompt, max_new_tokens=tokens, min_new_tokens=tokens, draft=draft)
     try:
         times, before = [], time.perf_counter()
         for _ in run:
@@ -68,16 +71,20 @@ def measure(tokens: int, rounds: int, threads: int) -> list[Figure]:
     there = Ensemble.from_pretrained(DEMO_PAIR, **settings, placement=[None, {"num_cpus": threads}])
     figures = []
     for draft, (what, budget) in BUDGETS.items():
-        ids = [write(one, draft, tokens)[0] for one in (here, there)]
-        assert ids[0] == ids[1], "the texts differ: a near-tie fell the other way; try another prompt"
+        prompts = [
+            prompt
+            for prompt in PROMPTS
+            if write(here, prompt, draft, tokens)[0] == write(there, prompt, draft, tokens)[0]
+        ]
         found: dict[str, list[float]] = {"here": [], "there": []}
         with Counted() as counted:
-            for _ in range(rounds):  # side by side, so that both see the same machine
-                for name, one in (("here", here), ("there", there)):
-                    _, steps, whole = write(one, draft, tokens)
-                    found[name] += steps if draft == 0 else [whole / (tokens - 1)]
+            for _ in range(rounds):
+                for prompt in prompts:  # side by side, so that both see the same machine
+                    for name, one in (("here", here), ("there", there)):
+                        _, steps, whole = write(one, prompt, draft, tokens)
+                        found[name] += steps if draft == 0 else [whole / (tokens - 1)]
         more = percentile(found["there"], 0.5) - percentile(found["here"], 0.5)
-        written = rounds * tokens
+        written = rounds * len(prompts) * tokens
         figure = Figure(
             f"assistant in an actor, {f'drafts of {draft}' if draft else 'no drafts'}, {what}",
             percentile(found["there"], 0.5),
@@ -92,7 +99,8 @@ def measure(tokens: int, rounds: int, threads: int) -> list[Figure]:
             budget=f"at most {budget:g} ms more",
             met=more <= budget,
             note=f"{more:+.2f} ms; a token {counted.calls / written:.2f} calls, {counted.sent / written:.0f} "
-            f"bytes there, {counted.received / written:.0f} bytes back",
+            f"bytes there, {counted.received / written:.0f} bytes back; {len(prompts)} of {len(PROMPTS)} prompts, "
+            "whose texts are the same",
         )
         figures.append(figure)
         print(f"{figure.name}: {figure.value:.2f} against {figure.baseline_value:.2f} ms, {figure.note}")

@@ -265,16 +265,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "serve_load")
     options = parser.parse_args()
     found = environment() | {"kind": "serve_load", "tokens": options.tokens, "lanes": options.lanes}
+    found["load"] = []
+
+    def keep(measured: dict[str, Any]) -> None:
+        """Written after each part, so that a run that is cut off loses one."""
+        print(measured, flush=True)
+        write_json(options.results / speed_file(found), found)
+
     with server(options.lanes, options.results) as (address, pid):
-        found["load"] = [load(address, clients, options) for clients in options.clients]
+        for clients in options.clients:
+            found["load"].append(load(address, clients, options))
+            keep(found["load"][-1])
         if options.prompt_tokens:
             found["long prompt"] = asyncio.run(beside_a_prompt(address, options))
+            keep(found["long prompt"])
         if options.requests:
             found["memory"] = asyncio.run(memory(address, pid, options))
-    for one in found["load"]:
-        print(one)
-    print(found.get("long prompt"), found.get("memory"), sep="\n")
-    write_json(options.results / speed_file(found), found)
+            keep(found["memory"])
 
 
 if __name__ == "__main__":
