@@ -2,7 +2,8 @@
 
 Milliseconds a step without drafts, and a token with drafts, and the bytes of the calls. Before anything is
 timed the texts are compared: an actor is asked token by token, where a draft in process is read at once, and
-quantised weights then differ in last digits. Prompts whose texts fall apart at a near-tie are left out, and counted.
+quantised weights then differ in last digits. Prompts whose texts fall apart at a near-tie are left out, and
+counted.
 """
 
 from __future__ import annotations
@@ -49,9 +50,7 @@ class Counted:
         RemoteMember.call, RemoteMember.get = self._call, self._get  # type: ignore[method-assign]
 
 
-def write(
-    ensemble: Ensemble, prompt: str, draft: int, tokens: int
-) -> tuple[list[int], list[float], float]:
+def write(ensemble: Ensemble, prompt: str, draft: int, tokens: int) -> tuple[list[int], list[float], float]:
     """The text's ids, each step's milliseconds without the first, and the whole time after the first step."""
     run = ensemble.start(prompt, max_new_tokens=tokens, min_new_tokens=tokens, draft=draft)
     try:
@@ -99,8 +98,8 @@ def measure(tokens: int, rounds: int, threads: int) -> list[Figure]:
             budget=f"at most {budget:g} ms more",
             met=more <= budget,
             note=f"{more:+.2f} ms; a token {counted.calls / written:.2f} calls, {counted.sent / written:.0f} "
-            f"bytes there, {counted.received / written:.0f} bytes back; {len(prompts)} of {len(PROMPTS)} prompts, "
-            "whose texts are the same",
+            f"bytes there, {counted.received / written:.0f} bytes back; {len(prompts)} of {len(PROMPTS)} "
+            "prompts, whose texts are the same",
         )
         figures.append(figure)
         print(f"{figure.name}: {figure.value:.2f} against {figure.baseline_value:.2f} ms, {figure.note}")

@@ -160,8 +160,8 @@ class CountingLlama(LlamaBackend):
 
     tokens = 0
 
-    def new_context(self, sequences: int, cells: int) -> Context:
-        context = super().new_context(sequences, cells)
+    def new_context(self, sequences: int, room: int) -> Context:
+        context = super().new_context(sequences, room)
 
         def counted(feeds: Sequence[Feed]) -> torch.Tensor:
             self.tokens += sum(len(feed.ids) for feed in feeds)

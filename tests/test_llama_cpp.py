@@ -232,6 +232,22 @@ class TestCaches:
         lengths = (100, 250, 251, 600, 1300)
         assert_says(backend, joined(said), [other[:-1], *(one[:length] for length in lengths), other])
 
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_lanes_that_no_text_has_used_take_no_memory(self, tmp_path: Path, family: str) -> None:
+        """One long text among 32 lanes; the longest of them all would be 32 times as much."""
+        backend = tiny(tmp_path, family)
+        short, long = [ids_of(20), ids_of(30, 1)], ids_of(1500)
+        with backend.open(32, 64) as session:
+            session.ask(dict(enumerate(short)), 5)
+            for length in (100, 700, 1500):
+                session.ask({2: long[:length]}, 5)
+            # Of own cells each of the first 4 lanes has as many as the longest.
+            most = 4 * 2048 if family == "gemma3" else 2 * 1550
+            assert 0 < sum(session.bytes_held.values()) <= backend.cache_bytes(most)
+            targets = {31: ids_of(40, 2), 0: [*short[0], 5], 2: [*long, 5]}
+            said = session.ask(targets, 5).wait().clone()
+        assert_says(backend, said, list(targets.values()))
+
     @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
     def test_prompts_that_begin_alike_are_read_once(self, tmp_path: Path, family: str) -> None:
         backend = tiny(tmp_path, family)

@@ -16,6 +16,7 @@ from deepen_ext.members.member import Member
 
 _NEARLY_ALL = 0.9  # of the weights
 _SHARED = 16  # tokens that two prompts begin with alike, from which on they are scored once
+_SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
 
@@ -120,17 +121,39 @@ def read_prompts(
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
     before = None if earlier is None else earlier.prompt
+    waiting: dict[int, _Scored] = {}  # short ones, which are read together
     for lane in sorted(prompts, key=lambda lane: starts[lane]):
         now = _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
-        start = now.take_over(before)
-        if start > now.start:  # the lane takes another one's states, where the session can do that
-            session.ask({lane: now.ids[: start + 1]}, 1).wait()
-        for block in session.read(lane, now.ids, start, 1):
-            now.score(block)
+        if before is not None and before.shares(now):
+            _read_waiting(session, waiting)
+            now.take_over(before)
+            # The lane takes another one's states, where the session can do that.
+            session.ask({lane: now.ids[: now.read_from + 1]}, 1).wait()
+        if len(now.ids) - now.read_from <= _SHORT:
+            if sum(len(one.ids) - one.read_from for one in (*waiting.values(), now)) > _SHORT:
+                _read_waiting(session, waiting)
+            waiting[lane] = now
+        else:
+            for block in session.read(lane, now.ids, now.read_from, 1):
+                now.score(block)
         sizes = [len(member.vocabulary.bytes_of(token)) for token in now.ids[now.start + 1 :]]
         scores[lane] = PromptScore(sizes, now.logprobs, now)
         before = now
+    _read_waiting(session, waiting)
     return {lane: scores[lane] for lane in prompts}
+
+
+def _read_waiting(session: Session, waiting: dict[int, _Scored]) -> None:
+    """Read these, in few forward passes; nobody waits afterwards."""
+    if not waiting:
+        return
+    counts = {lane: len(one.ids) - one.read_from for lane, one in waiting.items()}
+    said = session.ask({lane: one.ids for lane, one in waiting.items()}, 1, counts).wait()
+    at = 0
+    for lane, one in waiting.items():
+        one.score(said.at(range(at, at + counts[lane])))
+        at += counts[lane]
+    waiting.clear()
 
 
 @dataclass
@@ -142,15 +165,24 @@ class _Scored:
     unwritable: torch.Tensor  # but for the special tokens that the prompt has
     logprobs: list[float]
 
-    def take_over(self, other: _Scored | None) -> int:
-        """What another prompt that begins alike has found; where to read on."""
-        if other is None or other.start > self.start or not torch.equal(other.unwritable, self.unwritable):
-            return self.start
+    @property
+    def read_from(self) -> int:
+        """The first position whose next token is to be scored."""
+        return self.start + len(self.logprobs)
+
+    def shares(self, other: _Scored) -> bool:
+        """Whether what this one has found serves another prompt, which begins alike."""
         common = common_prefix(self.ids, other.ids)
-        if common - self.start < _SHARED:
-            return self.start
-        self.logprobs = other.logprobs[self.start - other.start : common - 1 - other.start]
-        return common - 1
+        return (
+            self.start <= other.start
+            and common - other.start >= _SHARED
+            and torch.equal(self.unwritable, other.unwritable)
+        )
+
+    def take_over(self, other: _Scored) -> None:
+        """What another prompt that begins alike has found."""
+        common = common_prefix(self.ids, other.ids)
+        self.logprobs += other.logprobs[self.start - other.start : common - 1 - other.start]
 
     def score(self, block: Distribution) -> None:
         """Go on with the next distributions."""

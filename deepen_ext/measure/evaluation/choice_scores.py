@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from time import perf_counter
 
 from deepen_ext.ensemble import Ensemble
@@ -12,6 +12,10 @@ from deepen_ext.measure.evaluation.records import ChoiceRecord, ChoiceTiming
 from deepen_ext.measure.likelihood.text_reading import TextReading
 
 Records = dict[str, list[ChoiceRecord]]  # by the name of the configuration
+
+_BATCH_BYTES = (
+    2048  # of prompts with choices that are read together: 150 scored tokens, 150 MB of logits by Gemma
+)
 
 
 def score_choices(
@@ -52,24 +56,44 @@ def _score_group(
     try:
         for start in range(0, len(items), size):
             found: Records = {name: [] for name in ensembles}
-            for item in items[start : start + size]:
+            for batch in _batches(items[start : start + size]):
                 began = perf_counter()
-                readings = [TextReading(members, item.prompt, f" {choice}") for choice in item.choices]
+                by_item = [
+                    [TextReading(members, item.prompt, f" {choice}") for choice in item.choices]
+                    for item in batch
+                ]
+                readings = [reading for own in by_item for reading in own]
                 if before is not None:
                     readings[0].go_on_from(before)
                     before.close()
                 before = readings[0]
                 TextReading.read_together(readings, contexts=weighs)
-                scores = [_log_likelihoods(reading, ensembles) for reading in readings]
-                seconds = (perf_counter() - began) / len(ensembles)
+                scores = [[_log_likelihoods(reading, ensembles) for reading in own] for own in by_item]
+                seconds = (perf_counter() - began) / len(batch) / len(ensembles)
                 for name in ensembles:
-                    found[name].append(_record(item, [one[name] for one in scores], seconds))
+                    for item, own in zip(batch, scores, strict=True):
+                        found[name].append(_record(item, [one[name] for one in own], seconds))
                 for reading in readings[1:]:
                     reading.close()
             yield found
     finally:
         for reading in (*readings, *([] if before is None else [before])):
             reading.close()
+
+
+def _batches(items: Sequence[ChoiceItem]) -> Iterator[list[ChoiceItem]]:
+    """Neighbours that are read together: beside a short item's tokens a forward pass is what costs."""
+    batch: list[ChoiceItem] = []
+    left = 0
+    for item in items:
+        nbytes = sum(len(f"{item.prompt} {choice}".encode()) for choice in item.choices)
+        if batch and nbytes > left:
+            yield batch
+            batch = []
+        left = (left if batch else _BATCH_BYTES) - nbytes
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 def _log_likelihoods(reading: TextReading, ensembles: Mapping[str, Ensemble]) -> dict[str, float]:

@@ -5,8 +5,7 @@ Nothing here depends on how members are fused: what is read once serves every en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
 from deepen_ext.errors import InputError
@@ -66,6 +65,7 @@ class Reading:
         self._lane = 0  # the text's own
         self._context_of: Reading | None = None  # another reading of the same context, which scores it
         self._earlier: PromptScore | None = None  # of a context that this one may begin like
+        self._score: PromptScore | None = None  # of the context, where it was asked for
         # Numbers in `said` after ids that the text does not begin with.
         self._elsewhere: dict[tuple[int, ...], int] = {}
 
@@ -98,7 +98,7 @@ class Reading:
     def go_on_from(self, other: Reading) -> None:
         """Take another reading's cache over: what both begin with is not fed again. It keeps its logits."""
         owner = other if other._context_of is None else other._context_of
-        self._earlier = vars(owner).get("prompt_score")  # where it was asked for
+        self._earlier = owner._score
         if self._lanes is None:
             self._lanes, self._lane = other._lanes, other._lane
             other._lanes = None
@@ -144,18 +144,17 @@ class Reading:
             numbers[ids] = self._elsewhere[ids]
         return [numbers[ids] for ids in keys]
 
-    @cached_property
+    @property
     def prompt_score(self) -> PromptScore:
         """How well the member reads the context, as a prompt: for weights that come from it."""
-        context = self.ids[: self.first]
-        if context == self.prefix:
-            return PromptScore([], [])
         if self._context_of is not None:
             return self._context_of.prompt_score
-        lanes = self._opened()
-        # Before the text is read its own lane is free for that, and keeps the context.
-        lane = lanes.beside if len(self.said) else self._lane
-        return read_prompts(lanes.session, self.member, {lane: context}, self._earlier)[lane]
+        if self._score is None:
+            lanes = self._opened()
+            # Before the text is read its own lane is free for that, and keeps the context.
+            _score_contexts(lanes, {lanes.beside if len(self.said) else self._lane: self})
+            assert self._score is not None
+        return self._score
 
     def _opened(self) -> ReadingLanes:
         """The session, opened when it is first needed."""
@@ -171,7 +170,7 @@ class Reading:
 
 
 def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> None:
-    """Let a member read several texts in few forward passes; what they begin with is read once.
+    """Let a member read several texts in few forward passes; what some begin with alike is read once.
 
     Args:
         readings: of one member. Those that have been read stay as they are. If one holds a session with
@@ -181,9 +180,11 @@ def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> Non
     Raises:
         ModelError: a forward pass failed.
     """
-    for one in readings[1:]:
-        if one.ids[: one.first] == readings[0].ids[: readings[0].first]:
-            one._context_of = readings[0]
+    firsts: dict[tuple[int, ...], Reading] = {}
+    for one in readings:
+        first = firsts.setdefault(tuple(one.ids[: one.first]), one)
+        if first is not one:
+            one._context_of = first
     unread = [one for one in readings if not len(one.said)]
     for batch in _batches(unread):
         held = (one.lanes for one in unread if one.lanes is not None)
@@ -193,12 +194,14 @@ def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> Non
             lanes = ReadingLanes(batch[0].member, len(batch), longest - 1)
         for lane, one in enumerate(batch):
             one.join(lanes, min(lane, lanes.texts - 1))
-        if contexts:
-            _ = batch[0].prompt_score
         if lanes.texts < len(batch) or len(batch) == 1:
             for one in batch:
+                if contexts:
+                    _ = one.prompt_score
                 one.read()
             continue
+        if contexts:
+            _score_contexts(lanes, dict(enumerate(batch)))
         targets = {lane: one.ids[:-1] for lane, one in enumerate(batch)}
         counts = {lane: len(one.scored) for lane, one in enumerate(batch)}
         said = lanes.session.ask(targets, batch[0].most, counts).wait().clone()
@@ -206,6 +209,23 @@ def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> Non
         for one in batch:
             one.said.add(said.at(range(at, at + len(one.scored))))
             at += len(one.scored)
+
+
+def _score_contexts(lanes: ReadingLanes, readings: Mapping[int, Reading]) -> None:
+    """Score the contexts that nobody has scored, each in its lane, which holds it then."""
+    wanted = {}
+    for lane, one in readings.items():
+        if one._context_of is None and one._score is None:
+            context = one.ids[: one.first]
+            if context == one.prefix:
+                one._score = PromptScore([], [])
+            else:
+                wanted[lane] = context
+    if wanted:
+        first = readings[next(iter(wanted))]
+        scores = read_prompts(lanes.session, first.member, wanted, first._earlier)
+        for lane, score in scores.items():
+            readings[lane]._score = score
 
 
 def _batches(readings: Sequence[Reading]) -> Iterator[list[Reading]]:

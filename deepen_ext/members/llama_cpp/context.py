@@ -54,11 +54,13 @@ class Context:
     cells of positions that have left one text's window to other texts, and no rollback brings them back.
 
     Attributes:
+        sequences: how many there can be.
         cells: positions that the cache holds, over all sequences; one that sequences share counts once.
+        room: positions for all sequences together, or for each where they have cells of their own.
     """
 
     def __init__(
-        self, model: LlamaModel, sequences: int, cells: int, *, threads: Threads, float32_cache: bool
+        self, model: LlamaModel, sequences: int, room: int, *, threads: Threads, float32_cache: bool
     ) -> None:
         """Allocate the cache.
 
@@ -68,7 +70,9 @@ class Context:
         self._model = model
         self._threads = threads
         self._call = call = model.library.call
-        self.cells = cells_for(model, sequences, cells)
+        self.sequences = sequences
+        self.cells = cells_for(model, sequences, room if model.window is None else room * sequences)
+        self.room = self.cells if model.window is None else self.cells // sequences
         params = call.llama_context_default_params()
         asked = {
             "n_ctx": self.cells,

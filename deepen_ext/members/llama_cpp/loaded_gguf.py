@@ -21,6 +21,7 @@ class LoadedGguf:
         context_length: tokens of a text that the model was made for; None where the file does not say.
         device: where logits are: in main memory, wherever the layers are.
         shares: a text can take over the states of another text's beginning.
+        own_cells: each sequence of a context has cells of its own (see `Context`).
     """
 
     def __init__(self, name: str, model: LlamaModel, path: Path, facts: GgufFacts, threads: Threads) -> None:
@@ -38,18 +39,19 @@ class LoadedGguf:
         self.context_length = facts.context_length
         self.device = torch.device("cpu")
         self.shares = model.keeps_positions
+        self.own_cells = model.window is not None
         self._model = model
         self._path = path
         self._facts = facts
         self._threads = threads
 
-    def new_context(self, sequences: int, cells: int) -> Context:
-        """A cache of so many positions over all sequences, and what runs over it.
+    def new_context(self, sequences: int, room: int) -> Context:
+        """A cache of so many positions (see `Context.room`), and what runs over it.
 
         Float32 weights get a float32 cache, so that a text is the same however it is fed; others float16.
         """
         return Context(
-            self._model, sequences, cells, threads=self._threads, float32_cache=self._facts.all_float32
+            self._model, sequences, room, threads=self._threads, float32_cache=self._facts.all_float32
         )
 
     def cache_bytes(self, cells: int) -> int:

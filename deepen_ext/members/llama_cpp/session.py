@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +11,7 @@ from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
 from deepen_ext.members.distribution import Distribution
+from deepen_ext.members.llama_cpp.answer import LlamaAnswer
 from deepen_ext.members.llama_cpp.context import MOST_SEQUENCES, MOST_TOKENS, Context, Feed
 from deepen_ext.members.llama_cpp.loaded_gguf import LoadedGguf
 
@@ -73,7 +73,7 @@ class LlamaSession(Closing):
             for lane, ids in unfed.items():
                 # The last ids go through the model in any case, for their logits.
                 self._drop_from(lane, min(common_prefix(self._ids[lane], ids), len(ids) - counts[lane]))
-            self._make_room(max(map(len, wanted.values())), sum(counts[lane] for lane in unfed))
+            self._make_room(wanted, sum(counts[lane] for lane in unfed))
             self._share_prefixes(unfed, counts)
             first = self._fed_first(unfed, counts)
             logits = self._feed(first, counts)
@@ -105,7 +105,7 @@ class LlamaSession(Closing):
             end = min(at + (MOST_TOKENS if at < start else READ_BLOCK), start if at < start else len(ids))
             outputs = end - at if at >= start else 0
             self._known.pop(lane, None)
-            self._make_room(len(ids), outputs)
+            self._make_room({lane: ids}, outputs)
             logits = self._forward([Feed(lane, at, ids[at:end], outputs)])
             if at >= start:
                 self._known[lane] = logits[-1:].clone()
@@ -122,7 +122,7 @@ class LlamaSession(Closing):
         """See `Session`."""
         check_lane(self._loaded.name, lane, self._count, self._ids)
         self._known.pop(lane, None)
-        if self._context is not None:
+        if self._context is not None and self._ids[lane]:
             self._context.remove(lane, 0)
         del self._ids[lane]
 
@@ -156,29 +156,48 @@ class LlamaSession(Closing):
                 held.clear()
                 self._context.remove(lane, 0)
 
-    def _make_room(self, longest: int, rows: int) -> None:
-        """A cache that has room for this text in every lane, and an output buffer for so many rows.
+    def _make_room(self, wanted: Mapping[int, Sequence[int]], rows: int) -> None:
+        """A cache that has room for these texts beside the others, and an output buffer for so many rows.
 
-        A cache that is too small is replaced by one of twice the size, to which the lanes' states are moved;
-        so is one whose buffer would have to grow while somebody still looks at it.
+        A cache that is too small is replaced by a larger one, to which the lanes' states are moved; so is one
+        whose buffer would have to grow while somebody still looks at it. Lanes that no text has used have no
+        room in it: fresh memory can take seconds a gigabyte, and no text goes on meanwhile.
         """
         self._keep_known()
         old = self._context
-        cells = max(longest, self._capacity) * self._count
-        if old is not None and cells <= old.cells and not old.must_move(rows):
+        lengths = {lane: len(wanted.get(lane, ids)) for lane, ids in self._ids.items()}
+        lengths = {lane: length for lane, length in lengths.items() if length}
+        sequences, cells = self._needed(lengths)
+        if old is not None and sequences <= old.sequences and cells <= old.room and not old.must_move(rows):
             return
-        if old is not None and cells > old.cells:
-            most = self._loaded.context_length
-            cells = max(cells, 2 * old.cells if most is None else min(2 * old.cells, most * self._count))
-        new = self._loaded.new_context(self._count, cells if old is None else max(cells, old.cells))
-        self._context = new
+        expected = {lane: max(length, self._capacity) for lane, length in lengths.items()}
+        sequences, cells = self._needed(expected)
+        if old is not None:
+            sequences, cells = max(sequences, old.sequences), self._grown(old.room, cells)
+        self._context = self._loaded.new_context(sequences, cells)
         if old is None:
             return
         for lane, ids in self._ids.items():
-            if ids and not new.take_over(old, lane):
+            if ids and not self._context.take_over(old, lane):
                 ids.clear()  # they are read again
-                new.remove(lane, 0)
+                self._context.remove(lane, 0)
         old.close()
+
+    def _needed(self, lengths: Mapping[int, int]) -> tuple[int, int]:
+        """Sequences for lanes of these lengths, and how many cells `Context.room` must have."""
+        if not self._loaded.own_cells:
+            return self._count, sum(lengths.values())
+        # Of the lanes that are free the first are used first.
+        return min(self._count, 1 << max(lengths).bit_length()), max(lengths.values())
+
+    def _grown(self, room: int, needed: int) -> int:
+        """The next size of a cache: twice the last one, as far as texts can be so long."""
+        if needed <= room:
+            return room
+        longest = self._loaded.context_length
+        if longest is None:
+            return max(needed, 2 * room)
+        return max(needed, min(2 * room, longest * (1 if self._loaded.own_cells else self._count)))
 
     def _keep_known(self) -> None:
         """Copies of the logits that the next forward would overwrite."""
@@ -271,18 +290,3 @@ class LlamaSession(Closing):
         for feed in feeds:
             self._ids[feed.sequence].extend(feed.ids)
         return logits
-
-
-@dataclass(frozen=True)
-class LlamaAnswer:
-    """See `members.backend.Answer`."""
-
-    said: Distribution
-
-    def wait(self) -> Distribution:
-        """The distributions."""
-        return self.said
-
-    def ready(self) -> bool:
-        """See `Answer`: `ask` has done the work."""
-        return True
