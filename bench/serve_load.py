@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,8 +51,7 @@ def prompts(count: int) -> list[str]:
 
 @contextmanager
 def server(lanes: int, folder: Path) -> Iterator[tuple[str, int]]:
-    """Its address and its process id. Its log goes to the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Its address and its process id. Its log goes to the folder, and stays there where the server failed."""
     log = folder / "serve_load.log"
     command = [sys.executable, "-m", "deepen_ext.commands.cli", "serve", "--demo", "--fuser", "deepen"]
     command += ["--port", "0", "--lanes", str(lanes)]
@@ -272,7 +272,7 @@ def main() -> None:
         print(measured, flush=True)
         write_json(options.results / speed_file(found), found)
 
-    with server(options.lanes, options.results) as (address, pid):
+    with server(options.lanes, Path(tempfile.mkdtemp())) as (address, pid):
         for clients in options.clients:
             found["load"].append(load(address, clients, options))
             keep(found["load"][-1])
