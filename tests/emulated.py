@@ -28,8 +28,8 @@ _REPORT = "DEEPEN_EMULATED_REPORT"  # where to write how often each kernel was l
 
 
 def build() -> Path:
-    """The folder with the module and `emulator_self_test`, up to date."""
-    return _build("emulated", "emulator_self_test")
+    """The folder with the module, `emulator_self_test` and `embed_test`, up to date."""
+    return _build("emulated", "emulator_self_test", "embed_test")
 
 
 def build_banks() -> Path:

@@ -27,7 +27,7 @@ from deepen_ext.presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FOLDERS = ("bench", "csrc", "deepen_ext", "docs", "tests")
+FOLDERS = ("bench", "csrc", "examples", "deepen_ext", "docs", "tests")
 
 # Files of an operation, a fuser and a command that the reader is to write.
 INVENTED = re.compile(r"\b(scale_rows\w*|test_scale_rows|mine)\b")

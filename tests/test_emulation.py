@@ -187,6 +187,14 @@ def test_the_emulator_reports(folder: Path, case: str, message: str, seed: int) 
     assert re.search(message, done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_libdeepen_on_the_device(folder: Path, seed: int) -> None:
+    """Leaks too: the library takes the device's memory itself."""
+    done = subprocess.run([folder / "embed_test", str(seed)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("status 5: cudaErrorInvalidDevice: invalid device ordinal, from ")
+
+
 def test_bank_conflicts_are_counted() -> None:
     program = emulated.build_banks() / "banks_test"
     report = subprocess.run([program], capture_output=True, text=True, check=True).stdout

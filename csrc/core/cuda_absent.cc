@@ -17,6 +17,9 @@ namespace deepen {
 
 bool cuda_compiled() { return false; }
 int cuda_device_count() { return 0; }
+void* allocate_on_device(int, size_t) { absent(); }
+void copy_to_device(int, void*, const void*, size_t) { absent(); }
+void free_on_device(int, void*) noexcept {}
 
 size_t topk_softmax_cuda_workspace(const TopkSoftmaxParams*, int64_t) { absent(); }
 void topk_softmax_cuda(const TopkSoftmaxParams*, int64_t, void*, const Backend&) { absent(); }

@@ -20,6 +20,26 @@ int cuda_device_count() {
   return 0;
 }
 
+void* allocate_on_device(int device, size_t bytes) {
+  const DeviceGuard guard(device);
+  void* start = nullptr;
+  DEEPEN_CUDA_CHECK(cudaMalloc(&start, bytes));
+  return start;
+}
+
+void copy_to_device(int device, void* to, const void* from, size_t bytes) {
+  const DeviceGuard guard(device);
+  DEEPEN_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+}
+
+void free_on_device(int device, void* start) noexcept {
+  try {
+    const DeviceGuard guard(device);
+    cudaFree(start);
+  } catch (const CudaError&) {  // a device that is gone has freed it
+  }
+}
+
 void throw_cuda_error(const char* file, int line, const char* call, cudaError_t error) {
   // It has been told: without this the next launch that succeeds would find it and throw it again.
   cudaGetLastError();

@@ -1,0 +1,91 @@
+// deepen.h for C++17: objects that free themselves, errors as exceptions. Everything is inline, so that the
+// compiler of the library and that of the program need not be one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "deepen.h"
+
+namespace deepen {
+
+struct Error : std::runtime_error {
+  explicit Error(deepen_status code) : std::runtime_error(deepen_error()), status(code) {}
+  deepen_status status;
+};
+
+inline void check(deepen_status status) {
+  if (status != DEEPEN_OK) throw Error(status);
+}
+
+// A member's relative rows.
+class Map {
+ public:
+  explicit Map(const std::string& path) {
+    deepen_map* map = nullptr;
+    check(deepen_map_read(path.c_str(), &map));
+    map_.reset(map);
+  }
+  // See deepen_map_create.
+  Map(const int32_t* columns, const float* values, const float* rest, int64_t vocab, int64_t entries,
+      int64_t anchors) {
+    deepen_map* map = nullptr;
+    check(deepen_map_create(columns, values, rest, vocab, entries, anchors, &map));
+    map_.reset(map);
+  }
+  int64_t vocab() const { return deepen_map_vocab(map_.get()); }
+  int64_t anchors() const { return deepen_map_anchors(map_.get()); }
+  const deepen_map* get() const { return map_.get(); }
+
+ private:
+  struct Free {
+    void operator()(deepen_map* map) const { deepen_map_free(map); }
+  };
+  std::unique_ptr<deepen_map, Free> map_;
+};
+
+// One member's logits [batch, vocab] of a step.
+struct Logits {
+  Logits(float* data) : data(data), dtype(DEEPEN_F32) {}
+  Logits(void* data, deepen_dtype dtype) : data(data), dtype(dtype) {}
+  void* data;
+  deepen_dtype dtype;
+};
+
+// Steps of some members, the main model first.
+class Fusion {
+ public:
+  explicit Fusion(const std::vector<const Map*>& maps,
+                  const deepen_settings& settings = deepen_default_settings())
+      : data_(maps.size()), dtypes_(maps.size()) {
+    std::vector<const deepen_map*> handles;
+    for (const Map* map : maps) handles.push_back(map->get());
+    deepen_fusion* fusion = nullptr;
+    check(deepen_fusion_create(handles.data(), int32_t(handles.size()), &settings, &fusion));
+    fusion_.reset(fusion);
+  }
+
+  // See deepen_fusion_step.
+  void step(const std::vector<Logits>& logits, const float* weights, int32_t* chosen, int64_t batch = 1,
+            void* stream = nullptr) {
+    if (logits.size() != data_.size()) throw std::invalid_argument("logits of each member are needed");
+    for (size_t i = 0; i < logits.size(); ++i) {
+      data_[i] = logits[i].data;
+      dtypes_[i] = logits[i].dtype;
+    }
+    check(deepen_fusion_step(fusion_.get(), batch, data_.data(), dtypes_.data(), weights, chosen, stream));
+  }
+
+ private:
+  struct Free {
+    void operator()(deepen_fusion* fusion) const { deepen_fusion_free(fusion); }
+  };
+  std::unique_ptr<deepen_fusion, Free> fusion_;
+  std::vector<void*> data_;
+  std::vector<deepen_dtype> dtypes_;
+};
+
+}  // namespace deepen
