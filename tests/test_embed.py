@@ -248,7 +248,8 @@ def test_a_row_that_is_not_finite(library: Library, read: list[ctypes.c_void_p])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch": 0}, "batch is 0; choose 1 or more"),
+        ({"batch": 0}, "batch is 0; choose 1 to 4096"),
+        ({"batch": 1 << 40}, "choose 1 to 4096"),
         ({"candidates": 0}, "candidates is 0"),
         ({"steps": 65}, "steps is 65; choose 0 to 64"),
         ({"learning_rate": float("nan")}, "learning_rate is"),

@@ -32,6 +32,8 @@ struct NotFinite : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+constexpr int64_t kMostRows = 4096;
+
 // Not a std::string: after a std::bad_alloc there may be no memory for one.
 thread_local char last_error[512] = "";
 
@@ -84,17 +86,13 @@ static Backend backend_of(const deepen_settings& settings, void* stream) {
 }
 
 static void check_settings(const deepen_settings& settings) {
-  DEEPEN_CHECK(settings.batch >= 1, "batch is ", settings.batch, "; choose 1 or more");
+  DEEPEN_CHECK(settings.batch >= 1 && settings.batch <= kMostRows, "batch is ", settings.batch,
+               "; choose 1 to ", kMostRows);
   DEEPEN_CHECK(settings.candidates >= 1, "candidates is ", settings.candidates, "; choose 1 or more");
   DEEPEN_CHECK(settings.threads >= 1, "threads is ", settings.threads, "; choose 1 or more");
   DEEPEN_CHECK(settings.device >= -1, "device is ", settings.device,
                "; choose a CUDA device, or -1 for the CPU");
-  DEEPEN_CHECK(settings.steps >= 0 && settings.steps <= kMaxSearchSteps, "steps is ", settings.steps,
-               "; choose 0 to ", kMaxSearchSteps);
-  DEEPEN_CHECK(settings.learning_rate > 0 && std::isfinite(settings.learning_rate), "learning_rate is ",
-               settings.learning_rate, "; it must be positive");
-  DEEPEN_CHECK(settings.min_probability >= 0 && settings.min_probability < 1, "min_probability is ",
-               settings.min_probability, "; choose 0 to below 1");
+  check_search_settings(settings.learning_rate, settings.steps, settings.min_probability);
 }
 
 static void take_rows(MemberMemory* member, const std::shared_ptr<const MapData>& map, int device) {

@@ -54,7 +54,7 @@ typedef struct deepen_map deepen_map;
 typedef struct deepen_fusion deepen_fusion;
 
 typedef struct deepen_settings {
-  int64_t batch;         /* most rows of a step, 1 or more */
+  int64_t batch;         /* most rows of a step, 1 to 4096 */
   int64_t candidates;    /* most probable tokens of each member that count, 1 or more */
   double learning_rate;  /* of the search, above 0 */
   int32_t steps;         /* of the search, 0 to 64 */

@@ -60,6 +60,14 @@ static void check_tokens(const FuseParams& params) {
   }
 }
 
+void check_search_settings(double learning_rate, int32_t steps, float min_probability) {
+  DEEPEN_CHECK(steps >= 0 && steps <= kMaxSearchSteps, "steps is ", steps, "; choose 0 to ", kMaxSearchSteps);
+  DEEPEN_CHECK(learning_rate > 0 && std::isfinite(learning_rate), "learning_rate is ", learning_rate,
+               "; it must be positive");
+  DEEPEN_CHECK(min_probability >= 0 && min_probability < 1, "min_probability is ", min_probability,
+               "; choose 0 to below 1");
+}
+
 void fuse(const FuseParams& params, const Backend& backend) {
   DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
   DEEPEN_CHECK(params.member_count >= 1 && params.member_count <= kMaxMembers, "there are ",
@@ -75,12 +83,7 @@ void fuse(const FuseParams& params, const Backend& backend) {
     DEEPEN_CHECK(is_dense(member.rows) == is_dense(params.members[0].rows),
                  "members mix dense and sparse relative rows; make all of one kind");
   }
-  DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps,
-               "; choose 0 to ", kMaxSearchSteps);
-  DEEPEN_CHECK(params.learning_rate > 0 && std::isfinite(params.learning_rate), "learning_rate is ",
-               params.learning_rate, "; it must be positive");
-  DEEPEN_CHECK(params.min_probability >= 0 && params.min_probability < 1, "min_probability is ",
-               params.min_probability, "; choose 0 to below 1");
+  check_search_settings(params.learning_rate, params.steps, params.min_probability);
   check_apart(params);
   if (params.batch == 0) return;
 

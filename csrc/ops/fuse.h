@@ -70,6 +70,9 @@ DEEPEN_HOST_DEVICE static inline float from_search(float value, SearchOrigin ori
 
 size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, const Backend& backend);
 
+// Throws ArgumentError where one is out of range. `fuse` does it too.
+void check_search_settings(double learning_rate, int32_t steps, float min_probability);
+
 void fuse(const FuseParams& params, const Backend& backend);
 
 // fuse.cu; params were checked, `schedule` has params.steps entries in host memory.
