@@ -23,7 +23,7 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.members.member import Member
 
 CYCLES = int(os.environ.get("DEEPEN_DRAFT_CYCLES", "300"))
-CASES = 24  # fewer may not have every way to end a text; how many cycles they are depends on the clock
+CASES = 14  # fewer may not have every way to end a text; how many cycles they are depends on the clock
 SEED = int(os.environ.get("DEEPEN_DRAFT_SEED", "0"))
 
 
