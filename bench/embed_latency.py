@@ -1,7 +1,9 @@
 """Latency of a step of libdeepen, with the demo pair's maps and random logits, beside the same from Python.
 
-OMP_NUM_THREADS=1 python bench/embed_latency.py                  a million steps: minutes on an idle core
-OMP_NUM_THREADS=1 python bench/embed_latency.py --steps 1000     a try
+    OMP_NUM_THREADS=1 python bench/embed_latency.py                  a million steps: minutes on an idle core
+    OMP_NUM_THREADS=1 python bench/embed_latency.py --steps 1000     a try
+
+From Python a hundredth of the steps is timed.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def prompts(count: int) -> list[str]:
 
 
 @contextmanager
-def server(lanes: int, folder: Path) -> Iterator[tuple[str, int]]:
-    """Its address and its process id. Its log goes to the folder, and stays there where the server failed."""
-    log = folder / "serve_load.log"
+def server(lanes: int) -> Iterator[tuple[str, int]]:
+    """Its address and its process id. Where it fails, its log is kept, and named."""
+    log = Path(tempfile.mkstemp(suffix=".log")[1])
     command = [sys.executable, "-m", "deepen_ext.commands.cli", "serve", "--demo", "--fuser", "deepen"]
     command += ["--port", "0", "--lanes", str(lanes)]
     with log.open("w", encoding="utf-8") as written:
@@ -272,7 +272,7 @@ def main() -> None:
         print(measured, flush=True)
         write_json(options.results / speed_file(found), found)
 
-    with server(options.lanes, Path(tempfile.mkdtemp())) as (address, pid):
+    with server(options.lanes) as (address, pid):
         for clients in options.clients:
             found["load"].append(load(address, clients, options))
             keep(found["load"][-1])

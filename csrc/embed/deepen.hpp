@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -68,15 +69,19 @@ class Fusion {
     fusion_.reset(fusion);
   }
 
-  // See deepen_fusion_step.
-  void step(const std::vector<Logits>& logits, const float* weights, int32_t* chosen, int64_t batch = 1,
+  // See deepen_fusion_step. `logits` has one entry for each member. Allocates nothing either.
+  void step(const Logits* logits, const float* weights, int32_t* chosen, int64_t batch = 1,
             void* stream = nullptr) {
-    if (logits.size() != data_.size()) throw std::invalid_argument("logits of each member are needed");
-    for (size_t i = 0; i < logits.size(); ++i) {
+    for (size_t i = 0; i < data_.size(); ++i) {
       data_[i] = logits[i].data;
       dtypes_[i] = logits[i].dtype;
     }
     check(deepen_fusion_step(fusion_.get(), batch, data_.data(), dtypes_.data(), weights, chosen, stream));
+  }
+  void step(std::initializer_list<Logits> logits, const float* weights, int32_t* chosen, int64_t batch = 1,
+            void* stream = nullptr) {
+    if (logits.size() != data_.size()) throw std::invalid_argument("logits of each member are needed");
+    step(logits.begin(), weights, chosen, batch, stream);
   }
 
  private:
