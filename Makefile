@@ -38,7 +38,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint pytest tokenizers core build format bench results docs gpu gpu-build gpu-test \
+.PHONY: help demo test check lint pytest tokenizers core build format bench soak results docs gpu gpu-build gpu-test \
   gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -82,6 +82,11 @@ format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
 bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/performance.md
 	$(PY) bench/run.py
 	$(PY) bench/table.py
+
+# One thread for each process: there are two, and their texts must not depend on how many cores are free.
+SOAK_MINUTES ?= 60
+soak: $(INSTALLED)  ## an hour of mixed work: memory's slope, texts, files and threads, into bench/results/soak/
+	OMP_NUM_THREADS=1 $(PY) bench/soak.py --minutes $(SOAK_MINUTES)
 
 results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (bench/compare*.py take hours to make those)
 	$(PY) bench/results_page.py

@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
 from common import LONG_TEXT, PROMPTS, ROOT, environment, percentile, speed_file, write_json
+from servers import resident_of, server
 
 BUDGET = 0.9  # of the batch's tokens a second
 _ALONE = 8  # prompts that are also written one by one: batches in llama.cpp change last digits, and near-ties
@@ -47,29 +44,6 @@ class Text:
 def prompts(count: int) -> list[str]:
     """No two alike, of a few dozen tokens."""
     return [f"{PROMPTS[i % len(PROMPTS)]} ({i})" if i >= len(PROMPTS) else PROMPTS[i] for i in range(count)]
-
-
-@contextmanager
-def server(lanes: int) -> Iterator[tuple[str, int]]:
-    """Its address and its process id. Where it fails, its log is kept, and named."""
-    log = Path(tempfile.mkstemp(suffix=".log")[1])
-    command = [sys.executable, "-m", "deepen_ext.commands.cli", "serve", "--demo", "--fuser", "deepen"]
-    command += ["--port", "0", "--lanes", str(lanes)]
-    with log.open("w", encoding="utf-8") as written:
-        process = subprocess.Popen(command, stderr=written, cwd=ROOT)
-    try:
-        while "serves" not in (said := log.read_text(encoding="utf-8")):
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended: {said}")
-            time.sleep(0.1)
-        line = next(one for one in said.splitlines() if "serves" in one)
-        yield line.rsplit(" ", 1)[1], process.pid
-    finally:
-        process.send_signal(signal.SIGTERM)
-        if process.wait(60) != 0:
-            print(f"the server's exit code is {process.returncode}; see {log}", file=sys.stderr)
-        else:
-            log.unlink()
 
 
 async def stream(client: openai.AsyncOpenAI, prompt: str, tokens: int, drop_after: int = 0) -> Text:
@@ -245,12 +219,6 @@ async def memory(address: str, pid: int, options: argparse.Namespace) -> dict[st
         "rss, MB": [[count, round(value, 1)] for count, value in rss],
         "grown from the first quarter to the end, MB": round(rss[-1][1] - rss[quarter][1], 1),
     }
-
-
-def resident_of(pid: int) -> float:
-    """Megabytes (10^6 bytes)."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> None:
