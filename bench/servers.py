@@ -16,11 +16,11 @@ from common import ROOT
 
 
 @contextmanager
-def server(lanes: int) -> Iterator[tuple[str, int]]:
+def server(*options: str, lanes: int) -> Iterator[tuple[str, int]]:
     """Its address and its process id. Where it fails, its log is kept, and named."""
     log = Path(tempfile.mkstemp(suffix=".log")[1])
     command = [sys.executable, "-m", "deepen_ext.commands.cli", "serve", "--demo", "--fuser", "deepen"]
-    command += ["--port", "0", "--lanes", str(lanes)]
+    command += ["--port", "0", "--lanes", str(lanes), *options]
     with log.open("w", encoding="utf-8") as written:
         process = subprocess.Popen(command, stderr=written, cwd=ROOT)
     try:

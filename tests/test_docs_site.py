@@ -47,7 +47,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", folder / "docs")  # the changelog, a link there, becomes a file
     shutil.copy(ROOT / "zensical.toml", folder)
-    (folder / "deepen_ext").symlink_to(ROOT / "deepen_ext")
+    for sources in ("deepen_ext", "csrc"):  # whose docstrings and headers are pages
+        (folder / sources).symlink_to(ROOT / sources)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -66,6 +67,14 @@ def test_every_page_is_in_the_navigation(pages: dict[Path, Page]) -> None:
     written = [file.relative_to(ROOT / "docs") for file in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(str(file.with_suffix("")) for file in written)
     assert len(pages) == len(listed)
+
+
+def test_the_c_interface_is_a_page(site: Path) -> None:
+    text = re.sub(r"<[^>]*>", "", (site / "api" / "cpp.html").read_text("utf-8"))
+    functions = re.findall(r"^DEEPEN_API.*?(deepen_\w+)\(", (ROOT / "csrc/embed/deepen.h").read_text(), re.M)
+    assert len(functions) > 8
+    for name in (*functions, "class Fusion"):
+        assert name in text
 
 
 def test_links_and_anchors_exist(site: Path, pages: dict[Path, Page]) -> None:

@@ -48,6 +48,16 @@ def test_the_one_that_a_file_names(tmp_path: Path, dead: str) -> None:
     assert connect(None) is ray
 
 
+def test_the_one_that_a_file_in_tmpdir_names(
+    tmp_path: Path, dead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "ray" / "ray_current_cluster").write_text(dead)
+    with pytest.raises(InputError, match=f"no Ray cluster answers at '{dead}'"):
+        connect(None)
+
+
 def test_the_one_that_the_environment_names(dead: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", f"ray://{dead}")
     with pytest.raises(InputError, match=r"no Ray cluster answers at 'ray://.*RAY_ADDRESS names"):

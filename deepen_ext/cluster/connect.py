@@ -77,7 +77,9 @@ def _check_answers(address: str | None) -> None:
     Raises:
         InputError: nobody does; the message says where the address comes from.
     """
-    note = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    # Where Ray looks, on Linux. It is read, never written.
+    temporary = os.environ.get("TMPDIR", "/tmp")  # nosec B108
+    note = Path(os.environ.get("RAY_TMPDIR", temporary)) / "ray" / "ray_current_cluster"
     found, source = address, ""
     if address in (None, "auto"):
         found, source = os.environ.get("RAY_ADDRESS"), ", which RAY_ADDRESS names; set it anew, or unset it"
