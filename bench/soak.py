@@ -215,8 +215,8 @@ def main() -> None:
     first: dict[str, str] = {}
     changed: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
-    # In llama.cpp the last digits depend on what is computed beside a text, or kept of an earlier one, and a near-tie
-    # may fall the other way. In transformers each text is the same in any company.
+    # In llama.cpp the last digits depend on what is computed beside a text, or kept of an earlier one, and a
+    # near-tie may fall the other way. In transformers each text is the same in any company.
     with server("--backend", "transformers", lanes=8) as (address, pid):
         jobs = library_jobs() | server_jobs(address)
         began = time.monotonic()

@@ -78,7 +78,7 @@ def _check_answers(address: str | None) -> None:
         InputError: nobody does; the message says where the address comes from.
     """
     # Where Ray looks, on Linux. It is read, never written.
-    temporary = os.environ.get("TMPDIR", "/tmp")  # nosec B108
+    temporary = os.environ.get("TMPDIR", "/tmp")
     note = Path(os.environ.get("RAY_TMPDIR", temporary)) / "ray" / "ray_current_cluster"
     found, source = address, ""
     if address in (None, "auto"):
