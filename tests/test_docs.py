@@ -121,7 +121,7 @@ def not_run(block: Block) -> bool:
 
 
 def test_what_kinds_of_blocks_there_are() -> None:
-    """A fence without a language is a diagram: it has no code that nothing would run. C++ is whole headers."""
+    """A fence without a language is a diagram: it has no code that nothing would run. C++ is headers."""
     assert {block.kind for block in BLOCKS} == {"python", "sh", "yaml", "c", "cpp"}
     headers = [block.text for block in BLOCKS if block.kind in ("c", "cpp")]
     assert headers == [f'--8<-- "csrc/embed/{name}"\n' for name in ("deepen.h", "deepen.hpp")]
