@@ -29,8 +29,8 @@ from common import LONG_TEXT, PROMPTS, ROOT, environment, speed_file, write_json
 from servers import resident_of, server
 
 Job = Callable[[], str]
-# Where the pieces of a stream are counted, drafts are off: with them a piece is what was accepted, and how much is
-# tried goes by measured times.
+# Where the pieces of a stream are counted, drafts are off: with them a piece is what was accepted, and how
+# many tokens are tried goes by measured times.
 CHAT = [{"role": "user", "content": "Name three rivers of Europe."}]
 
 
