@@ -94,10 +94,11 @@ bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/per
 	$(PY) bench/run.py
 	$(PY) bench/table.py
 
-# One thread for each process: there are two, and their texts must not depend on how many cores are free.
+# One thread for each process: there are two. One arena: glibc keeps freed memory for each of up to 16 threads on two
+# cores, and what it keeps grows for an hour where threads come and go, which would hide a leak.
 SOAK_MINUTES ?= 60
 soak: $(INSTALLED)  ## an hour of mixed work: memory's slope, texts, files and threads, into bench/results/soak/
-	OMP_NUM_THREADS=1 $(PY) bench/soak.py --minutes $(SOAK_MINUTES)
+	OMP_NUM_THREADS=1 MALLOC_ARENA_MAX=1 $(PY) bench/soak.py --minutes $(SOAK_MINUTES)
 
 results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (bench/compare*.py take hours to make those)
 	$(PY) bench/results_page.py

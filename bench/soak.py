@@ -213,7 +213,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "soak")
     options = parser.parse_args()
     orders = random.Random(options.seed)
-    found = environment() | {"kind": "soak", "minutes": options.minutes, "warm_up": options.warm_up}
+    found = environment() | {
+        "kind": "soak",
+        "arenas": os.environ.get("MALLOC_ARENA_MAX", "any number"),
+        "minutes": options.minutes,
+        "warm_up": options.warm_up,
+    }
     first: dict[str, str] = {}
     changed: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
