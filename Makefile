@@ -38,8 +38,8 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint audit pytest tokenizers core build format bench soak results docs gpu gpu-build gpu-test \
-  gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
+.PHONY: help demo test check lint audit pytest tokenizers core build format bench soak results docs release gpu \
+  gpu-build gpu-test gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,9 @@ results: $(INSTALLED)  ## docs/results.md and its plots, from bench/results/ (be
 
 docs: $(INSTALLED)  ## the documentation site: site/index.html
 	$(BIN)/zensical build --strict --clean
+
+release: $(INSTALLED)  ## dist/: sdist, wheels, SBOMs, checksums of the last commit, tried; publishes nothing (.ci/release)
+	.ci/release
 
 # For a machine with a GPU and no network: its own Python with its own torch, and nothing downloaded. After gpu-build the
 # steps run in any order, each for less than ten minutes, for machines that lend their GPU for minutes: docs/gpu.md.

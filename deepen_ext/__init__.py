@@ -7,9 +7,11 @@ NeurIPS 2024 (arXiv 2404.12715), on a C++ core.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext.errors import DeepenError, InputError, MemberLost, ModelError
+from deepen_ext.ground.one_distribution import check_one_distribution
 
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import BatchGeneration, Generation, Timings
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from deepen_ext.space.relative_map import RelativeMap
 
 __version__ = "0.1.0"
+
+check_one_distribution(Path(__file__).parents[1])
 
 # Imported when first asked for: torch and transformers take seconds, and `deepen-ext --help` needs neither.
 _HOME = {

@@ -26,9 +26,9 @@ def install(*options: str, name: str = "embed") -> Path:
     return prefix
 
 
-def build_against(prefix: Path, source: Path, build: Path) -> Path:
+def build_against(prefix: Path, source: Path, build: Path, *options: str) -> Path:
     """The folder with the programs of a CMake project that uses the installed library."""
-    cmake("-S", str(source), "-B", str(build), *ninja(), f"-DCMAKE_PREFIX_PATH={prefix}")
+    cmake("-S", str(source), "-B", str(build), *ninja(), f"-DCMAKE_PREFIX_PATH={prefix}", *options)
     cmake("--build", str(build))
     return build
 

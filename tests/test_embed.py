@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 import torch
 from embedded_library import ROOT, build_against, install
 
-from deepen_ext import ops
+from deepen_ext import _core, ops
 from deepen_ext.space.relative_map import RelativeMap
 
 VOCABS, ANCHORS, ENTRIES = (301, 517), 120, 16
@@ -119,6 +120,15 @@ def files(maps: list[RelativeMap], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
+def portable() -> Iterator[None]:
+    """The portable code, for Python's operations."""
+    before = _core.isa()
+    _core.set_isa("portable")
+    yield
+    _core.set_isa(before)
+
+
+@pytest.fixture
 def read(library: Library, files: list[Path]) -> Iterator[list[ctypes.c_void_p]]:
     found = [library.read(path) for path in files]
     yield found
@@ -165,6 +175,43 @@ def test_the_examples_run_from_the_installed_tree(
     done = subprocess.run([folder / "fuse_logits", *given[1:], "x"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot be used: it is no safetensors file" in done.stderr
+
+
+AARCH64 = (
+    *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
+    *("-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-g++") and shutil.which("qemu-aarch64-static")),
+    reason="nothing was tried on aarch64: install Debian's g++-aarch64-linux-gnu and qemu-user-static",
+)
+def test_on_aarch64_the_numbers_are_those_of_the_portable_code(
+    tmp_path: Path, files: list[Path], maps: list[RelativeMap], portable: None
+) -> None:
+    """Not to the last bit: aarch64 multiplies and adds in one instruction, with one rounding."""
+    prefix = install("-DDEEPEN_CUDA=OFF", *AARCH64, name="embed-aarch64")
+    folder = build_against(prefix, ROOT / "examples" / "embed", tmp_path / "example", *AARCH64)
+    assert b"AArch64" in subprocess.run(["readelf", "-h", folder / "fuse_logits"], capture_output=True).stdout
+    emulator = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu"]
+    logits = [one / 10 for one in logits_of(40)]
+    for i, one in enumerate(logits):
+        (tmp_path / f"{i}.f32").write_bytes(one.numpy().tobytes())
+    given = [*map(str, files), *(str(tmp_path / f"{i}.f32") for i in range(2)), str(tmp_path / "new.f32")]
+    done = subprocess.run(
+        [*emulator, folder / "fuse_logits", *given], capture_output=True, text=True, check=True
+    )
+    new, chosen = by_python(maps, logits, torch.full((40, 2), 0.5))
+    assert [int(line) for line in done.stdout.split()] == chosen.tolist()
+    assert not torch.equal(chosen, logits[0].argmax(1).int())
+    there = torch.frombuffer(bytearray((tmp_path / "new.f32").read_bytes()), dtype=torch.float32)
+    difference = (there.view_as(new) - new).abs()
+    assert difference.max() < 1e-3 * 5 * 0.15  # as tests/ops/test_inverse_search.py asks
+    assert difference[new != logits[0]].quantile(0.99) < 1e-5
+    done = subprocess.run([*emulator, folder / "fuse_logits_c"], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_only_the_interface_is_exported(prefix: Path) -> None:

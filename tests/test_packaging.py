@@ -124,6 +124,30 @@ print("fused", fused.tolist())
     assert done.stdout.startswith("fused ")
 
 
+def test_the_wheels_core_looks_for_torchs_openmp_first(wheel: Path, tmp_path: Path) -> None:
+    """One OpenMP runtime for both, also where the system has none (.ci/release tries that)."""
+    with zipfile.ZipFile(wheel) as archive:
+        core = archive.extract(f"deepen_ext/_core{sysconfig.get_config_var('EXT_SUFFIX')}", tmp_path)
+    dynamic = subprocess.run(["readelf", "-d", core], capture_output=True, text=True, check=True).stdout
+    assert "[libgomp.so.1]" in dynamic
+    assert "[$ORIGIN/../torch/lib]" in dynamic
+
+
+def test_two_distributions_in_one_folder_are_refused(wheel: Path, tmp_path: Path) -> None:
+    """deepen-ext-cu13 installed over deepen-ext: the import says so before anything else fails."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    command = [sys.executable, "-c", "import deepen_ext; print(deepen_ext.__file__)"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.startswith(str(tmp_path))
+    (tmp_path / "deepen_ext_cu13-0.1.0.dist-info").mkdir()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "InputError: deepen-ext and deepen-ext-cu13 are both installed in" in done.stderr
+    assert "pip uninstall deepen-ext deepen-ext-cu13" in done.stderr
+
+
 def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
     source: Path, wheel: Path
 ) -> None:

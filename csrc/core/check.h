@@ -14,7 +14,8 @@ struct ArgumentError : std::invalid_argument {
 
 template <class... Parts>
 [[noreturn]] void throw_argument_error(const char* file, int line, const Parts&... parts) {
-  std::ostringstream message;
+  // With a mode: the constructor without one needs a younger libstdc++ than the wheels promise (.ci/release).
+  std::ostringstream message(std::ios_base::out);
   (message << ... << parts);
   message << " [" << file << ":" << line << "]";
   throw ArgumentError(message.str());

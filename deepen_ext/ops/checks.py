@@ -66,7 +66,8 @@ def check_built_for(device: torch.device) -> None:
     if device.type == "cuda" and not _core.cuda_compiled():
         raise InputError(
             f"asked to run on {device}, but this build of deepen-ext has no CUDA part; install the CUDA "
-            "toolkit (nvcc) and build again with DEEPEN_CUDA=ON, or use device='cpu'"
+            "toolkit (nvcc) and build again with DEEPEN_CUDA=ON, install the distribution deepen-ext-cu13 in "
+            "the place of this one, or use device='cpu'"
         )
 
 

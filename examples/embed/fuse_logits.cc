@@ -1,8 +1,10 @@
-// Fuses what two models say, token after token: fuse_logits MAIN.map ASSISTANT.map MAIN.f32 ASSISTANT.f32
+// Fuses what two models say, token after token:
+//
+//     fuse_logits MAIN.map ASSISTANT.map MAIN.f32 ASSISTANT.f32 [NEW.f32]
 //
 // The maps are from Python (`RelativeMap.save`); the other files are raw float32 logits, [steps, vocabulary].
-// Prints the token that is chosen at each step. A real program has the logits in memory, from the engines
-// that run its models.
+// Prints the token that is chosen at each step, and writes the main model's new logits if asked to. A real
+// program has the logits in memory, from the engines that run its models.
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -21,8 +23,8 @@ static std::vector<float> read_floats(const char* path) {
 }
 
 int main(int count, char** arguments) {
-  if (count != 5) {
-    std::fprintf(stderr, "usage: %s MAIN.map ASSISTANT.map MAIN.f32 ASSISTANT.f32\n", arguments[0]);
+  if (count != 5 && count != 6) {
+    std::fprintf(stderr, "usage: %s MAIN.map ASSISTANT.map MAIN.f32 ASSISTANT.f32 [NEW.f32]\n", arguments[0]);
     return 2;
   }
   try {
@@ -36,6 +38,10 @@ int main(int count, char** arguments) {
       fusion.step({&main[step * size_t(main_map.vocab())], &assistant[step * size_t(assistant_map.vocab())]},
                   weights, &chosen);
       std::printf("%d\n", chosen);
+    }
+    if (count == 6) {
+      std::ofstream(arguments[5], std::ios::binary)
+          .write(reinterpret_cast<const char*>(main.data()), std::streamsize(main.size() * sizeof(float)));
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
