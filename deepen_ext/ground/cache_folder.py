@@ -163,8 +163,7 @@ def atomic_write(target: Path, *, private: bool = False) -> Iterator[Path]:
     with _temporary_folder(target, 0o700 if private else 0o777) as folder:
         temporary = folder / target.name
         yield temporary
-        if private:
-            temporary.chmod(0o600)
+        _share(temporary, folder)
         _sync(temporary)
         os.replace(temporary, target)
 
@@ -180,6 +179,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     with _temporary_folder(target) as temporary:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                _share(path, temporary)
             _sync(path)
         os.rename(temporary, target)
 
@@ -203,6 +204,12 @@ def _temporary_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
         if handle is not None:
             os.close(handle)
     _sync(target.parent)
+
+
+def _share(file: Path, folder: Path) -> None:
+    """Who may use the folder may use the file. safetensors lets only the owner read what it writes."""
+    if not file.is_symlink():
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sync(path: Path) -> None:

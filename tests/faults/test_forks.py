@@ -17,9 +17,9 @@ from deepen_ext.members.llama_cpp.threads import Threads
 
 SECONDS = 120
 # Everything that starts threads: torch's own operations, our core over a large vocabulary, tokenizers over
-# several texts, and llama.cpp. In the child all of it again; one that waits for ever is ended by SIGALRM.
+# several texts, and llama.cpp. In the child all of it again; one that waits for ever is ended.
 PROGRAM = """
-import multiprocessing, os, signal, sys
+import faulthandler, multiprocessing, os, sys
 from pathlib import Path
 import torch
 from deepen_ext import Ensemble, load_members
@@ -53,7 +53,7 @@ assert threads > 1, "no thread was started, so a fork loses none"
 print("threads", threads)
 
 def again():
-    signal.alarm(60)
+    faulthandler.dump_traceback_later(60, exit=True)
     found = everything()
     assert found == first, (found, first)
     assert torch.get_num_threads() == 1
@@ -77,8 +77,9 @@ print("the same")
 @pytest.mark.slow
 def test_a_child_writes_the_same_text(one_byte_folders: list[Path], tmp_path: Path) -> None:
     gguf = write_tiny_model(tmp_path / "tiny.gguf", "llama", vocab_size=300, context_length=256)
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "TOKENIZERS_PARALLELISM": "true"}
-    environment.pop("OMP_NUM_THREADS", None)
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, (*one_byte_folders, gguf))],
         env=environment,
