@@ -100,8 +100,8 @@ def test_a_real_one_at_random_moments(ensemble: Ensemble, members: list[Member])
         for number in range(200 if EVERY else 10):
             arm(members)
             finger = threading.Timer(took * (number % 10) / 10, os.kill, (os.getpid(), signal.SIGINT))
-            finger.start()
             try:
+                finger.start()  # which waits, and so may be interrupted itself
                 WAYS["generate"](ensemble)
                 finger.join()
                 time.sleep(0.01)  # where it came too late
