@@ -38,7 +38,7 @@ SAY_CUDA := from deepen_ext import _core; \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint audit pytest tokenizers core build format bench soak results docs release gpu \
+.PHONY: help demo test check lint audit pytest kills tokenizers core build format bench soak results docs release gpu \
   gpu-build gpu-test gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -65,6 +65,9 @@ pytest: $(INSTALLED)
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 	@command -v chromium >/dev/null || echo "make test: NO chromium ON PATH, so the page was not tried in a browser" \
 	  "(tests/page/test_page.py); install Debian's chromium" >&2
+
+kills: $(INSTALLED)  ## kill -9 at random moments of every write, KILLS=1000 times each (long)
+	$(PY) tests/faults/kills.py --kills $(or $(KILLS),1000)
 
 # Some 330 MB of packages on the first run, in minutes; of them only the tokenizers are kept, in the cache.
 tokenizers: export DEEPEN_TOKENIZERS := all

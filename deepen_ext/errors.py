@@ -52,7 +52,19 @@ def failures_of(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(f"{name}: its forward pass failed: {type(error).__name__}: {first}") from error
+        what = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        if not _is_out_of_memory(error):
+            raise ModelError(f"{name}: its forward pass failed: {what}") from error
+        raise ModelError(
+            f"{name}: its forward pass ran out of memory ({what}); take fewer texts at once (batch_size), "
+            "shorter texts or a smaller model"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """By the name, for torch's own class: torch takes seconds to import. On the CPU it has no class."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -301,5 +301,7 @@ def test_bounds_hold_what_is_finite() -> None:
 
 
 def test_a_disk_that_does_not_take_it(tmp_path: Path) -> None:
+    (tmp_path / "a.svg").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        output_file.write_file(tmp_path / "gone" / "a.svg", "")
+        output_file.write_file(tmp_path / "a.svg", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.svg"]

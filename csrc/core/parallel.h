@@ -5,7 +5,7 @@
 // own operations, and on a machine that has no processor to spare ours would wait for them. Measured on two
 // cores, V 262,144, 8 rows, right after a softmax of torch's: 1,390 microseconds on threads of our own, 620
 // on torch's. As with torch, a process that was forked after such a call must not make another one on several
-// threads: it would wait for ever.
+// threads: it would wait for ever (deepen_ext/ground/forks.py sees to it).
 //
 // Without OpenMP, threads are started per call.
 #pragma once

@@ -32,7 +32,7 @@ def trace(
             raise InputError(f"{html} is a folder; name a file, such as {html / 'trace.html'}")
         page = trace_html(read_trace(file), title=Path(file).name)
         try:
-            with atomic_write(target) as temporary:
+            with atomic_write(target, private=True) as temporary:
                 temporary.write_text(page, encoding="utf-8")
         except OSError as error:
             raise InputError(f"{html}: cannot be written: {error.strerror}; choose another place") from error

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol
 
 from deepen_ext import ops
 from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.fusers import FusedStep, Part
+from deepen_ext.ground.private_file import open_private
 
 _TOP = 5  # candidates shown of each member
 
@@ -50,17 +51,17 @@ class Trace:
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
-        """Open the file, or take the function.
+        """Open the file, or take the function. A new file is its owner's alone: it has what was written.
 
         Raises:
             InputError: the file cannot be written.
         """
-        self._file: TextIO | None = None
+        self._file: IO[Any] | None = None
         if callable(target):
             self._give = target
             return
         try:
-            self._file = Path(target).expanduser().open("w", encoding="utf-8")
+            self._file = open_private(Path(target).expanduser(), "w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"the trace cannot be written to {target}: {error.strerror}") from error
         self._give = self._write_line

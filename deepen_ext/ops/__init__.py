@@ -4,6 +4,7 @@ Every operation keeps no state, allocates its outputs and workspace with torch, 
 runs.
 """
 
+from deepen_ext.ground import forks as _forks  # noqa: F401  # looks after forked processes
 from deepen_ext.ops import library as _library  # noqa: F401  # registers torch.ops.deepen_ext
 from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.cache_folder import atomic_write
 
 FORMATS = (".svg", ".png", ".pdf")
 INSTALL = "pip install 'deepen-ext[plot]'"
@@ -33,19 +34,20 @@ def check_output_file(option: str, file: Path | None, formats: Sequence[str] = F
         raise InputError(f"{option} {file} is a folder; name a file in it")
     if not file.parent.is_dir():
         raise InputError(f"{option} {file}: there is no folder {file.parent}; make it first")
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
+    if not os.access(file.parent, os.W_OK):
         raise InputError(f"{option} {file}: no right to write there; name another file")
     if find_spec("matplotlib") is None:
         raise InputError(f"{option} needs matplotlib, which is not installed: {INSTALL}")
 
 
 def write_file(file: Path, content: str | bytes) -> None:
-    """Write it over what is there.
+    """Write it in the place of what is there, whole or not at all.
 
     Raises:
         InputError: the system does not take it.
     """
     try:
-        file.write_bytes(content.encode() if isinstance(content, str) else content)
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); name another file") from error

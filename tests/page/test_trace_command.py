@@ -98,11 +98,19 @@ def test_a_bad_line_is_named(trace: Path, line: str | bytes, said: str) -> None:
 
 
 def test_a_last_line_that_is_cut_off(trace: Path) -> None:
+    """Of a killed run: the page has the whole lines, and a warning names the line."""
+    pages = [trace.with_name("whole.html"), trace.with_name("page.html")]
+    run("trace", str(trace), "--html", str(pages[0]))
     with trace.open("a") as opened:
         opened.write('{"row": 0, "posi')
-    done = run("trace", str(trace), "--html", str(trace.with_name("page.html")))
+    done = run("trace", str(trace), "--html", str(pages[1]))
+    assert done.returncode == 0
+    assert "trace.jsonl: line 2, the last, is cut off (the run was killed?); it is left out" in done.stderr
+    assert pages[1].read_bytes() == pages[0].read_bytes()
+    trace.write_text('{"row": 0, "posi')
+    done = run("trace", str(trace), "--html", str(pages[1]))
     assert done.returncode == 2
-    assert "the run was killed?" in done.stderr
+    assert "has no record" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import locked
+from deepen_ext.ground.private_file import open_private
 from deepen_ext.measure.evaluation.headers import Header, by_likelihood, check_same, damaged
 from deepen_ext.measure.evaluation.record_checks import is_choice_record, is_header, is_record, votes_of
 
@@ -171,7 +172,7 @@ class RecordFile:
         if found is not None:
             check_same(path, found, header)
         self.done = {record.index for record in records}
-        self._file = path.open("ab", buffering=0)
+        self._file = open_private(path, "ab", buffering=0)
         if self._file.tell() > size:
             self._file.truncate(size)
         if found is None:

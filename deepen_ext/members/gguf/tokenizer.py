@@ -93,6 +93,8 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
     # Not AutoTokenizer: it would parse the whole file only to choose a class; the tokenizer.json comes out
     # the same.
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
+    for how in ("is_local", "local_files_only"):  # it was read; else they are saved with it
+        tokenizer.init_kwargs.pop(how, None)
     backend = tokenizer.backend_tokenizer
     _add_user_defined(backend, path)
     if rule is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,7 @@ class ServedModel:
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="deepen-ext-http")
         self._free_slots = list(range(protocol.served.slots))
         self._lock = threading.Lock()
+        self._process = os.getpid()
         self._verified = client.connections_made
         self._end = weakref.finalize(self, _close, client, self._pool)
 
@@ -87,8 +89,9 @@ class ServedModel:
         """Have a question answered in another thread; see `answer`.
 
         Raises:
-            MemberLost: the backend was closed.
+            MemberLost: the backend was closed, or this process was forked after the member was loaded.
         """
+        self._check_process()
         try:
             return self._pool.submit(self.answer, asked)
         except RuntimeError:
@@ -131,6 +134,7 @@ class ServedModel:
             Refusal: the server refuses.
             MemberLost: see `answer`.
         """
+        self._check_process()
         protocol, client = self.protocol, self.client
         payload = protocol.read_payload(asked) if read else protocol.payload(asked)
         answer = client.post(protocol.path, payload)
@@ -157,6 +161,12 @@ class ServedModel:
                 "prompt; start it so that it takes ids as they are"
             )
         return said
+
+    def _check_process(self) -> None:
+        """A forked process has none of the threads, and shares the connections with the first."""
+        if os.getpid() != self._process:
+            why = "was loaded before this process was forked; load the member in this process"
+            raise MemberLost(self.name, why)
 
     def _verify(self) -> None:
         """That a server on a new connection serves what it did: it may have been started again."""

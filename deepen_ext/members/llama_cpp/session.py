@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from deepen_ext.errors import InputError, ModelError
+from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
@@ -73,7 +73,8 @@ class LlamaSession(Closing):
             for lane, ids in unfed.items():
                 # The last ids go through the model in any case, for their logits.
                 self._drop_from(lane, min(common_prefix(self._ids[lane], ids), len(ids) - counts[lane]))
-            self._make_room(wanted, sum(counts[lane] for lane in unfed))
+            with failures_of(loaded.name):
+                self._make_room(wanted, sum(counts[lane] for lane in unfed))
             self._share_prefixes(unfed, counts)
             first = self._fed_first(unfed, counts)
             logits = self._feed(first, counts)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from deepen_ext.ground.forks import threads_are_lost
+
 # A forward got its processors if its threads ran for this share of the time. They spin where they wait, so on
 # a machine of their own they run all the time.
 _ENOUGH = 0.75
@@ -37,8 +39,8 @@ class Threads:
     @contextmanager
     def forward(self) -> Iterator[int]:
         """How many threads the forward inside takes; what it gets of the processors counts for the next."""
-        threads = self._now
-        if self.fixed:
+        threads = 1 if threads_are_lost() else self._now
+        if self.fixed or threads_are_lost():
             yield threads
             return
         began, ran = time.perf_counter(), time.process_time()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ _FATES = (None, "stood", "replaced", "settled")
 def read_trace(file: str | Path) -> list[dict[str, Any]]:
     """The records of a trace file, one JSON line a token.
 
+    A killed run may leave half of a last line. It is left out, with a warning.
+
     Raises:
         InputError: the file cannot be read, is empty, or a line is no record of a token; the message has the
             line's number.
@@ -25,7 +28,10 @@ def read_trace(file: str | Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as opened:
             for number, line in enumerate(opened, start=1):
-                if line.strip():
+                if not line.endswith(b"\n") and not _is_whole(line):
+                    cut = f"{file}: line {number}, the last, is cut off (the run was killed?); it is left out"
+                    warnings.warn(cut, stacklevel=2)
+                elif line.strip():
                     records.append(_record(line, f"{file}: line {number}"))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name a file that --trace has written") from error
@@ -81,6 +87,14 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
 _ONE_OF_OURS = "this is no line that --trace has written"
 
 
+def _is_whole(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         return check_record(json.loads(line.rstrip(b"\r\n")), where)
@@ -89,8 +103,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        hint = "" if line.endswith(b"\n") else " (the last line is cut off: the run was killed?)"
-        raise InputError(f"{where}{column}: this is no JSON: {reason}{hint}") from error
+        raise InputError(f"{where}{column}: this is no JSON: {reason}") from error
 
 
 class _Part:

@@ -1,0 +1,171 @@
+"""Disks that take nothing more, that none may write to, and clocks that are set back; who may read what."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import random_embedding
+from test_evaluation import file_header
+
+from deepen_ext import RelativeMap
+from deepen_ext.decoding.trace import Trace
+from deepen_ext.errors import DeepenError
+from deepen_ext.ground.cache_folder import atomic_write, sweep_temporaries, write_failure
+from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile
+from deepen_ext.measure.evaluation.summary import Summary, write_summary
+from deepen_ext.plots.output_file import write_file
+from deepen_ext.presets import Preset, load_preset, write_preset
+
+NOBODY = 65534  # root may write anywhere, whatever the bits say
+
+
+def _map(folder: Path) -> None:
+    relative = RelativeMap.from_embedding(
+        random_embedding(200, 8, seed=0), torch.arange(0, 200, 2), entries=6
+    )
+    relative.ensure(torch.arange(200))
+    relative.save(folder / "map.safetensors")
+
+
+def _records(folder: Path) -> None:
+    record = ItemRecord(0, "x" * 9000, None, False, 1, 0, "eos", ItemTiming(1.0, 1.0, 1))
+    with RecordFile(folder / "triviaqa.one.jsonl", file_header("one", "a", task="triviaqa")) as file:
+        file.append([record])
+
+
+def _trace(folder: Path) -> None:
+    trace = Trace(folder / "trace.jsonl")
+    trace._write_line({"row": "x" * 9000})
+    trace.close()
+
+
+def _preset(folder: Path) -> None:
+    write_preset(folder / "preset.yaml", Preset(["a", "b"], {}, {"numbers": list(range(3000))}))
+
+
+def _plot(folder: Path) -> None:
+    write_file(folder / "a.svg", "x" * 9000)
+
+
+def _summary(folder: Path) -> None:
+    summary = Summary({"x" * 9000: None})  # type: ignore[dict-item]
+    write_summary(folder, summary)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    **{"map": _map, "records": _records, "trace": _trace, "preset": _preset, "plot": _plot},
+    "summary": _summary,
+}
+
+
+def _outcome(work: Callable[[], Any], *, before: Callable[[], Any]) -> str:
+    """What a forked process says of its error, after it has given up some of its rights."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            before()
+            work()
+            said = "nothing"
+        except BaseException as error:
+            kind = "named" if isinstance(error, DeepenError) else type(error).__name__
+            said = f"{kind} {write_failure(error)}: {error}"
+        os.write(writer, said.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+def _full() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_room(tmp_path: Path, name: str) -> None:
+    """No file may be longer than 4 kB. What was there is there. `MemberMaps` warns of a map's error."""
+    if name != "records":
+        WRITERS[name](tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    said = _outcome(lambda: WRITERS[name](tmp_path), before=_full)
+    assert said.startswith("SafetensorError" if name == "map" else "named"), said
+    assert os.strerror(errno.EFBIG) in said
+    if name not in ("records", "trace"):  # these grow line by line
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not list(tmp_path.glob(".*.tmp-*"))
+    if name == "records":
+        WRITERS[name](tmp_path)
+        assert len(RecordFile.read(tmp_path / "triviaqa.one.jsonl")[1]) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user is needed, whose rights only root can take on")
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_right(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    said = _outcome(lambda: WRITERS[name](tmp_path), before=lambda: os.setresuid(*[NOBODY] * 3))
+    assert said.startswith("PermissionError" if name == "map" else "named"), said
+    assert os.strerror(errno.EACCES) in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a live process writes is not swept whatever the clock says; what a dead one left is."""
+    dead = tmp_path / f".map.tmp-{'0f' * 16}"
+    now = time.time()
+    for hours in (-30, 30):
+        dead.mkdir()
+        with atomic_write(tmp_path / "map") as temporary:
+            temporary.write_text("new")
+            monkeypatch.setattr(time, "time", lambda hours=hours: now + 3600 * hours)
+            sweep_temporaries(tmp_path)
+            assert temporary.exists()
+            assert not dead.exists()
+        monkeypatch.undo()
+        assert (tmp_path / "map").read_text() == "new"
+    dead.mkdir()
+    sweep_temporaries(tmp_path)
+    assert dead.exists()  # it may be about to be locked
+
+
+def test_who_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records, traces and their pages are their owner's; the rest follows the umask."""
+    old = os.umask(0o022)
+    try:
+        for write in WRITERS.values():
+            write(tmp_path)
+        with atomic_write(tmp_path / "page.html", private=True) as temporary:
+            assert stat.S_IMODE(temporary.parent.stat().st_mode) == 0o700
+            temporary.write_text("a prompt")
+    finally:
+        os.umask(old)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    mine = {"page.html", "trace.jsonl", "triviaqa.one.jsonl"}
+    assert modes == {name: 0o600 if name in mine else 0o644 for name in modes}
+    assert len(modes) == 7
+    assert load_preset(tmp_path / "preset.yaml").members
+
+
+def test_names_are_random(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(20):
+        with atomic_write(tmp_path / "file") as temporary:
+            names.add(temporary.parent.name)
+            temporary.write_text("x")
+    assert len(names) == 20
+    assert all(len(name.rpartition("-")[2]) == 32 for name in names)
