@@ -57,6 +57,15 @@ def test_help_names_every_fuser() -> None:
     assert {name for name in FUSERS if name != "single"} <= set(named)
 
 
+def test_nll_refuses_spans_before_it_loads(tmp_path) -> None:
+    (tmp_path / "text").write_text("some text")
+    done = run(
+        "nll", "--model", "no/a", "--model", "no/b", "--text", str(tmp_path / "text"), "--fuser", "spans"
+    )
+    assert done.returncode == 2
+    assert "there is no likelihood" in done.stderr
+
+
 def test_progress_in_a_log_has_a_line_now_and_then(monkeypatch, capsys) -> None:
     """What does not take long by its name is told when nothing has been for half a minute."""
     clock = [0.0]

@@ -73,8 +73,8 @@ FuserSpecs = Annotated[
     list[str] | None,
     typer.Option(
         "--fuser",
-        help=f"{FUSER_NAMES}, or module:function. Repeat it to compare; by default each text follows whoever "
-        "reads its prompt best.",
+        help=f"{FUSER_NAMES.removesuffix(', spans')}, or module:function. Repeat it to compare; by default "
+        "each text follows whoever reads its prompt best.",
         show_default=False,
     ),
 ]
