@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/embed_latency.py                  a million steps: minutes on an idle core
     OMP_NUM_THREADS=1 python bench/embed_latency.py --steps 1000     a try
+    OMP_NUM_THREADS=1 python bench/embed_latency.py --sizes 1000     by vocabularies, candidates, dtypes
 
 From Python a hundredth of the steps is timed.
 """
@@ -49,8 +50,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "embed_latency")
+    parser.add_argument("--sizes", type=int, metavar="STEPS", help="so many steps of each of many settings")
     options = parser.parse_args()
     found: dict[str, Any] = environment() | {"kind": "embed_latency"}
+    if options.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            program = build_against(install("-DDEEPEN_CUDA=OFF"), ROOT / "bench" / "embed", Path(folder))
+            command = [program / "sizes", str(options.sizes)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(done.stdout, end="")
+        found["sizes"] = json.loads(done.stdout)
+        write_json(options.results / f"sizes-{speed_file(found)}", found)
+        return
     ensemble = Ensemble.from_pretrained(demo.members(), fuser="deepen")
     with tempfile.TemporaryDirectory() as folder:
         paths = []

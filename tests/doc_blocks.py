@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("deepen-ext", "make", "python", "pip", "curl")
+PROGRAMS = ("deepen-ext", "make", "python", "pip", "curl", "ray", "vllm")
 
 
 @dataclass(frozen=True)

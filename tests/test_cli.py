@@ -23,6 +23,9 @@ from command_line import COMMAND, ROOT, run, run_process
 from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import __version__
+from deepen_ext.commands import console
+from deepen_ext.commands.options import FUSER_NAMES
+from deepen_ext.fusers import FUSERS
 from deepen_ext.members import loading
 from deepen_ext.members.load_options import LOAD_OPTIONS
 
@@ -46,6 +49,36 @@ def test_help_and_version() -> None:
     for option in ("--model", "--demo", "--prompt", "--max-new-tokens", "--weight", "--json", "--debug"):
         assert option in done.stdout
     assert run("--version").stdout == f"deepen-ext {__version__}\n"
+
+
+def test_help_names_every_fuser() -> None:
+    """The names are written out in options.py, because importing the fusers loads torch."""
+    named = re.findall(r"[\w-]+", FUSER_NAMES)
+    assert {name for name in FUSERS if name != "single"} <= set(named)
+
+
+def test_nll_refuses_spans_before_it_loads(tmp_path) -> None:
+    (tmp_path / "text").write_text("some text")
+    done = run(
+        "nll", "--model", "no/a", "--model", "no/b", "--text", str(tmp_path / "text"), "--fuser", "spans"
+    )
+    assert done.returncode == 2
+    assert "there is no likelihood" in done.stderr
+
+
+def test_progress_in_a_log_has_a_line_now_and_then(monkeypatch, capsys) -> None:
+    """What does not take long by its name is told when nothing has been for half a minute."""
+    clock = [0.0]
+    monkeypatch.setattr(console, "monotonic", lambda: clock[0])
+    with console.progress() as say:
+        for seconds, message in ((29, "Reading dev items, 1 of 20"), (31, "Reading dev items, 2 of 20"),
+                                 (32, "Converting a, 1 of 2"), (61, "Trying configuration 1"),
+                                 (62, "Trying configuration 2")):  # fmt: skip
+            clock[0] = seconds
+            say(message)
+    assert capsys.readouterr().err.splitlines() == [
+        "Reading dev items, 2 of 20", "Converting a", "Trying configuration 2"
+    ]  # fmt: skip
 
 
 def test_help_does_not_load_torch() -> None:

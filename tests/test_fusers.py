@@ -254,6 +254,19 @@ class TestFunction:
         assert step.chosen[1:].tolist() == [7, 7]
         assert torch.equal(step.logits[0], said[0][0])  # no assistant spoke
 
+    def test_on_main(self, smollm2, gemma, said) -> None:
+        """A weighted sum of what they say on the main model's tokens is the fuser `union-vocab`."""
+
+        def mean(logits, said, weights):
+            return sum(one.on_main() * weights[:, [i]] for i, one in enumerate(said)).log()
+
+        ensemble = Ensemble([smollm2, gemma], fuser=mean)
+        given = {"weights": [[0.8, 0.2], [0.4, 0.6], [0.5, 0.5]], "rows": [None, [0, 2]]}
+        step = ensemble.fuser.step([said[0], said[1][[0, 2]]], **given)
+        want = ensemble.variant(fuser="union-vocab").fuser.step([said[0], said[1][[0, 2]]], **given)
+        torch.testing.assert_close(step.logits, want.logits)
+        assert not torch.equal(step.logits[0], said[0][0])
+
     @pytest.mark.parametrize(
         ("given", "message"),
         [
@@ -263,7 +276,7 @@ class TestFunction:
         ],
     )
     def test_what_it_gives_is_checked(self, given, message) -> None:
-        fuser = FunctionFuser(given, [30, 40], torch.device("cpu"))
+        fuser = FunctionFuser(given, [30, 40], TokenBridge([], []), torch.device("cpu"))
         with pytest.raises(InputError, match=message):
             fuser.step([torch.randn(2, 30), torch.randn(2, 40)], [0.5, 0.5])
 

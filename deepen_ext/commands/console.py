@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,24 +22,33 @@ from deepen_ext.errors import DeepenError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A moving bar on a terminal's standard error; elsewhere one line for each thing that takes long."""
+    """A moving bar on a terminal's standard error; elsewhere a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
         seen: set[str] = set()
+        last = monotonic()
 
         def line(message: str) -> None:
+            nonlocal last
             note = message.startswith("Note:")
             stage = message if note else message.split(",")[0]  # without the counts
             long = note or stage.startswith(("Downloading", "Converting", "Waiting"))
             if long and stage not in seen:
                 seen.add(stage)
                 print(stage, file=sys.stderr, flush=True)
+            elif not long and monotonic() - last >= LINE_SECONDS:
+                print(message, file=sys.stderr, flush=True)
+            else:
+                return
+            last = monotonic()
 
         yield line
         return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes, tables
+from deepen_ext.commands.console import LINE_SECONDS, exit_codes, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     ensemble_keywords,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from deepen_ext.measure.evaluation.writers import Ensembles
 
 _VOTE = "vote"  # a --fuser that is none: the models' own answers vote
-_LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class Split(str, Enum):
@@ -80,9 +79,8 @@ def evaluate(
     fuser: Annotated[
         list[str] | None,
         typer.Option(
-            help="deepen, deepen:RECIPE, average, union-topk, union-vocab, ..., or module:function; or vote: "
-            "the models' own answers vote. Repeat it to compare; by default each text follows whoever reads "
-            "its prompt best.",
+            help=f"{options.FUSER_NAMES}, or module:function; or vote: the models' own answers vote. Repeat "
+            "it to compare; by default each text follows whoever reads its prompt best.",
             show_default=False,
         ),
     ] = None,
@@ -253,12 +251,12 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        last = -_LINE_SECONDS
+        last = -LINE_SECONDS
 
         def line(one: Progress) -> None:
             nonlocal last
             finished = one.done == one.records and bool(one.configuration)
-            if finished or monotonic() - last >= _LINE_SECONDS:
+            if finished or monotonic() - last >= LINE_SECONDS:
                 last = monotonic()
                 print(f"{_describe(one)}, {one.share:.0%} of all", file=sys.stderr, flush=True)
 

@@ -56,6 +56,10 @@ def nll(
         named = named_members(model, demo, preset)  # before the text is waited for
         if any(map(writes_alone, fuser or [])):
             raise InputError("every member alone is measured anyway; leave --fuser single out")
+        if "spans" in (fuser or []):  # before models are loaded
+            from deepen_ext.fusers.spans import NO_DISTRIBUTION
+
+            raise InputError(NO_DISTRIBUTION)
         check_output_file("--plot", plot)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))

@@ -47,12 +47,25 @@ Weights = Annotated[
         "member reads the prompt.",
     ),
 ]
+# The names in `deepen_ext.fusers.FUSERS`, whose import would load torch; "single" fuses nothing.
+FUSER_NAMES = (
+    "deepen, deepen:RECIPE, average, union-topk, union-vocab, follow, product, consistent, draw (with "
+    "sampling), spans"
+)
 FuserSpec = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help="auto (the default): each text follows whoever reads its prompt best. Or deepen, average, "
-        "union-topk, union-vocab, product, draw (with sampling), spans, single, ..., or module:function.",
+        help="auto (the default): each text follows whoever reads its prompt best. Or "
+        f"{FUSER_NAMES}, single, or module:function.",
+        show_default=False,
+    ),
+]
+TunedFuser = Annotated[
+    str | None,
+    typer.Option(
+        "--fuser",
+        help=f"Whose settings are chosen: deepen by default. Or {FUSER_NAMES}, or module:function.",
         show_default=False,
     ),
 ]
@@ -60,8 +73,8 @@ FuserSpecs = Annotated[
     list[str] | None,
     typer.Option(
         "--fuser",
-        help="deepen, deepen:RECIPE, average, union-topk, union-vocab, draw, spans, or module:function. "
-        "Repeat it to compare; by default each text follows whoever reads its prompt best.",
+        help=f"{FUSER_NAMES.removesuffix(', spans')}, or module:function. Repeat it to compare; by default "
+        "each text follows whoever reads its prompt best.",
         show_default=False,
     ),
 ]

@@ -42,7 +42,7 @@ def tune(
         typer.Option(help="The budget, from when the models are loaded. At most half goes into reading."),
     ] = 10.0,
     out: Annotated[Path, typer.Option(help="The preset to write.")] = Path("preset.yaml"),
-    fuser: options.FuserSpec = None,
+    fuser: options.TunedFuser = None,
     gate: Annotated[
         bool,
         typer.Option(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers.base import Fuser
+from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.ingredients import Common, Ingredients
+from deepen_ext.fusers.mapped import MappedFuser
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.settings import FuseFunction
 
@@ -17,13 +19,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class FunctionFuser(Fuser):
+class FunctionFuser(MappedFuser):
     """Calls a function of the caller's: (logits, said, weights) -> new logits."""
 
     def __init__(
         self,
         function: FuseFunction,
         vocab_sizes: Sequence[int],
+        bridge: TokenBridge,
         device: torch.device,
         **common: Unpack[Common],
     ) -> None:
@@ -35,18 +38,22 @@ class FunctionFuser(Fuser):
                 a member with weight 0 says nothing of that row. Its logits may be written to. What they have
                 as -inf cannot be written and stays so, whatever the function gives.
             vocab_sizes: see `Fuser`.
+            bridge: for `Said.on_main`.
             device: see `Fuser`.
             common: candidates, rule, names: see `Fuser`.
         """
-        super().__init__(vocab_sizes, device, **common)
+        super().__init__(vocab_sizes, bridge, device, **common)
         self._function = function
 
     @classmethod
     def make(cls, given: Ingredients) -> FunctionFuser:
-        """See `Fuser.make`."""
+        """See `MappedFuser.make`."""
         function = given.settings.fuser
         assert not isinstance(function, str)
-        return cls(function, given.vocab_sizes, given.device, **given.common)
+        fuser = cls(function, given.vocab_sizes, given.bridge(), given.device, **given.common)
+        if fuser.device.type == "cuda":
+            _ = fuser.tables
+        return fuser
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`.
@@ -55,7 +62,7 @@ class FunctionFuser(Fuser):
             InputError: the function gives something else than logits of the same shape.
         """
         forbidden = logits == -torch.inf  # cannot be written: not by the function's leave either
-        given = self._function(logits, said, weights)
+        given = self._function(logits, [replace(one, to_main=self._on_main) for one in said], weights)
         if not isinstance(given, torch.Tensor) or given.shape != logits.shape:
             what = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise InputError(f"the fuser gave {what}; it must return logits of shape {list(logits.shape)}")
@@ -65,3 +72,6 @@ class FunctionFuser(Fuser):
             logits.copy_(given)
         logits.masked_fill_(forbidden, -torch.inf)
         return logits.argmax(dim=-1).int()
+
+    def _on_main(self, said: Said) -> torch.Tensor:
+        return self.mapped(said) if said.member else said.probabilities()

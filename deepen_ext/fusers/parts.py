@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,7 @@ class Said:
         name: the member's.
         topk: its most probable tokens, ids int32 [b, k], probabilities float32 [b, k] and tail [b].
         part: the same as the member gave it, for the rows that it spoke for.
+        to_main: what `on_main` calls. A function as fuser has it; a `Fuser` that needs it is a `MappedFuser`.
     """
 
     member: int
@@ -96,6 +97,7 @@ class Said:
     topk: TopK
     part: Part
     _places: list[int] | None  # of the part's rows among the b; None where they are the same
+    to_main: Callable[[Said], torch.Tensor] | None = None
 
     def row(self, place: int) -> torch.Tensor | None:
         """Its logits [V_i] for one of the b rows, where the member is; None where it says nothing of it."""
@@ -111,6 +113,16 @@ class Said:
         best = logits.gather(1, topk.ids[:, :1].to(logits.device).long()).double()
         sums = best - topk.probs[:, :1].to(logits.device).double().log()
         return self.placed((logits.float() - sums.float()).exp_().to(self.topk.probs.device))
+
+    def on_main(self) -> torch.Tensor:
+        """Its whole distribution over the main model's tokens, float32 [b, V_main], on the fusing device.
+
+        A token that the main model does not have counts for the main model's token that its text begins with.
+        What has no such token is left out, so a row may sum to less than 1. Rows it says nothing of are 0.
+        The first call looks all of the member's tokens up: some seconds for a large vocabulary.
+        """
+        assert self.to_main is not None, "only what a function as fuser is given knows the way"
+        return self.to_main(self)
 
     def logits_at(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Single logits, float64 [...] on the fusing device; anything in rows it says nothing of.

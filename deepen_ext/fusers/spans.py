@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+NO_DISTRIBUTION = (
+    "fuser='spans' chooses whole words and gives no distribution of the next token: there is no likelihood, "
+    "and it fits into no other loop. Use generate or eval, or another fuser"
+)
+
+
 class SpansFuser(Fuser):
     """The main model writes alone, but where it is torn between tokens: there members propose whole words.
 
@@ -60,7 +66,4 @@ class SpansFuser(Fuser):
         Raises:
             InputError: always.
         """
-        raise InputError(
-            "fuser='spans' chooses whole words and gives no distribution of the next token: there is no "
-            "likelihood, and it fits into no other loop. Use generate or eval, or another fuser"
-        )
+        raise InputError(NO_DISTRIBUTION)

@@ -65,7 +65,8 @@ def chat_texts(
         else:
             raise InputError(
                 f"{member.name}: its tokenizer has no chat template (a base model?). Use a chat model, set "
-                "tokenizer.chat_template, or give it a plain transcript with without_template='plain'"
+                "tokenizer.chat_template, or give it a plain transcript with without_template='plain' "
+                "(--without-template plain)"
             )
     return texts
 

@@ -159,7 +159,10 @@ class LoadOptions:
         if self.device_map is None:
             for name in ("max_memory", "offload_folder"):
                 if getattr(self, name) is not None:
-                    raise InputError(f"{name} is for device_map; give device_map='auto', or leave {name} out")
+                    raise InputError(
+                        f"{name} is for device_map; give device_map='auto', or leave {name} out. Where other "
+                        "members have a device_map, give this one None (on the command line -)"
+                    )
             return
         if str(self.device) != "cpu":
             raise InputError(

@@ -155,7 +155,7 @@ def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
         return template.format(**fields)
     except KeyError as error:
         raise InputError(
-            f"{where}: there is no field {error}; the data's README names a task's fields"
+            f"{where}: there is no field {error}; docs/evaluation.md names each task's fields"
         ) from error
 
 
