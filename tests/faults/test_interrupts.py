@@ -1,6 +1,6 @@
 """KeyboardInterrupt at every call of ours while a text is written: afterwards all is as before.
 
-Of some thousand calls about twenty are tried; DEEPEN_INTERRUPTS=1 tries every one.
+Of some thousand calls about eight are tried; DEEPEN_INTERRUPTS=1 tries every one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from deepen_ext import Ensemble
 from deepen_ext.ground.cache_folder import atomic_directory, atomic_write
 from deepen_ext.members.member import Member
 
-pytestmark = pytest.mark.slow
+# An interrupt where Python ends a generator that nobody holds any more: Python goes on, and pytest reports it.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 EVERY = int(os.environ.get("DEEPEN_INTERRUPTS", "0"))
 PACKAGE = str(Path(deepen_ext.__file__).parent)
 
@@ -70,7 +71,7 @@ def test_at_every_call(ensemble: Ensemble, members: list[Member], way: str) -> N
     with interrupted(1 << 60) as calls:
         whole = WAYS[way](ensemble)
     assert calls[0] > 200
-    step = 1 if EVERY else calls[0] // 20
+    step = 1 if EVERY else calls[0] // 8
     faults = []
     stopped = 0
     for at in range(0, calls[0], step):
@@ -86,7 +87,7 @@ def test_at_every_call(ensemble: Ensemble, members: list[Member], way: str) -> N
         except Exception as error:
             faults.append((at, repr(error)))
     assert not faults
-    assert stopped > 10
+    assert stopped > 5
 
 
 def test_a_real_one_at_random_moments(ensemble: Ensemble, members: list[Member]) -> None:

@@ -52,8 +52,10 @@ WAYS: dict[str, Callable[[Ensemble], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    ("way", "error"),
+    [*(("generate", error) for error in ERRORS), *((way, "torch's") for way in WAYS if way != "generate")],
+)
 def test_at_every_step(ensemble: Ensemble, members: list[Member], way: str, error: str) -> None:
     with failing(members[1], 10**9, ERRORS[error]) as forwards:
         whole = WAYS[way](ensemble)
