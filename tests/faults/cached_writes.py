@@ -1,4 +1,4 @@
-"""Writes that are made once and kept in the cache: conversions and embedded models, as `kills.py` kills them."""
+"""What is made once and kept in the cache: conversions and embedded models, as `kills.py` kills them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from deepen_ext import Ensemble
 from deepen_ext.ground.cache_folder import atomic_directory, atomic_write
 from deepen_ext.members.member import Member
 
-# An interrupt where Python ends a generator that nobody holds any more: Python goes on, and pytest reports it.
+# An interrupt where Python ends a generator that nobody holds: Python goes on, and pytest reports it.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 EVERY = int(os.environ.get("DEEPEN_INTERRUPTS", "0"))
 PACKAGE = str(Path(deepen_ext.__file__).parent)
