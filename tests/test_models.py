@@ -102,7 +102,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if ".tmp-" in path.name]
 
 
-def test_weights_that_transformers_would_drop_are_refused(tmp_path: Path) -> None:
+def test_weights_that_transformers_would_drop_are_refused(assets: Path, tmp_path: Path) -> None:
     """Without them it would be another model, and transformers says nothing."""
     path = write_gguf(tmp_path / "more.gguf", **{"blk.0.attn_q_norm": (32,)})
     with pytest.raises(ModelError, match=r"no place: blk\.0\.attn_q_norm\.weight \(1 in all\).*llama\.cpp"):
