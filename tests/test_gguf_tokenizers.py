@@ -210,6 +210,13 @@ def test_the_second_time_it_comes_from_the_cache(
     assert kept.name_or_path == built.name_or_path == "tiny"
 
 
+def test_a_cache_that_cannot_be_written_to(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "assets").write_text("a file in its place")
+    with pytest.warns(UserWarning, match="made: its tokenizer is not kept for the next run"):
+        tokenizer = convert(*SMALLEST, "gpt-2")
+    assert tokenizer.encode("ab").tokens == ["ab"]
+
+
 def test_unused_tokens_have_no_text(convert: Convert) -> None:
     """llama.cpp's converter names the rows that a model has more than its tokenizer has tokens."""
     vocabulary = Vocabulary.from_tokenizer(convert(*SMALLEST, "gpt-2", unused=2))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext.errors import ModelError
-from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, kept_in, locked
+from deepen_ext.ground.cache_folder import Unwritable, atomic_directory, cache_dir, kept_in, locked
 from deepen_ext.members.gguf.checks import CHAT_TEMPLATE, TOKENS, check_gguf, failures_of_reading
 from deepen_ext.members.gguf.pre_tokenizers import split_rule
 from deepen_ext.text.token_bytes import SPACE_MARK
@@ -36,7 +37,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
     Raises:
         InputError: the file cannot be read.
         ModelError: it is damaged, has no tokenizer or one that transformers cannot read, or names a way of
-            splitting text that is not known; or the cache cannot be written to.
+            splitting text that is not known. A cache that cannot be written to is a warning.
     """
     with _reading(path):
         header = check_gguf(path, weights=False)
@@ -49,15 +50,23 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
         # Hashing the weights of a large model too would take minutes at every start.
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(header.settings_end)).hexdigest()
-    folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
-    if not folder.is_dir():
-        with kept_in(folder.parent), locked(folder):
-            if not folder.is_dir():  # it may have come while we waited
-                with atomic_directory(folder) as temporary, _reading(path):
-                    built: PreTrainedTokenizerFast = _built(path, header.settings)
-                    built.save_pretrained(temporary)
-                built.name_or_path = name
-                return built
+    try:
+        folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
+        if not folder.is_dir():
+            with kept_in(folder.parent), locked(folder):
+                if not folder.is_dir():  # it may have come while we waited
+                    with _reading(path):
+                        built: PreTrainedTokenizerFast = _built(path, header.settings)
+                    with atomic_directory(folder) as temporary:
+                        built.save_pretrained(temporary)
+                    built.name_or_path = name
+                    return built
+    except Unwritable as error:
+        warnings.warn(f"{name}: its tokenizer is not kept for the next run: {error}", stacklevel=2)
+        with _reading(path):
+            built = _built(path, header.settings)
+        built.name_or_path = name
+        return built
     return _kept(folder, name, header.settings.get(CHAT_TEMPLATE))
 
 
