@@ -14,7 +14,7 @@
 
 Only `members` must be there. What is left out has the default of `Ensemble`. A file cannot choose code: a
 fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code` are only used
-where the caller names them.
+where the caller names them. Nor can it choose which key a server gets (`api_key`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from deepen_ext.space.recipes import check_recipe
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
-# How members are loaded. A file may say neither whether their code is run, nor to which cluster they go.
-_LOADING = tuple(name for name in LOAD_OPTIONS if name not in ("trust_remote_code", "placement"))
+# How members are loaded. A file may not say whether their code is run, to which cluster they go, and which of
+# the user's keys a server gets: it may name a server of its own.
+_CALLERS = ("trust_remote_code", "placement", "api_key")
+_LOADING = tuple(name for name in LOAD_OPTIONS if name not in _CALLERS)
 _PLACES = ("device", "device_map", "max_memory", "offload_folder")  # one of the first two is given, not both
 _KEYS = ("members", *_SETTINGS, *_LOADING, "measured")
 _MOST_BYTES = 1 << 17  # the parser takes a second for it
@@ -56,7 +58,7 @@ class Preset:
         given: the settings that the file has, by their names in `FusionSettings`.
         measured: the section of that name; for readers.
         loading: how the members are loaded, by the names in `LoadOptions`: one value for all, or a list of
-            one for each. Never `trust_remote_code` or `placement`.
+            one for each. Never `trust_remote_code`, `placement` or `api_key`.
     """
 
     members: list[str]
@@ -123,6 +125,12 @@ def load_preset(path: str | Path) -> Preset:
                 key,
                 "a file cannot choose to run a model's code; take this line out, and give "
                 "--trust-remote-code yourself (in Python trust_remote_code=True) if you trust the model",
+            )
+        if key == "api_key":
+            raise wrong(
+                key,
+                "a file cannot choose which of your keys is sent to a server; take this line out, and give "
+                "--api-key yourself (of serve --member-api-key, in Python api_key=)",
             )
         if key not in _KEYS:
             raise wrong(key, f"{shown(key)} is no key of a preset; there are {', '.join(_KEYS)}")

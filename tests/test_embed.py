@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +325,50 @@ def test_wrong_arguments(library: Library, read: list[ctypes.c_void_p]) -> None:
     with pytest.raises(Failed, match="there are 0 members; 1 to 16 are possible"):
         library.fusion([])
     library.call.deepen_fusion_free(fusion)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([torch.nan, 1.0], "the weight of member 0 in row 1 is nan"),
+        ([2.0, -1.0], "the weight of member 1 in row 1 is -1; none may be negative"),
+        ([torch.inf, 0.0], "member 0 in row 1 is inf"),
+        ([0.5, 0.6], "the weights of row 1 sum to 1.1; they must sum to 1"),
+    ],
+)
+def test_wrong_weights(
+    library: Library, read: list[ctypes.c_void_p], weights: list[float], message: str
+) -> None:
+    fusion, logits = library.fusion(read, batch=2), logits_of(2)
+    before = logits[0].clone()
+    with pytest.raises(Failed, match=message) as error:
+        library.step(fusion, logits, torch.tensor([[0.5, 0.5], weights]))
+    assert error.value.status == INVALID
+    assert torch.equal(logits[0], before)
+    library.call.deepen_fusion_free(fusion)
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="no localedef to make a locale with")
+def test_a_program_with_another_locale(prefix: Path, files: list[Path], tmp_path: Path) -> None:
+    """Germans write 40,0: a map's numbers have a point all the same."""
+    (library,) = prefix.glob("lib*/libdeepen.so")
+    made = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(tmp_path / "de_DE.UTF-8")]
+    subprocess.run(made, check=True, capture_output=True)
+    program = (
+        "import ctypes, locale, sys\n"
+        "locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')\n"
+        "assert locale.localeconv()['decimal_point'] == ','\n"
+        "found = ctypes.c_void_p()\n"
+        "print(ctypes.CDLL(sys.argv[1]).deepen_map_read(sys.argv[2].encode(), ctypes.byref(found)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(library), str(files[0])],
+        env={**os.environ, "LOCPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{OK}\n"
 
 
 def _head(data: bytes) -> tuple[dict[str, Any], bytes]:

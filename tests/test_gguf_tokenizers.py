@@ -76,7 +76,9 @@ def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
     """Write a GGUF file of a tokenizer alone and convert it, in a cache of its own."""
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
-    def made(tokens: list[str], merges: list[str], pre: Any, add_bos: bool | None = None) -> Tokenizer:
+    def made(
+        tokens: list[str], merges: list[str], pre: Any, add_bos: bool | None = None, unused: int = 0
+    ) -> Tokenizer:
         path = tmp_path / "tokenizer.gguf"
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_tokenizer_model("gpt2")
@@ -84,8 +86,8 @@ def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
             writer.add_tokenizer_pre(pre)
         elif pre is not None:
             writer.add_uint32("tokenizer.ggml.pre", pre)
-        writer.add_token_list([*SPECIAL, *tokens])
-        writer.add_token_types([3] * 3 + [1] * len(tokens))
+        writer.add_token_list([*SPECIAL, *tokens, *(f"[PAD{i}]" for i in range(unused))])
+        writer.add_token_types([3] * 3 + [1] * len(tokens) + [5] * unused)
         writer.add_token_merges(merges)
         writer.add_unk_token_id(0)
         writer.add_bos_token_id(1)
@@ -206,6 +208,46 @@ def test_the_second_time_it_comes_from_the_cache(
     assert kept.added_tokens_decoder == built.added_tokens_decoder
     assert kept.chat_template == built.chat_template == TEMPLATE
     assert kept.name_or_path == built.name_or_path == "tiny"
+
+
+def test_a_cache_that_cannot_be_written_to(convert: Convert, tmp_path: Path) -> None:
+    (tmp_path / "assets").write_text("a file in its place")
+    with pytest.warns(UserWarning, match="made: its tokenizer is not kept for the next run"):
+        tokenizer = convert(*SMALLEST, "gpt-2")
+    assert tokenizer.encode("ab").tokens == ["ab"]
+
+
+def test_unused_tokens_have_no_text(convert: Convert) -> None:
+    """llama.cpp's converter names the rows that a model has more than its tokenizer has tokens."""
+    vocabulary = Vocabulary.from_tokenizer(convert(*SMALLEST, "gpt-2", unused=2))
+    size = len(SPECIAL) + len(SMALLEST[0])
+    assert vocabulary.id_bound == size
+    padded = Vocabulary.from_tokenizer(convert(*SMALLEST, "gpt-2", unused=2), size + 2)
+    assert padded.tokens[size - 1 :] == [b"ab", None, None]
+    assert padded.decode(padded.encode("[PAD0] ab")) == b"[PAD0] ab"
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_space_before_a_text_is_the_files(prefix: bool, tmp_path: Path) -> None:
+    path = tmp_path / "sentencepiece.gguf"
+    marks = ["\u2581", *(chr(one) for one in range(33, 127)), "\u2581a"]
+    names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *marks]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(names)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(marks))
+    writer.add_token_scores([-float(i) for i in range(len(names))])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    vocabulary = Vocabulary.from_tokenizer(load_gguf_tokenizer(path, "made"))
+    tokens = [vocabulary.bytes_of(one) for one in vocabulary.encode("cd a")]
+    assert tokens == [*([b" "] if prefix else []), b"c", b"d", b" a"]
 
 
 def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

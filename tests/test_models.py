@@ -102,6 +102,16 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if ".tmp-" in path.name]
 
 
+def test_weights_that_transformers_would_drop_are_refused(assets: Path, tmp_path: Path) -> None:
+    """Without them it would be another model, and transformers says nothing."""
+    path = write_gguf(tmp_path / "more.gguf", **{"blk.0.attn_q_norm": (32,)})
+    with pytest.raises(ModelError, match=r"no place: blk\.0\.attn_q_norm\.weight \(1 in all\).*llama\.cpp"):
+        convert_gguf(path)
+    path = write_gguf(tmp_path / "vision.gguf", **{"mm.0": (32,)})
+    with pytest.warns(UserWarning, match=r"vision\.gguf: left out of the file.*mm\.0\.weight"):
+        convert_gguf(path)
+
+
 def test_conversion_keeps_exact_weights(tiny_gguf: Path, assets: Path) -> None:
     messages: list[str] = []
     folder = convert_gguf(tiny_gguf, messages.append)

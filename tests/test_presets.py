@@ -168,6 +168,10 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ),
         ("members: [a, b]\ntrust_remote_code: false\n", "line 2: a file cannot choose"),
         (
+            "members: [a, http://x]\napi_key: [null, env:HOME]\n",
+            "line 2: a file cannot choose which of your keys is sent to a server; .*--api-key yourself",
+        ),
+        (
             "members: [a, b]\nattn_implementation: [null, org/fast]\n",
             "line 2: attn_implementation 'org/fast' is a kernel of the hub, and so code",
         ),

@@ -1,7 +1,8 @@
 #include "embed/json.h"
 
-#include <cstdlib>
 #include <cstring>
+#include <locale>
+#include <sstream>
 #include <stdexcept>
 
 namespace deepen {
@@ -73,11 +74,19 @@ class Reader {
       found.string = string();
     } else if (!take_word("true") && !take_word("false") && !take_word("null")) {
       found.kind = Json::Kind::number;
-      char* after = nullptr;
-      found.number = std::strtod(at_, &after);  // the text ends with a 0, where it stops at the latest
-      if (after == at_ || after > end_) fail();
-      at_ = after;
+      found.number = number();
     }
+    return found;
+  }
+
+  // Not by strtod: where the program has set a locale, it may want a comma in the place of the point.
+  double number() {
+    const char* const begin = at_;
+    while (at_ < end_ && *at_ != '\0' && std::strchr("+-.0123456789eE", *at_) != nullptr) ++at_;
+    std::istringstream text(std::string(begin, at_));
+    text.imbue(std::locale::classic());
+    double found = 0;
+    if (!(text >> found) || text.peek() != std::istringstream::traits_type::eof()) fail();
     return found;
   }
 

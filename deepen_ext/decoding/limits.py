@@ -75,13 +75,19 @@ def check_lengths(
         held: bytes by device that sessions of a member with so many lanes hold already.
 
     Raises:
-        InputError: one does not.
+        InputError: one does not; or it gives a member no tokens at all.
     """
     longest = [0] * len(team.members)
     for number, text in texts.items():
         new, lengths = text.new_tokens, [text.prompt_length, *tokens[number]]
         for i, (member, length) in enumerate(zip(team.members, lengths, strict=True)):
             longest[i] = max(longest[i], length + new)
+            if length == 0:
+                which = "the prompt" if len(texts) == 1 else f"prompt {number}"
+                raise InputError(
+                    f"{member.name}: {which} gives no tokens: it has no text, or none that its tokenizer has "
+                    "tokens for; give some text to continue"
+                )
             if not member.fits(length + new):
                 which = f"the prompt's {length}" if len(texts) == 1 else f"prompt {number}'s {length}"
                 limit = member.context_length or 0

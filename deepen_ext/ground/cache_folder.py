@@ -28,6 +28,10 @@ _WRITE_FAILURES = {
 }
 
 
+class Unwritable(ModelError):
+    """The cache cannot be written to."""
+
+
 def cache_dir(*parts: str) -> Path:
     """Folder for deepen-ext's own files under the Hugging Face assets cache; created when missing.
 
@@ -80,8 +84,8 @@ def write_failure(error: BaseException) -> str | None:
     return None
 
 
-def _unwritable(folder: object, reason: object) -> ModelError:
-    return ModelError(
+def _unwritable(folder: object, reason: object) -> Unwritable:
+    return Unwritable(
         f"{folder}: the cache cannot be written to ({reason}); make room or give the right to write there, "
         "or set the environment variable HF_ASSETS_CACHE to another folder"
     )

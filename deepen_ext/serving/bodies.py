@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from deepen_ext.decoding.drafts.draft_settings import LONGEST
+
 # Texts of one request: prompts times `n`.
 MOST_TEXTS = 128
 # As OpenAI has it where a request does not say.
@@ -83,7 +85,7 @@ class _Asked(_Body):
     weights: Literal["prompt"] | Annotated[list[float], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Ours: the members' weights, for this request."
     )
-    draft: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = Field(
+    draft: Literal["auto"] | Annotated[int, Field(ge=0, le=LONGEST)] = Field(
         0, description="Ours: tokens written ahead."
     )
     explain: bool = Field(False, description="Ours: every token comes with what each member said.")

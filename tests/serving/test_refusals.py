@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -58,6 +60,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
         (COMPLETIONS, {"logit_bias": {"99999999": 1}}, "logit_bias"),
         (COMPLETIONS, {"logit_bias": {"1": 101}}, "logit_bias"),
         (COMPLETIONS, {"presence_penalty": 3}, "presence_penalty"),
+        (COMPLETIONS, {"draft": 33}, "draft"),
         (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
         (COMPLETIONS, {"fuser": "os:system"}, "fuser"),
         (COMPLETIONS, {"fuser": "nobody"}, "fuser"),
@@ -95,6 +98,22 @@ def test_a_400_names_the_field(served: Running, path: str, more: dict[str, Any],
 )
 def test_what_the_engine_refuses(served: Running, more: dict[str, Any], words: str) -> None:
     assert words in served.refused(COMPLETIONS, {**COMPLETION, **more})["message"]
+
+
+def test_a_prompt_without_text_does_not_hold_others_up(pair: Ensemble) -> None:
+    """Half of a character: the assistant, which has no BOS here, reads nothing. It must not wait for room."""
+    main, assistant = pair.members
+    vocabulary = copy.copy(assistant.vocabulary)
+    vocabulary.prefix_ids = []
+    half = next(i for i, text in enumerate(main.vocabulary.tokens) if text == b"\xe6")
+    crawling = [slow(main, 0.05), replace(assistant, vocabulary=vocabulary)]
+    with serving({"deepen": Ensemble(crawling, fuser="deepen")}) as running:
+        stream = running.client().completions.create(stream=True, **{**COMPLETION, "max_tokens": 60})
+        next(iter(stream))
+        error = running.refused(COMPLETIONS, {**COMPLETION, "prompt": [half]})
+        assert f"{ASSISTANT}: the prompt gives no tokens" in error["message"]
+        assert running.busy() == 1
+        stream.close()
 
 
 def test_null_is_as_good_as_not_given(served: Running) -> None:

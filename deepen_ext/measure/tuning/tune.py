@@ -95,8 +95,8 @@ class Tuning:
             named: the members as the caller named them.
             dev: the items.
             fuser: as the caller named it.
-            loading: the options that the members were loaded with, as `load_members` takes them. All but
-                `trust_remote_code` go into the preset.
+            loading: the options that the members were loaded with, as `load_members` takes them. Those
+                that a preset can have go into it.
         """
         one = self.chosen
         given: dict[str, Any] = {"weights": [round(weight, 6) for weight in one.ordered_weights()]}

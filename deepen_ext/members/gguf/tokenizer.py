@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext.errors import ModelError
-from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, kept_in, locked
+from deepen_ext.ground.cache_folder import Unwritable, atomic_directory, cache_dir, kept_in, locked
 from deepen_ext.members.gguf.checks import CHAT_TEMPLATE, TOKENS, check_gguf, failures_of_reading
 from deepen_ext.members.gguf.pre_tokenizers import split_rule
+from deepen_ext.text.token_bytes import SPACE_MARK
+from deepen_ext.text.tokenizer_parts import parts
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-_USER_DEFINED = 4  # a kind of token, of llama.cpp's
-REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
+_USER_DEFINED, _UNUSED = 4, 5  # kinds of tokens, of llama.cpp's
+REVISION = "3"  # goes into the cache key: raise it when the rules of the conversion change
 
 
 def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
@@ -34,7 +37,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
     Raises:
         InputError: the file cannot be read.
         ModelError: it is damaged, has no tokenizer or one that transformers cannot read, or names a way of
-            splitting text that is not known; or the cache cannot be written to.
+            splitting text that is not known. A cache that cannot be written to is a warning.
     """
     with _reading(path):
         header = check_gguf(path, weights=False)
@@ -47,15 +50,23 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
         # Hashing the weights of a large model too would take minutes at every start.
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(header.settings_end)).hexdigest()
-    folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
-    if not folder.is_dir():
-        with kept_in(folder.parent), locked(folder):
-            if not folder.is_dir():  # it may have come while we waited
-                with atomic_directory(folder) as temporary, _reading(path):
-                    built: PreTrainedTokenizerFast = _built(path, header.settings)
-                    built.save_pretrained(temporary)
-                built.name_or_path = name
-                return built
+    try:
+        folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
+        if not folder.is_dir():
+            with kept_in(folder.parent), locked(folder):
+                if not folder.is_dir():  # it may have come while we waited
+                    with _reading(path):
+                        built: PreTrainedTokenizerFast = _built(path, header.settings)
+                    with atomic_directory(folder) as temporary:
+                        built.save_pretrained(temporary)
+                    built.name_or_path = name
+                    return built
+    except Unwritable as error:
+        warnings.warn(f"{name}: its tokenizer is not kept for the next run: {error}", stacklevel=2)
+        with _reading(path):
+            built = _built(path, header.settings)
+        built.name_or_path = name
+        return built
     return _kept(folder, name, header.settings.get(CHAT_TEMPLATE))
 
 
@@ -87,6 +98,7 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
     from tokenizers import Regex, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     byte_level = settings.get("tokenizer.ggml.model") == "gpt2"
     rule = split_rule(settings.get("tokenizer.ggml.pre")) if byte_level else None
@@ -96,7 +108,12 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
     for how in ("is_local", "local_files_only"):  # it was read; else they are saved with it
         tokenizer.init_kwargs.pop(how, None)
     backend = tokenizer.backend_tokenizer
-    _add_user_defined(backend, path)
+    kinds = read_gguf_metadata(str(path))[0].get("tokenizer.ggml.token_type", [])
+    _add_user_defined(backend, kinds)
+    if kinds:
+        backend = tokenizer._tokenizer = _without_unused(backend, kinds)
+    if settings.get("tokenizer.ggml.add_space_prefix") is False:
+        _remove_space_prefix(backend)
     if rule is not None:
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns]
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -112,18 +129,52 @@ def _built(path: Path, settings: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def _add_user_defined(backend: Any, path: Path) -> None:
+def _add_user_defined(backend: Any, kinds: Sequence[int]) -> None:
     """Tokens that the file calls user-defined are found in a text before anything is merged, longest first.
 
     transformers leaves some of them to the merges: Gemma's runs of spaces.
     """
     from tokenizers import AddedToken
-    from transformers.integrations.gguf.reader import read_gguf_metadata
 
-    kinds = read_gguf_metadata(str(path))[0].get("tokenizer.ggml.token_type", [])
     known = backend.get_added_tokens_decoder()
     names = (
         backend.id_to_token(i) for i, kind in enumerate(kinds) if kind == _USER_DEFINED and i not in known
     )
     # Normalised, because the vocabulary has them as they are after it: with another sign for the space.
     backend.add_tokens([AddedToken(name, normalized=True, special=False) for name in names if name])
+
+
+def _without_unused(backend: Any, kinds: Sequence[int]) -> Any:
+    """The tokenizer without the tokens that the file calls unused, and without those that it does not have.
+
+    The former are names for rows that a model has more than its tokenizer has tokens, as Qwen's
+    ``[PAD151665]``: they have no text in llama.cpp either, and nobody may write them. The latter are
+    transformers' own, such as ``<|endoftext|>`` for a file without it.
+    """
+    from tokenizers import Tokenizer
+
+    added = backend.get_added_tokens_decoder()
+    unused = {i for i, kind in enumerate(kinds) if kind == _UNUSED and i not in added}
+    if not unused and max(added, default=0) < len(kinds):
+        return backend  # the largest vocabularies take seconds to be made again
+    whole = json.loads(backend.to_str())
+    merged = {name for pair in whole["model"]["merges"] for name in (*pair, "".join(pair))}
+    words = whole["model"]["vocab"].items()
+    whole["model"]["vocab"] = {name: i for name, i in words if i not in unused or name in merged}
+    whole["added_tokens"] = [one for one in whole["added_tokens"] if one["id"] < len(kinds)]
+    return Tokenizer.from_str(json.dumps(whole))
+
+
+def _remove_space_prefix(backend: Any) -> None:
+    """Put no space before a text. transformers puts one there, whatever the file says."""
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    mark = SPACE_MARK
+    if any(step["type"] == "Prepend" for step in parts(backend.normalizer)):
+        backend.normalizer = normalizers.Replace(" ", mark)
+    elif any(step["type"] == "Metaspace" for step in parts(backend.pre_tokenizer)):
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(mark, prepend_scheme="never", split=False)
+    else:
+        return
+    steps = [decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -19,7 +20,7 @@ from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.checks import failures_of_reading
 from deepen_ext.members.gguf.facts import read_facts
-from deepen_ext.members.gguf.header import Damaged
+from deepen_ext.members.gguf.header import Damaged, read_header
 from deepen_ext.members.gguf.tokenizer import REVISION as TOKENIZER_REVISION
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
 from deepen_ext.members.hf.checkpoint import check_weights
@@ -27,6 +28,7 @@ from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.hf.quiet import quiet
 
 _REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
+_COMPUTED = re.compile(r"rot_embd|inv_freq")  # the model computes them itself
 
 
 def converted_folder(sha256: str, name: str) -> Path:
@@ -104,7 +106,8 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
         # quick reader, and the config and the weights share a parse (`read_once`).
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         stage("weights")
-        with _bar_to(lambda done, total: stage(f"weights, {done} of {total} tensors")):
+        left_out: set[str] = set()
+        with _bar_to(lambda done, total: stage(f"weights, {done} of {total} tensors")), _noting(left_out):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
@@ -116,6 +119,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
             )
         model = loaded[0]
         check_weights(model, loaded[1], path.name)  # a head is tied where the file has none
+        _check_left_out(model, left_out, path)
         _check_finite(model.state_dict().items())
         # The weights are plain float32 now; without this save_pretrained refuses them as quantised.
         if model.hf_quantizer is not None:
@@ -133,6 +137,24 @@ def _check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
             raise Damaged(f"{name} has values that are no numbers")
 
 
+def _check_left_out(model: Any, names: set[str], path: Path) -> None:
+    """transformers drops the tensors that it has no place for, without a word."""
+    own = names & read_header(path).tensors.keys()
+    kind = type(model).__name__
+    if inside := sorted(name for name in own if name.startswith("blk.") and not _COMPUTED.search(name)):
+        raise ModelError(
+            f"the file has weights for which transformers' {kind} has no place: {', '.join(inside[:5])} "
+            f"({len(inside)} in all), so that it would be another model without them; use "
+            "backend='llama.cpp', or the model's Hugging Face folder"
+        )
+    if own:
+        warnings.warn(
+            f"{path.name}: left out of the file, because transformers' {kind} has no place for them: "
+            f"{', '.join(sorted(own)[:5])}",
+            stacklevel=2,
+        )
+
+
 def _needs_packages(path: Path) -> None:
     try:
         for package in ("accelerate", "gguf"):
@@ -142,6 +164,26 @@ def _needs_packages(path: Path) -> None:
             f"{path}: reading .gguf files needs the packages gguf and accelerate; "
             "install them with: pip install 'deepen-ext[demo]'"
         ) from error
+
+
+@contextmanager
+def _noting(left_out: set[str]) -> Iterator[None]:
+    """Note the names that the reader looks for in its table and does not find."""
+    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+
+    class Table(dict[str, str]):
+        def __contains__(self, name: object) -> bool:
+            found = super().__contains__(name)
+            if not found and isinstance(name, str):
+                left_out.add(name)
+            return found
+
+    table = reader.get_gguf_hf_weights_map
+    reader.get_gguf_hf_weights_map = lambda *given, **more: Table(table(*given, **more))
+    try:
+        yield
+    finally:
+        reader.get_gguf_hf_weights_map = table
 
 
 @contextmanager
