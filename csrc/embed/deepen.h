@@ -83,6 +83,7 @@ DEEPEN_API deepen_status deepen_map_read(const char* path, deepen_map** map);
  * columns: [vocab, entries] anchors, all different within a row, -1 after a row's last
  * values:  [vocab, entries] what each has, sorted down
  * rest:    [vocab] what the anchors share that the row does not name; with its values a row sums to 1
+ * vocab and anchors: 1 to 2^22; entries: 1 to anchors
  */
 DEEPEN_API deepen_status deepen_map_create(const int32_t* columns, const float* values, const float* rest,
                                            int64_t vocab, int64_t entries, int64_t anchors, deepen_map** map);
