@@ -29,6 +29,7 @@ Map make_map(fuzz::Input* in, int64_t anchors) {
       default: sizes[2] = number;
     }
   }
+  ++fuzz::calls.count;
   const deepen_status status = deepen_map_create(rows.columns.data(), rows.values.data(), rows.rest.data(),
                                                  sizes[0], sizes[1], sizes[2], &made.map);
   PROMISED(status == DEEPEN_OK || (status == DEEPEN_INVALID_ARGUMENT && (broken || spoilt)));
@@ -89,6 +90,7 @@ void step(fuzz::Input* in, deepen_fusion* fusion, const deepen_settings& setting
     std::copy(logits[0].data(), logits[0].data() + copy.count, copy.data());
     return copy;
   }();
+  ++fuzz::calls.count;
   const deepen_status status =
       deepen_fusion_step(fusion, batch, pointers.data(), dtypes.data(), weights.data(),
                          in->one_in(4) ? nullptr : chosen.data(), nullptr);
@@ -129,6 +131,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   bool right = false;
   const deepen_settings settings = make_settings(&in, &right);
   deepen_fusion* fusion = nullptr;
+  ++fuzz::calls.count;
   const deepen_status status =
       deepen_fusion_create(pointers.data(), int32_t(pointers.size()), &settings, &fusion);
   PROMISED(status == (sound && right ? DEEPEN_OK : DEEPEN_INVALID_ARGUMENT));

@@ -69,6 +69,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         stored.data(), one.ids.data(), one.probs.data(), one.tail.data(), status.data(), batch, vocab, k,
         dtype};
     Buffer<char> workspace(int64_t(topk_softmax_workspace(&top, 1, backend)));
+    ++fuzz::calls.count;
     topk_softmax(&top, 1, workspace.data(), backend);
     for (int64_t row = 0; row < batch; ++row) {
       // An error unless the member has no weight in this row: its ids are -1.
@@ -138,6 +139,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     Buffer<char> workspace(int64_t(fuse_workspace(params.members[0], params.batch, params.anchors, backend)));
     params.workspace = workspace.data();
+    ++fuzz::calls.count;
     fuse(params, backend);
     PROMISED(!refused);
   } catch (const ArgumentError&) {

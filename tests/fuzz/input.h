@@ -23,6 +23,14 @@
 
 namespace fuzz {
 
+// Calls of operations and of libdeepen's interface so far, written when the process ends well. Many inputs
+// make several.
+struct Calls {
+  int64_t count = 0;
+  ~Calls() { std::fprintf(stderr, "calls: %lld\n", (long long)count); }
+};
+inline Calls calls;
+
 // Of its size exactly, so that AddressSanitizer sees the first byte beside it.
 template <class T>
 struct Buffer {

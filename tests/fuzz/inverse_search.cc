@@ -58,6 +58,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Buffer<char> workspace(int64_t(
         inverse_search_workspace(params.rows, params.batch, params.candidates, params.anchors, backend)));
     params.workspace = workspace.data();
+    ++fuzz::calls.count;
     inverse_search(params, backend);
     PROMISED(!refused);
   } catch (const ArgumentError&) {

@@ -37,6 +37,7 @@ void use(const deepen_map* map) {
   deepen_settings settings = deepen_default_settings();
   const int64_t vocab = deepen_map_vocab(map);
   deepen_fusion* fusion = nullptr;
+  fuzz::calls.count += 2;
   PROMISED(deepen_fusion_create(&map, 1, &settings, &fusion) == DEEPEN_OK);
   std::vector<float> logits(static_cast<size_t>(vocab), 0.25f);
   logits[size_t(vocab / 2)] = 3.0f;
@@ -61,6 +62,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                       tensors = end < content.size() ? content.substr(end + 1) : "";
     const uint64_t length = head.size();
     content = std::string(reinterpret_cast<const char*>(&length), sizeof length) + head + tensors;
+    ++fuzz::calls.count;
     try {
       deepen::read_json(head);
     } catch (const std::runtime_error&) {
@@ -68,6 +70,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   file.write(content);
   deepen_map* map = nullptr;
+  ++fuzz::calls.count;
   const deepen_status status = deepen_map_read(file.path(), &map);
   PROMISED(status == DEEPEN_OK || status == DEEPEN_BAD_FILE);
   PROMISED((status == DEEPEN_OK) == (map != nullptr));

@@ -56,7 +56,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                             dtype};
   const int64_t number = in.no_size();
   bool broken = true;
-  switch (in.below(16)) {
+  switch (in.below(16) - 8) {
     case 0: params.count = number < 0 ? number : -1; break;
     case 1: params.anchors = number; break;
     case 2: params.dim = number; break;
@@ -78,6 +78,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Buffer<char> workspace(
         int64_t(relative_rows_workspace(params.dim, params.anchors, params.entries, params.count, backend)));
     params.workspace = workspace.data();
+    ++fuzz::calls.count;
     relative_rows(params, backend);
     PROMISED(!broken);
   } catch (const ArgumentError&) {

@@ -101,6 +101,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const Backend backend{in.one_in(16) ? 2 : 1, -1, nullptr};
   try {
     Buffer<char> workspace(int64_t(topk_softmax_workspace(params.data(), int64_t(params.size()), backend)));
+    ++fuzz::calls.count;
     topk_softmax(params.data(), int64_t(params.size()), workspace.data(), backend);
     PROMISED(!broken);
   } catch (const ArgumentError&) {
