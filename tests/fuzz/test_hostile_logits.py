@@ -54,19 +54,15 @@ class Hostile:
 
     def __init__(self, member: Member) -> None:
         model: Any = copy.deepcopy(member.model)
-        forward = model.forward
         self.kind, self.row, self.passes = "plain", -1, 0
-
-        def changed_forward(*arguments: Any, **options: Any) -> Any:
-            result = forward(*arguments, **options)
-            self.passes -= 1
-            if self.passes < 0:
-                rows = slice(None) if self.row < 0 else slice(self.row, self.row + 1)
-                result.logits[rows] = KINDS[self.kind](result.logits[rows])
-            return result
-
-        model.forward = changed_forward
+        model.register_forward_hook(self._spoil)
         self.member = changed(member, model=model)
+
+    def _spoil(self, _module: Any, _given: Any, result: Any) -> None:
+        self.passes -= 1
+        if self.passes < 0 and self.row < len(result.logits):
+            rows = slice(None) if self.row < 0 else slice(self.row, self.row + 1)
+            result.logits[rows] = KINDS[self.kind](result.logits[rows])
 
     def be(self, kind: str, row: int = -1, after: int = 0) -> None:
         self.kind, self.row, self.passes = kind, row, after
@@ -82,15 +78,17 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
     ensemble = Ensemble([one.member for one in pair], fuser=fuser, cache=False)
     for one in pair:
         one.be("plain")
-    wanted = ensemble.generate(PROMPTS, max_new_tokens=4).texts
+    sampling = {"do_sample": True, "seed": 1} if fuser == "draw" else {}
+    plain = {"max_new_tokens": 4, **sampling}
+    wanted = ensemble.generate(PROMPTS, **plain).texts
     refused = 0
-    with counted(f"hostile logits, {fuser}", 20) as seeds:
+    with counted(f"hostile logits, {fuser}", 8) as seeds:
         for seed in seeds:
             chance = random.Random(seed)
             kinds = [chance.choice(list(KINDS)) for _ in pair]
             for one, kind in zip(pair, kinds, strict=True):
                 one.be(kind, row=chance.choice([-1, 0, 1, 2]), after=chance.choice([0, 0, 2, 4]))
-            settings: dict[str, Any] = {"max_new_tokens": 4}
+            settings: dict[str, Any] = dict(plain)
             if chance.random() < 0.4:
                 settings |= {"do_sample": True, "temperature": chance.choice([0.01, 1.0, 5.0]), "seed": seed}
             prompts: Any = PROMPTS if chance.random() < 0.7 else PROMPTS[0]
@@ -111,5 +109,5 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
             # Whatever it was, the next call is the one it would have been.
             for one in pair:
                 one.be("plain")
-            assert ensemble.generate(PROMPTS, max_new_tokens=4).texts == wanted, where
+            assert ensemble.generate(PROMPTS, **plain).texts == wanted, where
     assert refused > 0
