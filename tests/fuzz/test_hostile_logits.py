@@ -86,6 +86,8 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
         for seed in seeds:
             chance = random.Random(seed)
             kinds = [chance.choice(list(KINDS)) for _ in pair]
+            if seed % 4 == 0:
+                kinds[0] = chance.choice(BROKEN)
             for one, kind in zip(pair, kinds, strict=True):
                 one.be(kind, row=chance.choice([-1, 0, 1, 2]), after=chance.choice([0, 0, 2, 4]))
             settings: dict[str, Any] = dict(plain)
@@ -110,4 +112,4 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
             for one in pair:
                 one.be("plain")
             assert ensemble.generate(PROMPTS, **plain).texts == wanted, where
-    assert refused > 0
+    assert refused > 0 or len(seeds) < 8
