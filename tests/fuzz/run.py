@@ -20,7 +20,7 @@ from pathlib import Path
 
 import programs
 
-PYTHON_TESTS = ["tests/fuzz", "tests/test_damaged_files.py"]
+PYTHON_TESTS = ["tests/fuzz", "tests/test_damaged_files.py", "tests/test_real_tokenizers.py"]
 
 
 def main() -> int:

@@ -82,7 +82,7 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
     plain = {"max_new_tokens": 4, **sampling}
     wanted = ensemble.generate(PROMPTS, **plain).texts
     refused = 0
-    with counted(f"hostile logits, {fuser}", 8) as seeds:
+    with counted(f"hostile logits, {fuser}", 4) as seeds:
         for seed in seeds:
             chance = random.Random(seed)
             kinds = [chance.choice(list(KINDS)) for _ in pair]
@@ -112,4 +112,4 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
             for one in pair:
                 one.be("plain")
             assert ensemble.generate(PROMPTS, **plain).texts == wanted, where
-    assert refused > 0 or len(seeds) < 8
+    assert refused > 0 or len(seeds) < 4
