@@ -97,8 +97,8 @@ def test_random_walks(source: Source) -> None:
 
 
 def test_random_tokens_are_handed_over(source: Source) -> None:
-    """Text out of random tokens, into the ids of another tokenizer: tokens end inside of characters, and their
-    bytes are often no UTF-8, as a model may write them."""
+    """Text out of random tokens, into the ids of another tokenizer: tokens end inside of characters, and
+    their bytes are often no UTF-8, as a model may write them."""
     writer = vocabulary_of(source)
     reader = vocabulary_of(ACCEPTED[(ACCEPTED.index(source) + 1) % len(ACCEPTED)])
     written = [token for token in writer.tokens if token]

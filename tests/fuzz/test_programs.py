@@ -25,4 +25,4 @@ def test_threads_share_maps(built: Path) -> None:
 
 def test_a_race_is_seen(built: Path) -> None:
     """Threads on one fusion, which deepen.h forbids."""
-    assert "WARNING: ThreadSanitizer: data race" in programs.threads(built, 20, "race").finding
+    assert "SUMMARY: ThreadSanitizer: data race" in programs.threads(built, 20, "race").finding
