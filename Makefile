@@ -31,14 +31,14 @@ TOOLS := $(VENV)/tools
 DEPENDENCIES := $(VENV)/dependencies
 INSTALLED := $(VENV)/installed-$(DEEPEN_CUDA)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.hpp csrc/*/*.cuh csrc/*/*.cc csrc/*/*.cu tests/emulator/*.h \
-  tests/emulator/*.cc tests/emulator/*.cu examples/embed/*.c examples/embed/*.cc bench/embed/*.cc)
+  tests/emulator/*.cc tests/emulator/*.cu tests/fuzz/*.h tests/fuzz/*.cc examples/embed/*.c examples/embed/*.cc bench/embed/*.cc)
 # pip hides what CMake prints, so say it again.
 SAY_CUDA := from deepen_ext import _core; \
   print('deepen-ext: CUDA part', 'ON,' if _core.cuda_compiled() else 'OFF,', _core.cuda_device_count(), 'devices')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint audit pytest kills tokenizers core build format bench soak results docs release gpu \
+.PHONY: help demo test check lint audit pytest kills tokenizers core build format fuzz bench soak results docs release gpu \
   gpu-build gpu-test gpu-test-sessions gpu-sanitize gpu-bench gpu-decode gpu-profile gpu-page clean
 
 help:  ## list the targets
@@ -92,6 +92,13 @@ format: $(DEPENDENCIES)  ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The seed is the time; the corpus in build/fuzz-corpus grows from run to run.
+FUZZ_CALLS ?= 1e7
+FUZZ_SCALE ?= 20
+FUZZ_ROUNDS ?= 2000
+fuzz: $(INSTALLED)  ## libFuzzer, ASan, UBSan, TSan and random Python calls: FUZZ_CALLS=1e7, FUZZ_SCALE=20, FUZZ_ROUNDS=2000
+	PYTHONPATH=tests $(PY) tests/fuzz/run.py --calls $(FUZZ_CALLS) --scale $(FUZZ_SCALE) --rounds $(FUZZ_ROUNDS)
 
 bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/performance.md
 	$(PY) bench/run.py

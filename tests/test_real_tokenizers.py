@@ -6,10 +6,12 @@ import random
 from functools import lru_cache
 
 import pytest
+from counting import counted
 from real_tokenizers import Source, tokenizer_file, wanted
 from tokenizers import Tokenizer
 
-from deepen_ext.errors import ModelError
+from deepen_ext.errors import InputError, ModelError
+from deepen_ext.text.characters import Utf8Stream
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
 
@@ -92,6 +94,41 @@ def test_random_walks(source: Source) -> None:
             assert growing.ids == vocabulary.prefix_ids + vocabulary.encode(whole)
             assert growing.ids[:kept] == before[:kept]
             assert foreseen == (kept == len(before))
+
+
+def test_random_tokens_are_handed_over(source: Source) -> None:
+    """Text out of random tokens, into the ids of another tokenizer: tokens end inside of characters, and
+    their bytes are often no UTF-8, as a model may write them."""
+    writer = vocabulary_of(source)
+    reader = vocabulary_of(ACCEPTED[(ACCEPTED.index(source) + 1) % len(ACCEPTED)])
+    written = [token for token in writer.tokens if token]
+    parts = [token for token in written if "\ufffd" in token.decode(errors="replace")] or written
+    broken = 0
+    with counted(f"text from {source.name}", 12) as seeds:
+        for seed in seeds:
+            chance = random.Random(seed)
+            growing, stream, data = GrowingText(reader, ""), Utf8Stream(), b""
+            for _ in range(chance.randint(1, 40)):
+                token = chance.choice(parts if chance.random() < 0.5 else written)
+                text = stream.feed(token)
+                data += token
+                before, foreseen = list(growing.ids), growing.keeps_ids(text)
+                kept = growing.append(text)
+                assert growing.ids[:kept] == before[:kept]
+                assert foreseen == (kept == len(before)), f"{source.name}, seed {seed}: {data!r}"
+                if chance.random() < 0.05:
+                    growing = growing.copy()
+            growing.append(stream.finish())
+            whole = data.decode(errors="replace")
+            broken += "\ufffd" in whole
+            assert growing.text == whole
+            assert growing.ids == reader.prefix_ids + reader.encode(whole), f"{source.name}, seed {seed}"
+            if not set(whole.encode()) & set(reader.lost_bytes):
+                assert reader.decode(reader.encode(whole)) == whole.encode(), f"{source.name}, seed {seed}"
+            with pytest.raises(InputError, match="lone surrogate"):
+                growing.append("\ud800")
+            assert growing.text == whole
+    assert broken > 0
 
 
 def pieces(chance: random.Random, added: list[str], tokens: list[str]) -> list[str]:

@@ -247,9 +247,10 @@ deepen_status deepen_map_create(const int32_t* columns, const float* values, con
   return guarded([&] {
     DEEPEN_CHECK(columns != nullptr && values != nullptr && rest != nullptr && map != nullptr,
                  "columns, values, rest or map is NULL");
-    DEEPEN_CHECK(vocab >= 1 && anchors >= 1 && anchors <= INT32_MAX && entries >= 1 && entries <= anchors,
-                 "vocab is ", vocab, ", anchors ", anchors, ", entries ", entries,
-                 "; all must be 1 or more, entries at most anchors");
+    DEEPEN_CHECK(vocab >= 1 && vocab <= kMost && anchors >= 1 && anchors <= kMost, "vocab is ", vocab,
+                 ", anchors ", anchors, "; both must be 1 to ", kMost);
+    DEEPEN_CHECK(entries >= 1 && entries <= anchors, "entries is ", entries,
+                 "; choose 1 to the number of anchors, ", anchors);
     auto data = std::make_shared<MapData>();
     data->columns.assign(columns, columns + vocab * entries);
     data->values.assign(values, values + vocab * entries);

@@ -97,11 +97,10 @@ DEEPEN_API deepen_status deepen_map_read(const char* path, deepen_map** map);
  *
  * @param[in] columns  [vocab, entries] anchors, all different within a row, -1 after a row's last
  * @param[in] values   [vocab, entries] what each has, sorted down
- * @param[in] rest     [vocab] what the anchors share that a row does not name; with the values a row sums to
- * 1
- * @param vocab        tokens of the member
- * @param entries      most anchors of a row
- * @param anchors      of all members
+ * @param[in] rest     [vocab] the anchors' share that a row does not name; with the values a row sums to 1
+ * @param vocab        tokens of the member, 1 to 2^22
+ * @param entries      most anchors of a row, 1 to anchors
+ * @param anchors      of all members, 1 to 2^22
  * @param[out] map     free it with deepen_map_free(); as it was after an error
  */
 DEEPEN_API deepen_status deepen_map_create(const int32_t* columns, const float* values, const float* rest,

@@ -14,6 +14,8 @@ struct FileError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+constexpr int64_t kMost = int64_t{1} << 22;  // tokens or anchors, as deepen_ext/space/map_checks.py has it
+
 struct MapData {
   std::vector<int32_t> columns;  // [vocab, entries]; empty where the rows are dense
   std::vector<float> values;     // [vocab, entries]

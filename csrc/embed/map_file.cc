@@ -10,7 +10,6 @@
 
 namespace deepen {
 
-constexpr int64_t kMost = int64_t{1} << 22;  // tokens or anchors, as deepen_ext/space/map_checks.py has it
 constexpr uint64_t kLongestHead = 1 << 20;
 
 namespace {

@@ -13,7 +13,7 @@ namespace deepen {
 // Tables of columns are indexed and sized by 32-bit integers.
 inline void check_search_size(const RelativeRows& rows, int64_t candidates, int64_t anchors) {
   DEEPEN_CHECK(anchors < (1 << 30), "there are ", anchors, " anchors; a search takes up to 2^30");
-  DEEPEN_CHECK(is_dense(rows) || candidates * rows.entries < (1 << 29), "the search has ", candidates,
+  DEEPEN_CHECK(is_dense(rows) || candidates <= ((1 << 29) - 1) / rows.entries, "the search has ", candidates,
                " candidates with ", rows.entries, " entries; it takes up to 2^29 entries a row");
 }
 

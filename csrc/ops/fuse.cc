@@ -10,6 +10,15 @@
 
 namespace deepen {
 
+// Before anything is computed from the sizes: a product of wrong ones may not fit an integer.
+static void check_sizes(const FuseMember& member, int32_t i, int64_t anchors) {
+  DEEPEN_CHECK(anchors >= 1, "there are no anchors");
+  DEEPEN_CHECK(member.k >= 1 && member.k <= member.rows.vocab, "member ", i, " gives ", member.k,
+               " tokens; choose 1 to its vocabulary's ", member.rows.vocab);
+  DEEPEN_CHECK(member.rows.entries >= 1 && member.rows.entries <= anchors, "rows of member ", i, " have ",
+               member.rows.entries, " entries; choose 1 to the number of anchors, ", anchors);
+}
+
 static size_t cpu_workspace(const FuseMember& main, int64_t anchors) {
   check_search_size(main.rows, main.k, anchors);
   Arena arena{nullptr};
@@ -18,6 +27,7 @@ static size_t cpu_workspace(const FuseMember& main, int64_t anchors) {
 }
 
 size_t fuse_workspace(const FuseMember& main, int64_t batch, int64_t anchors, const Backend& backend) {
+  check_sizes(main, 0, anchors);
   if (!on_cpu(backend)) return fuse_cuda_workspace(main, batch, anchors);
   return cpu_workspace(main, anchors) *
          size_t(std::max<int64_t>(std::min<int64_t>(backend.threads, batch), 1));
@@ -72,14 +82,9 @@ void fuse(const FuseParams& params, const Backend& backend) {
   DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
   DEEPEN_CHECK(params.member_count >= 1 && params.member_count <= kMaxMembers, "there are ",
                params.member_count, " members; 1 to ", kMaxMembers, " are possible");
-  DEEPEN_CHECK(params.anchors >= 1, "there are no anchors");
   for (int32_t i = 0; i < params.member_count; ++i) {
     const FuseMember& member = params.members[i];
-    DEEPEN_CHECK(member.k >= 1 && member.k <= member.rows.vocab, "member ", i, " gives ", member.k,
-                 " tokens; choose 1 to its vocabulary's ", member.rows.vocab);
-    DEEPEN_CHECK(member.rows.entries >= 1 && member.rows.entries <= params.anchors, "rows of member ", i,
-                 " have ", member.rows.entries, " entries; choose 1 to the number of anchors, ",
-                 params.anchors);
+    check_sizes(member, i, params.anchors);
     DEEPEN_CHECK(is_dense(member.rows) == is_dense(params.members[0].rows),
                  "members mix dense and sparse relative rows; make all of one kind");
   }

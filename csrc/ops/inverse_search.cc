@@ -9,6 +9,16 @@
 
 namespace deepen {
 
+// Before anything is computed from the sizes: a product of wrong ones may not fit an integer.
+static void check_sizes(const RelativeRows& rows, int64_t batch, int64_t candidates, int64_t anchors) {
+  DEEPEN_CHECK(batch >= 0, "batch is ", batch, "; it cannot be negative");
+  DEEPEN_CHECK(candidates >= 1 && candidates <= rows.vocab, "candidates is ", candidates,
+               "; choose 1 to the vocabulary's ", rows.vocab);
+  DEEPEN_CHECK(anchors >= 1, "there are no anchors");
+  DEEPEN_CHECK(rows.entries >= 1 && rows.entries <= anchors, "rows have ", rows.entries,
+               " entries; choose 1 to the number of anchors, ", anchors);
+}
+
 static size_t cpu_workspace(const RelativeRows& rows, int64_t candidates, int64_t anchors) {
   check_search_size(rows, candidates, anchors);
   Arena arena{nullptr};
@@ -18,18 +28,14 @@ static size_t cpu_workspace(const RelativeRows& rows, int64_t candidates, int64_
 
 size_t inverse_search_workspace(const RelativeRows& rows, int64_t batch, int64_t candidates, int64_t anchors,
                                 const Backend& backend) {
+  check_sizes(rows, batch, candidates, anchors);
   if (!on_cpu(backend)) return inverse_search_cuda_workspace(rows, batch, candidates, anchors);
   return cpu_workspace(rows, candidates, anchors) *
          size_t(std::max<int64_t>(std::min<int64_t>(backend.threads, batch), 1));
 }
 
 void inverse_search(const InverseSearchParams& params, const Backend& backend) {
-  DEEPEN_CHECK(params.batch >= 0, "batch is ", params.batch, "; it cannot be negative");
-  DEEPEN_CHECK(params.candidates >= 1 && params.candidates <= params.rows.vocab, "candidates is ",
-               params.candidates, "; choose 1 to the vocabulary's ", params.rows.vocab);
-  DEEPEN_CHECK(params.anchors >= 1, "there are no anchors");
-  DEEPEN_CHECK(params.rows.entries >= 1 && params.rows.entries <= params.anchors, "rows have ",
-               params.rows.entries, " entries; choose 1 to the number of anchors, ", params.anchors);
+  check_sizes(params.rows, params.batch, params.candidates, params.anchors);
   DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps,
                "; choose 0 to ", kMaxSearchSteps);
   DEEPEN_CHECK(params.learning_rate > 0 && std::isfinite(params.learning_rate), "learning_rate is ",

@@ -22,8 +22,19 @@ static RelativeRowsBlock take_block(Arena& arena, int64_t dim, int64_t anchors, 
   return block;
 }
 
+// Before anything is computed from the sizes: a product of wrong ones may not fit an integer.
+static void check_sizes(int64_t dim, int64_t anchors, int64_t entries, int64_t count) {
+  DEEPEN_CHECK(count >= 0, "count is ", count, "; it cannot be negative");
+  DEEPEN_CHECK(anchors >= 1 && anchors <= INT32_MAX, "there are ", anchors,
+               " anchors; 1 to 2^31-1 are possible");
+  DEEPEN_CHECK(dim >= 1 && dim <= INT32_MAX, "the embedding has ", dim, " columns; 1 to 2^31-1 are possible");
+  DEEPEN_CHECK(entries >= 1 && entries <= anchors, "entries is ", entries,
+               "; choose 1 to the number of anchors, ", anchors);
+}
+
 size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, int64_t count,
                                const Backend& backend) {
+  check_sizes(dim, anchors, entries, count);
   if (!on_cpu(backend)) return relative_rows_cuda_workspace(dim, anchors, entries, count, backend);
   Arena arena{nullptr};
   take_block(arena, dim, anchors, entries, count, std::max(backend.threads, 1));
@@ -31,12 +42,7 @@ size_t relative_rows_workspace(int64_t dim, int64_t anchors, int64_t entries, in
 }
 
 void relative_rows(const RelativeRowsParams& params, const Backend& backend) {
-  DEEPEN_CHECK(params.count >= 0, "count is ", params.count, "; it cannot be negative");
-  DEEPEN_CHECK(params.anchors >= 1 && params.anchors <= INT32_MAX, "there are ", params.anchors,
-               " anchors; 1 to 2^31-1 are possible");
-  DEEPEN_CHECK(params.dim >= 1, "the embedding has no columns");
-  DEEPEN_CHECK(params.entries >= 1 && params.entries <= params.anchors, "entries is ", params.entries,
-               "; choose 1 to the number of anchors, ", params.anchors);
+  check_sizes(params.dim, params.anchors, params.entries, params.count);
   DEEPEN_CHECK(params.temperature > 0 && std::isfinite(params.temperature), "temperature is ",
                params.temperature, "; it must be positive");
   if (params.count == 0) return;

@@ -28,14 +28,8 @@ static Sizes add_up(const TopkSoftmaxParams* members, int64_t count) {
   return sizes;
 }
 
-size_t topk_softmax_workspace(const TopkSoftmaxParams* members, int64_t count, const Backend& backend) {
-  if (!on_cpu(backend)) return topk_softmax_cuda_workspace(members, count);
-  const Sizes sizes = add_up(members, count);
-  const int64_t threads = std::min<int64_t>(backend.threads, sizes.most_rows);
-  return size_t(sizes.keys) * sizeof(uint64_t) * size_t(std::max<int64_t>(threads, 1));
-}
-
-void topk_softmax(const TopkSoftmaxParams* members, int64_t count, void* workspace, const Backend& backend) {
+// Before anything is computed from the sizes: a product of wrong ones may not fit an integer.
+static void check_sizes(const TopkSoftmaxParams* members, int64_t count) {
   for (const TopkSoftmaxParams* one = members; one != members + count; ++one) {
     const int64_t batch = one->batch, vocab = one->vocab, k = one->k;
     DEEPEN_CHECK(batch >= 0, "batch is ", batch, "; it cannot be negative");
@@ -43,6 +37,18 @@ void topk_softmax(const TopkSoftmaxParams* members, int64_t count, void* workspa
                  " tokens; 1 to 2^31-1 are possible");
     DEEPEN_CHECK(k >= 1 && k <= vocab, "k is ", k, "; choose 1 to the vocabulary's ", vocab);
   }
+}
+
+size_t topk_softmax_workspace(const TopkSoftmaxParams* members, int64_t count, const Backend& backend) {
+  check_sizes(members, count);
+  if (!on_cpu(backend)) return topk_softmax_cuda_workspace(members, count);
+  const Sizes sizes = add_up(members, count);
+  const int64_t threads = std::min<int64_t>(backend.threads, sizes.most_rows);
+  return size_t(sizes.keys) * sizeof(uint64_t) * size_t(std::max<int64_t>(threads, 1));
+}
+
+void topk_softmax(const TopkSoftmaxParams* members, int64_t count, void* workspace, const Backend& backend) {
+  check_sizes(members, count);
   const Sizes sizes = add_up(members, count);
   if (sizes.rows == 0) return;
   if (!on_cpu(backend)) return topk_softmax_cuda(members, count, workspace, backend);

@@ -9,6 +9,7 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import real_number, whole_number
 
 # The core's dtype codes (csrc/core/dtype.h).
 FLOAT_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -25,6 +26,8 @@ def check_tensor(
     """Raise InputError unless `tensor` is contiguous and has this shape (None: any), dtype and device."""
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise InputError(f"{name} is sparse or nested; pass a dense tensor")
     if len(tensor.shape) != len(shape) or any(
         want not in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
     ):
@@ -40,6 +43,24 @@ def check_tensor(
         )
     if not tensor.is_contiguous():
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
+    if tensor.is_neg():  # its memory holds the negated numbers
+        raise InputError(f"{name} is a negated view; pass {name}.resolve_neg()")
+    if tensor.numel() > 0 and tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() == 0:
+        raise InputError(f"{name} has no memory: its storage was freed; bring the numbers back first")
+
+
+def whole_setting(name: str, value: Any) -> int:
+    """The value as an int that the core takes; its range is the core's to check. Else InputError."""
+    return whole_number(name, value, -(2**31), 2**31 - 1)
+
+
+def real_setting(name: str, value: Any) -> float:
+    """The value as a float; its range is the core's to check.
+
+    Raises:
+        InputError: no number.
+    """
+    return real_number(name, value, "any", lambda _: True)
 
 
 def backend_of(operation: str, device: torch.device) -> tuple[int, int, int]:
@@ -86,6 +107,13 @@ def largest_entries(
         torch.empty(count, dtype=torch.float32, device=device),
         torch.empty(count, dtype=torch.int32, device=device),
     )
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """The value, if it is True or False. Else InputError."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; give True or False")
+    return value
 
 
 def workspace(size: int, device: torch.device) -> torch.Tensor:

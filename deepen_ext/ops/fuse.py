@@ -9,7 +9,15 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, workspace
+from deepen_ext.ops.checks import (
+    FLOAT_CODES,
+    backend_of,
+    check_tensor,
+    real_setting,
+    true_or_false,
+    whole_setting,
+    workspace,
+)
 from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK
 
@@ -59,12 +67,25 @@ def fuse(
     """
     if not members:
         raise InputError("there are no members to fuse")
+    for i, one in enumerate(members):
+        if (
+            not isinstance(one, FuseInput)
+            or not isinstance(one.topk, TopK)
+            or not isinstance(one.rows, RelativeRows)
+        ):
+            raise InputError(f"member {i} must be a FuseInput of TopK and RelativeRows")
+        check_tensor(f"ids of member {i}", one.topk.ids, shape=[None, None], dtype=torch.int32)
     main = members[0]
+    main.rows.check("rows of member 0", main.topk.ids.device)
     batch = main.topk.ids.shape[0]
     check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=FLOAT_CODES)
     device = logits.device
     backend = backend_of("fuse", device)
     check_tensor("weights", weights, shape=[batch, len(members)], dtype=torch.float32, device=device)
+    learning_rate = real_setting("learning_rate", learning_rate)
+    min_probability = real_setting("min_probability", min_probability)
+    steps = whole_setting("steps", steps)
+    log_probs = true_or_false("log_probs", log_probs)
     packed = []
     for i, (topk, rows) in enumerate(members):
         if rows.anchors != main.rows.anchors:

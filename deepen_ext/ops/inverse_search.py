@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from deepen_ext import _core
-from deepen_ext.ops.checks import backend_of, check_tensor, workspace
-from deepen_ext.ops.rows import RelativeRows
+from deepen_ext.ops.checks import backend_of, check_tensor, real_setting, whole_setting, workspace
+from deepen_ext.ops.rows import RelativeRows, check_rows
 
 
 def inverse_search(
@@ -47,8 +47,10 @@ def inverse_search(
     backend = backend_of("inverse_search", device)
     check_tensor("ids", ids, shape=[batch, candidates], dtype=torch.int32, device=device)
     check_tensor("tail_logit", tail_logit, shape=[batch], dtype=torch.float32, device=device)
+    check_rows("rows", rows, device)
     check_tensor("target", target, shape=[batch, rows.anchors], dtype=torch.float32, device=device)
-    rows.check("rows", device)
+    learning_rate = real_setting("learning_rate", learning_rate)
+    steps = whole_setting("steps", steps)
     found = torch.empty_like(logits)
     packed = rows.pack()
     scratch = workspace(

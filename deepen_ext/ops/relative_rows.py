@@ -8,7 +8,16 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, largest_entries, workspace
+from deepen_ext.ops.checks import (
+    FLOAT_CODES,
+    backend_of,
+    check_tensor,
+    largest_entries,
+    real_setting,
+    true_or_false,
+    whole_setting,
+    workspace,
+)
 
 
 class Similarity(NamedTuple):
@@ -44,7 +53,10 @@ def relative_rows(
             embedding with NaN or infinite entries. On CUDA this waits for the device: relative rows are
             computed when a map is filled, never inside a decoding step.
     """
+    if not isinstance(similarity, Similarity):
+        raise InputError(f"similarity must be a Similarity, not {type(similarity).__name__}")
     embedding = similarity.embedding
+    check_tensor("embedding", embedding, shape=[None, None], dtype=FLOAT_CODES)
     if embedding.device.type == "cuda":  # on the CPU the core looks at the ids
         _check_ids("token", tokens, len(embedding))
         _check_ids("anchor token", similarity.anchor_ids, len(embedding))
@@ -80,6 +92,9 @@ def launch(
     )
     if mean is not None:
         check_tensor("mean", mean, shape=[dim], dtype=torch.float32, device=device)
+    temperature = real_setting("temperature", temperature)
+    entries = whole_setting("entries", entries)
+    normalise = true_or_false("normalise", normalise)
     if not 1 <= entries <= anchors:
         raise InputError(f"entries is {entries}; choose 1 to the number of anchors, {anchors}")
     columns, values, rest, status = largest_entries(count, entries, device)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import whole_number
 from deepen_ext.ops.checks import check_tensor
 
 
@@ -24,6 +25,7 @@ class RelativeRows(NamedTuple):
 
     def check(self, name: str, device: torch.device) -> None:
         """Raise InputError unless shapes, dtypes and device agree."""
+        whole_number(f"{name}.anchors", self.anchors, 1, 2**31 - 1)
         if self.columns is None or self.rest is None:
             check_tensor(
                 f"{name}.values", self.values, shape=[None, self.anchors], dtype=torch.float32, device=device
@@ -44,3 +46,10 @@ class RelativeRows(NamedTuple):
         if self.columns is None or self.rest is None:
             return 0, self.values.data_ptr(), 0, vocab, entries
         return self.columns.data_ptr(), self.values.data_ptr(), self.rest.data_ptr(), vocab, entries
+
+
+def check_rows(name: str, rows: RelativeRows, device: torch.device) -> None:
+    """Raise InputError unless these are `RelativeRows` whose shapes, dtypes and device agree."""
+    if not isinstance(rows, RelativeRows):
+        raise InputError(f"{name} must be RelativeRows, not {type(rows).__name__}")
+    rows.check(name, device)

@@ -9,7 +9,14 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
-from deepen_ext.ops.checks import FLOAT_CODES, backend_of, check_tensor, largest_entries, workspace
+from deepen_ext.ops.checks import (
+    FLOAT_CODES,
+    backend_of,
+    check_tensor,
+    largest_entries,
+    whole_setting,
+    workspace,
+)
 
 # logits, dtype, batch, vocab, k, ids, probs, tail, status, as the core takes them
 _Packed = tuple[int, int, int, int, int, int, int, int, int]
@@ -94,6 +101,7 @@ def launch_many(
     logits: Sequence[torch.Tensor], k: int, names: Sequence[str], *, cut: bool = True
 ) -> list[TopK]:
     """`topk_softmax_many` without looking at the status; with `cut` a k above V stands for V."""
+    k = whole_setting("k", k)
     found = []
     by_device: dict[torch.device, list[_Packed]] = {}
     for name, one in zip(names, logits, strict=True):

@@ -59,6 +59,9 @@ class Encoder:
         return (name.replace(SPACE_MARK, " ") for name in names if name is not None)
 
 
+_MOST_IDS = 1 << 22  # as deepen_ext/space/map_checks.py has it; sixteen times the largest vocabulary known
+
+
 def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> Encoder:
     """Read a transformers fast tokenizer or a `tokenizers.Tokenizer`.
 
@@ -94,7 +97,15 @@ def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> E
     pre_tokenizer_dummy = tokenizer_parts.set_exact_pre_tokenizer(view, original)
 
     bound = _id_bound(view)
-    _refuse_beyond(((i, token) for i in range(size, bound) if (token := view.id_to_token(i))), size, name)
+    if vocab_size is None and bound > _MOST_IDS:
+        raise ModelError(
+            f"{name}: its tokenizer has the id {bound - 1}, beyond any vocabulary; its files are damaged"
+        )
+    if (
+        bound > size
+    ):  # of the tokens, not of all ids up to there: one id of a damaged file may be in the billions
+        every_id = sorted((i, token) for token, i in view.get_vocab(with_added_tokens=True).items())
+        _refuse_beyond(((i, token) for i, token in every_id if token), size, name)
     byte_ids = tuple(id_of_byte(view, kind, byte) for byte in range(256))
     special = {i for i, token in added.items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))
