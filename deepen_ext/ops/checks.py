@@ -28,11 +28,13 @@ def check_tensor(
         raise InputError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise InputError(f"{name} is sparse or nested; pass a dense tensor")
-    if len(tensor.shape) != len(shape) or any(
-        want not in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
-    ):
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for size, want in zip(sizes, shape, strict=False):  # a dozen of these checks are in each step
+        fits = fits and (want is None or want == size)
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(f"{name} has shape {list(tensor.shape)}; expected [{wanted}]")
+        raise InputError(f"{name} has shape {list(sizes)}; expected [{wanted}]")
     allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
     if tensor.dtype not in allowed:
         names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
@@ -45,12 +47,14 @@ def check_tensor(
         raise InputError(f"{name} is not contiguous; pass {name}.contiguous()")
     if tensor.is_neg():  # its memory holds the negated numbers
         raise InputError(f"{name} is a negated view; pass {name}.resolve_neg()")
-    if tensor.numel() > 0 and tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() == 0:
+    if tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.device.type in ("cpu", "cuda"):
         raise InputError(f"{name} has no memory: its storage was freed; bring the numbers back first")
 
 
 def whole_setting(name: str, value: Any) -> int:
     """The value as an int that the core takes; its range is the core's to check. Else InputError."""
+    if type(value) is int and -(2**31) <= value < 2**31:  # nearly always, in every step
+        return value
     return whole_number(name, value, -(2**31), 2**31 - 1)
 
 
@@ -60,7 +64,7 @@ def real_setting(name: str, value: Any) -> float:
     Raises:
         InputError: no number.
     """
-    return real_number(name, value, "any", lambda _: True)
+    return value if type(value) is float else real_number(name, value, "any", lambda _: True)
 
 
 def backend_of(operation: str, device: torch.device) -> tuple[int, int, int]:

@@ -74,8 +74,8 @@ def fuse(
             or not isinstance(one.rows, RelativeRows)
         ):
             raise InputError(f"member {i} must be a FuseInput of TopK and RelativeRows")
-        check_tensor(f"ids of member {i}", one.topk.ids, shape=[None, None], dtype=torch.int32)
     main = members[0]
+    check_tensor("ids of member 0", main.topk.ids, shape=[None, None], dtype=torch.int32)
     main.rows.check("rows of member 0", main.topk.ids.device)
     batch = main.topk.ids.shape[0]
     check_tensor("logits", logits, shape=[batch, main.rows.values.shape[0]], dtype=FLOAT_CODES)
@@ -92,11 +92,12 @@ def fuse(
             raise InputError(
                 f"member {i} has {rows.anchors} anchors, but the main model has {main.rows.anchors}"
             )
-        k = topk.ids.shape[-1]
-        check_tensor(f"ids of member {i}", topk.ids, shape=[batch, k], dtype=torch.int32, device=device)
+        check_tensor(f"ids of member {i}", topk.ids, shape=[batch, None], dtype=torch.int32, device=device)
+        k = topk.ids.shape[1]
         check_tensor(f"probs of member {i}", topk.probs, shape=[batch, k], dtype=torch.float32, device=device)
         check_tensor(f"tail of member {i}", topk.tail, shape=[batch], dtype=torch.float32, device=device)
-        rows.check(f"rows of member {i}", device)
+        if rows is not main.rows:
+            rows.check(f"rows of member {i}", device)
         packed.append((topk.ids.data_ptr(), topk.probs.data_ptr(), topk.tail.data_ptr(), k, rows.pack()))
 
     k = main.topk.ids.shape[1]

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 from deepen_ext.errors import InputError
-from deepen_ext.ground.numbers import whole_number
 from deepen_ext.ops.checks import check_tensor
 
 
@@ -25,7 +24,8 @@ class RelativeRows(NamedTuple):
 
     def check(self, name: str, device: torch.device) -> None:
         """Raise InputError unless shapes, dtypes and device agree."""
-        whole_number(f"{name}.anchors", self.anchors, 1, 2**31 - 1)
+        if type(self.anchors) is not int or not 1 <= self.anchors < 2**31:
+            raise InputError(f"{name}.anchors is {self.anchors!r}; give a whole number of 1 or more")
         if self.columns is None or self.rest is None:
             check_tensor(
                 f"{name}.values", self.values, shape=[None, self.anchors], dtype=torch.float32, device=device
