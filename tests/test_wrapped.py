@@ -116,6 +116,14 @@ def test_texts_of_different_lengths_through_a_wrapper(folder: Path, plain: Membe
     assert wrapped.backend.fingerprint() == plain.backend.fingerprint()
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_traced_as_one_graph(folder: Path, plain: Member) -> None:
+    """A part that torch.compile cannot trace made the next forward fail, inside transformers."""
+    inner = load_member(folder)
+    whole = changed(inner, model=torch.compile(inner.model, backend="eager", fullgraph=True))
+    torch.testing.assert_close(batch(whole), batch(plain), atol=1e-6, rtol=1e-6)
+
+
 def test_a_wrapped_model_that_cannot_is_named_itself(plain: Member) -> None:
     plain.model.config._attn_implementation = "flex_attention"
     with pytest.raises(Exception, match=r"this model \(LlamaForCausalLM\) cannot run texts of different"):

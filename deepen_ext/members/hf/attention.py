@@ -66,7 +66,8 @@ def _attention(
     """As `sdpa_attention_forward`, ``query [b, heads, n, d]``, keys and values ``[b, shared, s, d]``."""
     rows, heads, queries, _ = query.shape
     shared = key.shape[1]
-    in_common, end = _common.get()
+    # torch.compile cannot trace a context variable: a compiled model reads all states whole.
+    in_common, end = (0, 0) if torch.compiler.is_compiling() else _common.get()
     if in_common:
         in_common -= end - key.shape[2]  # a layer's window may begin within the prefix
     output = None
