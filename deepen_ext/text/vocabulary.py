@@ -213,7 +213,13 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def _prefix_ids(tokenizer: Any, name: str) -> list[int]:
-    whole, plain = (_ids(tokenizer, "Hello world", special=special) for special in (True, False))
+    try:
+        whole, plain = (_ids(tokenizer, "Hello world", special=special) for special in (True, False))
+    except Exception as error:  # a setting of the wrong kind in tokenizer_config.json is first used here
+        raise ModelError(
+            f"{name}: its tokenizer cannot encode text ({type(error).__name__}: {error}); "
+            "its files are damaged"
+        ) from error
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return whole[:start]

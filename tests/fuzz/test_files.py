@@ -47,6 +47,13 @@ def test_an_id_in_the_billions(size: int | None, message: str) -> None:
         Vocabulary.from_tokenizer(tokenizer, size, name="tiny")
 
 
+def test_a_setting_of_the_wrong_kind(tmp_path: Path) -> None:
+    file = save_model(tmp_path / "model", one_byte_tokens(), seed=1) / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ModelError, match="its tokenizer cannot encode text"):
+        load_member(file.parent)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_models_folder(name: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", one_byte_tokens(), seed=1)
