@@ -588,7 +588,7 @@ def test_the_snippets_of_the_documentation(demo_pair, monkeypatch, capsys):
     monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders: demo_pair)
     page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     names: dict[str, object] = {}
     for snippet in snippets:
         exec(snippet, names)

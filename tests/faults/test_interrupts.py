@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from faulty_members import NEW, PROMPT, arm, check_free, ensemble_of, members_of
+from losing_backend import backend_of
 
 import deepen_ext
 from deepen_ext import Ensemble
@@ -51,7 +52,10 @@ def interrupted(at: int) -> Iterator[list[int]]:
 
 @pytest.fixture(scope="module")
 def members(one_byte_folders: list[Path]) -> list[Member]:
-    return members_of(one_byte_folders)
+    found = members_of(one_byte_folders)
+    for one in found:
+        backend_of(one).interrupts = True
+    return found
 
 
 @pytest.fixture(scope="module")

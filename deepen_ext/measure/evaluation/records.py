@@ -165,14 +165,20 @@ class RecordFile:
             header: what the file's own header must agree with (`make_header`).
 
         Raises:
-            InputError: the file's header differs, or its lines are damaged.
+            InputError: the file's header differs, its lines are damaged, or it cannot be written to.
         """
         self.path = path
         found, records, size = self.read(path) if path.exists() else (None, [], 0)
         if found is not None:
             check_same(path, found, header)
         self.done = {record.index for record in records}
-        self._file = open_private(path, "ab", buffering=0)
+        try:
+            self._file = open_private(path, "ab", buffering=0)
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written to ({error.strerror}); give the right to write there, or name "
+                "another folder"
+            ) from error
         if self._file.tell() > size:
             self._file.truncate(size)
         if found is None:
