@@ -250,6 +250,22 @@ def test_the_space_before_a_text_is_the_files(prefix: bool, tmp_path: Path) -> N
     assert tokens == [*([b" "] if prefix else []), b"c", b"d", b" a"]
 
 
+@pytest.mark.parametrize("role", ["bos", "eos", "unk", "pad"])
+def test_an_id_beyond_the_files_tokens_is_named(role: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*SPECIAL, *ALPHABET])
+    writer.add_token_merges(SMALLEST[1])
+    getattr(writer, f"add_{role}_token_id")(259)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"ggml\.\w+_token_id is 259, but the file has 259 tokens"):
+        load_gguf_tokenizer(path, "made")
+
+
 def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "none.gguf"
     writer = gguf.GGUFWriter(path, "llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,20 @@ class TestAtStart:
     def test_no_tokenizer(self, server: ModelServer) -> None:
         with pytest.raises(InputError, match=rf"^{server.url}: it serves org/tiny-model.*--tokenizer"):
             load_member(server.url)
+
+    def test_a_tokenizer_without_a_model_beside_it(
+        self, server: ModelServer, tiny_smollm2: Member, tmp_path: Path
+    ) -> None:
+        tiny_smollm2.tokenizer.save_pretrained(tmp_path)
+        assert not (tmp_path / "config.json").exists()
+        member = load_member(server.url, tokenizer=tmp_path, timeout=20)
+        member.backend.close()
+        assert member.vocabulary.encode(TEXT) == tiny_smollm2.vocabulary.encode(TEXT)
+        settings = tmp_path / "tokenizer_config.json"
+        named = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "code.Own"]}}
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | named))
+        with pytest.raises(ModelError, match=r"tokenizer_config.json names code\.Own"):
+            load_member(server.url, tokenizer=tmp_path, timeout=20)
 
     def test_not_of_this_kind(self, server: ModelServer, tiny_smollm2_dir: Path) -> None:
         other = next(kind for kind in ("sglang", "llama.cpp") if kind != server.kind)

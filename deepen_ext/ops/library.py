@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from deepen_ext.errors import InputError
 from deepen_ext.ops.checks import largest_entries
 from deepen_ext.ops.fuse import FuseInput, fuse
 from deepen_ext.ops.inverse_search import inverse_search
@@ -86,6 +87,10 @@ def _fuse(
     min_probability: float,
     log_probs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    lists = {"probs": probs, "tails": tails, "columns": columns, "values": values, "rest": rest}
+    for name, given in lists.items():
+        if len(given) != len(ids) and (given or name not in ("columns", "rest")):
+            raise InputError(f"{name} has {len(given)} tensors for {len(ids)} members; give one for each")
     members = []
     for i, top in enumerate(zip(ids, probs, tails, strict=True)):
         rows = RelativeRows(columns[i] if columns else None, values[i], rest[i] if rest else None, anchors)

@@ -125,6 +125,22 @@ def test_inverse_search_takes_no_column_outside_the_anchors(backend, call, bad):
         assert run_search(call, ids, rows).isfinite().all()
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_lists_of_the_operator_have_an_entry_for_each_member(dense):
+    logits, given = members(dense=dense)
+    names = ("probs", "tails", "columns", "values", "rest")
+    rows = [one.rows for one in given]
+    lists = [[one.topk.ids for one in given], [one.topk.probs for one in given]]
+    lists += [[one.topk.tail for one in given], [] if dense else [one.columns for one in rows]]
+    lists += [[one.values for one in rows], [] if dense else [one.rest for one in rows]]
+    settings = (ANCHORS, torch.full((3, 2), 0.5), 0.2, 5, 0.0)
+    for i, name in enumerate(names, 1):
+        short = [one[:-1] if i == j else one for j, one in enumerate(lists)]
+        if lists[i]:
+            with pytest.raises(InputError, match=f"{name} has 1 tensors for 2 members"):
+                torch.ops.deepen_ext.fuse(logits, *short, *settings)
+
+
 def test_every_column_of_every_row_out_of_range(backend):
     """More columns than there are anchors: on CUDA they must not fill the table of anchors."""
     logits, given = members()

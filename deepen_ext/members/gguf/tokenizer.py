@@ -46,6 +46,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
                 f"it has no tokenizer ({TOKENS}); use a GGUF file of the whole model, or the model's Hugging "
                 "Face folder"
             )
+        _check_roles(header.settings)
         # The tokenizer is made of the settings and of nothing else in the file, so their hash is enough.
         # Hashing the weights of a large model too would take minutes at every start.
         with path.open("rb") as file:
@@ -68,6 +69,19 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
         built.name_or_path = name
         return built
     return _kept(folder, name, header.settings.get(CHAT_TEMPLATE))
+
+
+def _check_roles(settings: Mapping[str, Any]) -> None:
+    """Refuse a token that begins, ends or fills texts and is none of the file's: transformers looks it up."""
+    count = settings[TOKENS][0] if isinstance(settings[TOKENS], tuple) else 0
+    for role in ("bos", "eos", "unknown", "padding"):
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = settings.get(key)
+        if isinstance(value, int) and not 0 <= value < count:
+            raise ModelError(
+                f"{key} is {value}, but the file has {count} tokens; fetch a file that was converted well, "
+                "or write the right id with gguf's gguf_set_metadata.py"
+            )
 
 
 def _kept(folder: Path, name: str, chat_template: str | None) -> PreTrainedTokenizerFast:

@@ -105,7 +105,7 @@ def adapter_tokenizer(adapter: Path | str, where: str, trusted: bool) -> PreTrai
     )
     if own is None:
         return None
-    return load_tokenizer(Path(own).parent, where, trust_remote_code=trusted, of_adapter=True)
+    return load_tokenizer(Path(own).parent, where, trust_remote_code=trusted, alone=True)
 
 
 def _tokenizer_with(

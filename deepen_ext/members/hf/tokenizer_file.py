@@ -37,7 +37,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    of_adapter: bool = False,
+    alone: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a hub name.
 
@@ -49,14 +49,14 @@ def load_tokenizer(
         name: of the member, for messages.
         trust_remote_code: see `LoadOptions`.
         revision: of the hub.
-        of_adapter: the folder holds an adapter, and no model.
+        alone: no model's config need be beside it: an adapter's folder, or one of tokenizer files.
 
     Raises:
         InputError: the hub does not give it.
         ModelError: it cannot be loaded, needs code of its own, or cannot be read as its file says.
     """
     with failures_of_loading(target, name):
-        if of_adapter:
+        if alone:
             check_tokenizer_code(target, name, trust_remote_code, revision)
         else:
             check_code(target, name, trust_remote_code, revision)

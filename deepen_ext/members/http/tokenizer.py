@@ -58,7 +58,8 @@ def load_named_tokenizer(
     target: Path | str = path if path.is_dir() else name
     from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 
-    tokenizer = load_tokenizer(target, member, trust_remote_code=trust_remote_code)
+    alone = isinstance(target, Path) and not (target / "config.json").is_file()
+    tokenizer = load_tokenizer(target, member, trust_remote_code=trust_remote_code, alone=alone)
     configs = _configs(target, trust_remote_code)
     ends: set[int] = set()
     for one in (*configs, tokenizer):
