@@ -47,3 +47,9 @@ def test_what_came_of_a_process_leaves_the_warm_up_out() -> None:
     assert found["slope, KB an hour"] == 0.0
     assert found["rss, MB"] == [100, 100]
     assert found["open files"] == [8, 8]
+
+
+def test_what_comes_and_goes_has_not_grown() -> None:
+    assert not soak.has_grown([7, 8, 7, 8, 8, 7, 8, 9])
+    assert soak.has_grown([7, 8, 7, 8, 9, 10, 11, 12])
+    assert not soak.has_grown([7])
