@@ -115,4 +115,4 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
             for one in pair:
                 one.be("plain")
             assert ensemble.generate(PROMPTS, **plain).texts == wanted, where
-    assert refused > 0 or len(seeds) < 4
+    assert refused > 0 or len(seeds) < 20
