@@ -31,7 +31,8 @@ TOOLS := $(VENV)/tools
 DEPENDENCIES := $(VENV)/dependencies
 INSTALLED := $(VENV)/installed-$(DEEPEN_CUDA)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.hpp csrc/*/*.cuh csrc/*/*.cc csrc/*/*.cu tests/emulator/*.h \
-  tests/emulator/*.cc tests/emulator/*.cu tests/fuzz/*.h tests/fuzz/*.cc examples/embed/*.c examples/embed/*.cc bench/embed/*.cc)
+  tests/emulator/*.cc tests/emulator/*.cu tests/fuzz/*.h tests/fuzz/*.cc tests/*.h \
+  examples/embed/*.c examples/embed/*.cc bench/embed/*.cc)
 # pip hides what CMake prints, so say it again.
 SAY_CUDA := from deepen_ext import _core; \
   print('deepen-ext: CUDA part', 'ON,' if _core.cuda_compiled() else 'OFF,', _core.cuda_device_count(), 'devices')

@@ -6,26 +6,14 @@
 #include <random>
 #include <vector>
 
+#include "../random_rows.h"
 #include "embed/deepen.hpp"
 
 constexpr int64_t kVocabs[] = {301, 517}, kAnchors = 120, kEntries = 16, kBatch = 3;
 
 static deepen::Map random_map(std::mt19937* random, int64_t vocab) {
-  std::uniform_real_distribution<float> share(0.0f, 1.0f);
-  std::vector<int32_t> columns;
-  std::vector<float> values, rest;
-  for (int64_t token = 0; token < vocab; ++token) {
-    const auto first = int32_t((*random)() % kAnchors);
-    float left = 1.0f;
-    for (int64_t j = 0; j < kEntries; ++j) {
-      const float value = left * (0.5f + 0.2f * share(*random));
-      columns.push_back(int32_t((first + 7 * j) % kAnchors));
-      values.push_back(value);
-      left -= value;
-    }
-    rest.push_back(left);
-  }
-  return deepen::Map(columns.data(), values.data(), rest.data(), vocab, kEntries, kAnchors);
+  const RandomRows rows = random_rows(random, vocab, kAnchors, kEntries);
+  return deepen::Map(rows.columns.data(), rows.values.data(), rows.rest.data(), vocab, kEntries, kAnchors);
 }
 
 static std::vector<float> random_logits(std::mt19937* random, int64_t count) {
