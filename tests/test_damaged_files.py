@@ -141,7 +141,7 @@ def mutate(
                     counts["refused"] += 1
                 except BaseException as error:
                     raise AssertionError(f"mutation {seed} of {path}: {type(error).__name__}") from error
-    assert min(counts.values()) >= min(6, len(seeds) // 10), f"the mutations say nothing: {counts}"
+    assert min(counts.values()) > min(5, len(seeds) // 10), f"the mutations say nothing: {counts}"
     return counts
 
 
