@@ -47,13 +47,10 @@ class FunctionFuser(MappedFuser):
 
     @classmethod
     def make(cls, given: Ingredients) -> FunctionFuser:
-        """See `MappedFuser.make`."""
+        """See `Fuser.make`. Nothing is looked up here, on CUDA either: few functions call `Said.on_main`."""
         function = given.settings.fuser
         assert not isinstance(function, str)
-        fuser = cls(function, given.vocab_sizes, given.bridge(), given.device, **given.common)
-        if fuser.device.type == "cuda":
-            _ = fuser.tables
-        return fuser
+        return cls(function, given.vocab_sizes, given.bridge(), given.device, **given.common)
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`.

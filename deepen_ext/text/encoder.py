@@ -101,9 +101,8 @@ def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> E
         raise ModelError(
             f"{name}: its tokenizer has the id {bound - 1}, beyond any vocabulary; its files are damaged"
         )
-    if (
-        bound > size
-    ):  # of the tokens, not of all ids up to there: one id of a damaged file may be in the billions
+    if bound > size:
+        # The tokens that there are, not all ids up to the bound: a damaged file may have one in the billions.
         every_id = sorted((i, token) for token, i in view.get_vocab(with_added_tokens=True).items())
         _refuse_beyond(((i, token) for i, token in every_id if token), size, name)
     byte_ids = tuple(id_of_byte(view, kind, byte) for byte in range(256))

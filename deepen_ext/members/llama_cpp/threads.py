@@ -39,8 +39,11 @@ class Threads:
     @contextmanager
     def forward(self) -> Iterator[int]:
         """How many threads the forward inside takes; what it gets of the processors counts for the next."""
-        threads = 1 if threads_are_lost() else self._now
-        if self.fixed or threads_are_lost():
+        if threads_are_lost():
+            yield 1
+            return
+        threads = self._now
+        if self.fixed:
             yield threads
             return
         began, ran = time.perf_counter(), time.process_time()
