@@ -2,7 +2,6 @@
 #include "embed/deepen.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -176,28 +175,12 @@ static void check_status(const deepen_fusion& fusion, int64_t batch) {
   }
 }
 
-// As deepen_ext/fusers/weights.py has it. A row that sums to something else has no relative vector.
-static void check_weights(const float* weights, int64_t batch, int64_t members) {
-  for (int64_t row = 0; row < batch; ++row) {
-    double sum = 0;
-    for (int64_t i = 0; i < members; ++i) {
-      const float weight = weights[row * members + i];
-      DEEPEN_CHECK(weight >= 0 && std::isfinite(weight), "the weight of member ", i, " in row ", row, " is ",
-                   weight, "; none may be negative, infinite or NaN");
-      sum += double(weight);
-    }
-    DEEPEN_CHECK(std::fabs(sum - 1) <= 1e-3, "the weights of row ", row, " sum to ", sum,
-                 "; they must sum to 1");
-  }
-}
-
 static void step(deepen_fusion* fusion, int64_t batch, void* const* logits, const deepen_dtype* dtypes,
                  const float* weights, int32_t* chosen, void* stream) {
   const deepen_settings& settings = fusion->settings;
   DEEPEN_CHECK(batch >= 0 && batch <= settings.batch, "batch is ", batch, "; this fusion was made for 0 to ",
                settings.batch, " rows");
   const Backend backend = backend_of(settings, stream);
-  if (on_cpu(backend)) check_weights(weights, batch, int64_t(fusion->members.size()));
   FuseParams params{};
   for (size_t i = 0; i < fusion->members.size(); ++i) {
     DEEPEN_CHECK(logits[i] != nullptr, "the logits of member ", i, " are NULL");

@@ -70,6 +70,21 @@ static void check_tokens(const FuseParams& params) {
   }
 }
 
+// As deepen_ext/fusers/weights.py has it. A row that sums to something else has no relative vector.
+static void check_weights(const FuseParams& params) {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    double sum = 0;
+    for (int32_t i = 0; i < params.member_count; ++i) {
+      const float weight = params.weights[b * params.member_count + i];
+      DEEPEN_CHECK(weight >= 0 && std::isfinite(weight), "the weight of member ", i, " in row ", b, " is ",
+                   weight, "; none may be negative, infinite or NaN");
+      sum += double(weight);
+    }
+    DEEPEN_CHECK(std::fabs(sum - 1) <= 1e-3, "the weights of row ", b, " sum to ", sum,
+                 "; they must sum to 1");
+  }
+}
+
 void check_search_settings(double learning_rate, int32_t steps, float min_probability) {
   DEEPEN_CHECK(steps >= 0 && steps <= kMaxSearchSteps, "steps is ", steps, "; choose 0 to ", kMaxSearchSteps);
   DEEPEN_CHECK(learning_rate > 0 && std::isfinite(learning_rate), "learning_rate is ", learning_rate,
@@ -95,6 +110,7 @@ void fuse(const FuseParams& params, const Backend& backend) {
   AdamStep schedule[kMaxSearchSteps];
   for (int step = 0; step < params.steps; ++step) schedule[step] = adam_step(params.learning_rate, step);
   if (!on_cpu(backend)) return fuse_cuda(params, schedule, backend);
+  check_weights(params);
   check_tokens(params);
   const auto row_kernel = DEEPEN_CPU(fuse_row);
   const size_t per_thread = cpu_workspace(params.members[0], params.anchors);

@@ -61,9 +61,10 @@ def fuse(
 
     Raises:
         InputError: shapes, dtypes, devices or settings that do not fit, `logits` in the memory of another
-            tensor given, and on the CPU token ids outside a member's relative rows or columns that are no
-            anchors. On CUDA nothing waits for the device: such tokens and entries are left out, and a
-            candidate's fused logit is NaN.
+            tensor given, and on the CPU token ids outside a member's relative rows, columns that are no
+            anchors, or weights that are negative, not finite or do not sum to 1. On CUDA nothing waits for
+            the device: such tokens and entries are left out, a candidate's fused logit is NaN, and weights
+            are taken as they are.
     """
     if not members:
         raise InputError("there are no members to fuse")

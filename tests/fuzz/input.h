@@ -40,6 +40,7 @@ struct Buffer {
   explicit Buffer(int64_t size) : count(size), values(new T[size_t(size)]()) {}
   T* data() { return values.get(); }
   T& operator[](int64_t at) { return values[size_t(at)]; }
+  const T& operator[](int64_t at) const { return values[size_t(at)]; }
 };
 
 class Input {
@@ -140,6 +141,20 @@ inline Buffer<char> stored(Buffer<float>* values, deepen::Dtype dtype) {
     }
   }
   return bytes;
+}
+
+// Whether each row of [batch, count] may be weights of `fuse`.
+inline bool are_shares(const Buffer<float>& weights, int64_t batch, int64_t count) {
+  for (int64_t row = 0; row < batch; ++row) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = weights[row * count + i];
+      if (!(weight >= 0 && weight < INFINITY)) return false;
+      sum += double(weight);
+    }
+    if (std::fabs(sum - 1) > 1e-3) return false;
+  }
+  return true;
 }
 
 inline float loaded(const char* bytes, int64_t i, deepen::Dtype dtype) {

@@ -3,6 +3,8 @@ alone."""
 
 from __future__ import annotations
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -229,3 +231,22 @@ def test_bad_input():
         fuse(logits[0], inputs, weights, min_probability=1.0, **settings)
     with pytest.raises(InputError, match="steps is 65"):
         fuse(logits[0], inputs, weights, steps=65, **settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ([math.nan, 1.0], "the weight of member 0 in row 1 is nan"),
+        ([1.5, -0.5], "the weight of member 1 in row 1 is -0.5"),
+        ([math.inf, 0.0], "the weight of member 0 in row 1 is inf"),
+        ([0.0, 0.0], "the weights of row 1 sum to 0"),
+        ([0.5, 0.6], "the weights of row 1 sum to 1.1"),
+    ],
+)
+def test_weights_that_are_no_shares_are_refused_and_the_logits_stay(row, said):
+    logits = [random_logits(2, vocab, seed=i) for i, vocab in enumerate(VOCABS[:2])]
+    _, _, _, inputs = run(logits, members(9), [0.5, 0.5], candidates=40, learning_rate=0.2)
+    before = logits[0].clone()
+    with pytest.raises(InputError, match=said):
+        fuse(logits[0], inputs, torch.tensor([[0.5, 0.5], row]), learning_rate=0.2)
+    assert torch.equal(logits[0], before)
