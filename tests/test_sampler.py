@@ -143,8 +143,20 @@ class TestChoice:
     @pytest.mark.parametrize("do_sample", [False, True])
     def test_every_token_forbidden(self, main, do_sample):
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
-        with pytest.raises(InputError, match="text 0: the processors forbid every token, or give NaN"):
+        with pytest.raises(InputError, match="text 0: the processors forbid every token; forbid fewer"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
+
+    def test_scores_that_overflow_and_scores_that_are_nan(self, main):
+        """Each is called by what it is: neither is a token that was forbidden."""
+        near_the_largest = torch.full((4, main.vocab_size), 3e38)
+        overflows = Chooser(Settings.read(main, do_sample=True, temperature=0.5), PROMPTS, "cpu")
+        with pytest.raises(InputError, match=r"text 0: the processors make a score infinite.*temperature"):
+            overflows.choose(near_the_largest, ROWS, PROMPTS)
+        spoils = Chooser(
+            Settings.read(main, logits_processor=[lambda ids, scores: scores * math.nan]), PROMPTS, "cpu"
+        )
+        with pytest.raises(InputError, match="text 0: the processors give NaN"):
+            spoils.choose(near_the_largest, ROWS, PROMPTS)
 
 
 def chi_square(draws, probs):

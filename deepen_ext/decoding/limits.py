@@ -11,6 +11,10 @@ from deepen_ext.errors import InputError
 from deepen_ext.members.memory import Held, find_shortage
 
 
+class NoRoom(InputError):
+    """The memory that is free does not hold a run with its longest texts."""
+
+
 def check_main_model(team: Team, settings: Settings) -> None:
     """That what picks the tokens can do with what the main model says.
 
@@ -75,7 +79,8 @@ def check_lengths(
         held: bytes by device that sessions of a member with so many lanes hold already.
 
     Raises:
-        InputError: one does not; or it gives a member no tokens at all.
+        NoRoom: the memory does not hold them.
+        InputError: a text exceeds a context, or gives a member no tokens at all.
     """
     longest = [0] * len(team.members)
     for number, text in texts.items():
@@ -97,7 +102,7 @@ def check_lengths(
                 )
     if (short := find_shortage(at_once, zip(team.members, longest, strict=True), held)) is not None:
         fewer = "choose a smaller batch_size, or " if at_once > 1 else ""
-        raise InputError(
+        raise NoRoom(
             f"{at_once} prompts at a time, with their new tokens up to {max(longest)} long, {short}; "
             f"{fewer}ask for fewer new tokens"
         )

@@ -130,7 +130,8 @@ class OpenRun(Cycles):
             settings: its own, with one seed.
 
         Raises:
-            InputError: it exceeds a context, or the memory that is left.
+            NoRoom: the memory that is left does not hold it.
+            InputError: it exceeds a context.
         """
         number = next(self._numbers)
         self._chooser.add(number, settings, prompt.main_ids)

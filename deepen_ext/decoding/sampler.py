@@ -26,8 +26,23 @@ class ChoiceError(InputError):
         text: its number.
     """
 
-    def __init__(self, text: int) -> None:
-        super().__init__(f"text {text}: the processors forbid every token, or give NaN; forbid fewer")
+    def __init__(self, text: int, best: float) -> None:
+        """Say why.
+
+        Args:
+            text: its number.
+            best: the largest of its processed scores, which is not finite.
+        """
+        if math.isnan(best):
+            said = "the processors give NaN; look at those of your own"
+        elif best > 0:
+            said = (
+                "the processors make a score infinite: the model's logits are near the largest float32; "
+                "raise the temperature, and bring penalties nearer to 1"
+            )
+        else:
+            said = "the processors forbid every token; forbid fewer"
+        super().__init__(f"text {text}: {said}")
         self.text = text
 
 
@@ -148,7 +163,7 @@ class Chooser:
             chosen: their argmax, if it is known: greedy decoding without processors then costs nothing.
 
         Raises:
-            ChoiceError: on the CPU, a text whose processors forbid every token or give NaN.
+            ChoiceError: on the CPU, a text whose processors forbid every token, or give NaN or infinity.
         """
         return self._choose(_all, scores, texts, ids, chosen, check=scores.device.type == "cpu")
 
@@ -237,7 +252,7 @@ class Chooser:
         if check:
             for text, best in zip(texts, scores.amax(dim=-1).tolist(), strict=True):
                 if not math.isfinite(best):
-                    raise ChoiceError(text)
+                    raise ChoiceError(text, best)
         if not first.settings.do_sample:
             return scores.argmax(dim=-1)
         seeds = []

@@ -17,7 +17,7 @@ from time import monotonic
 from typing import cast
 
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
-from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
+from deepen_ext.decoding.limits import NoRoom, check_choice, check_lengths, check_main_model
 from deepen_ext.decoding.prompt_ids import text_of
 from deepen_ext.decoding.prompts import Messages, Prompt, read_prompts
 from deepen_ext.decoding.settings import Settings
@@ -234,13 +234,9 @@ class Engine(Closing):
                 run = Running(waiting, self._lanes, self._chunk)
                 self._runs[waiting.key] = run
             run.add(waiting)
-        except InputError as error:
-            if any(other.busy for other in self._runs.values()):
-                return False  # the memory is others' now
-            self._take(waiting)
-            waiting.fail(error)
-            return True
         except Exception as error:
+            if isinstance(error, NoRoom) and any(other.busy for other in self._runs.values()):
+                return False  # the memory is others' now
             self._take(waiting)
             waiting.fail(_named(error))
             return True

@@ -230,6 +230,44 @@ def test_cancelled_texts_make_room(engine: Engine) -> None:
         assert len(one.wait().ids) == 90
 
 
+class TestOneThatCannotBegin:
+    """Beside a text that is being written, of another run."""
+
+    @pytest.fixture
+    def running(self, engine: Engine) -> Told:
+        told = submit(engine, decoding={"max_new_tokens": 200})
+        while not told.pieces:
+            threading.Event().wait(0.01)
+        return told
+
+    def test_waits_for_memory_until_the_other_has_ended(
+        self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asks = threading.get_ident()
+
+        def free(device: torch.device) -> int:
+            """To who asks there is enough; to the engine's thread, once the first text has ended."""
+            return 1 << 40 if threading.get_ident() == asks or isinstance(running.last, Ended) else 0
+
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", free)
+        waits = submit(engine, model="main", decoding={"max_new_tokens": 3})
+        assert len(waits.wait().ids) == 3
+        assert isinstance(running.last, Ended)
+        assert len(running.ids) == 200
+
+    def test_is_told_at_once_what_else_is_wrong(
+        self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any) -> int:
+            raise InputError("no such prompt")
+
+        monkeypatch.setattr("deepen_ext.decoding.open_run.OpenRun.add", refuse)
+        bad = submit(engine, model="main").wait()
+        assert isinstance(bad.last, Failed)
+        assert str(bad.last.error) == "no such prompt"
+        assert not isinstance(running.last, Ended)
+
+
 class TestRefused:
     def test_early(self, engine: Engine) -> None:
         for request, why in (
