@@ -217,11 +217,6 @@ def test_what_needs_no_model_is_said_before_models_are_loaded(arguments: list[st
     assert message in done.stderr
 
 
-def test_a_trace_may_be_a_device(models: list[str]) -> None:
-    done = run("generate", *models, "--prompt", "x", "--max-new-tokens", "1", "--trace", "/dev/null")
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_full_disk_is_one_message(monkeypatch, capsys) -> None:
     full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
     monkeypatch.setattr(sys, "stdout", full)
