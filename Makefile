@@ -196,8 +196,9 @@ $(DEPENDENCIES): $(TOOLS)
 	$(PIP) install --quiet --quiet --no-compile --requirement constraints.txt
 	@touch $@
 
+# Without MAKEFLAGS: ninja would look for make's jobserver, which Python does not hand down, and write an error.
 core: $(TOOLS)
-	PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) $(PY) setup.py --quiet build_ext --inplace
+	env -u MAKEFLAGS PATH="$(CURDIR)/$(BIN):$$PATH" DEEPEN_CUDA=$(DEEPEN_CUDA) $(PY) setup.py --quiet build_ext --inplace
 
 # The core compiles while the packages are unpacked, which keeps one processor busy. Editable, with the build tools of
 # the environment: no isolated build environment to fill, and CMake's folder stays.

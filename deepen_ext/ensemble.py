@@ -21,7 +21,7 @@ from deepen_ext.decoding.stream import TextStream
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Fuser, FusionSettings
 from deepen_ext.members.load_options import LOAD_OPTIONS
-from deepen_ext.members.loading import Progress, load_members
+from deepen_ext.members.loading import Progress, check_names, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors
 from deepen_ext.space.recipes import Recipe
@@ -89,8 +89,8 @@ class Ensemble:
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
         loading = {key: options.pop(key) for key in LOAD_OPTIONS if key in options}
-        # Before minutes of loading.
-        team_weights(FusionSettings().changed(**options), len(members), "; name at least two models")
+        count = len(check_names(members))  # this and the weights are looked at before minutes of loading
+        team_weights(FusionSettings().changed(**options), count, "; name at least two models")
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")

@@ -6,6 +6,7 @@ their own; the rest is in this one, on small models.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from backend_stand_in import Asked, recorded
 from command_line import COMMAND, ROOT, run, run_process
 from tiny_models import one_byte_tokens, save_model
@@ -191,6 +193,41 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], messag
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sample", "--temperature", "-1"], "temperature is -1"),
+        (["--sample", "--top-p", "2"], "top_p is 2"),
+        (["--sample", "--seed", str(2**70)], "seed is"),
+        (["--stop", ""], "stop_strings"),
+        (["--confidence-gate", "2"], "confidence_gate is 2"),
+        (["--draft", "99"], "is 99"),
+        (["--trace", "/"], "--trace / is a folder"),
+        (["--trace", "/no/such/folder/t.jsonl"], "there is no folder /no/such/folder"),
+        (["--prompt", "\udcff"], "lone surrogate"),
+        (["--fuser", "os:system"], "is called with (logits, said, weights)"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_models_are_loaded(arguments: list[str], message: str) -> None:
+    named = ["--model", "/no/such/main", "--model", "/no/such/assistant", "--prompt", "x"]
+    done = run("generate", *named, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_full_disk_is_one_message(monkeypatch, capsys) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115 - closing it fails
+    monkeypatch.setattr(sys, "stdout", full)
+    with pytest.raises(typer.Exit) as ended, console.exit_codes(False):
+        console.write("text")
+    with contextlib.suppress(OSError):
+        full.close()
+    assert ended.value.exit_code == 1
+    assert capsys.readouterr().err == (
+        "error: no space is left where the output goes; make room, or send it elsewhere\n"
+    )
 
 
 def test_a_process_ends_with_the_exit_code() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from sessions import changed
 
-from deepen_ext import Ensemble, InputError, RelativeMap
+from deepen_ext import Ensemble, InputError, RelativeMap, load_members
 from deepen_ext.space.anchors import shared_anchors
 from deepen_ext.text.characters import Utf8Stream
 from deepen_ext.text.growing_text import GrowingText
@@ -325,6 +327,42 @@ class TestBadInput:
             Ensemble([smollm2])
         with pytest.raises(InputError, match="two or more members"):
             Ensemble.from_pretrained(["somewhere"])
+
+    @pytest.mark.parametrize(
+        ("members", "message"),
+        [
+            ("org/model", "'org/model' alone; give a list of names"),
+            (Path("model.gguf"), "'model.gguf' alone"),
+            (None, "of type NoneType"),
+            ({"/no/a", "/no/b"}, "of type set"),  # which is the main model?
+            ({"/no/a": 1, "/no/b": 2}, "of type dict"),
+            ((name for name in ("/no/a", "/no/b")), "of type generator"),
+            (["/no/a", None], "member 1 is None"),
+            (["/no/a", 7], "member 1 is 7"),
+            (["", "/no/b"], "member 0 is ''"),
+        ],
+    )
+    def test_names_that_are_no_list_of_names(self, members, message):
+        with pytest.raises(InputError, match=message):
+            Ensemble.from_pretrained(members)
+        with pytest.raises(InputError, match=message):
+            load_members(members)
+
+    def test_names_in_the_place_of_members(self):
+        with pytest.raises(InputError, match="'org/a' is no loaded member; Ensemble"):
+            Ensemble(["org/a", "org/b"])
+        with pytest.raises(InputError, match="None is no loaded member"):
+            Ensemble(None)
+
+    def test_bytes_are_no_prompt(self, pair):
+        with pytest.raises(InputError, match=r"the prompt is bytes; give a text, prompt.decode\(\)"):
+            pair.generate(b"The sky")
+        with pytest.raises(InputError, match="prompt 1 is bytes"):
+            pair.generate(["The sky", b"The sky"])
+
+    def test_a_trace_that_is_no_file(self, pair):
+        with pytest.raises(InputError, match="trace is of type list; give a file's name, or a function"):
+            pair.generate(PROMPT, trace=[])
 
     def test_weights_are_checked_before_loading(self):
         with pytest.raises(InputError, match="3 weights for 2 members"):

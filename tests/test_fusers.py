@@ -351,7 +351,7 @@ def test_by_name(tmp_path, monkeypatch) -> None:
     function, _ = parse_fuser("my_fusers_xyz:keep", "bytes")
     assert callable(function)
     for spec, message in (
-        ("no-such", "use one of deepen, average"),
+        ("no-such", "use one of auto, deepen, average"),
         ("my_fusers_xyz:missing", "no attribute 'missing'"),
         ("no_such_module_xyz:f", "No module named"),
         ("my_fusers_xyz:number", "is 3; name a function"),
@@ -360,13 +360,22 @@ def test_by_name(tmp_path, monkeypatch) -> None:
             parse_fuser(spec, "bytes")
 
 
+def test_a_function_that_takes_other_arguments() -> None:
+    paths = ["/no/such/main", "/no/such/assistant"]  # it is said before they are looked for
+    with pytest.raises(InputError, match=r"takes \(logits\), but is called with \(logits, said, weights\)"):
+        Ensemble.from_pretrained(paths, fuser=lambda logits: logits)
+    for fitting in (lambda *parts: parts[0], lambda logits, said, weights, more=1: logits):
+        with pytest.raises(InputError, match="no such file"):
+            Ensemble.from_pretrained(paths, fuser=fitting)
+
+
 def test_confidence_out_of_range(smollm2, gemma) -> None:
     with pytest.raises(InputError, match="confidence is -1; choose 0 to 10"):
         Ensemble([smollm2, gemma], recipe="bytes", confidence=-1)
 
 
 def test_names_that_are_none(smollm2, gemma) -> None:
-    with pytest.raises(InputError, match="fuser is 'mean'; use one of deepen, average"):
+    with pytest.raises(InputError, match="fuser is 'mean'; use one of auto, deepen, average"):
         Ensemble([smollm2, gemma], fuser="mean")
     with pytest.raises(InputError, match="union-topk has no relative space"):
         _ = Ensemble([smollm2, gemma], fuser="union-topk").anchors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,6 +181,13 @@ def assert_says(backend: CountingLlama, said: Distribution, texts: Sequence[list
         with backend.open() as session:
             want = session.ask({0: ids}, 5).wait().scores()
         torch.testing.assert_close(said.at([i]).scores(), want, atol=2e-3, rtol=0)
+
+
+def test_what_pickle_and_copy_are_told(tmp_path: Path) -> None:
+    backend = tiny(tmp_path)
+    for attempt in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"^llama: a model in llama.cpp cannot be pickled.*each process"):
+            attempt(backend)
 
 
 def test_more_texts_than_it_can_run_at_once(tmp_path: Path) -> None:

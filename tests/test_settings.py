@@ -134,6 +134,8 @@ class TestEveryField:
 
     def test_an_unknown_field_of_a_config(self, main):
         """GenerationConfig takes any name; one from a later transformers or a slip must not pass."""
+        with pytest.raises(InputError, match="no setting 'stop'; did you mean stop_strings"):
+            Settings.read(main, stop=["."])
         with pytest.raises(InputError, match="no setting 'temprature'; did you mean temperature"):
             Settings.read(main, GenerationConfig(temprature=0.5))
 

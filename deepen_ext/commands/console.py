@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a model or the run failed, 2 wrong input, 130 interrupted,
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -133,6 +134,8 @@ def exit_codes(debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         message = f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)"
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            message = "error: no space is left where the output goes; make room, or send it elsewhere"
         raise fail(message, 1, error) from None
 
 

@@ -95,8 +95,6 @@ def generate(
 ) -> None:
     """Continue a text with two or more models together."""
     with exit_codes(debug):
-        from deepen_ext.decoding.drafts.draft_settings import draft_length
-
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
         given = {name: value for name, value in sampling.items() if value is not None}
         if given and not sample:
@@ -105,15 +103,14 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
-        if draft is not None:
-            draft_length(draft)
+        settings = {"do_sample": sample, **given}
+        _check_before_loading(text, settings, stop, confidence_gate, draft, trace)
         ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate, on_failure)
         tell = _tell_as_json if as_json else _tell
         try:
             result = ensemble.generate(
                 [{"role": "user", "content": text}] if chat else text,
                 max_new_tokens=max_new_tokens,
-                do_sample=sample,
                 stop_strings=stop or None,
                 certified_skip=certified_skip,
                 confidence_gate=confidence_gate,
@@ -122,13 +119,45 @@ def generate(
                 trace=trace,
                 without_template=without_template.value,
                 on_text=None if as_json else _writer("" if chat else text),
-                **given,
+                **settings,
             )
         except MemberLost as lost:
             for written in lost.generations:
                 tell(ensemble, written)
             raise
         tell(ensemble, result)
+
+
+def _check_before_loading(
+    text: str,
+    settings: dict[str, Any],
+    stop: list[str] | None,
+    confidence_gate: float | None,
+    draft: str | None,
+    trace: Path | None,
+) -> None:
+    """What needs no model to be seen as wrong is said before minutes of loading.
+
+    Raises:
+        InputError: a prompt that is not UTF-8, a setting out of range, a trace that cannot be written there.
+    """
+    from deepen_ext.decoding.drafts.draft_settings import draft_length
+    from deepen_ext.decoding.setting_rules import check_seed, check_values, stop_list
+    from deepen_ext.decoding.skips import check_gate
+    from deepen_ext.plots.output_file import check_place
+    from deepen_ext.text.characters import check_characters
+
+    check_characters(text)
+    check_seed(settings.get("seed"))
+    check_values({name: value for name, value in settings.items() if name != "seed"}, vocab_size=0)
+    stop_list(stop)
+    if confidence_gate is not None:
+        check_gate(confidence_gate)
+    if draft is not None:
+        draft_length(draft)
+    place = None if trace is None else trace.expanduser()
+    if place is not None and (place.is_dir() or not place.exists()):  # a file that is there is written into
+        check_place("--trace", place)
 
 
 def _prompt(prompt: str | None) -> str:

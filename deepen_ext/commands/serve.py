@@ -95,7 +95,7 @@ def serve(
         _say_on_standard_error()
         from deepen_ext.serving.engine import Engine
         from deepen_ext.serving.models import Models, with_members
-        from deepen_ext.serving.run import WebServer
+        from deepen_ext.serving.run import WebServer, reserve
         from deepen_ext.serving.service import Limits, Service
 
         limits = Limits(
@@ -105,12 +105,13 @@ def serve(
             without_template=without_template.value,
             log_prompts=log_prompts,
         )
-        models = with_members(load_ensembles(asked))
-        service = Service(Engine(models, lanes=lanes, queue=queue), Models(models, int(time())), limits)
-        server = WebServer(service, host=host, port=port, grace=grace)
-        listening = server.bind()
-        _tell(service, server.address(listening))
-        server.run([listening])
+        with reserve(host, port) as reserved:  # before minutes of loading
+            models = with_members(load_ensembles(asked))
+            service = Service(Engine(models, lanes=lanes, queue=queue), Models(models, int(time())), limits)
+            server = WebServer(service, host=host, port=port, grace=grace)
+            listening = server.bind(reserved)
+            _tell(service, server.address(listening))
+            server.run([listening])
         if server.interrupted:
             raise KeyboardInterrupt
 

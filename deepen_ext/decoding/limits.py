@@ -96,9 +96,10 @@ def check_lengths(
             if not member.fits(length + new):
                 which = f"the prompt's {length}" if len(texts) == 1 else f"prompt {number}'s {length}"
                 limit = member.context_length or 0
+                fewer = f" or ask for at most {limit - length}" if limit > length else ""
                 raise InputError(
                     f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
-                    f"shorten the prompt or ask for at most {max(limit - length, 0)}"
+                    f"shorten the prompt{fewer}"
                 )
     if (short := find_shortage(at_once, zip(team.members, longest, strict=True), held)) is not None:
         fewer = "choose a smaller batch_size, or " if at_once > 1 else ""

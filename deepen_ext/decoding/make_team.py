@@ -26,6 +26,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     Raises:
         InputError: see `Ensemble`.
     """
+    _check_loaded(members)
     settings = settings.resolved(all(one.backend.capabilities.logits for one in members))
     weights = team_weights(settings, len(members))
     members = members[: len(weights)]
@@ -51,6 +52,16 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
         on_failure=settings.on_failure,
         maps=maps,
     )
+
+
+def _check_loaded(members: Sequence[Member]) -> None:
+    """Refuse names of models in the place of models."""
+    for one in members if isinstance(members, Sequence) else [members]:
+        if not isinstance(one, Member):
+            raise InputError(
+                f"{one!r} is no loaded member; Ensemble.from_pretrained([...]) and load_members([...]) load "
+                "models by their names"
+            )
 
 
 def team_weights(settings: FusionSettings, members: int, advice: str = "") -> list[float]:

@@ -30,7 +30,7 @@ Prompts: TypeAlias = str | Messages | Sequence[str] | Sequence[Messages] | Seque
 
 def is_batch(prompt: Prompts) -> bool:
     """Whether it is a list of prompts, and not one text or one chat."""
-    return not isinstance(prompt, str) and not (
+    return not isinstance(prompt, str | bytes) and not (
         isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
     )
 
@@ -62,6 +62,8 @@ def _read(members: Sequence[Member], prompt: object, without_template: WithoutTe
         if not prompt:
             raise InputError(f"{name} is empty; give some text to continue")
         texts = [PromptText(prompt)] * len(members)
+    elif isinstance(prompt, bytes):
+        raise InputError(f"{name} is bytes; give a text, prompt.decode()")
     elif isinstance(prompt, Sequence) and prompt:
         texts = chat_texts(members, prompt, without_template=without_template)
     else:

@@ -135,7 +135,10 @@ def known_settings(keywords: Mapping[str, Any]) -> dict[str, Any]:
         if name in _REFUSED_ARGUMENTS:
             raise InputError(f"{name} is not supported: {_REFUSED_ARGUMENTS[name]}")
         if name not in HONOURED | NO_EFFECT | REFUSED.keys():
-            near = difflib.get_close_matches(name, sorted(HONOURED | _OWN_ARGUMENTS), n=1)
+            known = sorted(HONOURED | _OWN_ARGUMENTS)
+            # "stop" is nearer to top_p by letters than to stop_strings, which it begins.
+            begun = [one for one in known if one.startswith(f"{name}_")]
+            near = begun or difflib.get_close_matches(name, known, n=1)
             raise InputError(
                 f"there is no setting '{name}'" + (f"; did you mean {near[0]}?" if near else "; leave it out")
             )

@@ -19,6 +19,11 @@ from deepen_ext.ops.transfer import to_device
 REASONS: tuple[Reason | None, ...] = (None, "gated", "settled")
 
 
+def check_gate(value: float) -> None:
+    """Raise InputError for a confidence gate out of range."""
+    real_number("confidence_gate", value, "above 0 to 1", lambda x: 0 < x <= 1)
+
+
 class Skips:
     """The certified skip (`Certificate`) and the confidence gate of one run."""
 
@@ -47,7 +52,7 @@ class Skips:
         self._bounded = team.fuser.bounded
         self._gate = confidence_gate
         if confidence_gate is not None:
-            real_number("confidence_gate", confidence_gate, "above 0 to 1", lambda x: 0 < x <= 1)
+            check_gate(confidence_gate)
         if not certified_skip:
             return
         if settings.do_sample:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -60,6 +61,8 @@ class Trace:
         if callable(target):
             self._give = target
             return
+        if not isinstance(target, str | PathLike):
+            raise InputError(f"trace is of type {type(target).__name__}; give a file's name, or a function")
         try:
             self._file = open_private(Path(target).expanduser(), "w", encoding="utf-8")
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,25 @@ from deepen_ext.fusers.settings import FuseFunction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+def check_arguments(function: FuseFunction) -> None:
+    """Seen before models are loaded, and not at the first token.
+
+    Raises:
+        InputError: the function cannot be called with three arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are built in have none
+        return
+    try:
+        signature.bind("logits", "said", "weights")
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise InputError(
+            f"the fuser {name} takes {signature}, but is called with (logits, said, weights): {error}"
+        ) from error
 
 
 class FunctionFuser(MappedFuser):

@@ -13,7 +13,7 @@ from deepen_ext.fusers.consistent import ConsistentFuser
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.draw import DrawFuser
 from deepen_ext.fusers.follow import FollowFuser
-from deepen_ext.fusers.function import FunctionFuser
+from deepen_ext.fusers.function import FunctionFuser, check_arguments
 from deepen_ext.fusers.product import ProductFuser
 from deepen_ext.fusers.settings import FuseFunction, FusionSettings
 from deepen_ext.fusers.single import SingleFuser
@@ -33,12 +33,13 @@ def fuser_class(fuser: str | FuseFunction) -> type[Fuser]:
     """The class of a fuser that is set by its name or as a function.
 
     Raises:
-        InputError: no such fuser.
+        InputError: no such fuser, or a function that cannot be called as a fuser.
     """
     if not isinstance(fuser, str) and callable(fuser):
+        check_arguments(fuser)
         return FunctionFuser
     if not isinstance(fuser, str) or fuser not in FUSERS:
-        raise InputError(f"fuser is {fuser!r}; use one of {', '.join(FUSERS)}, or a function")
+        raise InputError(f"fuser is {fuser!r}; use one of auto, {', '.join(FUSERS)}, or a function")
     return FUSERS[fuser]
 
 
@@ -81,7 +82,9 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
     if (own := recipe_of(spec)) is not None:
         return name, own
     if not rest:
-        raise InputError(f"fuser '{spec}': use one of {', '.join(FUSERS)}, deepen:RECIPE or module:function")
+        raise InputError(
+            f"fuser '{spec}': use one of auto, {', '.join(FUSERS)}, deepen:RECIPE or module:function"
+        )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ def load_members(
             build has no kernels for.
         ModelError: see `load_member`.
     """
+    check_names(members)
     found = [split_adapter(one) for one in members]
     each = options_of_each(members, **options)
     plans = [
@@ -82,6 +84,27 @@ def load_members(
         for started in placed.values():
             started.end()
         raise
+
+
+def check_names(members: Sequence[str | Path]) -> Sequence[str | Path]:
+    """The members' names, if they are a list of names. A set has no first member, which the main model is.
+
+    Raises:
+        InputError: one name alone, no list, or something in it that is no name.
+    """
+    if isinstance(members, str | os.PathLike):
+        raise InputError(f"members is {str(members)!r} alone; give a list of names, the main model first")
+    if not isinstance(members, Sequence):
+        raise InputError(
+            f"members is of type {type(members).__name__}; give a list of names, the main model first"
+        )
+    for number, one in enumerate(members):
+        if not isinstance(one, str | os.PathLike) or not str(one).strip():
+            raise InputError(
+                f"member {number} is {one!r}; give a hub name, a folder, a .gguf file, demo:NAME or "
+                "http://host:port"
+            )
+    return members
 
 
 def _without_timeout(one: _Plan) -> _Plan:

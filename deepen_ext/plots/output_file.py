@@ -30,14 +30,23 @@ def check_output_file(option: str, file: Path | None, formats: Sequence[str] = F
         return
     if file.suffix.lower() not in formats:
         raise InputError(f"{option} {file}: a name that ends in {' or '.join(formats)} is needed")
+    check_place(option, file)
+    if find_spec("matplotlib") is None:
+        raise InputError(f"{option} needs matplotlib, which is not installed: {INSTALL}")
+
+
+def check_place(option: str, file: Path) -> None:
+    """Whether a file can be made there, or written into in its place.
+
+    Raises:
+        InputError: a folder, in a folder that is not there, or no right to write there.
+    """
     if file.is_dir():
         raise InputError(f"{option} {file} is a folder; name a file in it")
     if not file.parent.is_dir():
         raise InputError(f"{option} {file}: there is no folder {file.parent}; make it first")
     if not os.access(file.parent, os.W_OK):
         raise InputError(f"{option} {file}: no right to write there; name another file")
-    if find_spec("matplotlib") is None:
-        raise InputError(f"{option} needs matplotlib, which is not installed: {INSTALL}")
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -76,6 +76,39 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket with this address, before minutes of loading. Clients are refused until it listens.
+
+    Raises:
+        InputError: the address is taken, not this machine's, or not allowed.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"--host {host}: {error.strerror or error}; give this machine's name") from None
+    with _refusals(found, host, port):
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client that takes nothing for so long has gone
+            found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000)
+        found.bind(address)
+    return found
+
+
+@contextmanager
+def _refusals(found: socket.socket, host: str, port: int) -> Iterator[None]:
+    """What the system says against the address, as an InputError; the socket is closed then."""
+    try:
+        yield
+    except OSError as error:
+        found.close()
+        raise InputError(
+            f"{host}:{port}: {error.strerror}; choose another --port or --host, or end what listens there"
+        ) from None
+
+
 class WebServer(uvicorn.Server):
     """Serves until SIGTERM or SIGINT; then what is being written may go on for `grace` seconds.
 
@@ -105,31 +138,19 @@ class WebServer(uvicorn.Server):
             )
         )
 
-    def bind(self) -> socket.socket:
+    def bind(self, reserved: socket.socket | None = None) -> socket.socket:
         """A socket that listens where this server shall.
+
+        Args:
+            reserved: what `reserve` gave for the same address.
 
         Raises:
             InputError: the address is taken, not this machine's, or not allowed.
         """
-        host, port = self.config.host, self.config.port
-        try:
-            family, _, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            found = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            raise InputError(f"--host {host}: {error.strerror or error}; give this machine's name") from None
-        try:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client that takes nothing for so long has gone
-                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000)
-            found.bind(address)
+        host, port = str(self.config.host), self.config.port
+        found = reserve(host, port) if reserved is None else reserved
+        with _refusals(found, host, port):
             found.listen(self.config.backlog)
-        except OSError as error:
-            found.close()
-            raise InputError(
-                f"{host}:{port}: {error.strerror}; choose another --port or --host, or end what listens there"
-            ) from None
         return found
 
     def address(self, listening: socket.socket) -> str:

@@ -55,6 +55,14 @@ def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:
             server.bind()
 
 
+def test_a_taken_port_is_told_before_models_are_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run("serve", "--model", "/no/such/main", "--model", "/no/such/other", "--port", port)
+    assert done.returncode == 2
+    assert "choose another --port" in done.stderr
+
+
 def test_members_of_several_ensembles_are_loaded_once(tiny_smollm2_dir: Path, tmp_path: Path) -> None:
     member = str(tiny_smollm2_dir)
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"

@@ -45,6 +45,13 @@ class LoadedGguf:
         self._facts = facts
         self._threads = threads
 
+    def __reduce__(self) -> str:
+        """For pickle and copy, which would name a pointer of ctypes."""
+        raise TypeError(
+            f"{self.name}: a model in llama.cpp cannot be pickled or copied; load it in each process "
+            "(threads may share it)"
+        )
+
     def new_context(self, sequences: int, room: int) -> Context:
         """A cache of so many positions (see `Context.room`), and what runs over it.
 
