@@ -39,6 +39,26 @@ class MemberLost(ModelError):
         return f"{self.member}: {self.why}"
 
 
+class OutOfMemory(ModelError):
+    """A member's forward pass ran out of memory.
+
+    Attributes:
+        member: its name.
+        what: the error's own words.
+    """
+
+    def __init__(self, member: str, what: str) -> None:
+        super().__init__(member, what)  # both of them: so that it can be pickled
+        self.member = member
+        self.what = what
+
+    def __str__(self) -> str:
+        return (
+            f"{self.member}: its forward pass ran out of memory ({self.what}); take fewer texts at once "
+            "(batch_size), shorter texts or a smaller model"
+        )
+
+
 @contextmanager
 def failures_of(name: str) -> Iterator[None]:
     """What goes wrong in a forward pass of this member is a ModelError with its name.
@@ -55,10 +75,7 @@ def failures_of(name: str) -> Iterator[None]:
         what = f"{type(error).__name__}: {first}" if first else type(error).__name__
         if not _is_out_of_memory(error):
             raise ModelError(f"{name}: its forward pass failed: {what}") from error
-        raise ModelError(
-            f"{name}: its forward pass ran out of memory ({what}); take fewer texts at once (batch_size), "
-            "shorter texts or a smaller model"
-        ) from error
+        raise OutOfMemory(name, what) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

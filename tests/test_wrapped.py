@@ -13,6 +13,7 @@ from tiny_models import one_byte_tokens, save_model
 from torch.nn.functional import linear
 
 from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import ModelError
 from deepen_ext.measure.doctor.member_facts import is_same_model
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
 from deepen_ext.members.hf.loaded_model import dense, inner_model
@@ -114,6 +115,51 @@ def test_texts_of_different_lengths_through_a_wrapper(folder: Path, plain: Membe
     ):  # the wrapper is what is tested; tracing takes half a minute
         torch.testing.assert_close(batch(wrapped), wanted, atol=1e-6, rtol=1e-6)
     assert wrapped.backend.fingerprint() == plain.backend.fingerprint()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("PromptTuningConfig", {"num_virtual_tokens": 4}),
+        ("PrefixTuningConfig", {"num_virtual_tokens": 4}),
+        ("PromptEncoderConfig", {"num_virtual_tokens": 4, "encoder_hidden_size": 8}),
+        ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 1}),
+    ],
+)
+def test_an_adapter_before_the_text_is_refused(folder: Path, kind: str, more: dict[str, int]) -> None:
+    """One text alone was written, wrongly: every forward had the adapter's states anew."""
+    peft = pytest.importorskip("peft")
+    inner = load_member(folder)
+    wrapped = peft.get_peft_model(inner.model, getattr(peft, kind)(task_type="CAUSAL_LM", **more))
+    for model in (wrapped, compiled(wrapped)):
+        with pytest.raises(ModelError, match=r"tiny: its model has an adapter of the kind .* \(LoRA, IA3"):
+            changed(inner, model=model)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_changes_weights_is_taken(folder: Path, plain: Member) -> None:
+    peft = pytest.importorskip("peft")
+    inner = load_member(folder)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])  # it changes nothing yet
+    wrapped = changed(inner, model=peft.get_peft_model(inner.model, lora).eval())
+    torch.testing.assert_close(batch(wrapped), batch(plain), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("texts", [{0: [1, 2, 3]}, TEXTS])
+def test_a_wrapper_that_adds_positions(plain: Member, texts: dict[int, list[int]]) -> None:
+    class Longer(Adapted):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            for name in ("position_ids", "attention_mask"):
+                kwargs.pop(name, None)
+            return super().forward(input_ids=torch.cat([input_ids[:, :1], input_ids], 1), **kwargs)
+
+    with (
+        open_session(changed(plain, model=Longer(plain.model)), 2) as session,
+        torch.inference_mode(),
+        pytest.raises(ModelError, match=r"tiny: its model makes \d+ states of \d+ tokens"),
+    ):
+        sync(session, texts)
 
 
 @pytest.mark.slow

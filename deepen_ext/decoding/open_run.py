@@ -201,21 +201,30 @@ class OpenRun(Cycles):
             self._read_piece(number, budget, share)
 
     def _read_piece(self, number: int, budget: list[int], share: int) -> None:
-        """A piece of one prompt. All members are asked, then all are waited for."""
+        """A piece of one prompt. All members are asked, then all are waited for.
+
+        Raises:
+            DeepenError: see `step`; nothing is under way then.
+        """
         prompt, lane = self._prompts[number], self._schedule.lanes[number]
         answers = []
-        for member, ids in enumerate(self._ids(number)):
-            session = self._assistants.sessions.get(member) if member else self._main
-            goal, read = prompt.goals[member], prompt.read[member]
-            piece = min(goal - read, budget[member] // share)
-            if session is None:
-                prompt.read[member] = goal
-            elif piece > 0:
-                answers.append(session.ask({lane: ids[: read + piece]}, 1))
-                prompt.read[member] += piece
-                budget[member] -= piece
-        for answer in answers:
-            answer.wait()
+        try:
+            for member, ids in enumerate(self._ids(number)):
+                session = self._assistants.sessions.get(member) if member else self._main
+                goal, read = prompt.goals[member], prompt.read[member]
+                piece = min(goal - read, budget[member] // share)
+                if session is None:
+                    prompt.read[member] = goal
+                elif piece > 0:
+                    answers.append(session.ask({lane: ids[: read + piece]}, 1))
+                    prompt.read[member] += piece
+                    budget[member] -= piece
+            for answer in answers:
+                answer.wait()
+        except Exception:
+            self._main.settle()
+            self._assistants.settle()
+            raise
 
     def _prompt(self, number: int) -> _Prompt:
         """What is to be read ahead: all but what the cycle of the first token reads.

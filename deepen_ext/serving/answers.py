@@ -78,22 +78,25 @@ class Answer(Response):
         try:
             await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
-                how = "failed" if work.exception() else "done"
+                how = "failed" if work.exception() or self._failed else "done"
                 work.result()
             elif gone.done():
                 how = "the client went away"
             else:
                 how = "out of time"
                 await _end(work)
-                await self._out_of_time(send)
+                why = f"the answer took longer than {self._seconds:g} seconds"
+                await self._cut_off(ApiError(504, why, code="timeout"), send)
+        except asyncio.CancelledError:  # uvicorn's, at the server's end: the engine is in a long forward
+            await _end(work)
+            await self._cut_off(shutting_down(), send)
         finally:
             self._texts.give_up()
             await _end(work)
             await _end(gone)
             self._tell(how)
 
-    async def _out_of_time(self, send: Send) -> None:
-        error = ApiError(504, f"the answer took longer than {self._seconds:g} seconds", code="timeout")
+    async def _cut_off(self, error: ApiError, send: Send) -> None:
         if not self._sent_head:
             raise error
         await self._last_words(error, send)
@@ -106,6 +109,7 @@ class Answer(Response):
         try:
             await self._stream(send)
         except ApiError as error:
+            self._failed = error
             if not self._sent_head:
                 raise
             await self._last_words(error, send)

@@ -205,13 +205,15 @@ class Engine(Closing):
                     if not self._waiting:
                         self._changed.wait(_TURN_SECONDS)
         finally:
-            for run in self._runs.values():
-                run.cancel_all()
-                run.close()
             with self._changed:
+                self._closing = True  # also where it ends by a fault of ours: nobody waits for a dead thread
                 left, self._waiting = list(self._waiting), deque()
             for waiting in left:
                 waiting.end_unbegun()
+            for run in self._runs.values():
+                run.cancel_all()
+            for run in self._runs.values():
+                run.close()
             self._load = (0, 0, 0)
 
     def _join(self) -> None:

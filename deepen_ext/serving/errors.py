@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deepen_ext.errors import DeepenError, InputError, MemberLost, shown
+from deepen_ext.errors import DeepenError, InputError, MemberLost, OutOfMemory, shown
 from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 
 LOG = logging.getLogger("deepen_ext.serving")
@@ -89,6 +89,10 @@ def from_deepen(error: DeepenError) -> ApiError:
     LOG.error("%s: %s", type(error).__name__, error)
     if isinstance(error, MemberLost):
         return ApiError(502, f"the member {error.member} gives no answer any more", code="member_lost")
+    if isinstance(error, OutOfMemory):
+        LOG.error("the server goes on; fewer texts are written at once with a smaller --lanes")
+        why = f"the member {error.member} ran out of memory; send fewer texts at once, or shorter ones"
+        return ApiError(503, why, code="out_of_memory", retry_after=10)
     return ApiError(500, "the model failed; the server's log says how", code="model_failed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -21,6 +22,8 @@ from deepen_ext.errors import DeepenError, MemberLost, ModelError
 from deepen_ext.fusers import FusedStep
 from deepen_ext.serving.candidates import read_prompt, scored
 from deepen_ext.serving.requests import Ended, Failed, Listener, Piece, Request, Scored
+
+LOG = logging.getLogger("deepen_ext.serving")
 
 
 @dataclass(eq=False)
@@ -143,10 +146,13 @@ class Running:
                 self._run.cancel(number)
         self._observer.begin()
         try:
-            written = self._run.step()
+            return self._step()
         except Exception as error:
             self._break(error)
             return 0, []
+
+    def _step(self) -> tuple[int, list[float]]:
+        written = self._run.step()
         for one in written:
             scored_, record = self._observer.of(one.number)
             self._requests[one.number].listener(Piece(one.token, one.text, scored_, record))
@@ -178,7 +184,10 @@ class Running:
         for number, waiting in self._requests.items():
             waiting.fail(self._own(error, number))
         self._requests.clear()
-        self._run.close()
+        try:
+            self._run.close()
+        except Exception:  # the engine has to go on for the other runs
+            LOG.exception("a run that failed could not be closed well; its memory may not be free")
 
     def _own(self, error: Exception, number: int) -> DeepenError:
         if isinstance(error, MemberLost):

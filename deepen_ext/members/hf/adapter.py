@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import DeepenError, ModelError
+from deepen_ext.members.hf.loaded_model import refused_kind
 from deepen_ext.members.hf.placement import home, waits_elsewhere
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 
@@ -65,12 +66,8 @@ def put_on(
 
 
 def _check_kind(config: Any, where: str) -> None:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ModelError(
-            f"{where} is of the kind {kind}, which puts states before the text or between the layers, and "
-            "sessions have no place for them. Adapters that change weights (LoRA, IA3, ...) can be put on"
-        )
+    if (why := refused_kind(config)) is not None:
+        raise ModelError(f"{where} is {why}")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ModelError(f"{where} is for the task {config.task_type}; a member needs one for CAUSAL_LM")
 

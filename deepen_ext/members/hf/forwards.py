@@ -85,7 +85,7 @@ class Forwards:
         """A piece of one lane, read as it lies and without a mask: logits [1, positions, V] after its end."""
         held = self._lanes.ids[lane]
         fed = self._on_host([piece]).to(self._loaded.device, non_blocking=True)
-        feed = OneLane(self._lanes.cache_lane(lane), len(held))
+        feed = OneLane(self._lanes.cache_lane(lane), len(held), len(piece))
         logits = self._run(feed, input_ids=fed, logits_to_keep=positions)
         held.extend(piece)
         self.tokens_fed += len(piece)

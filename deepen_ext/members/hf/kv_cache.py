@@ -20,10 +20,11 @@ CHUNK = 1024  # most tokens of one forward
 
 @dataclass(frozen=True)
 class OneLane:
-    """New states of one sequence: they follow the ``start`` states its lane holds."""
+    """New states of one sequence: ``count`` of them follow the ``start`` states its lane holds."""
 
     lane: int
     start: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class ManyLanes:
 class _Shared:
     """What all layers of one cache share."""
 
+    name: str  # the member's, for errors
     lanes: int
     slots: int
     feed: OneLane | ManyLanes
@@ -72,7 +74,7 @@ class LaneCache:
     """
 
     def __init__(self, loaded: LoadedModel, lanes: int) -> None:
-        self._shared = _Shared(lanes, slots=0, feed=OneLane(0, 0))
+        self._shared = _Shared(loaded.name, lanes, slots=0, feed=OneLane(0, 0, 0))
         layers = _layers(loaded, self._shared)
         self.cache = Cache(layers=layers)
         self._own = [layer for layer in layers if isinstance(layer, _LaneLayer)]
@@ -192,6 +194,12 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
         assert self.keys is not None
         assert self.values is not None
         feed = self._shared.feed
+        count = feed.count if isinstance(feed, OneLane) else feed.slots.shape[1]
+        if key_states.shape[2] != count:
+            raise ModelError(
+                f"{self._shared.name}: its model makes {key_states.shape[2]} states of {count} tokens, and a "
+                "text has a place for each token alone; take the model without the wrapper that adds them"
+            )
         if isinstance(feed, OneLane):
             end = feed.start + key_states.shape[2]
             self.keys[feed.lane, :, feed.start : end] = key_states[0]
