@@ -108,7 +108,7 @@ class TestEvaluation:
 
         run(tmp_path, replicas=2, on_progress=kill, on_line=said.append)
         assert 12 <= killed < 40
-        assert [line for line in said if "was lost: its actor has died" in line and "1 are left" in line]
+        assert [line for line in said if "was lost: its actor has died" in line and "Left: 1" in line]
         assert item_lines(tmp_path) == item_lines(alone)
 
     def test_all_killed_and_gone_on_with(self, run: Callable[..., Any], alone: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ class Pool(Closing):
         self._last_loss = why
         end(replica.actor)  # it may be out of reach and still hold its place
         self._say(
-            f"Replica {replica.number} of {self._count} was lost: {why}. {len(self._replicas)} are left"
+            f"Replica {replica.number} of {self._count} was lost: {why}. Left: {len(self._replicas)}"
         )
 
     def close(self) -> None:
