@@ -16,6 +16,7 @@ from deepen_ext.members.member import Member
 
 _NEARLY_ALL = 0.9  # of the weights
 _SHARED = 16  # tokens that two prompts begin with alike, from which on they are scored once
+_ROWS = 16
 _SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
 PROMPT_TOKENS = 256  # of a prompt's end, that count
 
@@ -190,4 +191,6 @@ class _Scored:
         following = torch.tensor(self.ids[at : at + len(block)])
         known = block.scores()[: len(following)].float()
         picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
-        self.logprobs += (picked - forbid(known, self.unwritable).logsumexp(-1)).tolist()
+        # Some rows at a time: of a vocabulary of 262k, 128 rows and their exponentials would be 270 MB.
+        totals = [forbid(rows, self.unwritable).logsumexp(-1) for rows in known.split(_ROWS)]
+        self.logprobs += (picked - torch.cat(totals)).tolist()
