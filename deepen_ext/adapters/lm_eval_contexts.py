@@ -26,7 +26,7 @@ def read_chat(context: str) -> list[Message] | None:
         return None
     try:
         messages: list[Message] = json.loads(context.removeprefix(_CHAT))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             "this context is a chat with something after it, which no chat template can take: "
             f"{context[-80:]!r}. Leave --apply_chat_template out for this task"

@@ -167,9 +167,7 @@ class Pool(Closing):
         self._replicas.remove(replica)
         self._last_loss = why
         end(replica.actor)  # it may be out of reach and still hold its place
-        self._say(
-            f"Replica {replica.number} of {self._count} was lost: {why}. Left: {len(self._replicas)}"
-        )
+        self._say(f"Replica {replica.number} of {self._count} was lost: {why}. Left: {len(self._replicas)}")
 
     def close(self) -> None:
         """End all replicas."""

@@ -89,6 +89,8 @@ def fuse(
     log_probs = true_or_false("log_probs", log_probs)
     packed = []
     for i, (topk, rows) in enumerate(members):
+        if rows is not main.rows:
+            rows.check(f"rows of member {i}", device)
         if rows.anchors != main.rows.anchors:
             raise InputError(
                 f"member {i} has {rows.anchors} anchors, but the main model has {main.rows.anchors}"
@@ -97,8 +99,6 @@ def fuse(
         k = topk.ids.shape[1]
         check_tensor(f"probs of member {i}", topk.probs, shape=[batch, k], dtype=torch.float32, device=device)
         check_tensor(f"tail of member {i}", topk.tail, shape=[batch], dtype=torch.float32, device=device)
-        if rows is not main.rows:
-            rows.check(f"rows of member {i}", device)
         packed.append((topk.ids.data_ptr(), topk.probs.data_ptr(), topk.tail.data_ptr(), k, rows.pack()))
 
     k = main.topk.ids.shape[1]

@@ -3,6 +3,7 @@ the same numbers in ordinary tensors give."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -194,7 +195,8 @@ def filled(one: torch.Tensor, chance: random.Random) -> torch.Tensor:
     """One number, or all of them, is a hostile one."""
     copy = one.clone()
     if one.is_floating_point():
-        number: Any = chance.choice([float("nan"), float("inf"), -float("inf"), 1e38, 1e-40, -1.0, 0.0])
+        largest = torch.finfo(one.dtype).max
+        number: Any = chance.choice([math.nan, math.inf, -math.inf, largest, 1e-40, -1.0, 0.0])
     else:
         number = chance.choice([-1, -(2**31), 2**31 - 1, 10**6])
     if chance.random() < 0.5 or copy.numel() == 0:

@@ -218,13 +218,17 @@ def test_bad_input():
             weights,
             **settings,
         )
-    with pytest.raises(InputError, match="member 1 has 7 anchors, but the main model has 120"):
+    with pytest.raises(InputError, match="member 1 has 121 anchors, but the main model has 120"):
         fuse(
             logits[0],
-            [inputs[0], inputs[1]._replace(rows=inputs[1].rows._replace(anchors=7))],
+            [inputs[0], inputs[1]._replace(rows=inputs[1].rows._replace(anchors=121))],
             weights,
             **settings,
         )
+    for anchors in (torch.tensor([1.0, 2.0]), 120.0, None):  # of an assistant: the main model's come first
+        rows = inputs[1].rows._replace(anchors=anchors)
+        with pytest.raises(InputError, match=r"rows of member 1.anchors is .*; give a whole number"):
+            fuse(logits[0], [inputs[0], inputs[1]._replace(rows=rows)], weights, **settings)
     with pytest.raises(InputError, match="mix dense and sparse"):
         fuse(logits[0], [inputs[0], FuseInput(inputs[1].topk, members(None)[1].rows)], weights, **settings)
     with pytest.raises(InputError, match="min_probability is 1"):

@@ -84,6 +84,7 @@ def test_a_record_has_the_text_that_its_token_completed(pair: Ensemble) -> None:
         (json.dumps(RECORD).replace("0.9", '"<b>"'), "probability is '<b>', not a finite number"),
         (json.dumps({k: v for k, v in RECORD.items() if k != "not_asked"}), "line 2: it has no not_asked"),
         ("[" * 100_000, "line 2: this is no JSON: nested too deeply"),
+        ('{"step": ' + "9" * 5000 + "}", "line 2: this is no JSON: a number of too many digits"),
         (b"\xff", "line 2 is not UTF-8 text"),
     ],
 )

@@ -25,7 +25,7 @@ def checkpoint_bytes(target: Path | str, dtype: torch.dtype | str, revision: str
     found = _local(target, "model.safetensors.index.json", revision)
     try:
         return _bytes_of(target, found, dtype, revision)
-    except (SafetensorError, OSError, ValueError, KeyError):
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
 

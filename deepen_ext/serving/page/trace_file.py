@@ -97,13 +97,15 @@ def _is_whole(line: bytes) -> bool:
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        return check_record(json.loads(line.rstrip(b"\r\n")), where)
+        read = json.loads(line.rstrip(b"\r\n"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(f"{where}{column}: this is no JSON: {reason}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}, column {error.colno}: this is no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+        raise InputError(f"{where}: this is no JSON: {reason}") from error
+    return check_record(read, where)
 
 
 class _Part:
