@@ -192,5 +192,5 @@ class _Scored:
         known = block.scores()[: len(following)].float()
         picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
         # Some rows at a time: of a vocabulary of 262k, 128 rows and their exponentials would be 270 MB.
-        totals = [forbid(rows, self.unwritable).logsumexp(-1) for rows in known.split(_ROWS)]
+        totals = [forbid(rows, self.unwritable).logsumexp(-1) for rows in torch.split(known, _ROWS)]
         self.logprobs += (picked - torch.cat(totals)).tolist()
