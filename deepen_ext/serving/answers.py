@@ -68,6 +68,7 @@ class Answer(Response):
         self._last: list[float | None] = [None] * len(asked.requests)
         self._failed: ApiError | None = None
         self._sent_head = False
+        self._tokens = 0  # that came, of all texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -199,6 +200,7 @@ class Answer(Response):
             ) from None
         for i, (number, event, at) in enumerate(events):
             if isinstance(event, Piece):
+                self._tokens += 1
                 before, self._last[number] = self._last[number], at
                 if before is None:
                     self._metrics.first_token(self._model, at - self._began)
@@ -225,7 +227,6 @@ class Answer(Response):
     def _tell(self, how: str) -> None:
         """A line in the log; no prompt and no text."""
         seconds = perf_counter() - self._began
-        ended = self._ended
         if how == "done":
             self._metrics.whole(self._model, seconds)
         LOG.info(
@@ -233,9 +234,9 @@ class Answer(Response):
             self._shape.id,
             self._model,
             how,
-            len(ended),
+            len(self._ended),
             len(self._writings),
-            sum(one.completion_tokens for one in ended),
+            self._tokens,
             seconds,
         )
 

@@ -269,9 +269,9 @@ def test_prompts_are_logged_only_where_asked(pair: Ensemble, caplog: pytest.LogC
         assert (secret in caplog.text) == log_prompts
 
 
-def test_a_request_has_a_time_limit(pair: Ensemble) -> None:
+def test_a_request_has_a_time_limit(pair: Ensemble, caplog: pytest.LogCaptureFixture) -> None:
     crawling = Ensemble([slow(pair.members[0], 0.05), pair.members[1]], fuser="deepen")
-    with serving({"deepen": crawling}, seconds=0.5) as running:
+    with caplog.at_level(logging.INFO), serving({"deepen": crawling}, seconds=1.5) as running:
         error = running.refused(COMPLETIONS, {**COMPLETION, "max_tokens": 200}, 504)
         assert error["code"] == "timeout"
         body = {**COMPLETION, "max_tokens": 200, "stream": True}
@@ -281,6 +281,8 @@ def test_a_request_has_a_time_limit(pair: Ensemble) -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         assert chunks
         assert running.idle(5)
+        # The log counts what came, of a text that never ended.
+        assert until(lambda: re.search(r"out of time, 0 of 1 texts, [1-9]\d* tokens", caplog.text))
 
 
 def test_an_error_of_the_server_tells_nothing(
