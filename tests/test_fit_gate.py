@@ -248,7 +248,9 @@ class TestCommand:
         assert "No gate is written: +0.0000 ± 0.0000 bits a byte on items" in capsys.readouterr().out
         assert "gate" not in replace(tuning, gate=None).preset(["a", "b"], dev, "average").measured
 
-    @pytest.mark.parametrize("fuser", [None, "deepen:bytes", "product", "union-topk", "draw", "math:sqrt"])
+    @pytest.mark.parametrize(
+        "fuser", [None, "deepen:bytes", "product", "union-topk", "draw", "operator:setitem"]
+    )
     def test_refused_before_a_model_is_loaded(self, fuser: str | None, tmp_path: Path) -> None:
         file = tmp_path / "some.txt"
         file.write_text(PROSE, encoding="utf-8")
