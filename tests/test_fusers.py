@@ -348,6 +348,7 @@ def test_by_name(tmp_path, monkeypatch) -> None:
     (tmp_path / "my_fusers_xyz.py").write_text(
         "def keep(logits, said, weights):\n    return logits\nnumber = 3\n"
     )
+    (tmp_path / "my_broken_xyz.py").write_text("ensemble = ensemble.variant(fuser=keep)\n")
     function, _ = parse_fuser("my_fusers_xyz:keep", "bytes")
     assert callable(function)
     for spec, message in (
@@ -355,6 +356,7 @@ def test_by_name(tmp_path, monkeypatch) -> None:
         ("my_fusers_xyz:missing", "no attribute 'missing'"),
         ("no_such_module_xyz:f", "No module named"),
         ("my_fusers_xyz:number", "is 3; name a function"),
+        ("my_broken_xyz:f", "my_broken_xyz cannot be imported: NameError: name 'ensemble'"),
     ):
         with pytest.raises(InputError, match=message):
             parse_fuser(spec, "bytes")

@@ -91,6 +91,10 @@ def parse_fuser(spec: str, recipe: str) -> tuple[str | FuseFunction, str]:
         found = getattr(import_module(name), rest)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: '.:f', ':f'
         raise InputError(f"fuser '{spec}': {error}; name a function as module:function") from error
+    except Exception as error:  # the module's own code runs
+        raise InputError(
+            f"fuser '{spec}': {name} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise InputError(f"fuser '{spec}' is {found!r}; name a function")
     return found, recipe
