@@ -194,12 +194,22 @@ def test_stop_strings_are_held_back(stops: list[str], pieces: list[str], told: l
 def start(folder: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
     """`deepen-ext serve` in a process, and its port."""
     command = [*COMMAND, "serve", "--model", str(folder), "--fuser", "single", "--port", "0", *more]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     assert process.stderr is not None
     for line in process.stderr:
         if "serves" in line:
             return process, int(line.rsplit(":", 1)[1].split("/")[0])
     raise AssertionError(process.wait())
+
+
+def exit_code(process: subprocess.Popen[str]) -> int:
+    """Its exit code; where it does not end, what its threads are doing is the error."""
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(process.communicate()[1]) from None
 
 
 @pytest.fixture
@@ -219,7 +229,7 @@ def test_sigterm_ends_it_well(member_dir: Path) -> None:
         process.send_signal(signal.SIGTERM)
         text += "".join(one.choices[0].text for one in stream)
         assert text == whole
-        assert process.wait(30) == 0
+        assert exit_code(process) == 0
         with pytest.raises(openai.APIConnectionError):
             client.completions.create(**COMPLETION)
     finally:
