@@ -94,7 +94,6 @@ def serve(
         key_text = _read_key(key)
         _say_on_standard_error()
         from deepen_ext.serving.engine import Engine
-        from deepen_ext.serving.heap import return_large_blocks
         from deepen_ext.serving.models import Models, with_members
         from deepen_ext.serving.run import WebServer, reserve
         from deepen_ext.serving.service import Limits, Service
@@ -106,7 +105,6 @@ def serve(
             without_template=without_template.value,
             log_prompts=log_prompts,
         )
-        return_large_blocks()
         with reserve(host, port) as reserved:  # before minutes of loading
             models = with_members(load_ensembles(asked))
             service = Service(Engine(models, lanes=lanes, queue=queue), Models(models, int(time())), limits)

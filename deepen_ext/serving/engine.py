@@ -26,6 +26,7 @@ from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.chat import PromptText
+from deepen_ext.serving.heap import return_free_memory
 from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 from deepen_ext.serving.requests import Listener, Request
 from deepen_ext.serving.running import Running, Waiting
@@ -266,10 +267,15 @@ class Engine(Closing):
 
     def _close_idle(self, *, needed: bool) -> None:
         """Free the caches of runs that nobody has used for a while; of all idle ones where room is needed."""
-        for key, run in list(self._runs.items()):
-            if not run.busy and (needed or monotonic() - run.used > _IDLE_SECONDS):
-                run.close()
-                del self._runs[key]
+        idle = [
+            key
+            for key, run in self._runs.items()
+            if not run.busy and (needed or monotonic() - run.used > _IDLE_SECONDS)
+        ]
+        for key in idle:
+            self._runs.pop(key).close()
+        if idle:
+            return_free_memory()
 
 
 def _read_prompt(ensemble: Ensemble, request: Request) -> Prompt:

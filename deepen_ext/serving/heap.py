@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import os
-
-_M_MMAP_THRESHOLD = -3  # malloc.h of glibc
-_LARGE = 1 << 20  # bytes; below a layer's keys for eight texts in a small model
 
 
-def return_large_blocks() -> None:
-    """Have glibc give blocks of 1 MiB and more back to the system when they are freed.
+def return_free_memory() -> None:
+    """Give what is free in glibc's heap back to the system: by itself it does that at the heap's end alone.
 
-    By itself it takes blocks of up to 32 MiB from its heap once it has seen one freed. Logits have another
-    size in every batch, and the caches of a run that nobody used are freed and made anew: where one fits no
-    hole, the heap grows, and stays. (Seen: 62 MB in an hour.) Where `MALLOC_MMAP_THRESHOLD_` is in the
-    environment, or another C library, nothing is changed.
+    Logits have another size in every batch, and the caches of a run that nobody used are freed and made anew:
+    where one fits no hole, the heap grows. (Seen: 62 MB in an hour.) Another C library has no such call.
     """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
-        return
     try:
-        set_option = ctypes.CDLL(None).mallopt
+        trim = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
         return
-    set_option(_M_MMAP_THRESHOLD, _LARGE)
+    trim(0)
