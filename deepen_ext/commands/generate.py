@@ -155,9 +155,10 @@ def _check_before_loading(
         check_gate(confidence_gate)
     if draft is not None:
         draft_length(draft)
-    place = None if trace is None else trace.expanduser()
-    if place is not None and (place.is_dir() or not place.exists()):  # a file that is there is written into
-        check_place("--trace", place)
+    if trace is not None:
+        place = trace.expanduser()
+        if not place.exists() or place.is_dir():  # a file that is there is written into
+            check_place("--trace", place)
 
 
 def _prompt(prompt: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import signal
 import sys
 import threading
@@ -156,7 +157,5 @@ def test_the_end_comes_in_a_long_forward(members: list[Member], at: int, second:
 
 
 def test_the_error_crosses_processes() -> None:
-    import pickle
-
     error = pickle.loads(pickle.dumps(OutOfMemory("x", "MemoryError")))
     assert str(error).startswith("x: its forward pass ran out of memory (MemoryError)")

@@ -90,9 +90,8 @@ def test_a_text_or_an_error_that_says_who(pair: list[Hostile], fuser: str) -> No
                 kinds[0] = chance.choice(BROKEN)
             for one, kind in zip(pair, kinds, strict=True):
                 one.be(kind, row=chance.choice([-1, 0, 1, 2]), after=chance.choice([0, 0, 2, 4]))
-            if (
-                seed % 4 == 0
-            ):  # in every row, from the first pass on: one of four calls is refused for certain
+            # In every row, from the first pass on: one of four calls is refused for certain.
+            if seed % 4 == 0:
                 pair[0].be(kinds[0])
             settings: dict[str, Any] = dict(plain)
             if fuser != "spans" and chance.random() < 0.4:  # which has no sampling
