@@ -1,7 +1,7 @@
 """All of the fuzzing in its long form: `make fuzz`. Writes what was called, how long it took and what was
 found; the exit code is 1 where something was.
 
-    python tests/fuzz/run.py [--calls 10000000] [--scale 20] [--rounds 2000] [--results FILE]
+    python tests/fuzz/run.py [--calls 10000000] [--scale 20] [--rounds 2000] [--results FOLDER]
 
 The corpus grows in build/fuzz-corpus: the next run goes on where this one ended. An input that broke
 something is kept in build/fuzz-findings; `build/fuzz-calls/tests/fuzz/fuzz_TARGET FILE` runs it again.
@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import programs
+
+sys.path.append(str(programs.ROOT / "bench"))
+
+from common import environment, speed_file, write_json
 
 PYTHON_TESTS = ["tests/fuzz", "tests/test_damaged_files.py", "tests/test_real_tokenizers.py"]
 
@@ -33,8 +36,9 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=2000, help="steps of each thread under ThreadSanitizer")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of everything; default: the time")
-    parser.add_argument("--results", type=Path, default=programs.ROOT / "bench" / "results" / "fuzz.json")
+    parser.add_argument("--results", type=Path, default=programs.ROOT / "bench" / "results" / "fuzz")
     asked = parser.parse_args()
+    started = environment()
     rows: list[dict[str, object]] = []
 
     def add(row: dict[str, object]) -> None:
@@ -52,23 +56,17 @@ def main() -> int:
     for row in _python(asked.scale, asked.seed):
         add(row)
     found = [row for row in rows if row["finding"]]
-    asked.results.write_text(
-        json.dumps(
-            {
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-                "commit": _output("git", "describe", "--always", "--dirty"),
-                "compiler": _output("clang++", "--version").splitlines()[0],
-                "seed": asked.seed,
-                "calls": sum(int(str(row["calls"])) for row in rows),
-                "findings": len(found),
-                "targets": [row | {"finding": _said(row)} for row in rows],
-            },
-            indent=1,
-        )
-        + "\n"
-    )
     total = sum(int(str(row["calls"])) for row in rows)
-    print(f"{total:,} calls, {len(found)} findings; {asked.results}")
+    record = started | {
+        "clang": _output("clang++", "--version").splitlines()[0],
+        "seed": asked.seed,
+        "calls": total,
+        "findings": len(found),
+        "targets": [row | {"finding": _said(row)} for row in rows],
+    }
+    target = asked.results / speed_file(record)
+    write_json(target, record)
+    print(f"{total:,} calls, {len(found)} findings; {target}")
     for row in found:
         print(f"\n--- {row['target']}\n{row['finding']}", file=sys.stderr)
     return bool(found)
