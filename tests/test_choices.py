@@ -20,6 +20,7 @@ import lm_eval
 import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from sessions import changed
 from test_evaluation import file_header, item_lines, record, timeless
 from test_likelihood import fed
@@ -166,7 +167,9 @@ def harness_samples(
         config["metric_list"] = [{"metric": one} for one in ("acc", "acc_norm", "acc_bytes")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-            result = lm_eval.simple_evaluate(model=own, tasks=[config], bootstrap_iters=0)
+            # Its own tasks are thousands of files, read anew for each call; `config` is all of this one.
+            tasks = TaskManager(include_defaults=False)
+            result = lm_eval.simple_evaluate(model=own, tasks=[config], task_manager=tasks, bootstrap_iters=0)
         (samples,) = result["samples"].values()
         found += sorted(samples, key=lambda sample: sample["doc_id"])
     return found

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from deepen_ext import Ensemble, InputError, ModelError, load_member
 from deepen_ext.cluster import actors
 from deepen_ext.commands.cli import app
-from deepen_ext.errors import MemberLost
+from deepen_ext.errors import MemberLost, OutOfMemory
 from deepen_ext.members.loading import load_members
 from deepen_ext.members.member import Member
 from deepen_ext.members.ray.actor import MemberActor
@@ -75,6 +75,22 @@ def sessions_of(ensemble: Ensemble, member: int = 1) -> int:
 
 def actor_of(ensemble: Ensemble, member: int = 1) -> Any:
     return ensemble.members[member].backend.actor  # type: ignore[attr-defined]
+
+
+def fail(actor: Any, error: Exception) -> None:
+    """Its forward passes raise this until `mend`."""
+
+    def broken(self: MemberActor) -> None:
+        def hook(*_: object) -> None:
+            raise error
+
+        self.hook = self.member.model.model.layers[-1].register_forward_pre_hook(hook)  # type: ignore
+
+    in_actor(actor, broken)
+
+
+def mend(actor: Any) -> None:
+    in_actor(actor, lambda self: self.hook.remove())
 
 
 def texts(ensemble: Ensemble, **settings: Any) -> list[list[int]]:
@@ -252,24 +268,18 @@ class TestLost:
         wanted = texts(there)
         before = len(os.listdir("/proc/self/fd"))
 
-        def fail(self: MemberActor) -> None:
-            def broken(*_: object) -> None:
-                raise RuntimeError("out of luck")
-
-            self.hook = self.member.model.model.layers[-1].register_forward_pre_hook(broken)  # type: ignore
-
         faults = 0
         ids = list(range(10, 80))
         for number in range(250):
             session = backend.open(2)
             session.ask({0: ids[:20], 1: ids[:30]}, 5).wait()
-            in_actor(actor, fail)
+            fail(actor, RuntimeError("out of luck"))
             for targets in ({0: ids[:25]}, {1: ids[:9]}):
                 with pytest.raises(ModelError, match=r"^tiny-2: .*out of luck"):
                     session.ask(targets, 5).wait()
             with pytest.raises(ModelError, match=r"^tiny-2: .*out of luck"):
                 next(session.read(0, ids, 3, 5))
-            in_actor(actor, lambda self: self.hook.remove())
+            mend(actor)
             next(session.read(1, ids, 3, 5))
             faults += 4
             if number % 2:
@@ -280,6 +290,16 @@ class TestLost:
         backend.open(1).close()
         assert sessions_of(there) == 0
         assert len(os.listdir("/proc/self/fd")) <= before + 5
+        assert texts(there) == wanted
+
+    def test_out_of_memory_is_that_here_too(self, there: Ensemble) -> None:
+        """As the class that a server tells its clients of, and the ensemble goes on."""
+        wanted = texts(there)
+        fail(actor_of(there), MemoryError("no room"))
+        with pytest.raises(OutOfMemory) as caught:
+            texts(there)
+        assert (caught.value.member, caught.value.what) == ("tiny-2", "MemoryError: no room")
+        mend(actor_of(there))
         assert texts(there) == wanted
 
     def test_no_actor_left(self, one_byte_folders: list[Path]) -> None:

@@ -1,8 +1,7 @@
 """Actors: started where a placement says, asked with a time limit, and their errors brought home.
 
-An actor's method that is `answered` gives what it computes, or an error of ours as three texts. So nothing
-of this package has to be unpickled, and the error raised here has the class and the message it has in
-process.
+An actor's method that is `answered` gives what it computes, or an error of ours as texts. So nothing of this
+package has to be unpickled, and the error raised here has the class and the message it has in process.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import Any, TypeVar
 
 from deepen_ext.cluster.connect import connect, free_now, schedule
 from deepen_ext.cluster.placement import Placement
-from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.errors import DeepenError, InputError, ModelError, OutOfMemory
 from deepen_ext.ground.progress import Progress
 
 PLACING_SECONDS = 120.0  # from the request to an actor's first answer: a process starts and imports torch
-_ERRORS = {kind.__name__: kind for kind in (InputError, ModelError)}
+_ERRORS = {kind.__name__: kind for kind in (InputError, OutOfMemory, ModelError)}
 _ERROR = "deepen_ext error"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -30,6 +29,8 @@ def answered(method: Method) -> Method:
     def run(*args: Any, **more: Any) -> Any:
         try:
             return method(*args, **more)
+        except OutOfMemory as error:
+            return _ERROR, OutOfMemory.__name__, error.member, error.what
         except DeepenError as error:
             kind = InputError if isinstance(error, InputError) else ModelError
             return _ERROR, kind.__name__, str(error)
@@ -43,8 +44,8 @@ def opened(reply: Any) -> Any:
     Raises:
         InputError, ModelError: the method raised it.
     """
-    if isinstance(reply, tuple) and len(reply) == 3 and reply[0] == _ERROR:
-        raise _ERRORS[reply[1]](reply[2])
+    if isinstance(reply, tuple) and reply and isinstance(reply[0], str) and reply[0] == _ERROR:
+        raise _ERRORS[reply[1]](*reply[2:])
     return reply
 
 

@@ -353,11 +353,12 @@ def _http(slots: int) -> Subject:
 
     @contextmanager
     def breaks() -> Iterator[str]:
-        """Nothing answers at its address."""
+        """Nothing answers at its address, and no time is spent on asking again."""
         nonlocal server
         server.stop()
         try:
-            yield "gives no answer"
+            with patch("deepen_ext.members.http.client._FIRST_PAUSE", 0.001):
+                yield "gives no answer"
         finally:
             server = serve("own", 0, server.port)
 

@@ -165,7 +165,7 @@ class TestMemory:
 
 
 class TestFingerprint:
-    def test_other_weights_tell_and_other_precisions_do_not(self, own: Subject, subject: Subject) -> None:
+    def test_other_weights_tell_and_other_precisions_do_not(self, own: Subject) -> None:
         changed, coarse = own.other_weights()
         assert own.backend.fingerprint() == own.backend.fingerprint()
         assert own.backend.fingerprint() != changed.fingerprint()
