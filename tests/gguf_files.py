@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from deepen_ext.members.gguf.header import read_header
+from deepen_ext.members.gguf.tensors import dense_tensor
 from deepen_ext.members.llama_cpp.backend import LlamaBackend
 from deepen_ext.members.llama_cpp.context import Context, Feed
 
@@ -124,16 +127,32 @@ def _normal(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def dequantised(source: Path, target: Path) -> Path:
-    """The same model with its weights as float32, which are those that its blocks stand for."""
-    reader = gguf.GGUFReader(source)
-    fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    writer = gguf.GGUFWriter(target, fields.pop("general.architecture").contents())
-    for key, field in fields.items():
-        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    return _written(writer, target)
+    """The same model with its weights as float32, which are those that its blocks stand for.
+
+    The settings are copied as they lie: the gguf package takes half a minute to read a large vocabulary.
+    """
+    header = read_header(source)
+    assert header.settings.get("general.alignment", _padded(1)) == _padded(1)
+    weights = {name: dense_tensor(source, name).numpy() for name in header.tensors}
+    with source.open("rb") as file:
+        head = file.read(header.settings_end)
+    offset = 0
+    for name, one in weights.items():
+        key = name.encode()
+        sides = one.shape[::-1]
+        form = f"<Q{len(key)}sI{len(sides)}QIQ"
+        head += struct.pack(form, len(key), key, len(sides), *sides, Kind.F32, offset)
+        offset += _padded(one.nbytes)
+    with target.open("wb") as file:
+        file.write(head.ljust(_padded(len(head)), b"\0"))
+        for one in weights.values():
+            file.write(one.tobytes().ljust(_padded(one.nbytes), b"\0"))
+    return target
+
+
+def _padded(size: int) -> int:
+    """To GGUF's usual alignment."""
+    return -(-size // 32) * 32
 
 
 def plain_model(path: Path) -> torch.nn.Module:

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
-from typing import cast
 
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.limits import NoRoom, check_choice, check_lengths, check_main_model
-from deepen_ext.decoding.prompt_ids import text_of
-from deepen_ext.decoding.prompts import Messages, Prompt, read_prompts
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.chat import PromptText
 from deepen_ext.serving.heap import return_free_memory
 from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 from deepen_ext.serving.requests import Listener, Request
-from deepen_ext.serving.running import Running, Waiting
+from deepen_ext.serving.running import Running, Waiting, prompt_of
 
 _VARIANTS = 16  # ensembles with settings of single requests that are kept ready
 _IDLE_SECONDS = 30.0  # a run without texts keeps its caches so long
@@ -124,7 +120,7 @@ class Engine(Closing):
             UnknownModel: see there.
             Busy: the queue is full.
             Closed: see there.
-            InputError: a setting, or a prompt that is longer than a context or than any memory here holds.
+            InputError: a setting, or a prompt that is longer than a context, or than the memory here holds.
         """
         ensemble = self._ensemble(request)
         team = ensemble.team
@@ -132,9 +128,13 @@ class Engine(Closing):
         check_main_model(team, settings)
         check_choice(team, settings)
         drafts = DraftSettings.read(team, request.draft, "auto")
-        prompt = _read_prompt(ensemble, request)
+        prompt = prompt_of(request, ensemble)
         waiting = Waiting(request, ensemble, settings, drafts, prompt, listener)
-        check_lengths(team, {0: waiting.text()}, {0: waiting.assistant_lengths()}, 1, None)
+        try:
+            check_lengths(team, {0: waiting.text()}, {0: waiting.assistant_lengths()}, 1, None)
+        except NoRoom:
+            if not self._runs:  # else what they hold may be enough: it waits for that
+                raise
         with self._changed:
             if self._closing:
                 raise Closed("this server is about to end and takes no new requests")
@@ -196,7 +196,7 @@ class Engine(Closing):
                 busy = [run for run in list(self._runs.values()) if run.busy]
                 for run in busy:
                     self._count(run.step())
-                self._close_idle(needed=bool(self._waiting) and not busy)
+                self._close_idle(_IDLE_SECONDS)
                 self._note()
                 if busy:
                     continue
@@ -238,8 +238,11 @@ class Engine(Closing):
                 self._runs[waiting.key] = run
             run.add(waiting)
         except Exception as error:
-            if isinstance(error, NoRoom) and any(other.busy for other in self._runs.values()):
-                return False  # the memory is others' now
+            if isinstance(error, NoRoom):
+                if self._close_idle(0.0, keep=run):
+                    return self._joined(waiting)
+                if any(other.busy for other in self._runs.values()):
+                    return False  # the memory is others' now
             self._take(waiting)
             waiting.fail(_named(error))
             return True
@@ -265,29 +268,19 @@ class Engine(Closing):
             sum(run.bytes_held for run in runs),
         )
 
-    def _close_idle(self, *, needed: bool) -> None:
-        """Free the caches of runs that nobody has used for a while; of all idle ones where room is needed."""
+    def _close_idle(self, seconds: float, keep: Running | None = None) -> bool:
+        """Free the caches of runs that nobody has used for so long; returns whether there were any."""
+        now = monotonic()
         idle = [
             key
             for key, run in self._runs.items()
-            if not run.busy and (needed or monotonic() - run.used > _IDLE_SECONDS)
+            if not run.busy and run is not keep and now - run.used >= seconds
         ]
         for key in idle:
             self._runs.pop(key).close()
         if idle:
             return_free_memory()
-
-
-def _read_prompt(ensemble: Ensemble, request: Request) -> Prompt:
-    given, main = request.prompt, ensemble.members[0]
-    if isinstance(given, str) or not all(type(one) is int for one in given) or not given:
-        prompts = cast("str | Messages", given)
-        return read_prompts(ensemble.members, prompts, request.without_template)[0]
-    ids = list(cast("Sequence[int]", given))
-    if min(ids) < 0 or max(ids) >= main.vocab_size:
-        raise InputError(f"the prompt's token ids must lie in 0..{main.vocab_size - 1}")
-    text, unfinished = text_of(main, ids)
-    return Prompt(ids, [PromptText(text)] * (len(ensemble.members) - 1), unfinished)
+        return bool(idle)
 
 
 def _named(error: Exception) -> DeepenError:

@@ -6,20 +6,22 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 
 from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.open_run import OpenRun
-from deepen_ext.decoding.prompts import Prompt
+from deepen_ext.decoding.prompt_ids import text_of
+from deepen_ext.decoding.prompts import Messages, Prompt, read_prompts
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.ensemble import Ensemble
-from deepen_ext.errors import DeepenError, MemberLost, ModelError
+from deepen_ext.errors import DeepenError, InputError, MemberLost, ModelError
 from deepen_ext.fusers import FusedStep
+from deepen_ext.members.chat import PromptText
 from deepen_ext.serving.candidates import read_prompt, scored
 from deepen_ext.serving.requests import Ended, Failed, Listener, Piece, Request, Scored
 
@@ -72,6 +74,23 @@ class Waiting:
     def end_unbegun(self) -> None:
         """The text is not wanted any more, and nothing of it was written."""
         self.listener(Ended("cancelled", "", len(self.prompt.main_ids), 0, 0))
+
+
+def prompt_of(request: Request, ensemble: Ensemble) -> Prompt:
+    """What the members read of a request.
+
+    Raises:
+        InputError: it is empty, a text of it cannot be read, or an id lies outside the vocabulary.
+    """
+    given, main = request.prompt, ensemble.members[0]
+    if isinstance(given, str) or not all(type(one) is int for one in given) or not given:
+        prompts = cast("str | Messages", given)
+        return read_prompts(ensemble.members, prompts, request.without_template)[0]
+    ids = list(cast("Sequence[int]", given))
+    if min(ids) < 0 or max(ids) >= main.vocab_size:
+        raise InputError(f"the prompt's token ids must lie in 0..{main.vocab_size - 1}")
+    text, unfinished = text_of(main, ids)
+    return Prompt(ids, [PromptText(text)] * (len(ensemble.members) - 1), unfinished)
 
 
 class Running:

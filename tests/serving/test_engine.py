@@ -20,6 +20,7 @@ from deepen_ext.members.member import Member
 from deepen_ext.serving.engine import Busy, Engine, UnknownModel
 from deepen_ext.serving.refusals import Closed
 from deepen_ext.serving.requests import Ended, Event, Failed, Piece, Prompted, Request
+from deepen_ext.serving.running import Running
 
 LOUD: dict[str, Any] = {"learning_rate": 1.0, "cache": False}
 SECONDS = 60
@@ -254,6 +255,27 @@ class TestOneThatCannotBegin:
         assert len(waits.wait().ids) == 3
         assert isinstance(running.last, Ended)
         assert len(running.ids) == 200
+
+    def test_has_the_memory_of_runs_that_are_idle(
+        self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where it comes while another text is being written, and nobody has room for it."""
+        submit(engine, model="default", decoding={"max_new_tokens": 2}).wait()
+        while engine.load.running > 1:
+            threading.Event().wait(0.01)
+        closed: list[Running] = []
+        close = Running.close
+
+        def noted(run: Running) -> None:
+            close(run)
+            closed.append(run)
+
+        monkeypatch.setattr(Running, "close", noted)
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda _: len(closed) << 40)
+        found = submit(engine, model="main", decoding={"max_new_tokens": 3}).wait()
+        assert len(found.ids) == 3
+        assert len(closed) == 1
+        assert not isinstance(running.last, Ended)
 
     def test_is_told_at_once_what_else_is_wrong(
         self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
