@@ -205,6 +205,10 @@ def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(
         (["--task", "triviaqa", "--limit", "0"], "--limit"),
         (["--task", "triviaqa", "--fuser", "nope"], "error: fuser 'nope'"),
         (["--task", "triviaqa", "--fuser", "single"], "error: --fuser single: each model runs alone anyway"),
+        (
+            ["--task", "piqa", "--scoring", "likelihood", "--fuser", "spans"],
+            "error: fuser='spans' chooses whole words",
+        ),
         (["--task", "triviaqa", "--json", __file__], "error: .*: a file; results are a folder"),
         (["--task", "triviaqa"], "error: /no/such: no such file or folder"),
     ],

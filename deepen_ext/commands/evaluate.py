@@ -17,6 +17,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import LINE_SECONDS, exit_codes, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
+    check_likelihood,
     ensemble_keywords,
     load_ensemble,
     named_members,
@@ -139,8 +140,10 @@ def evaluate(
         from deepen_ext.measure.evaluation.votes import Votes
         from deepen_ext.members.source import absolute_name
 
-        if certified_skip and scoring is Scoring.likelihood:
-            raise InputError("--certified-skip is for texts that are written; leave it out")
+        if scoring is Scoring.likelihood:
+            check_likelihood(fuser or [])
+            if certified_skip:
+                raise InputError("--certified-skip is for texts that are written; leave it out")
         check_output_file("--plot", plot)
         if plot is not None and not singles:
             raise InputError("--plot: gains are over the models alone; leave out --no-singles")

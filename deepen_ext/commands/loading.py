@@ -175,6 +175,18 @@ def writes_alone(fuser: str) -> bool:
     return fuser in FUSERS and FUSERS[fuser].fewest_members == 1
 
 
+def check_likelihood(fusers: Sequence[str]) -> None:
+    """That each --fuser gives a likelihood, before models are loaded.
+
+    Raises:
+        InputError: one chooses whole words.
+    """
+    from deepen_ext.fusers.spans import NO_DISTRIBUTION, SpansFuser
+
+    if SpansFuser.name in fusers:
+        raise InputError(NO_DISTRIBUTION)
+
+
 def _settings(preset: Preset | None, *, recipe: RecipeName | None, **options: Any) -> dict[str, Any]:
     from deepen_ext.presets import Preset
 

@@ -13,7 +13,13 @@ import typer
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
-from deepen_ext.commands.loading import load_ensemble, named_members, ways_of_fusing, writes_alone
+from deepen_ext.commands.loading import (
+    check_likelihood,
+    load_ensemble,
+    named_members,
+    ways_of_fusing,
+    writes_alone,
+)
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 from deepen_ext.plots.output_file import check_output_file
@@ -56,10 +62,7 @@ def nll(
         named = named_members(model, demo, preset)  # before the text is waited for
         if any(map(writes_alone, fuser or [])):
             raise InputError("every member alone is measured anyway; leave --fuser single out")
-        if "spans" in (fuser or []):  # before models are loaded
-            from deepen_ext.fusers.spans import NO_DISTRIBUTION
-
-            raise InputError(NO_DISTRIBUTION)
+        check_likelihood(fuser or [])
         check_output_file("--plot", plot)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))

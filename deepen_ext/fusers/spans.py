@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NO_DISTRIBUTION = (
     "fuser='spans' chooses whole words and gives no distribution of the next token: there is no likelihood, "
-    "and it fits into no other loop. Use generate or eval, or another fuser"
+    "and it fits into no other loop. Use generate, or eval where answers are written, or another fuser"
 )
 
 
