@@ -3,7 +3,8 @@
 One prompt at a time, greedy (`draw` samples), without drafts, the configurations in turn for every prompt, so
 that a drift of the machine hits all of them. Each prompt is continued twice: the first time relative rows may
 still have to be computed, the second time they are there. A configuration's figure is the median over
-prompts. Writes bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
+prompts. Then a long prompt is read for its first token, as many times. Writes
+bench/results/evaluation/<machine>/time.json. Run it while nothing else runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import PROMPTS, ROOT, environment, machine_name, spread, write_json
+from common import LONG_TEXT, PROMPTS, ROOT, environment, machine_name, spread, write_json
 from compare_setup import add_options, configurations, load, say, settings_used
 
 from deepen_ext import Ensemble
@@ -47,13 +48,29 @@ def main() -> None:
                 )
                 times[key].append(written.timings.ms_per_token)
         say(f"prompt {number} of {options.prompts}")
+    to_first: dict[str, list[float]] = {name: [] for name in ensembles}
+    for _ in range(options.prompts):
+        for key, ensemble in ensembles.items():
+            own = {"do_sample": True, "seed": 0} if ensemble.fuser.draws else {}
+            written = ensemble.generate(LONG_TEXT, max_new_tokens=1, draft=0, **own)
+            to_first[key].append(written.timings.prompt_ms)
     output = options.output or ROOT / name
     alone = {key: statistics.median(taken) for key, taken in again.items() if " " not in key}
     write_json(
         output,
         {
-            "settings": {**settings_used(), "prompts": options.prompts, "tokens": options.tokens, "batch": 1},
-            "configurations": {key: _figures(key, first[key], again[key], alone) for key, _, _ in runs},
+            "settings": {
+                **settings_used(),
+                "prompts": options.prompts,
+                "tokens": options.tokens,
+                "batch": 1,
+                "long_prompt_bytes": len(LONG_TEXT.encode()),
+            },
+            "configurations": {
+                key: _figures(key, first[key], again[key], alone)
+                | ({"first_token_ms": round(statistics.median(to_first[key]), 1)} if key in to_first else {})
+                for key, _, _ in runs
+            },
             "environment": found,
         },
     )

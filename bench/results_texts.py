@@ -120,18 +120,30 @@ def _times(times: Result) -> str:
     found = times["configurations"]
     groups = by_ensemble(found, DEFAULT)
     methods = list(dict.fromkeys(method for own in groups.values() for method in own))
-    rows = [[method_name(one), *(_clock(own.get(one)) for own in groups.values())] for one in methods]
-    alone = "; ".join(f"{MODELS[key]} {own['ms_per_token']:.1f}" for key, own in singles(found).items())
+    rows = [
+        [method_name(one), *(cell for own in groups.values() for cell in _clock(own.get(one)))]
+        for one in methods
+    ]
+    alone = "; ".join(
+        f"{MODELS[key]} {own['ms_per_token']:.1f}, first {own['first_token_ms']:.0f}"
+        for key, own in singles(found).items()
+    )
     run = times["settings"]
+    heads = [head for one in groups for head in (ensemble_name(one), "first")]
     return (
-        table(["ms a token (× members' sum)", *map(ensemble_name, groups)], rows)
+        table(["ms a token (× members' sum)", *heads], rows)
         + f"\n\nThe members alone on the same loop, ms a token: {alone}. Medians over {run['prompts']} "
-        f"prompts of {run['tokens']} new tokens, one at a time, with relative rows computed before."
+        f"prompts of {run['tokens']} new tokens, one at a time, with relative rows computed before. *First*: "
+        f"ms to the first token of a prompt of {run['long_prompt_bytes']:,} bytes."
     )
 
 
-def _clock(own: Configuration | None) -> str:
-    return "" if own is None else f"{own['ms_per_token']:.1f} ({own['of_members_sum']:.2f})"
+def _clock(own: Configuration | None) -> tuple[str, str]:
+    """Of a token, and of the first one after a long prompt."""
+    if own is None:
+        return "", ""
+    first = f"{own['first_token_ms']:.0f}" if "first_token_ms" in own else ""
+    return f"{own['ms_per_token']:.1f} ({own['of_members_sum']:.2f})", first
 
 
 def peers(results: Results) -> str:

@@ -134,6 +134,9 @@ class TestDefault:
         given = FusionSettings(weights=[0.3, 0.7])
         assert given.resolved(logits=True) == replace(given, fuser="deepen")
         assert FusionSettings(fuser="average").resolved(logits=True).weights is None
+        assert FusionSettings(fuser="follow").resolved(logits=True) == default.resolved(logits=True)
+        equal = FusionSettings(fuser="follow", weights=[0.5, 0.5])
+        assert equal.resolved(logits=True) == equal
 
     def test_rows_follow_whoever_counts_most(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         members = [tiny_smollm2, tiny_gemma]

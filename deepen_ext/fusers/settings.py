@@ -39,8 +39,9 @@ class FusionSettings:
     later: the number of weights by `member_weights`, the members' backends by `check_capabilities`.
 
     Attributes:
-        weights: lambda_i, one for each member, summing to 1. None: equal weights. "prompt": found for each
-            prompt, from how well each member reads it (see `prompt_weights`).
+        weights: lambda_i, one for each member, summing to 1. None: equal weights, but for "auto" and "follow"
+            (see `resolved`). "prompt": found for each prompt, from how well each member reads it (see
+            `prompt_weights`).
         sharpness: of weights="prompt", 0 to 10: how much more a member counts for each nat by which it reads
             the prompt better.
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
@@ -122,7 +123,7 @@ class FusionSettings:
         return replace(self, **given)
 
     def resolved(self, logits: bool) -> FusionSettings:
-        """The same with "auto" made a fuser.
+        """The same with "auto" made a fuser, and "follow" given weights that differ by text.
 
         Without weights, and where all members give logits: "follow", with weights from the prompt. So a text
         follows the member that reads its prompt best, and members that read it alike are fused alike. Where
@@ -131,6 +132,8 @@ class FusionSettings:
         Args:
             logits: whether all members give full logits.
         """
+        if self.fuser == "follow" and self.weights is None:  # equal ones would make it "deepen" everywhere
+            return replace(self, weights="prompt")
         if self.fuser != "auto":
             return self
         if logits and (self.weights is None or self.weights == "prompt"):
