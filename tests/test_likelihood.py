@@ -74,6 +74,15 @@ class TestRead:
             torch.testing.assert_close(other[0], expected[4], atol=1e-3, rtol=0)
             assert session.tokens_fed == fed + 1
 
+    @pytest.mark.parametrize(("length", "blocks"), [(34, [16, 18]), (35, [16, 16, 3]), (18, [18]), (1, [1])])
+    def test_a_small_rest_goes_with_the_block_before(
+        self, tiny_smollm2: Member, length: int, blocks: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ids = tiny_smollm2.vocabulary.encode(PROSE)[:length]
+        monkeypatch.setattr(session_module, "READ_BLOCK", 16)
+        with open_session(tiny_smollm2) as session:
+            assert [len(block) for block in read(session, 0, ids)] == blocks
+
     def test_dropped_half_way(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         ids = tiny_smollm2.vocabulary.encode(PROSE)
         monkeypatch.setattr(session_module, "READ_BLOCK", 8)

@@ -119,3 +119,20 @@ def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def read_end(at: int, start: int, length: int, chunk: int, block: int) -> int:
+    """Where the next forward pass of `Session.read` ends.
+
+    A small rest goes with the block before it: alone, its few tokens would read all weights once more.
+
+    Args:
+        at: tokens that the lane holds.
+        start: the first token after which there is a distribution.
+        length: of the whole text.
+        chunk: most tokens at once before `start`.
+        block: most positions at once after it, and an eighth more where the text then ends.
+    """
+    if at < start:
+        return min(at + chunk, start)
+    return length if length - at <= block + block // 8 else at + block

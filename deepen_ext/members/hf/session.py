@@ -10,7 +10,7 @@ import torch
 from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix
+from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix, read_end
 from deepen_ext.members.backend import Choose
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf.answer import HFAnswer
@@ -158,7 +158,7 @@ class HFSession(Closing):
                     f"{self._loaded.name}: lane {lane} was given other ids while it was read; read it to its "
                     "end"
                 )
-            end = min(at + (CHUNK if at < start else READ_BLOCK), start if at < start else len(ids))
+            end = read_end(at, start, len(ids), CHUNK, READ_BLOCK)
             self._usable = False
             with failures_of(self._loaded.name), self._work():
                 self._cache.reserve(max(len(ids), self._capacity))

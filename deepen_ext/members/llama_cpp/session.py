@@ -9,7 +9,14 @@ import torch
 from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
+from deepen_ext.members.asking import (
+    check_ids,
+    check_lane,
+    check_positions,
+    check_start,
+    common_prefix,
+    read_end,
+)
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.llama_cpp.answer import LlamaAnswer
 from deepen_ext.members.llama_cpp.context import MOST_SEQUENCES, MOST_TOKENS, Context, Feed
@@ -103,7 +110,7 @@ class LlamaSession(Closing):
                     f"{self._loaded.name}: lane {lane} was given other ids while it was read; read it to "
                     "its end"
                 )
-            end = min(at + (MOST_TOKENS if at < start else READ_BLOCK), start if at < start else len(ids))
+            end = read_end(at, start, len(ids), MOST_TOKENS, READ_BLOCK)
             outputs = end - at if at >= start else 0
             self._known.pop(lane, None)
             self._make_room({lane: ids}, outputs)
