@@ -22,7 +22,7 @@ from deepen_ext.members.llama_cpp.answer import LlamaAnswer
 from deepen_ext.members.llama_cpp.context import MOST_SEQUENCES, MOST_TOKENS, Context, Feed
 from deepen_ext.members.llama_cpp.loaded_gguf import LoadedGguf
 
-READ_BLOCK = 128  # most positions of one block of logits: 134 MB for a vocabulary of 262,144
+READ_BLOCK = 128  # positions of a block of logits (see `read_end`): 134 MB for 262,144 tokens in float32
 # Tokens that a lane must be spared before it waits for another one to be fed. Waiting costs one more forward,
 # about five tokens. And the few tokens of a step must not be taken apart because two texts go the same way.
 _SHARED = 16
