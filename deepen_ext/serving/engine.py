@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 
@@ -196,7 +196,7 @@ class Engine(Closing):
                 busy = [run for run in list(self._runs.values()) if run.busy]
                 for run in busy:
                     self._count(run.step())
-                self._close_idle(_IDLE_SECONDS)
+                self._close_idle(lambda run: monotonic() - run.used > _IDLE_SECONDS)
                 self._note()
                 if busy:
                     continue
@@ -239,7 +239,7 @@ class Engine(Closing):
             run.add(waiting)
         except Exception as error:
             if isinstance(error, NoRoom):
-                if self._close_idle(0.0, keep=run):
+                if self._close_idle(lambda other: other is not run and other.bytes_held > 0):
                     return self._joined(waiting)
                 if any(other.busy for other in self._runs.values()):
                     return False  # the memory is others' now
@@ -268,14 +268,9 @@ class Engine(Closing):
             sum(run.bytes_held for run in runs),
         )
 
-    def _close_idle(self, seconds: float, keep: Running | None = None) -> bool:
-        """Free the caches of runs that nobody has used for so long; returns whether there were any."""
-        now = monotonic()
-        idle = [
-            key
-            for key, run in self._runs.items()
-            if not run.busy and run is not keep and now - run.used >= seconds
-        ]
+    def _close_idle(self, chosen: Callable[[Running], bool]) -> bool:
+        """Free the caches of the runs without texts that are chosen; returns whether there were any."""
+        idle = [key for key, run in self._runs.items() if not run.busy and chosen(run)]
         for key in idle:
             self._runs.pop(key).close()
         if idle:

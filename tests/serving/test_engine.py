@@ -277,6 +277,27 @@ class TestOneThatCannotBegin:
         assert len(closed) == 1
         assert not isinstance(running.last, Ended)
 
+    def test_two_that_wait_leave_each_other_alone(
+        self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each has a run of its own, which holds nothing yet: closing it for the other would help nobody."""
+        opened: list[Running] = []
+        begin = Running.__init__
+
+        def noted(run: Running, *given: Any) -> None:
+            begin(run, *given)
+            opened.append(run)
+
+        monkeypatch.setattr(Running, "__init__", noted)
+        # Enough for a run without texts, and for no text until the first one has ended.
+        free = lambda _: 1 << 40 if isinstance(running.last, Ended) else 800_000  # noqa: E731
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", free)
+        short: dict[str, Any] = {"model": "default", "decoding": {"max_new_tokens": 3}}
+        both = [submit(engine, fusion=fusion, **short) for fusion in ({}, {"fuser": "average"})]
+        assert [len(one.wait().ids) for one in both] == [3, 3]
+        assert len(running.ids) == 200
+        assert len(opened) == 2
+
     def test_is_told_at_once_what_else_is_wrong(
         self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
     ) -> None:
