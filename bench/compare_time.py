@@ -40,7 +40,7 @@ def main() -> None:
     for number, prompt in enumerate(PROMPTS[: options.prompts], 1):
         for times in (first, again):
             for key, ensemble, skip in runs:
-                own: dict[str, Any] = {"do_sample": True, "seed": number} if ensemble.fuser.draws else {}
+                own = _sampling(ensemble, number)
                 if not ensemble.fuser.spans:  # which take no processor
                     own["min_new_tokens"] = options.tokens
                 written = ensemble.generate(
@@ -51,8 +51,7 @@ def main() -> None:
     to_first: dict[str, list[float]] = {name: [] for name in ensembles}
     for _ in range(options.prompts):
         for key, ensemble in ensembles.items():
-            own = {"do_sample": True, "seed": 0} if ensemble.fuser.draws else {}
-            written = ensemble.generate(LONG_TEXT, max_new_tokens=1, draft=0, **own)
+            written = ensemble.generate(LONG_TEXT, max_new_tokens=1, draft=0, **_sampling(ensemble, 1))
             to_first[key].append(written.timings.prompt_ms)
     output = options.output or ROOT / name
     alone = {key: statistics.median(taken) for key, taken in again.items() if " " not in key}
@@ -67,9 +66,7 @@ def main() -> None:
                 "long_prompt_bytes": len(LONG_TEXT.encode()),
             },
             "configurations": {
-                key: _figures(key, first[key], again[key], alone)
-                | ({"first_token_ms": round(statistics.median(to_first[key]), 1)} if key in to_first else {})
-                for key, _, _ in runs
+                key: _figures(key, first[key], again[key], to_first.get(key, []), alone) for key, _, _ in runs
             },
             "environment": found,
         },
@@ -82,7 +79,14 @@ def _has_skip(ensemble: Ensemble) -> bool:
     return ensemble.fuser.search_bound() is not None and not ensemble.weighs_prompts
 
 
-def _figures(name: str, first: list[float], again: list[float], alone: dict[str, float]) -> dict[str, Any]:
+def _sampling(ensemble: Ensemble, seed: int) -> dict[str, Any]:
+    """For a fuser that draws; the others are greedy."""
+    return {"do_sample": True, "seed": seed} if ensemble.fuser.draws else {}
+
+
+def _figures(
+    name: str, first: list[float], again: list[float], to_first: list[float], alone: dict[str, float]
+) -> dict[str, Any]:
     ensemble, _, method = name.partition(" ")
     figures: dict[str, Any] = {
         "ensemble": ensemble,
@@ -91,6 +95,8 @@ def _figures(name: str, first: list[float], again: list[float], alone: dict[str,
         "spread": [round(one, 3) for one in spread(again)],
         "first_ms_per_token": round(statistics.median(first), 3),
     }
+    if to_first:
+        figures["first_token_ms"] = round(statistics.median(to_first), 1)
     if method:
         members = [alone[one] for one in ensemble.split("+")]
         figures["of_members_sum"] = round(figures["ms_per_token"] / sum(members), 4)

@@ -184,8 +184,9 @@ def _hardware(environments: list[Result]) -> str:
     )
     card = f"{machine['gpu']['name']}; " if "gpu" in machine else ""
     cpu = f"{machine['cpu']}, {machine['cores']} cores"
+    sets = " and ".join(sorted({one["machine"]["isa"] for one in environments}))
     return (
-        f"**{card}{cpu}** ({machine['isa']}), {machine['ram_gb']} GB; Python "
+        f"**{card}{cpu}** ({sets}), {machine['ram_gb']} GB; Python "
         f"{versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{versions['compiler']}. Written at commit {shown}."
     )

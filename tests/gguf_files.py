@@ -151,7 +151,7 @@ def dequantised(source: Path, target: Path) -> Path:
 
 
 def _padded(size: int) -> int:
-    """To GGUF's usual alignment."""
+    """Rounded up to GGUF's usual alignment."""
     return -(-size // 32) * 32
 
 

@@ -44,7 +44,7 @@ def opened(reply: Any) -> Any:
     Raises:
         InputError, ModelError: the method raised it.
     """
-    if isinstance(reply, tuple) and reply and isinstance(reply[0], str) and reply[0] == _ERROR:
+    if isinstance(reply, tuple) and reply[:1] == (_ERROR,):
         raise _ERRORS[reply[1]](*reply[2:])
     return reply
 
