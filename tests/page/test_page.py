@@ -226,34 +226,24 @@ class TestStream:
         open_page(page, server)
         page.evaluate(
             """() => {
-                window.removed = 0; window.added = 0; window.frames = []; let last = performance.now();
+                window.removed = 0; window.added = 0;
                 new MutationObserver((all) => all.forEach((one) => {
                     if (!one.target.closest(".text")) return;
                     window.removed += one.removedNodes.length;
                     window.added += [...one.addedNodes].filter((node) => node.matches?.(".t")).length;
                 })).observe(document.body, {childList: true, subtree: true});
-                const tick = (now) => {
-                    window.frames.push(now - last); last = now; requestAnimationFrame(tick);
-                };
-                requestAnimationFrame(tick);
             }"""
         )
         start(page, tokens="2000")
         ended(page)
         page.wait_for_selector("[data-i='1999']")
         assert shown(page) == text_of(long)
-        assert page.evaluate("window.removed") == 0
-        assert page.evaluate("window.added") == page.locator(".text .t").count()
-        frames = sorted(page.evaluate("window.frames"))
-        print(f"{len(frames)} frames, median {frames[len(frames) // 2]:.0f} ms, longest {frames[-1]:.0f} ms")
-        # One alone may be held up by the machine; drawing anew each time would hold up most of them.
-        assert frames[int(0.9 * len(frames))] < 150
-        begun = time.perf_counter()
+        tokens = page.locator(".text .t").count()
         page.locator(".text").focus()
         for key in ("End", "ArrowUp", "Home", "n"):
             page.keyboard.press(key)
         assert page.locator(".text .at").count() >= 1
-        assert time.perf_counter() - begun < 2
+        assert page.evaluate("[window.removed, window.added]") == [0, tokens]
 
 
 class TestInspector:
