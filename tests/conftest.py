@@ -131,3 +131,11 @@ def tiny_gemma(request: pytest.FixtureRequest) -> Member:
     more = {"sliding_window": 16, "layer_types": layers, "query_pre_attn_scalar": 8}
     gemma = request.getfixturevalue("gemma")
     return tiny_reader(gemma, "tiny-gemma", AWKWARD + PROSE[1200:], seed=2, **more)
+
+
+@pytest.fixture(scope="session")
+def windowed(tiny_gemma: Member) -> Member:
+    """`tiny_gemma` with windows as long as Gemma's own, 512 tokens. Read only."""
+    from tiny_models import AWKWARD, PROSE, tiny_reader
+
+    return tiny_reader(tiny_gemma, "tiny-gemma-512", AWKWARD + PROSE, seed=3, sliding_window=512)

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when `datasets` is imported
 
 import lm_eval
 import pytest
+import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -206,21 +209,33 @@ def beside_the_harness(task: str, data: Path, split: str, member: Member, folder
     return differ
 
 
+@contextmanager
+def special_tokens_unlikely(member: Member) -> Iterator[None]:
+    """They get next to nothing, as in a model that was trained: the harness counts them, and we do not."""
+    special = [i for i, token in enumerate(member.vocabulary.tokens) if token is None]
+
+    def lower(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_add(-1, torch.tensor(special), torch.full((*logits.shape[:-1], len(special)), -30.0))
+
+    hook = member.model.get_output_embeddings().register_forward_hook(lower)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])  # Gemma's tokenizer puts BOS before every text
 @pytest.mark.parametrize("task", TASKS)
 def test_prompts_and_scores_are_the_harness_own(
-    task: str, data: Path, smollm2: Member, tmp_path: Path
+    task: str, name: str, data: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Prompts to the letter, log-likelihoods to 1e-3, and the same choices by both metrics."""
+    real = MANY or task == "piqa"  # its prompts are short
+    member = request.getfixturevalue(name if real else f"tiny_{name}")
+    assert len(member.vocabulary.prefix_ids) == (name == "gemma")
     dev = "dev" if task != "piqa" else "test"
-    beside_the_harness(task, SHARED if MANY else data, dev if MANY else "test", smollm2, tmp_path)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_prompts_and_scores_after_a_bos(task: str, data: Path, gemma: Member, tmp_path: Path) -> None:
-    """The tokenizer puts BOS before every text."""
-    assert gemma.vocabulary.prefix_ids
-    dev = "dev" if task != "piqa" else "test"
-    beside_the_harness(task, SHARED if MANY else data, dev if MANY else "test", gemma, tmp_path)
+    with nullcontext() if real else special_tokens_unlikely(member):
+        beside_the_harness(task, SHARED if MANY else data, dev if MANY else "test", member, tmp_path)
 
 
 def test_descriptions_of_all_domains_are_the_harness_own() -> None:

@@ -18,7 +18,7 @@ from deepen_ext.members.member import Member
 TEXT = Path(__file__).read_text()
 
 
-@pytest.fixture(params=["smollm2", "gemma on fixed buffers"])
+@pytest.fixture(params=["tiny_smollm2", "windowed on fixed buffers"])
 def member(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Member:
     """On fixed buffers short pieces go as on CUDA; here nothing is captured."""
     if "fixed" in request.param:
@@ -65,19 +65,19 @@ class TestOneCall:
         targets = {row: [*ids[: -(row % 3) or None], 50 + row, 60] for row, ids in targets.items()}
         assert_as_alone(member, targets, sync(session, targets))
 
-    def test_a_prefix_past_the_window(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Longer than Gemma's 512 and than one forward: the last query sees copied states of both kinds."""
+    def test_a_prefix_past_the_window(self, windowed: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Longer than the window of 512 and than one forward: the last query sees copied states of both kinds."""
         monkeypatch.setattr(module, "CHUNK", 400)
-        prefix, *questions = pieces(gemma, 530, 12, 20)
+        prefix, *questions = pieces(windowed, 530, 12, 20)
         targets = {row: prefix + question for row, question in enumerate(questions)}
-        session = open_session(gemma, lanes=2)
+        session = open_session(windowed, lanes=2)
         logits = sync(session, targets)
         assert session.tokens_fed == len(prefix) + sum(map(len, questions))
-        assert_as_alone(gemma, targets, logits)
+        assert_as_alone(windowed, targets, logits)
         # A rollback to the middle of what was copied, past the window too.
         targets = {1: prefix[:515] + questions[0]}
         fed = session.tokens_fed
-        assert_as_alone(gemma, targets, sync(session, targets))
+        assert_as_alone(windowed, targets, sync(session, targets))
         assert session.tokens_fed == fed + 12
 
     def test_equal_rows_and_strict_prefixes(self, member: Member) -> None:
@@ -89,30 +89,30 @@ class TestOneCall:
         assert session.tokens_fed == 100 + 4  # one each, but for the longest
         assert_as_alone(member, targets, logits)
 
-    def test_a_prefix_within_a_prefix(self, smollm2: Member) -> None:
+    def test_a_prefix_within_a_prefix(self, tiny_smollm2: Member) -> None:
         """A system prompt before all rows, demonstrations before half of them each."""
-        system, *demos = pieces(smollm2, 40, 50, 60)
-        questions = pieces(smollm2, 10, 11, 12, 13)
+        system, *demos = pieces(tiny_smollm2, 40, 50, 60)
+        questions = pieces(tiny_smollm2, 10, 11, 12, 13)
         targets = {row: system + demos[row % 2] + questions[row] for row in range(4)}
-        session = open_session(smollm2, lanes=4)
+        session = open_session(tiny_smollm2, lanes=4)
         logits = sync(session, targets)
         assert session.tokens_fed == 40 + 50 + 60 + sum(map(len, questions))
-        assert_as_alone(smollm2, targets, logits)
+        assert_as_alone(tiny_smollm2, targets, logits)
 
-    def test_short_prefixes_are_not_worth_it(self, smollm2: Member) -> None:
-        prefix, *questions = pieces(smollm2, SHARED - 1, 40, 40, 40)
-        session = open_session(smollm2, lanes=3)
+    def test_short_prefixes_are_not_worth_it(self, tiny_smollm2: Member) -> None:
+        prefix, *questions = pieces(tiny_smollm2, SHARED - 1, 40, 40, 40)
+        session = open_session(tiny_smollm2, lanes=3)
         sync(session, {row: prefix + question for row, question in enumerate(questions)})
         assert session.tokens_fed == 3 * (SHARED - 1 + 40)
 
 
 class TestSteps:
-    def test_what_all_rows_have_is_read_once(self, smollm2: Member, gemma: Member, monkeypatch) -> None:
+    def test_what_all_rows_have_is_read_once(self, tiny_smollm2: Member, windowed: Member, monkeypatch) -> None:
         """Four rows on one long prefix write on, one rolls back into it, and all go on."""
         calls = []
         parts = attention._in_two_parts
         monkeypatch.setattr(attention, "_in_two_parts", lambda *a: (calls.append(a[4]), parts(*a))[1])
-        for member, length, layers in [(smollm2, 360, 30), (gemma, 560, 18)]:
+        for member, length, layers in [(tiny_smollm2, 360, 3), (windowed, 560, 3)]:
             prefix, *questions = pieces(member, length, 12, 20, 15, 13)
             targets = {row: prefix + question for row, question in enumerate(questions)}
             session = open_session(member, lanes=4)
@@ -120,15 +120,15 @@ class TestSteps:
             calls.clear()
             targets = {row: [*ids, 50 + row, 60] for row, ids in targets.items()}
             assert_as_alone(member, targets, sync(session, targets))
-            # Three of Gemma's layers see everything; the others' windows begin 61 states into the prefix.
-            assert [calls.count(states) for states in (length, length - 61)] in ([30, 0], [3, 15])
+            # Of Gemma's kind one layer sees everything; the others' windows begin 61 states into the prefix.
+            assert [calls.count(states) for states in (length, length - 61)] in ([3, 0], [1, 2])
             assert len(calls) == layers
             targets[1] = [*prefix[:-20], 70, 71]
             sync(session, targets)
             calls.clear()
             targets = {row: [*ids, 80 + row] for row, ids in targets.items()}
             assert_as_alone(member, targets, sync(session, targets))
-            assert calls.count(length - 20) >= 3
+            assert calls.count(length - 20) >= 1
 
 
 class TestLaterCalls:
@@ -148,10 +148,10 @@ class TestLaterCalls:
         held[2] = [*held[2], 77]
         assert_as_alone(member, held, sync(session, held))
 
-    def test_only_what_is_missing_is_copied(self, smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_what_is_missing_is_copied(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """A row keeps its own states as far as they go; a source rolled back in the same call gives less."""
-        prefix, first, second = pieces(smollm2, 80, 10, 15)
-        session = open_session(smollm2, lanes=2)
+        prefix, first, second = pieces(tiny_smollm2, 80, 10, 15)
+        session = open_session(tiny_smollm2, lanes=2)
         sync(session, {0: prefix + first, 1: prefix[:40] + second})
         fed = session.tokens_fed
         copied = []
@@ -163,7 +163,7 @@ class TestLaterCalls:
         logits = sync(session, targets)
         assert copied == [(0, 1, 40, 60)]
         assert session.tokens_fed == fed + 15 + 20 + 15
-        assert_as_alone(smollm2, targets, logits)
+        assert_as_alone(tiny_smollm2, targets, logits)
 
     def test_released_rows_give_nothing(self, member: Member) -> None:
         """Lanes move when a row is released; sources and targets are found where they are now."""
@@ -182,11 +182,11 @@ class TestLaterCalls:
         assert session.tokens_fed == fed + 7 + 60 + 8 + 1 + 7
         assert_as_alone(member, targets, logits)
 
-    def test_random_histories(self, smollm2: Member) -> None:
+    def test_random_histories(self, tiny_smollm2: Member) -> None:
         """Rows that jump between branches of one tree of texts."""
         rng = random.Random(5)
-        parts = pieces(smollm2, *[SHARED + 4] * 6)
-        session = open_session(smollm2, lanes=4, capacity=100)
+        parts = pieces(tiny_smollm2, *[SHARED + 4] * 6)
+        session = open_session(tiny_smollm2, lanes=4, capacity=100)
         total = 0
         for _ in range(4):
             chosen = rng.sample(range(4), rng.randint(2, 4))
@@ -197,7 +197,7 @@ class TestLaterCalls:
             }
             held = {row: common_prefix(session.ids(row), ids) for row, ids in targets.items()}
             total += sum(len(ids) - held[row] for row, ids in targets.items())
-            assert_as_alone(smollm2, targets, sync(session, targets))
+            assert_as_alone(tiny_smollm2, targets, sync(session, targets))
             assert [session.ids(row) for row in targets] == list(targets.values())
         assert session.tokens_fed < 0.85 * total
 
@@ -206,12 +206,12 @@ class TestFailures:
     @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt()])
     @pytest.mark.parametrize("place", ["first forward", "copy", "second forward"])
     def test_the_session_stays_usable(
-        self, smollm2: Member, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+        self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
     ) -> None:
         """What fails half way leaves each row with what is surely in its cache."""
-        prefix, *questions = pieces(smollm2, 80, 20, 25, 30)
+        prefix, *questions = pieces(tiny_smollm2, 80, 20, 25, 30)
         targets = {row: prefix + question for row, question in enumerate(questions)}
-        session = open_session(smollm2, lanes=4)
+        session = open_session(tiny_smollm2, lanes=4)
         calls = 0
 
         def fail(*_: object) -> None:
@@ -227,7 +227,7 @@ class TestFailures:
             fail()
 
         with monkeypatch.context() as patch:
-            hook = smollm2.model.model.layers[9].register_forward_pre_hook(fail)
+            hook = tiny_smollm2.model.model.layers[1].register_forward_pre_hook(fail)
             if place == "copy":
                 hook.remove()
                 patch.setattr(LaneCache, "copy_prefix", half)
@@ -241,7 +241,7 @@ class TestFailures:
         }
         assert [session.ids(row) for row in range(4)] == expected[place]
         targets[3] = prefix[:70]
-        assert_as_alone(smollm2, targets, sync(session, targets))
+        assert_as_alone(tiny_smollm2, targets, sync(session, targets))
 
 
 class TestPlan:

@@ -56,18 +56,23 @@ FAMILIES = {
 
 
 @pytest.fixture(params=["smollm2", "gemma"])
+def real(request: pytest.FixtureRequest) -> Member:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["tiny_smollm2", "windowed"])
 def member(request: pytest.FixtureRequest) -> Member:
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
-def tiny(smollm2: Member):
+def tiny(tiny_smollm2: Member):
     """Makes a member of another family, with random weights."""
 
     def make(family: str, **settings: object) -> Member:
         config = AutoConfig.for_model(
             family.split()[0],
-            vocab_size=smollm2.vocab_size,
+            vocab_size=tiny_smollm2.vocab_size,
             **(TINY | FAMILIES.get(family, {}) | settings),
         )
         torch.manual_seed(0)
@@ -75,7 +80,7 @@ def tiny(smollm2: Member):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(6)  # from the usual initialisation no token would depend on another
-        return changed(smollm2, model=model, name=family, context_length=256)
+        return changed(tiny_smollm2, model=model, name=family, context_length=256)
 
     return make
 
@@ -129,12 +134,12 @@ def failing(layer: torch.nn.Module, error: BaseException) -> Iterator[None]:
 
 
 class TestOneRow:
-    def test_rollback_equals_a_fresh_forward(self, member: Member) -> None:
+    def test_rollback_equals_a_fresh_forward(self, real: Member) -> None:
         """Wrong tokens are fed, rolled back and replaced, on both sides of the window and across it."""
-        ids = ids_of(member, POSITIONS[-1] + 2)
-        junk = ids_of(member, 200)[::-1]
-        expected = dict(zip(POSITIONS, fresh_logits(member, ids, [p + 2 for p in POSITIONS]), strict=True))
-        session = open_session(member)
+        ids = ids_of(real, POSITIONS[-1] + 2)
+        junk = ids_of(real, 200)[::-1]
+        expected = dict(zip(POSITIONS, fresh_logits(real, ids, [p + 2 for p in POSITIONS]), strict=True))
+        session = open_session(real)
         for position in POSITIONS:
             for depth in DEPTHS:
                 wrong = sync(session, {0: ids[:position] + junk[:depth]}).clone()
@@ -151,10 +156,10 @@ class TestOneRow:
             torch.testing.assert_close(sync(session, {0: ids[:length]})[0], expected, atol=1e-3, rtol=0)
             assert session.ids(0) == ids[:length]
 
-    def test_nothing_is_computed_twice(self, smollm2: Member) -> None:
-        ids = ids_of(smollm2, 60)
-        session = open_session(smollm2)
-        with forwards(smollm2) as seen:
+    def test_nothing_is_computed_twice(self, tiny_smollm2: Member) -> None:
+        ids = ids_of(tiny_smollm2, 60)
+        session = open_session(tiny_smollm2)
+        with forwards(tiny_smollm2) as seen:
             sync(session, {0: ids[:50]})
             first = sync(session, {0: ids[:51]})
             assert sync(session, {0: ids[:51]}).data_ptr() == first.data_ptr()
@@ -169,86 +174,86 @@ class TestOneRow:
         assert logits.shape == (1, member.vocab_size)
         assert logits.dtype == member.backend.dtype == torch.float32
 
-    def test_a_long_prompt_goes_in_chunks(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_long_prompt_goes_in_chunks(self, windowed: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(forwards_module, "CHUNK", 256)
-        ids = ids_of(gemma, 600)
-        session = open_session(gemma)
-        with forwards(gemma) as seen:
+        ids = ids_of(windowed, 600)
+        session = open_session(windowed)
+        with forwards(windowed) as seen:
             logits = sync(session, {0: ids})
         assert seen == [(1, 256), (1, 256), (1, 88)]
-        assert_fresh(gemma, {0: ids}, logits)
+        assert_fresh(windowed, {0: ids}, logits)
 
-    def test_sessions_of_one_member_do_not_meet(self, smollm2: Member) -> None:
-        ids = ids_of(smollm2, 40)
-        one, two = open_session(smollm2), open_session(smollm2)
+    def test_sessions_of_one_member_do_not_meet(self, tiny_smollm2: Member) -> None:
+        ids = ids_of(tiny_smollm2, 40)
+        one, two = open_session(tiny_smollm2), open_session(tiny_smollm2)
         sync(one, {0: ids[:30]})
         sync(two, {0: ids[::-1]})
-        assert_fresh(smollm2, {0: ids}, sync(one, {0: ids}))
+        assert_fresh(tiny_smollm2, {0: ids}, sync(one, {0: ids}))
 
 
 class TestBatch:
-    def test_ragged_rows_equal_rows_alone(self, member: Member) -> None:
+    def test_ragged_rows_equal_rows_alone(self, real: Member) -> None:
         """Prompts, then steps of one to several tokens, each row rolled back by its own number."""
-        ids = ids_of(member, 400)
-        session = open_session(member, lanes=5)
+        ids = ids_of(real, 400)
+        session = open_session(real, lanes=5)
         targets = {row: ids[10 * row : 10 * row + n] for row, n in enumerate((7, 130, 64, 1, 33))}
-        assert_fresh(member, targets, sync(session, targets))
+        assert_fresh(real, targets, sync(session, targets))
         for step, (drop, add) in enumerate([(0, 1), (1, 2), (3, 1), (0, 4)]):
             for row in targets:
                 depth = min(drop * (row % 3), len(targets[row]) - 1)
                 kept = targets[row][: len(targets[row]) - depth]
                 targets[row] = kept + ids[100 + row + step :][: add + row % 2]
-            with forwards(member) as seen:
+            with forwards(real) as seen:
                 logits = sync(session, targets)
             assert max(rows for rows, _ in seen) > 1  # together, not one by one
-            assert_fresh(member, targets, logits)
+            assert_fresh(real, targets, logits)
             assert [session.ids(row) for row in range(5)] == list(targets.values())
 
-    def test_past_the_window(self, gemma: Member) -> None:
+    def test_past_the_window(self, windowed: Member) -> None:
         """Rows below, at and far past Gemma's window roll back by different depths in one forward."""
-        ids = ids_of(gemma, 700)
-        junk = ids_of(gemma, 90)[::-1]
+        ids = ids_of(windowed, 700)
+        junk = ids_of(windowed, 90)[::-1]
         lengths, depths = (505, 512, 690), (40, 1, 3)
-        session = open_session(gemma, lanes=3)
+        session = open_session(windowed, lanes=3)
         sync(session, {row: ids[:n] for row, n in enumerate(lengths)})
         sync(session, {row: ids[: lengths[row]] + junk[: depths[row]] for row in range(3)})
         targets = {row: ids[: n + 2] for row, n in enumerate(lengths)}
-        with forwards(gemma) as seen:
+        with forwards(windowed) as seen:
             logits = sync(session, targets)
         assert seen == [(3, 2)]
-        assert_fresh(gemma, targets, logits)
+        assert_fresh(windowed, targets, logits)
         targets = {row: target[:-5] + junk[:1] for row, target in targets.items()}
-        assert_fresh(gemma, targets, sync(session, targets))
+        assert_fresh(windowed, targets, sync(session, targets))
 
-    def test_rows_sit_out(self, smollm2: Member) -> None:
+    def test_rows_sit_out(self, tiny_smollm2: Member) -> None:
         """Any rows may take part in a step, in any order; what the others hold and know stays."""
-        ids = ids_of(smollm2, 60)
-        session = open_session(smollm2, lanes=8)
+        ids = ids_of(tiny_smollm2, 60)
+        session = open_session(tiny_smollm2, lanes=8)
         targets = {row: ids[row : 20 + 2 * row] for row in range(8)}
         sync(session, targets)
         for chosen in [(0, 7), (6, 1), (3,), (5, 2, 4, 1), (0, 1, 2, 4, 5, 6, 7)]:
             step = {row: [*targets[row], 50 + row] for row in chosen}
             targets |= step
-            assert_fresh(smollm2, step, sync(session, step))
+            assert_fresh(tiny_smollm2, step, sync(session, step))
         fed = session.tokens_fed
-        assert_fresh(smollm2, targets, sync(session, targets))
+        assert_fresh(tiny_smollm2, targets, sync(session, targets))
         assert session.tokens_fed == fed
 
-    def test_positions_by_row_feed_no_more_than_they_need(self, smollm2: Member) -> None:
+    def test_positions_by_row_feed_no_more_than_they_need(self, tiny_smollm2: Member) -> None:
         """A draft of each row's own length: one forward, and of a row that has none its one new token."""
-        ids = ids_of(smollm2, 60)
-        session = open_session(smollm2, lanes=3)
+        ids = ids_of(tiny_smollm2, 60)
+        session = open_session(tiny_smollm2, lanes=3)
         held = {row: ids[row : 20 + 2 * row] for row in range(3)}
         sync(session, held)
         fed = session.tokens_fed
-        with forwards(smollm2) as seen:
+        with forwards(tiny_smollm2) as seen:
             counts = {0: 1, 1: 5, 2: 3}
             drafts = {row: [*held[row], *ids[40 : 40 + count]] for row, count in counts.items()}
             said = session.ask(drafts, 1, counts).wait().scores()
             assert seen == [(3, 5)]
             assert session.tokens_fed == fed + 1 + 5 + 3
             expected = [
-                fresh_logits(smollm2, ids, [len(ids) - left for left in reversed(range(counts[row]))])
+                fresh_logits(tiny_smollm2, ids, [len(ids) - left for left in reversed(range(counts[row]))])
                 for row, ids in drafts.items()
             ]
             torch.testing.assert_close(said, torch.cat(expected), atol=1e-3, rtol=0)
@@ -257,9 +262,9 @@ class TestBatch:
             session.ask(drafts, 1, {0: 1, 1: 5, 2: 4})
             assert session.tokens_fed == fed + 1 + 5 + 3 + 4
 
-    def test_no_copy_of_one_row_or_of_a_whole_forward(self, smollm2: Member) -> None:
-        ids = ids_of(smollm2, 60)
-        session = open_session(smollm2, lanes=2)
+    def test_no_copy_of_one_row_or_of_a_whole_forward(self, tiny_smollm2: Member) -> None:
+        ids = ids_of(tiny_smollm2, 60)
+        session = open_session(tiny_smollm2, lanes=2)
         targets = {0: ids[:20], 1: ids[5:25]}
 
         def asked(targets: dict[int, list[int]], positions: int | dict[int, int]) -> torch.Tensor:
@@ -272,29 +277,29 @@ class TestBatch:
             for positions in (1, 2, 3):
                 one = asked({lane: ids}, positions)
                 assert one.data_ptr() == whole.data_ptr() + row * (3 * lane + 3 - positions)
-                assert one.shape == (positions, smollm2.vocab_size)
+                assert one.shape == (positions, tiny_smollm2.vocab_size)
                 assert one.is_contiguous()
 
-    def test_released_rows(self, smollm2: Member) -> None:
-        ids = ids_of(smollm2, 80)
-        session = open_session(smollm2, lanes=4)
+    def test_released_rows(self, tiny_smollm2: Member) -> None:
+        ids = ids_of(tiny_smollm2, 80)
+        session = open_session(tiny_smollm2, lanes=4)
         targets = {row: ids[row : 30 + 5 * row] for row in range(4)}
         sync(session, targets)
         for row in (1, 0):
             session.release(row)
             del targets[row]
             targets = {row: [*target[:-2], 11, 12, 13] for row, target in targets.items()}
-            with forwards(smollm2) as seen:
+            with forwards(tiny_smollm2) as seen:
                 logits = sync(session, targets)
             assert seen == [(len(targets), 3)]
-            assert_fresh(smollm2, targets, logits)
+            assert_fresh(tiny_smollm2, targets, logits)
         with pytest.raises(InputError, match=r"lane 1 was released"):
             sync(session, {1: ids})
         with pytest.raises(InputError, match=r"lane 4 is not one of 0\.\.3"):
             sync(session, {4: ids})
 
-    def test_a_closed_session_holds_nothing(self, smollm2: Member) -> None:
-        with open_session(smollm2, lanes=2) as session:
+    def test_a_closed_session_holds_nothing(self, tiny_smollm2: Member) -> None:
+        with open_session(tiny_smollm2, lanes=2) as session:
             sync(session, {0: [1, 2], 1: [3]})
             assert session._cache.nbytes > 0
         assert session._cache.nbytes == 0
@@ -303,26 +308,26 @@ class TestBatch:
             sync(session, {0: [1, 2]})
 
     @pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
-    def test_a_failed_forward_leaves_the_session_usable(self, gemma: Member, error: BaseException) -> None:
+    def test_a_failed_forward_leaves_the_session_usable(self, windowed: Member, error: BaseException) -> None:
         """Half the layers hold the new states of all rows when the forward ends."""
-        ids = ids_of(gemma, 80)
-        session = open_session(gemma, lanes=3)
+        ids = ids_of(windowed, 80)
+        session = open_session(windowed, lanes=3)
         before = {row: ids[: 40 + row] for row in range(3)}
         sync(session, before)
-        with failing(gemma.model.model.layers[9], error), pytest.raises(type(error)):
+        with failing(windowed.model.model.layers[1], error), pytest.raises(type(error)):
             sync(session, {row: [*before[row][:-row], 5, 6, 7] for row in (1, 2)})
         assert [session.ids(row) for row in range(3)] == [ids[:40]] * 3
         targets = {row: ids[: 50 + row] for row in range(3)}
-        assert_fresh(gemma, targets, sync(session, targets))
+        assert_fresh(windowed, targets, sync(session, targets))
 
-    def test_a_failure_while_prompts_are_read(self, smollm2: Member) -> None:
+    def test_a_failure_while_prompts_are_read(self, tiny_smollm2: Member) -> None:
         """The first forward of all fails half way: nothing is held, the next call works."""
-        ids = ids_of(smollm2, 300)
-        session = open_session(smollm2, lanes=2)
-        with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
+        ids = ids_of(tiny_smollm2, 300)
+        session = open_session(tiny_smollm2, lanes=2)
+        with failing(tiny_smollm2.model.model.layers[1], RuntimeError("x")), pytest.raises(RuntimeError):
             sync(session, {0: ids[:30], 1: ids[:35]})
         targets = {0: ids[5:300], 1: ids[:40]}  # more than there was room for
-        assert_fresh(smollm2, targets, sync(session, targets))
+        assert_fresh(tiny_smollm2, targets, sync(session, targets))
 
     def test_rows_set_aside(self, member: Member) -> None:
         """Their lanes make place for those in use; they know what they held, and come back."""
@@ -351,9 +356,9 @@ class TestBatch:
             session.set_aside(row)
         assert_fresh(member, targets, sync(session, targets))
 
-    def test_an_interrupted_exchange(self, smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        ids = ids_of(smollm2, 60)
-        session = open_session(smollm2, lanes=3)
+    def test_an_interrupted_exchange(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+        ids = ids_of(tiny_smollm2, 60)
+        session = open_session(tiny_smollm2, lanes=3)
         targets = {row: ids[row : 20 + 5 * row] for row in range(3)}
         sync(session, targets)
         exchange = LaneCache.exchange
@@ -367,7 +372,7 @@ class TestBatch:
             with pytest.raises(KeyboardInterrupt):
                 session.set_aside(0)
         assert session.ids(1) == targets[1]
-        assert_fresh(smollm2, targets, sync(session, targets))
+        assert_fresh(tiny_smollm2, targets, sync(session, targets))
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("alike", [0, 45])
@@ -475,19 +480,19 @@ class TestFixedBuffers:
             expected = fresh_logits(member, whole, list(range(len(ids), len(whole) + 1)))
             torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
 
-    def test_past_the_window_and_past_the_first_span(self, gemma: Member) -> None:
-        ids = ids_of(gemma, 700)
-        session = open_session(gemma, lanes=2)
+    def test_past_the_window_and_past_the_first_span(self, windowed: Member) -> None:
+        ids = ids_of(windowed, 700)
+        session = open_session(windowed, lanes=2)
         targets = {0: ids[:600], 1: ids[:254]}
         sync(session, targets)
         for n in (2, 8):
             targets = {row: [*target[:-1], *ids[n : 2 * n]] for row, target in targets.items()}
-            assert_fresh(gemma, targets, sync(session, targets))
+            assert_fresh(windowed, targets, sync(session, targets))
 
-    def test_the_next_session_takes_the_buffers_over(self, smollm2: Member) -> None:
+    def test_the_next_session_takes_the_buffers_over(self, tiny_smollm2: Member) -> None:
         """Also where the last one left states that are not finite."""
-        ids = ids_of(smollm2, 60)
-        with open_session(smollm2, lanes=2, capacity=100) as first:
+        ids = ids_of(tiny_smollm2, 60)
+        with open_session(tiny_smollm2, lanes=2, capacity=100) as first:
             sync(first, {0: ids[:20], 1: ids[:30]})
             with torch.inference_mode():
                 for layer in first._cache._own:
@@ -496,17 +501,17 @@ class TestFixedBuffers:
             kept = first._cache
             for row in range(2):  # as a generation ends
                 first.release(row)
-        assert rooms.idle_bytes(smollm2.backend) == kept.nbytes > 0
-        second = open_session(smollm2, lanes=2, capacity=200)
+        assert rooms.idle_bytes(tiny_smollm2.backend) == kept.nbytes > 0
+        second = open_session(tiny_smollm2, lanes=2, capacity=200)
         assert second._cache is kept
-        assert rooms.idle_bytes(smollm2.backend) == 0
+        assert rooms.idle_bytes(tiny_smollm2.backend) == 0
         targets = {0: ids[:5], 1: ids[:7]}
-        assert_fresh(smollm2, targets, sync(second, targets))
+        assert_fresh(tiny_smollm2, targets, sync(second, targets))
         second.close()
         second.close()
-        third = open_session(smollm2, lanes=2, capacity=300)  # more than there is room for
+        third = open_session(tiny_smollm2, lanes=2, capacity=300)  # more than there is room for
         assert third._cache is not kept
-        assert rooms.idle_bytes(smollm2.backend) == 0
+        assert rooms.idle_bytes(tiny_smollm2.backend) == 0
 
     def test_a_first_step_that_fails_is_no_step(self, tiny) -> None:
         """What is captured next must find every layer's buffers made."""
@@ -527,13 +532,13 @@ class TestFixedBuffers:
         head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
         assert open_session(member, lanes=2)._cache is not kept
 
-    def test_a_failure_frees_the_buffers(self, smollm2: Member) -> None:
-        session = open_session(smollm2, lanes=2)
+    def test_a_failure_frees_the_buffers(self, tiny_smollm2: Member) -> None:
+        session = open_session(tiny_smollm2, lanes=2)
         sync(session, {0: [1, 2], 1: [3]})
-        with failing(smollm2.model.model.layers[9], RuntimeError("x")), pytest.raises(RuntimeError):
+        with failing(tiny_smollm2.model.model.layers[1], RuntimeError("x")), pytest.raises(RuntimeError):
             sync(session, {0: [1, 2, 3]})
         session.close()
-        assert session._cache.nbytes == rooms.idle_bytes(smollm2.backend) == 0
+        assert session._cache.nbytes == rooms.idle_bytes(tiny_smollm2.backend) == 0
 
 
 class TestAttention:
@@ -592,9 +597,9 @@ class TestAttention:
         attention._attention(*inputs, scaling=0.3)
         assert len(calls) == (first < 40)  # outside nothing is in common
 
-    def test_a_session_turns_it_on(self, smollm2: Member, tiny) -> None:
-        open_session(smollm2)
-        assert smollm2.model.config._attn_implementation == attention.NAME
+    def test_a_session_turns_it_on(self, tiny_smollm2: Member, tiny) -> None:
+        open_session(tiny_smollm2)
+        assert tiny_smollm2.model.config._attn_implementation == attention.NAME
         eager = tiny("gemma2", attn_implementation="eager")
         open_session(eager)
         assert eager.model.config._attn_implementation == "eager"
@@ -677,10 +682,10 @@ class TestMemory:
         (tmp_path / "status").write_text("RssFile:\t      80 kB\n")
         assert memory.available_bytes(torch.device("cpu")) == 0
 
-    def test_weights_that_were_read_are_not_available(self, smollm2: Member) -> None:
+    def test_weights_that_were_read_are_not_available(self, tiny_smollm2: Member) -> None:
         """They are mapped from their file, which the kernel counts as available."""
-        sync(open_session(smollm2), {0: [1, 2]})
-        weights = sum(one.nbytes for one in smollm2.model.parameters())
+        sync(open_session(tiny_smollm2), {0: [1, 2]})
+        weights = sum(one.nbytes for one in tiny_smollm2.model.parameters())
         assert memory._kernel_bytes(memory._STATUS, "RssFile") > weights
 
     def test_a_control_group_sets_the_bound(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,8 +704,8 @@ class TestMemory:
 
 
 class TestBadInput:
-    def test_bad_ids(self, smollm2: Member) -> None:
-        short = changed(smollm2, context_length=10)
+    def test_bad_ids(self, tiny_smollm2: Member) -> None:
+        short = changed(tiny_smollm2, context_length=10)
         session = open_session(short)
         with pytest.raises(InputError, match=rf"^{short.name}: 11 tokens exceed its context of 10"):
             sync(session, {0: ids_of(short, 11)})
@@ -712,13 +717,13 @@ class TestBadInput:
         with pytest.raises(InputError, match="number of lanes is 0; choose 1 or more"):
             open_session(short, lanes=0)
 
-    def test_the_row_is_named_and_the_others_untouched(self, smollm2: Member) -> None:
-        session = open_session(smollm2, lanes=3)
+    def test_the_row_is_named_and_the_others_untouched(self, tiny_smollm2: Member) -> None:
+        session = open_session(tiny_smollm2, lanes=3)
         sync(session, {0: [1, 2], 1: [3], 2: [4]})
-        with pytest.raises(InputError, match=rf"{smollm2.name}, lane 2: nothing to feed"):
+        with pytest.raises(InputError, match=rf"{tiny_smollm2.name}, lane 2: nothing to feed"):
             sync(session, {0: [1, 2, 3], 2: []})
         assert session.ids(0) == [1, 2]
-        assert sync(session, {}).shape == (0, smollm2.vocab_size)
+        assert sync(session, {}).shape == (0, tiny_smollm2.vocab_size)
 
     def test_a_model_that_cannot_roll_back_is_refused(self, tiny) -> None:
         with pytest.raises(ModelError, match=r"mamba: .*cannot be rolled back"):
@@ -746,8 +751,8 @@ class TestBadInput:
         with torch.compiler.set_stance("force_eager"):
             assert_fresh(member, {0: ids}, sync(open_session(member), {0: ids}))
 
-    def test_different_windows_and_one_mask(self, gemma: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_different_windows_and_one_mask(self, windowed: Member, monkeypatch: pytest.MonkeyPatch) -> None:
         """A model whose code would not take one mask for each layer type."""
-        monkeypatch.setattr(type(gemma.model.model), "forward", lambda self, input_ids: None)
+        monkeypatch.setattr(type(windowed.model.model), "forward", lambda self, input_ids: None)
         with pytest.raises(ModelError, match="layers with different windows but takes one mask for all"):
-            open_session(gemma, lanes=2)
+            open_session(windowed, lanes=2)

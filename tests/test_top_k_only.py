@@ -32,8 +32,8 @@ def hidden(member: Member, k: int) -> Member:
 
 
 @pytest.fixture(scope="module")
-def pair(smollm2: Member, gemma: Member) -> Ensemble:
-    return Ensemble([smollm2, gemma], fuser="deepen")
+def pair(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
+    return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen")
 
 
 @pytest.fixture(scope="module")
