@@ -116,10 +116,13 @@ def tiny_smollm2(request: pytest.FixtureRequest) -> Member:
 @pytest.fixture(scope="session")
 def tiny_smollm2_dir(tiny_smollm2: Member, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of `tiny_smollm2`."""
-    folder = tmp_path_factory.mktemp("models") / tiny_smollm2.name
-    tiny_smollm2.model.save_pretrained(folder)
-    tiny_smollm2.tokenizer.save_pretrained(folder)
-    return folder
+    return _saved(tiny_smollm2, tmp_path_factory.mktemp("models"))
+
+
+def _saved(member: Member, folder: Path) -> Path:
+    member.model.save_pretrained(folder / member.name)
+    member.tokenizer.save_pretrained(folder / member.name)
+    return folder / member.name
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +134,12 @@ def tiny_gemma(request: pytest.FixtureRequest) -> Member:
     more = {"sliding_window": 16, "layer_types": layers, "query_pre_attn_scalar": 8}
     gemma = request.getfixturevalue("gemma")
     return tiny_reader(gemma, "tiny-gemma", AWKWARD + PROSE[1200:], seed=2, **more)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma_dir(tiny_gemma: Member, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `tiny_gemma`."""
+    return _saved(tiny_gemma, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -215,7 +215,9 @@ def special_tokens_unlikely(member: Member) -> Iterator[None]:
     special = [i for i, token in enumerate(member.vocabulary.tokens) if token is None]
 
     def lower(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
-        return logits.index_add(-1, torch.tensor(special), torch.full((*logits.shape[:-1], len(special)), -30.0))
+        return logits.index_add(
+            -1, torch.tensor(special), torch.full((*logits.shape[:-1], len(special)), -30.0)
+        )
 
     hook = member.model.get_output_embeddings().register_forward_hook(lower)
     try:

@@ -34,6 +34,11 @@ def pair(smollm2, gemma, cache):
     return Ensemble([smollm2, gemma])
 
 
+@pytest.fixture(scope="module")
+def tiny_pair(tiny_smollm2, tiny_gemma, cache):
+    return Ensemble([tiny_smollm2, tiny_gemma])
+
+
 def main_alone(member, prompt: str, count: int) -> list[int]:
     """Greedy tokens of transformers' own generate."""
     ids = torch.tensor([member.vocabulary.prefix_ids + member.vocabulary.encode(prompt)])
@@ -103,11 +108,11 @@ class TestGenerate:
         trio = Ensemble([smollm2, gemma, smollm2], recipe="bytes", weights=[0.4, 0.4, 0.2])
         assert "Paris" in trio.generate(PROMPT, max_new_tokens=8).text
 
-    def test_each_step_is_fuse_logits_on_fresh_forwards(self, pair):
+    def test_each_step_is_fuse_logits_on_fresh_forwards(self, tiny_pair):
         """No cache, no re-tokenised suffix, no kept row: the same tokens come out of whole forwards."""
-        pair = pair.variant(fuser="deepen")
-        result = pair.generate("Café 日本 and", max_new_tokens=20)
-        main, assistant = pair.members
+        tiny_pair = tiny_pair.variant(fuser="deepen")
+        result = tiny_pair.generate("Café 日本 and", max_new_tokens=20)
+        main, assistant = tiny_pair.members
         ids = main.vocabulary.prefix_ids + main.vocabulary.encode("Café 日本 and")
         text, characters = "Café 日本 and", Utf8Stream()
         for token in result.token_ids:
@@ -115,7 +120,7 @@ class TestGenerate:
                 ours = main.model(torch.tensor([ids])).logits[:, -1]
                 assistant_ids = assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text)
                 theirs = assistant.model(torch.tensor([assistant_ids])).logits[:, -1]
-            step = pair.fuser.step([ours, None if characters.pending else theirs], pair.weights)
+            step = tiny_pair.fuser.step([ours, None if characters.pending else theirs], tiny_pair.weights)
             assert int(step.chosen) == token
             ids.append(token)
             text += characters.feed(main.vocabulary.bytes_of(token))
@@ -140,30 +145,30 @@ class TestGenerate:
         assert all("\ufffd" not in piece for piece in read)
 
     @pytest.mark.parametrize("draft", [0, 3])
-    def test_no_token_is_fed_twice(self, pair, draft):
+    def test_no_token_is_fed_twice(self, tiny_pair, draft):
         """Beside the text only what a draft had and did not stand is fed."""
-        fed: dict[str, int] = dict.fromkeys(pair.names, 0)
+        fed: dict[str, int] = dict.fromkeys(tiny_pair.names, 0)
         hooks = []
-        for name, member in zip(pair.names, pair.members, strict=True):
+        for name, member in zip(tiny_pair.names, tiny_pair.members, strict=True):
 
             def count(_module, _arguments, keywords, name=name):
                 fed[name] += keywords["input_ids"].shape[1]
 
             hooks.append(member.model.register_forward_pre_hook(count, with_kwargs=True))
         try:
-            result = pair.generate(LONG, max_new_tokens=32, draft=draft)
+            result = tiny_pair.generate(LONG, max_new_tokens=32, draft=draft)
         finally:
             for hook in hooks:
                 hook.remove()
-        main, assistant = pair.members
+        main, assistant = tiny_pair.members
         prompt = len(main.vocabulary.prefix_ids + main.vocabulary.encode(LONG))
         dropped = result.timings.drafted - result.timings.stood
         assert (dropped > 0) == (draft > 0)
-        assert fed[pair.names[0]] == prompt + 31 + dropped
+        assert fed[tiny_pair.names[0]] == prompt + 31 + dropped
         text = LONG + result.text
         tokens = len(assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text))
         # Re-tokenising the end of the text rolls a few tokens back, never the prompt.
-        assert tokens - 3 <= fed[pair.names[1]] <= tokens + 32
+        assert tokens - 3 <= fed[tiny_pair.names[1]] <= tokens + 32
 
 
 class TestEnding:
@@ -209,49 +214,49 @@ class TestEnding:
 
 
 class TestRepeatable:
-    def test_greedy_with_one_thread_and_two(self, pair):
+    def test_greedy_with_one_thread_and_two(self, tiny_pair):
         before = torch.get_num_threads()
         try:
             texts = []
             for threads in (1, 2, 2):
                 torch.set_num_threads(threads)
-                texts.append(pair.generate(LONG, max_new_tokens=24).text)
+                texts.append(tiny_pair.generate(LONG, max_new_tokens=24).text)
         finally:
             torch.set_num_threads(before)
         assert texts[0] == texts[1] == texts[2]
 
-    def test_sampling_with_a_seed(self, pair):
+    def test_sampling_with_a_seed(self, tiny_pair):
         settings = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.2, "top_p": 0.95}
-        first = pair.generate(LONG, seed=7, **settings)
+        first = tiny_pair.generate(LONG, seed=7, **settings)
         before = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
-            again = pair.generate(LONG, seed=7, **settings)
+            again = tiny_pair.generate(LONG, seed=7, **settings)
         finally:
             torch.set_num_threads(before)
         assert first.token_ids == again.token_ids
-        assert first.token_ids != pair.generate(LONG, seed=8, **settings).token_ids
+        assert first.token_ids != tiny_pair.generate(LONG, seed=8, **settings).token_ids
 
-    def test_a_tiny_top_p_is_greedy(self, pair):
-        sampled = pair.generate(LONG, max_new_tokens=12, do_sample=True, top_p=1e-6, seed=1)
-        assert sampled.token_ids == pair.generate(LONG, max_new_tokens=12).token_ids
+    def test_a_tiny_top_p_is_greedy(self, tiny_pair):
+        sampled = tiny_pair.generate(LONG, max_new_tokens=12, do_sample=True, top_p=1e-6, seed=1)
+        assert sampled.token_ids == tiny_pair.generate(LONG, max_new_tokens=12).token_ids
 
 
 class TestRowsOnDisk:
-    def test_a_second_run_computes_none(self, smollm2, gemma, cache):
-        first = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
+    def test_a_second_run_computes_none(self, tiny_smollm2, tiny_gemma, cache):
+        first = Ensemble([tiny_smollm2, tiny_gemma], recipe="calibrated", relative_temperature=21)
         asked = {"max_new_tokens": 8, "draft": 0}  # how far "auto" writes ahead depends on the time
         text = first.generate(PROMPT, **asked).text
         assert first.rows_computed > 0
-        second = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=21)
+        second = Ensemble([tiny_smollm2, tiny_gemma], recipe="calibrated", relative_temperature=21)
         assert second.generate(PROMPT, **asked).text == text
         assert second.rows_computed == 0
         # Other settings are other rows.
-        third = Ensemble([smollm2, gemma], recipe="calibrated", relative_temperature=22)
+        third = Ensemble([tiny_smollm2, tiny_gemma], recipe="calibrated", relative_temperature=22)
         assert third.maps[0].rows_known == 0
 
-    def test_a_damaged_file_is_reported_and_rebuilt(self, smollm2, gemma, cache):
-        first = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+    def test_a_damaged_file_is_reported_and_rebuilt(self, tiny_smollm2, tiny_gemma, cache):
+        first = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", candidates=64)
         text = first.generate(PROMPT, max_new_tokens=4).text
         files = [cache / "relative-maps" / "rows" / f"{one.fingerprint}.safetensors" for one in first.maps]
         for file in files:
@@ -259,17 +264,19 @@ class TestRowsOnDisk:
             data[-5] ^= 0xFF
             file.write_bytes(data)
         with pytest.warns(UserWarning, match=r"damaged.*computed anew"):
-            second = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+            second = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", candidates=64)
         assert second.generate(PROMPT, max_new_tokens=4).text == text
         assert second.rows_computed > 0
-        third = Ensemble([smollm2, gemma], recipe="bytes", candidates=64)
+        third = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", candidates=64)
         assert third.maps[0].rows_known == second.maps[0].rows_known
 
-    def test_rows_that_cannot_be_kept_do_not_cost_the_text(self, smollm2, gemma, cache, monkeypatch):
+    def test_rows_that_cannot_be_kept_do_not_cost_the_text(
+        self, tiny_smollm2, tiny_gemma, cache, monkeypatch
+    ):
         def full(self, path):
             raise OSError(28, "No space left on device")
 
-        ensemble = Ensemble([smollm2, gemma], recipe="bytes", candidates=65)
+        ensemble = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", candidates=65)
         monkeypatch.setattr(RelativeMap, "save", full)
         monkeypatch.setattr(ensemble.team.maps, "_saved", [-1, -1])
         with pytest.warns(UserWarning, match="rows cannot be kept in .*No space left"):

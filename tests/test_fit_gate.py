@@ -185,11 +185,8 @@ class TestCommand:
         return done.exit_code, " ".join(done.output.split())
 
     @pytest.fixture
-    def folders(self, tiny_smollm2_dir: Path, tiny_gemma: Member, tmp_path: Path) -> list[Path]:
-        folder = tmp_path / "gemma"
-        tiny_gemma.model.save_pretrained(folder)
-        tiny_gemma.tokenizer.save_pretrained(folder)
-        return [tiny_smollm2_dir, folder]
+    def folders(self, tiny_smollm2_dir: Path, tiny_gemma_dir: Path) -> list[Path]:
+        return [tiny_smollm2_dir, tiny_gemma_dir]
 
     def test_writes_a_preset_that_generates(self, folders: list[Path], tmp_path: Path) -> None:
         file, out = tmp_path / "some.txt", tmp_path / "preset.yaml"

@@ -66,7 +66,7 @@ class TestOneCall:
         assert_as_alone(member, targets, sync(session, targets))
 
     def test_a_prefix_past_the_window(self, windowed: Member, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Longer than the window of 512 and than one forward: the last query sees copied states of both kinds."""
+        """Longer than a window and than one forward: the last query sees copied states of both kinds."""
         monkeypatch.setattr(module, "CHUNK", 400)
         prefix, *questions = pieces(windowed, 530, 12, 20)
         targets = {row: prefix + question for row, question in enumerate(questions)}
@@ -107,7 +107,9 @@ class TestOneCall:
 
 
 class TestSteps:
-    def test_what_all_rows_have_is_read_once(self, tiny_smollm2: Member, windowed: Member, monkeypatch) -> None:
+    def test_what_all_rows_have_is_read_once(
+        self, tiny_smollm2: Member, windowed: Member, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Four rows on one long prefix write on, one rolls back into it, and all go on."""
         calls = []
         parts = attention._in_two_parts
@@ -148,7 +150,9 @@ class TestLaterCalls:
         held[2] = [*held[2], 77]
         assert_as_alone(member, held, sync(session, held))
 
-    def test_only_what_is_missing_is_copied(self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_what_is_missing_is_copied(
+        self, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A row keeps its own states as far as they go; a source rolled back in the same call gives less."""
         prefix, first, second = pieces(tiny_smollm2, 80, 10, 15)
         session = open_session(tiny_smollm2, lanes=2)

@@ -15,17 +15,9 @@ from deepen_ext.members.member import Member
 
 
 @pytest.fixture(scope="module")
-def tokenizer_dir(tiny_gemma: Member, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tiny-gemma"
-    tiny_gemma.model.save_pretrained(folder)
-    tiny_gemma.tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def elsewhere(served: Running, tokenizer_dir: Path) -> Iterator[Member]:
+def elsewhere(served: Running, tiny_gemma_dir: Path) -> Iterator[Member]:
     """The assistant, by HTTP."""
-    member = load_member(f"{served.url}/members/{ASSISTANT}", tokenizer=str(tokenizer_dir))
+    member = load_member(f"{served.url}/members/{ASSISTANT}", tokenizer=str(tiny_gemma_dir))
     yield member
     member.backend.close()  # type: ignore[attr-defined]
 
@@ -71,12 +63,12 @@ def test_whole_texts_are_read_by_prompt_logprobs(
 
 
 def test_a_member_that_is_served_with_a_key(
-    pair: Ensemble, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Ensemble, tiny_gemma_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MEMBER_KEY", "a-key")
     with serving({"deepen": pair}, key="a-key") as running:
         address = f"{running.url}/members/{ASSISTANT}/v1"
-        member = load_member(address, tokenizer=str(tokenizer_dir), api_key="env:MEMBER_KEY")
+        member = load_member(address, tokenizer=str(tiny_gemma_dir), api_key="env:MEMBER_KEY")
         by_http = Ensemble([pair.members[0], member], fuser="deepen")
         assert by_http.generate(PROMPT, max_new_tokens=4).text == pair.generate(PROMPT, max_new_tokens=4).text
         member.backend.close()  # type: ignore[attr-defined]
