@@ -630,16 +630,16 @@ class TestGroups:
 
 
 class TestMemory:
-    def test_the_estimate_holds_the_cache(self, member: Member) -> None:
-        """The cache's part of it is what is really allocated; little is added for the rest."""
-        session = open_session(member, lanes=3)
-        sync(session, {row: ids_of(member, 290) for row in range(3)})
+    def test_the_estimate_holds_the_cache(self, real: Member) -> None:
+        """The cache's part of it is what is really allocated; of real models the rest is little."""
+        session = open_session(real, lanes=3)
+        sync(session, {row: ids_of(real, 290) for row in range(3)})
         allocated = session._cache.nbytes
         cpu = torch.device("cpu")
-        assert cache_bytes(member.backend, 3, 290) == {cpu: allocated}
-        logits = 3 * member.vocab_size * 4
-        assert allocated + logits < estimate_bytes(member.backend, 3, 290)[cpu] < 2 * allocated + 4 * logits
-        assert estimate_bytes(member.backend, 6, 290)[cpu] > 1.9 * allocated
+        assert cache_bytes(real.backend, 3, 290) == {cpu: allocated}
+        logits = 3 * real.vocab_size * 4
+        assert allocated + logits < estimate_bytes(real.backend, 3, 290)[cpu] < 2 * allocated + 4 * logits
+        assert estimate_bytes(real.backend, 6, 290)[cpu] > 1.9 * allocated
 
     @pytest.mark.parametrize(
         ("capability", "config", "workspace"),
