@@ -2,7 +2,8 @@
 runs that were ended, and what is refused.
 
 `DEEPEN_CHOICE_ITEMS=200` compares so many items of each task of the benchmark data with the harness, and not
-the few that are written out here; `DEEPEN_CHOICE_TASKS=arc_challenge` only those of this task."""
+the few that are written out here, of which PIQA's alone go to the real models;
+`DEEPEN_CHOICE_TASKS=arc_challenge` only those of this task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole thing: SmolLM2-135M-Instruct and Gemma-3-270M write one text."""
+"""The whole thing: SmolLM2-135M-Instruct and Gemma-3-270M write one text, tiny readers where any would do."""
 
 from __future__ import annotations
 
