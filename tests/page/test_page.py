@@ -218,7 +218,7 @@ class TestStream:
         assert by_model["pair"]["prompt"] == by_model["bytes"]["prompt"]
         assert "fuser" not in by_model["bytes"]
 
-    def test_a_long_text_stays_smooth(self, page: Page, server: StandIn, records: Records) -> None:
+    def test_a_long_text_is_drawn_once(self, page: Page, server: StandIn, records: Records) -> None:
         """2,000 tokens, made of the records again and again: no element is made twice or taken away."""
         long = [{**records[i % len(records)], "position": i} for i in range(2000)]
         server.texts["pair"] = long
