@@ -21,6 +21,7 @@ from deepen_ext.decoding.generation import Timings
 from deepen_ext.decoding.observed.acceptance import Acceptance
 from deepen_ext.decoding.observed.costs import Costs
 from deepen_ext.decoding.observed.history import FUSION, History
+from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.members.member import Member
 
 PROMPT = "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into"
@@ -352,6 +353,30 @@ class TestWhatIsSaid:
         if not skip:  # a cycle ends with a token that was replaced, or that no draft went on with
             assert timings.stood == fates["stood"]
             assert timings.steps == fates["replaced"] + fates[None]
+
+    @pytest.mark.parametrize("members", [1, 2])
+    def test_the_main_model_guesses_where_somebody_looks(self, pair, members, monkeypatch) -> None:
+        """What it would draw costs as much as the choice itself."""
+        fuser = {1: "single", 2: "deepen"}[members]
+        ensemble = Ensemble(pair.members[:members], fuser=fuser, learning_rate=1.0)
+        guessed: list[int] = []
+        propose = Chooser.propose
+
+        def counted(chooser: Chooser, scores: torch.Tensor, *more: Any) -> torch.Tensor:
+            guessed.append(len(scores))
+            return propose(chooser, scores, *more)
+
+        monkeypatch.setattr(Chooser, "propose", counted)
+        settings = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "seed": 3}
+        texts, guesses = [], {}
+        for draft, drafter in ((0, "auto"), (4, "main"), (4, "lookup")):
+            guessed.clear()
+            texts.append(ensemble.generate(PROMPT, draft=draft, drafter=drafter, **settings).text)
+            guesses[drafter] = len(guessed)
+        assert guesses["auto"] == 0
+        assert (guesses["main"] > 0) == (members > 1)  # alone it writes what nobody verifies
+        assert guesses["lookup"] > 0
+        assert len(set(texts)) == 1
 
     def test_without_drafts(self, pair) -> None:
         records: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 from transformers.generation import logits_process
 
 from deepen_ext import InputError
+from deepen_ext.decoding import sampler
 from deepen_ext.decoding.draws import draw
 from deepen_ext.decoding.processor_kinds import STATELESS
 from deepen_ext.decoding.sampler import Chooser
@@ -60,8 +61,10 @@ def write(chooser, scores, rows, numbers=None):
 
 
 class TestBatch:
+    @pytest.mark.parametrize("at_once", [1, 3, 100], ids="{} rows at once".format)
     @pytest.mark.parametrize("settings", SAMPLING, ids=lambda one: "-".join(one) or "plain")
-    def test_a_row_draws_what_it_draws_alone(self, main, settings):
+    def test_a_row_draws_what_it_draws_alone(self, main, settings, at_once, monkeypatch):
+        monkeypatch.setattr(sampler, "_AT_ONCE", at_once * main.vocab_size)
         settings = Settings.read(main, do_sample=True, seed=11, **settings)
         scores = scores_of(6, main.vocab_size)
         together = write(Chooser(settings, PROMPTS, "cpu"), scores, ROWS)
@@ -145,6 +148,13 @@ class TestChoice:
         settings = Settings.read(main, do_sample=do_sample, suppress_tokens=list(range(main.vocab_size)))
         with pytest.raises(InputError, match="text 0: the processors forbid every token; forbid fewer"):
             Chooser(settings, PROMPTS, "cpu").choose(torch.zeros(4, main.vocab_size), ROWS, PROMPTS)
+
+    def test_the_text_is_named_by_its_number(self, main, monkeypatch):
+        monkeypatch.setattr(sampler, "_AT_ONCE", 2 * main.vocab_size)
+        scores = torch.zeros(4, main.vocab_size)
+        scores[3] = -math.inf
+        with pytest.raises(InputError, match="text 3: the processors forbid every token"):
+            Chooser(Settings.read(main, do_sample=True), PROMPTS, "cpu").choose(scores, ROWS, PROMPTS)
 
     def test_scores_that_overflow_and_scores_that_are_nan(self, main):
         """Each is called by what it is: neither is a token that was forbidden."""

@@ -14,6 +14,7 @@ import torch
 
 from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.assistants import AssistedStep
+from deepen_ext.decoding.choice_error import ChoiceError
 from deepen_ext.decoding.cycle import Cycles
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.generation import FinishReason, Generation, Timings
@@ -22,7 +23,6 @@ from deepen_ext.decoding.limits import check_lengths
 from deepen_ext.decoding.places import Ahead
 from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS
 from deepen_ext.decoding.prompts import Prompt
-from deepen_ext.decoding.sampler import ChoiceError
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress, Written

@@ -50,7 +50,7 @@ def page(browser: BrowserContext) -> Iterator[Page]:
     """A window in which no script may fail, and which asks no other host."""
     page = browser.new_page()
     page.set_viewport_size({"width": 1280, "height": 800})
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)  # a loaded machine draws 2,000 tokens slowly
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if "Policy" in message.text else None)

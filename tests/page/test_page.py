@@ -87,7 +87,7 @@ def changed(records: Records) -> list[int]:
 def held_up(server: StandIn, tokens: int) -> Iterator[None]:
     """The server sends so many tokens, and the next one when the block ends."""
     go_on = threading.Event()
-    server.after = lambda handler, sent: sent == tokens and not go_on.wait(20)
+    server.after = lambda handler, sent: sent == tokens and not go_on.wait(60)
     try:
         yield
     finally:

@@ -67,6 +67,8 @@ class Writer:
         self._chooser = chooser
         # Where assistants may be spared, one elsewhere is asked when it is known that it is needed.
         self._asks_first = not (skips.spares or team.fuser.draws)
+        # Nothing is drafted on a place that nobody else speaks of, and nobody learns from it.
+        self._guesses = len(team.members) > 1 and pace.settings.length != 0
         self._stopping = stopping
         self._pace = pace
         self._unwritable = unwritable
@@ -197,7 +199,8 @@ class Writer:
         said = said.without(self._unwritable, in_place=self._in_place)
         numbers = [n for n in going for _ in range(len(offered[n]) + 1)]
         prefixes = [starts[n] + offered[n][:i] for n in going for i in range(len(offered[n]) + 1)]
-        word = self._words.read(said, numbers, prefixes, began=began)
+        guess = self._guesses or bool(offers)
+        word = self._words.read(said, numbers, prefixes, began=began, guess=guess)
         ahead.add_ms(MAIN, word.spent_ms)
         if timed:
             self._pace.read(len(going), max(map(len, offered.values())) + 1, asked_ms + word.spent_ms)
@@ -293,7 +296,5 @@ class Writer:
 def _keep(drafts: Mapping[int, Draft], said: Distribution) -> None:
     """What the main model said just now is copied: its session may write over it at the next forward."""
     copy = said.clone()
-    for draft in drafts.values():
-        for one in draft:
-            if one.main is said:
-                one.main = copy
+    for one in (one for draft in drafts.values() for one in draft if one.main is said):
+        one.main = copy

@@ -24,7 +24,7 @@ class Word:
     """The main model's word on some places, as the host has read it: one entry for each.
 
     Attributes:
-        tokens: what it would write.
+        tokens: what it would write, if that was asked for.
         margins: by how much its first choice is more probable than its second.
         reasons: why no assistant is needed, or None.
         candidates: its most probable tokens, for the boundary rule.
@@ -56,6 +56,7 @@ class WordReader:
         tokens: torch.Tensor | None = None,
         *,
         began: float,
+        guess: bool = True,
     ) -> Word:
         """One copy from the device, for which the host waits once.
 
@@ -65,6 +66,8 @@ class WordReader:
             prefixes: of each place, the ids before it.
             tokens: what the main model would write, int64 [n]; None where nobody has chosen yet.
             began: when its forward passes did (`time.perf_counter`).
+            guess: find out what it would write. Where the texts are sampled this costs as much as the choice
+                itself; without it the most probable tokens stand in `Word.tokens`.
 
         Raises:
             InputError: a place whose logits have no softmax.
@@ -74,7 +77,9 @@ class WordReader:
         weights = [self._assistants.weights[number] for number in numbers]
         top, flags = part.topk, self._skips.flags(part, numbers, prefixes, weights)
         if tokens is None:
-            tokens = self._chooser.propose(said.scores(), numbers, prefixes, top.ids[:, 0])
+            tokens = top.ids[:, 0]
+            if guess:
+                tokens = self._chooser.propose(said.scores(), numbers, prefixes, tokens)
         first = TopK(top.ids[:, :CANDIDATES], top.probs[:, :CANDIDATES], top.tail, top.status)
         written, codes, *rest = to_host(tokens.int(), flags, *first)
         first = TopK(*rest)
