@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from sessions import open_session, sync
 
 from deepen_ext import Ensemble, InputError
+from deepen_ext.decoding import prompt_weights as prompt_weights_module
 from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.fusers import FusionSettings
@@ -109,6 +111,36 @@ class TestEnsemble:
         for row, prompt in enumerate([CODE, FRENCH]):
             fixed = weighed.variant(fuser="follow", weights=used[row])
             assert fixed.generate(prompt, max_new_tokens=6).text == batch[row].text
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_a_prompt_that_begins_like_the_last_one_is_not_scored_again(
+        self, weighed: Ensemble, batch_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Samples of one prompt, and questions after the same demos, each when a lane is free."""
+        scored: list[int] = []
+        score = prompt_weights_module._Scored.score
+
+        def counted(prompt: Any, block: Any) -> None:
+            before = len(prompt.logprobs)
+            score(prompt, block)
+            scored.append(len(prompt.logprobs) - before)
+
+        monkeypatch.setattr(prompt_weights_module._Scored, "score", counted)
+        demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 8
+        prompts = [*[demos + "Question: 7 + 1?\nAnswer:"] * 3, demos + "Question: Who?\nAnswer:", FRENCH]
+        seen: dict[int, list[float]] = {}
+
+        def trace(record: dict) -> None:
+            seen[record["row"]] = [one["weight"] for one in record["members"]]
+
+        weighed.generate(prompts, max_new_tokens=3, batch_size=batch_size, trace=trace)
+        once = sum(scored)
+        scored.clear()
+        for row, prompt in enumerate(prompts):
+            alone: list[dict] = []
+            weighed.generate(prompt, max_new_tokens=3, trace=alone.append)
+            assert seen[row] == pytest.approx([one["weight"] for one in alone[0]["members"]], abs=1e-5)
+        assert once < 0.5 * sum(scored)
 
     def test_shared_forwards_change_nothing(self, weighed: Ensemble) -> None:
         want = weighed.generate([CODE, FRENCH], max_new_tokens=6).texts

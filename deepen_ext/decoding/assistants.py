@@ -73,6 +73,7 @@ class Assistants:
         self.texts: dict[int, AssistantsText] = {}
         self.lanes: dict[int, int] = {}
         self.weights: dict[int, Sequence[float]] = {}
+        self._scored: dict[int, PromptScore] = {}  # the last prompts, for others that begin alike
         self._shared = shared
         self._sessions: list[WatchedSession] = []
         elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]
@@ -127,7 +128,8 @@ class Assistants:
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
             if i not in self._out:
                 ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
-                found[i + 1] = list(read_prompts(session, member, ids).values())
+                found[i + 1] = list(read_prompts(session, member, ids, self._scored.get(i)).values())
+                self._scored[i] = found[i + 1][-1]
         return found
 
     def weigh(self, texts: Sequence[int], main: Sequence[PromptScore]) -> None:
