@@ -126,8 +126,9 @@ class TestEnsemble:
             scored.append(len(prompt.logprobs) - before)
 
         monkeypatch.setattr(prompt_weights_module._Scored, "score", counted)
-        demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 8
-        prompts = [*[demos + "Question: 7 + 1?\nAnswer:"] * 3, demos + "Question: Who?\nAnswer:", FRENCH]
+        demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 30  # longer than what is scored
+        ends = ["Question: 7 + 1?"] * 3 + ["Who?", "Question: What is the sum of 7, 12 and 30?", "1 + 1?"]
+        prompts = [*[demos + one + "\nAnswer:" for one in ends], FRENCH]
         seen: dict[int, list[float]] = {}
 
         def trace(record: dict) -> None:
@@ -140,7 +141,7 @@ class TestEnsemble:
             alone: list[dict] = []
             weighed.generate(prompt, max_new_tokens=3, trace=alone.append)
             assert seen[row] == pytest.approx([one["weight"] for one in alone[0]["members"]], abs=1e-5)
-        assert once < 0.5 * sum(scored)
+        assert once < 0.4 * sum(scored)
 
     def test_shared_forwards_change_nothing(self, weighed: Ensemble) -> None:
         want = weighed.generate([CODE, FRENCH], max_new_tokens=6).texts

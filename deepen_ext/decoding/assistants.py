@@ -6,6 +6,7 @@ own `generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that wer
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.places import Place, Reason
 from deepen_ext.decoding.prompt_weights import (
+    LAST_PROMPTS,
     PromptScore,
     prompt_weights,
     read_prompts,
@@ -73,7 +75,8 @@ class Assistants:
         self.texts: dict[int, AssistantsText] = {}
         self.lanes: dict[int, int] = {}
         self.weights: dict[int, Sequence[float]] = {}
-        self._scored: dict[int, PromptScore] = {}  # the last prompts, for others that begin alike
+        # Of each, the last prompts' scores, for others that begin alike.
+        self._scored: list[deque[PromptScore]] = [deque(maxlen=LAST_PROMPTS) for _ in self._members]
         self._shared = shared
         self._sessions: list[WatchedSession] = []
         elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]
@@ -128,8 +131,8 @@ class Assistants:
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
             if i not in self._out:
                 ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
-                found[i + 1] = list(read_prompts(session, member, ids, self._scored.get(i)).values())
-                self._scored[i] = found[i + 1][-1]
+                found[i + 1] = list(read_prompts(session, member, ids, self._scored[i]).values())
+                self._scored[i].extend(found[i + 1])
         return found
 
     def weigh(self, texts: Sequence[int], main: Sequence[PromptScore]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ _SHARED = 16  # tokens that two prompts begin with alike, from which on they are
 _ROWS = 16
 _SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
 PROMPT_TOKENS = 256  # of a prompt's end, that count
+LAST_PROMPTS = (
+    8  # that others may begin like. A longer one serves no shorter one: it is scored from further on
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def read_prompts(
     session: Session,
     member: Member,
     prompts: Mapping[int, Sequence[int]],
-    earlier: PromptScore | None = None,
+    earlier: Iterable[PromptScore] = (),
 ) -> dict[int, PromptScore]:
     """Bring lanes to their prompts and score the last `PROMPT_TOKENS` tokens of each.
 
@@ -109,7 +112,7 @@ def read_prompts(
             them costs nothing.
         member: whose tokens they are.
         prompts: ids by lane, with what stands before the text.
-        earlier: of a prompt that these may begin like; what they have in common is not scored again.
+        earlier: of prompts that these may begin like; what they have in common is not scored again.
 
     Raises:
         InputError: see `Session.ask`.
@@ -117,30 +120,35 @@ def read_prompts(
     """
     require(member.backend, "logits", "weights='prompt'")
     starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
-    heads = {lane: prompts[lane][:start] for lane, start in starts.items() if start}
-    scores: dict[int, PromptScore] = {}
+    wanted = {
+        lane: _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
+        for lane in sorted(prompts, key=lambda lane: starts[lane])
+    }
+    known = [one.prompt for one in earlier if one.prompt is not None]
+    unlike = [lane for lane, one in wanted.items() if one.best_of(known) is None]
+    heads = {lane: prompts[lane][: starts[lane]] for lane in unlike if starts[lane]}
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
-    before = None if earlier is None else earlier.prompt
     waiting: dict[int, _Scored] = {}  # short ones, which are read together
-    for lane in sorted(prompts, key=lambda lane: starts[lane]):
-        now = _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
-        if before is not None and before.shares(now):
-            _read_waiting(session, waiting)
+    for lane, now in wanted.items():
+        before = now.best_of(known)
+        if before is not None:
+            if any(before is one for one in waiting.values()):
+                _read_waiting(session, waiting)
             now.take_over(before)
-            # The lane takes another one's states, where the session can do that.
-            session.ask({lane: now.ids[: now.read_from + 1]}, 1).wait()
-        if len(now.ids) - now.read_from <= _SHORT:
+        left = len(now.ids) - now.read_from
+        if left <= _SHORT:
             if sum(len(one.ids) - one.read_from for one in (*waiting.values(), now)) > _SHORT:
                 _read_waiting(session, waiting)
             waiting[lane] = now
         else:
+            if before is not None:  # the lane takes another one's states, where the session can do that
+                session.ask({lane: now.ids[: now.read_from + 1]}, 1).wait()
             for block in session.read(lane, now.ids, now.read_from, 1):
                 now.score(block)
-        sizes = [len(member.vocabulary.bytes_of(token)) for token in now.ids[now.start + 1 :]]
-        scores[lane] = PromptScore(sizes, now.logprobs, now)
-        before = now
+        known = [*known, now][-LAST_PROMPTS:]
     _read_waiting(session, waiting)
+    scores = {lane: one.result(member) for lane, one in wanted.items()}
     return {lane: scores[lane] for lane in prompts}
 
 
@@ -171,19 +179,27 @@ class _Scored:
         """The first position whose next token is to be scored."""
         return self.start + len(self.logprobs)
 
-    def shares(self, other: _Scored) -> bool:
-        """Whether what this one has found serves another prompt, which begins alike."""
-        common = common_prefix(self.ids, other.ids)
-        return (
-            self.start <= other.start
-            and common - other.start >= _SHARED
-            and torch.equal(self.unwritable, other.unwritable)
-        )
+    def best_of(self, others: Sequence[_Scored]) -> _Scored | None:
+        """The one of these that serves this prompt best, because it begins alike; None where none does."""
+        saved = {i: self._saved_by(one) for i, one in enumerate(others)}
+        best = max(saved, key=lambda i: saved[i], default=None)
+        return None if best is None or saved[best] < _SHARED else others[best]
+
+    def _saved_by(self, other: _Scored) -> int:
+        """How many tokens need not be scored, with those that the other one has."""
+        if other.start > self.start or not torch.equal(self.unwritable, other.unwritable):
+            return 0
+        return common_prefix(self.ids, other.ids) - self.start
 
     def take_over(self, other: _Scored) -> None:
         """What another prompt that begins alike has found."""
         common = common_prefix(self.ids, other.ids)
         self.logprobs += other.logprobs[self.start - other.start : common - 1 - other.start]
+
+    def result(self, member: Member) -> PromptScore:
+        """What was found, when all of it was."""
+        sizes = [len(member.vocabulary.bytes_of(token)) for token in self.ids[self.start + 1 :]]
+        return PromptScore(sizes, self.logprobs, self)
 
     def score(self, block: Distribution) -> None:
         """Go on with the next distributions."""

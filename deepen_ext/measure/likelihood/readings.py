@@ -223,7 +223,8 @@ def _score_contexts(lanes: ReadingLanes, readings: Mapping[int, Reading]) -> Non
                 wanted[lane] = context
     if wanted:
         first = readings[next(iter(wanted))]
-        scores = read_prompts(lanes.session, first.member, wanted, first._earlier)
+        earlier = [] if first._earlier is None else [first._earlier]
+        scores = read_prompts(lanes.session, first.member, wanted, earlier)
         for lane, score in scores.items():
             readings[lane]._score = score
 
