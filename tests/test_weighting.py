@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,13 @@ from sessions import open_session, sync
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
-from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS, PromptScore, prompt_weights, read_prompts
+from deepen_ext.decoding.prompt_weights import (
+    LAST_PROMPTS,
+    PROMPT_TOKENS,
+    PromptScore,
+    prompt_weights,
+    read_prompts,
+)
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.members.member import Member
@@ -68,6 +76,33 @@ class TestReadPrompts:
             assert together[lane].sizes == one.sizes
             assert together[lane].logprobs == pytest.approx(one.logprobs, abs=1e-4)
         assert fed < alone / 2
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_scores_of_earlier_prompts_give_those_of_a_fresh_session(
+        self, tiny_smollm2: Member, seed: int
+    ) -> None:
+        """Prompts of any length that begin like others or do not, in lanes that held another one."""
+        draw = random.Random(seed)
+        vocabulary = tiny_smollm2.vocabulary
+        heads = [vocabulary.encode(text * 40)[: draw.randrange(5, 400)] for text in (CODE, FRENCH, "a b c ")]
+        earlier: deque[PromptScore] = deque(maxlen=LAST_PROMPTS)
+        with open_session(tiny_smollm2, 3) as session:
+            for _ in range(12):
+                prompts = {}
+                for lane in draw.sample(range(3), draw.randrange(1, 4)):
+                    head = draw.choice(heads)
+                    tail = vocabulary.encode(FRENCH * 3)[: draw.choice([1, 7, 40, 150])]
+                    prompts[lane] = head[: draw.choice([len(head), len(head) - 3])] + tail
+                found = read_prompts(session, tiny_smollm2, prompts, earlier)
+                earlier.extend(found.values())
+                assert list(found) == list(prompts)
+                for lane, ids in prompts.items():
+                    with open_session(tiny_smollm2, 1) as fresh:
+                        want = read_prompts(fresh, tiny_smollm2, {0: ids})[0]
+                        logits = sync(fresh, {0: ids})
+                    assert found[lane].sizes == want.sizes
+                    assert found[lane].logprobs == pytest.approx(want.logprobs, abs=1e-4)
+                    torch.testing.assert_close(sync(session, {lane: ids}), logits, atol=1e-4, rtol=0)
 
     def test_scores_are_those_of_a_plain_forward(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         for member in (tiny_smollm2, tiny_gemma):

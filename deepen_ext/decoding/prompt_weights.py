@@ -19,9 +19,7 @@ _SHARED = 16  # tokens that two prompts begin with alike, from which on they are
 _ROWS = 16
 _SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
 PROMPT_TOKENS = 256  # of a prompt's end, that count
-LAST_PROMPTS = (
-    8  # that others may begin like. A longer one serves no shorter one: it is scored from further on
-)
+LAST_PROMPTS = 8  # whose scores are kept, for others that begin alike; a longer one serves no shorter one
 
 
 @dataclass(frozen=True)
