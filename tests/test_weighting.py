@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +15,9 @@ from sessions import open_session, sync
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
 from deepen_ext.decoding.prompt_weights import (
-    LAST_PROMPTS,
     PROMPT_TOKENS,
     PromptScore,
+    last_prompts,
     prompt_weights,
     read_prompts,
 )
@@ -85,7 +84,7 @@ class TestReadPrompts:
         draw = random.Random(seed)
         vocabulary = tiny_smollm2.vocabulary
         heads = [vocabulary.encode(text * 40)[: draw.randrange(5, 400)] for text in (CODE, FRENCH, "a b c ")]
-        earlier: deque[PromptScore] = deque(maxlen=LAST_PROMPTS)
+        last = last_prompts()
         with open_session(tiny_smollm2, 3) as session:
             for _ in range(12):
                 prompts = {}
@@ -93,8 +92,7 @@ class TestReadPrompts:
                     head = draw.choice(heads)
                     tail = vocabulary.encode(FRENCH * 3)[: draw.choice([1, 7, 40, 150])]
                     prompts[lane] = head[: draw.choice([len(head), len(head) - 3])] + tail
-                found = read_prompts(session, tiny_smollm2, prompts, earlier)
-                earlier.extend(found.values())
+                found = read_prompts(session, tiny_smollm2, prompts, last)
                 assert list(found) == list(prompts)
                 for lane, ids in prompts.items():
                     with open_session(tiny_smollm2, 1) as fresh:

@@ -6,7 +6,6 @@ own `generate` (`adapters.DeepenLogitsProcessor`), and so do the tokens that wer
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.places import Place, Reason
 from deepen_ext.decoding.prompt_weights import (
-    LAST_PROMPTS,
     PromptScore,
+    last_prompts,
     prompt_weights,
     read_prompts,
     tell_of_leader,
@@ -75,8 +74,7 @@ class Assistants:
         self.texts: dict[int, AssistantsText] = {}
         self.lanes: dict[int, int] = {}
         self.weights: dict[int, Sequence[float]] = {}
-        # Of each, the last prompts' scores, for others that begin alike.
-        self._scored: list[deque[PromptScore]] = [deque(maxlen=LAST_PROMPTS) for _ in self._members]
+        self._last_prompts = [last_prompts() for _ in self._members]
         self._shared = shared
         self._sessions: list[WatchedSession] = []
         elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]
@@ -131,8 +129,7 @@ class Assistants:
         for i, (session, member) in enumerate(zip(self._sessions, self._members, strict=True)):
             if i not in self._out:
                 ids = {self.lanes[text]: self.texts[text].ids(i) for text in texts}
-                found[i + 1] = list(read_prompts(session, member, ids, self._scored[i]).values())
-                self._scored[i].extend(found[i + 1])
+                found[i + 1] = list(read_prompts(session, member, ids, self._last_prompts[i]).values())
         return found
 
     def weigh(self, texts: Sequence[int], main: Sequence[PromptScore]) -> None:

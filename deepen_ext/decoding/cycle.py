@@ -12,7 +12,6 @@ A draft of one place is a step without a draft.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,7 +30,7 @@ from deepen_ext.decoding.generation import Generation, Timings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
 from deepen_ext.decoding.lost import Losses
 from deepen_ext.decoding.places import Ahead
-from deepen_ext.decoding.prompt_weights import LAST_PROMPTS, PromptScore, read_prompts
+from deepen_ext.decoding.prompt_weights import last_prompts, read_prompts
 from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.schedule import Schedule
@@ -130,7 +129,7 @@ class Cycles:
             )
         self._losses = Losses(team, self._texts, self._main, self._assistants, self._pace, self.results)
         self._unweighed: list[int] = []  # texts that began, and wait for the weights of their prompts
-        self._scored: deque[PromptScore] = deque(maxlen=LAST_PROMPTS)  # for others that begin alike
+        self._last_prompts = last_prompts()  # as the main model has scored them
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=lanes)
 
     def _take(self, number: int, prompt: Prompt, settings: Settings) -> None:
@@ -211,9 +210,8 @@ class Cycles:
         """Drafts of all texts (see `Writer.write`), when they were there, and what the members say of it."""
         if self._unweighed:
             ids = {self._assistants.lanes[number]: self._texts[number].ids for number in self._unweighed}
-            main_scores = list(read_prompts(self._main, self._team.main, ids, self._scored).values())
-            self._scored.extend(main_scores)
-            self._assistants.weigh(self._unweighed, main_scores)
+            main_scores = read_prompts(self._main, self._team.main, ids, self._last_prompts).values()
+            self._assistants.weigh(self._unweighed, list(main_scores))
             self._unweighed = []
         ahead = self._writer.write(self._schedule.active, alone=alone)
         read = perf_counter()

@@ -43,7 +43,7 @@ class Proposal:
 
     Attributes:
         place: where.
-        token: what the main model would write.
+        token: what the main model would write; its most probable token where nobody looks at this.
         margin: by how much the main model's first choice there is more probable than its second.
         main: what the main model says there is row `row` of this.
         row: see `main`.

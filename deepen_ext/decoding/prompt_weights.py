@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ _SHARED = 16  # tokens that two prompts begin with alike, from which on they are
 _ROWS = 16
 _SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
 PROMPT_TOKENS = 256  # of a prompt's end, that count
-LAST_PROMPTS = 8  # whose scores are kept, for others that begin alike; a longer one serves no shorter one
+_LAST = 8  # prompts that are remembered: several, because a longer one serves no shorter one
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,16 @@ def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int
     )
 
 
+def last_prompts(score: PromptScore | None = None) -> deque[_Scored]:
+    """A memory for `read_prompts`: of nothing, or of a prompt that was scored."""
+    return deque([] if score is None or score.prompt is None else [score.prompt], maxlen=_LAST)
+
+
 def read_prompts(
     session: Session,
     member: Member,
     prompts: Mapping[int, Sequence[int]],
-    earlier: Iterable[PromptScore] = (),
+    last: deque[_Scored] | None = None,
 ) -> dict[int, PromptScore]:
     """Bring lanes to their prompts and score the last `PROMPT_TOKENS` tokens of each.
 
@@ -110,7 +116,8 @@ def read_prompts(
             them costs nothing.
         member: whose tokens they are.
         prompts: ids by lane, with what stands before the text.
-        earlier: of prompts that these may begin like; what they have in common is not scored again.
+        last: the member's last prompts (`last_prompts`). What a prompt has in common with one of them is not
+            scored again. These prompts are added.
 
     Raises:
         InputError: see `Session.ask`.
@@ -122,14 +129,14 @@ def read_prompts(
         lane: _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
         for lane in sorted(prompts, key=lambda lane: starts[lane])
     }
-    known = [one.prompt for one in earlier if one.prompt is not None]
-    unlike = [lane for lane, one in wanted.items() if one.best_of(known) is None]
+    last = last_prompts() if last is None else last
+    unlike = [lane for lane, one in wanted.items() if one.best_of(last) is None]
     heads = {lane: prompts[lane][: starts[lane]] for lane in unlike if starts[lane]}
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
     waiting: dict[int, _Scored] = {}  # short ones, which are read together
     for lane, now in wanted.items():
-        before = now.best_of(known)
+        before = now.best_of(last)
         if before is not None:
             if any(before is one for one in waiting.values()):
                 _read_waiting(session, waiting)
@@ -144,7 +151,7 @@ def read_prompts(
                 session.ask({lane: now.ids[: now.read_from + 1]}, 1).wait()
             for block in session.read(lane, now.ids, now.read_from, 1):
                 now.score(block)
-        known = [*known, now][-LAST_PROMPTS:]
+        last.append(now)
     _read_waiting(session, waiting)
     scores = {lane: one.result(member) for lane, one in wanted.items()}
     return {lane: scores[lane] for lane in prompts}
@@ -179,15 +186,14 @@ class _Scored:
 
     def best_of(self, others: Sequence[_Scored]) -> _Scored | None:
         """The one of these that serves this prompt best, because it begins alike; None where none does."""
-        saved = {i: self._saved_by(one) for i, one in enumerate(others)}
-        best = max(saved, key=lambda i: saved[i], default=None)
-        return None if best is None or saved[best] < _SHARED else others[best]
+        best = max(others, key=self._saved_by, default=None)
+        return best if best is not None and self._saved_by(best) else None
 
     def _saved_by(self, other: _Scored) -> int:
-        """How many tokens need not be scored, with those that the other one has."""
-        if other.start > self.start or not torch.equal(self.unwritable, other.unwritable):
-            return 0
-        return common_prefix(self.ids, other.ids) - self.start
+        """How many tokens of this prompt the other one has scored; 0 where they are too few to gain by."""
+        saved = common_prefix(self.ids, other.ids) - self.start
+        serves = other.start <= self.start and saved >= _SHARED
+        return saved if serves and torch.equal(self.unwritable, other.unwritable) else 0
 
     def take_over(self, other: _Scored) -> None:
         """What another prompt that begins alike has found."""

@@ -67,7 +67,7 @@ class Writer:
         self._chooser = chooser
         # Where assistants may be spared, one elsewhere is asked when it is known that it is needed.
         self._asks_first = not (skips.spares or team.fuser.draws)
-        # Nothing is drafted on a place that nobody else speaks of, and nobody learns from it.
+        # Whether what the main model would write is looked at: by a draft, or by who plans the next one.
         self._guesses = len(team.members) > 1 and pace.settings.length != 0
         self._stopping = stopping
         self._pace = pace

@@ -24,7 +24,7 @@ class Word:
     """The main model's word on some places, as the host has read it: one entry for each.
 
     Attributes:
-        tokens: what it would write, if that was asked for.
+        tokens: what it would write; its most probable tokens where nobody asked for that.
         margins: by how much its first choice is more probable than its second.
         reasons: why no assistant is needed, or None.
         candidates: its most probable tokens, for the boundary rule.
@@ -67,7 +67,7 @@ class WordReader:
             tokens: what the main model would write, int64 [n]; None where nobody has chosen yet.
             began: when its forward passes did (`time.perf_counter`).
             guess: find out what it would write. Where the texts are sampled this costs as much as the choice
-                itself; without it the most probable tokens stand in `Word.tokens`.
+                itself.
 
         Raises:
             InputError: a place whose logits have no softmax.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from deepen_ext.decoding.prompt_weights import PromptScore, read_prompts
+from deepen_ext.decoding.prompt_weights import PromptScore, last_prompts, read_prompts
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.reading_lanes import ReadingLanes
 from deepen_ext.measure.likelihood.said_rows import SaidRows
@@ -223,8 +223,7 @@ def _score_contexts(lanes: ReadingLanes, readings: Mapping[int, Reading]) -> Non
                 wanted[lane] = context
     if wanted:
         first = readings[next(iter(wanted))]
-        earlier = [] if first._earlier is None else [first._earlier]
-        scores = read_prompts(lanes.session, first.member, wanted, earlier)
+        scores = read_prompts(lanes.session, first.member, wanted, last_prompts(first._earlier))
         for lane, score in scores.items():
             readings[lane]._score = score
 
