@@ -180,6 +180,7 @@ def kept(file: Path, there: list[tuple[Header, Records]]) -> dict[str, Any]:
     names = {header["configuration"]["name"] for header, _ in there}
     rest = {name: one for name, one in known["configurations"].items() if name not in names}
     now = what_was_asked(there[0][0])
+    known.setdefault("dtype", "float32")  # files from before it was written down
     other = [key for key in now if key != "settings" and known[key] != now[key]]
     if alike(known["settings"]) != alike(now["settings"]):
         other.append("settings")
@@ -197,8 +198,16 @@ def what_was_asked(header: Header) -> dict[str, Any]:
     return {
         **{key: one for key, one in head.items() if key != "name"},
         "settings": settings_used(),
+        "dtype": _dtype(header),
         "shared_forwards": header["configuration"]["share_forwards"],
     }
+
+
+def _dtype(header: Header) -> str:
+    """Of the weights in transformers; of llama.cpp's members alone float32, as their logits are."""
+    members = header["configuration"]["members"]
+    found = (one.get("dtype") for one in members if one.get("backend", "").startswith("transformers"))
+    return next(found, None) or "float32"
 
 
 def read(work: Path, task: str) -> list[tuple[Header, Records]]:

@@ -24,7 +24,7 @@ from results_format import (
     singles,
     table,
 )
-from results_read import Measure, Results, pairs_of
+from results_read import Measure, Results, dtype_of, pairs_of
 
 EARLIER = "deepen:bytes"  # the default before
 
@@ -228,6 +228,9 @@ def votes(results: Results) -> str:
     found = []
     for measure in results.votes:
         one_answer = next((one for one in results.tests if _same_task(one, measure)), None)
+        greedily = "one greedy answer"
+        if one_answer is not None and dtype_of(one_answer.result) != dtype_of(measure.result):
+            greedily += f" in {dtype_of(one_answer.result)}"
         rows = []
         for name, own in _members_first(measure):
             paired = own["against_best_single"]
@@ -242,7 +245,7 @@ def votes(results: Results) -> str:
                     "" if paired is None else f"{MODELS[paired['configuration']]}, n {paired['n']}",
                 ]
             )
-        head = ["n", "% right (95 %)", "one greedy answer", "points (95 %)", "against votes of"]
+        head = ["n", "% right (95 %)", greedily, "points (95 %)", "against votes of"]
         found.append(table([measure.title, *head], rows))
     return "\n\n".join(found) or "Not measured yet."
 

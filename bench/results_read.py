@@ -95,12 +95,20 @@ def _machine(file: Path, evaluation: Path) -> str:
     return file.relative_to(evaluation).parts[0]
 
 
+def dtype_of(result: Result) -> str:
+    """Of the weights in transformers; the oldest files do not say it."""
+    found: str = result.get("dtype", "float32")
+    return found
+
+
 def _measures(machine: str, result: Result) -> Iterator[Measure]:
     """The measures of a file: two for choices, by acc and by acc_norm, unless these never differ."""
     name, scores = TASKS[result["task"]], result["configurations"]
     votes = result.get("votes", {}).get("count", 1)
     if (gpu := result["environment"]["machine"].get("gpu")) is not None:
         name += f" on {gpu['name'].removeprefix('NVIDIA ').partition(' ')[0]}"  # H100
+    if dtype_of(result) != "float32":
+        name += f" in {dtype_of(result)}"
     if result.get("scoring") != "likelihood":
         title = f"{name}, letter" if result["task"] in CHOICES else name
         yield Measure(title if votes == 1 else f"{title}, {votes} votes", machine, result, scores, votes)

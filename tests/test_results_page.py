@@ -178,7 +178,9 @@ def test_a_member_of_whom_nothing_is_known() -> None:
     assert compare.compare(right, {"S": None, "G": best}) is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("items_sha256", "1"), ("max_new_tokens", 2), ("dtype", "bfloat16")]
+)
 def test_results_of_other_items_do_not_stand_in_one_file(
     key: str, value: object, data: Path, work: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +193,29 @@ def test_results_of_other_items_do_not_stand_in_one_file(
     there = compare.read(work, "arc_challenge")
     with pytest.raises(InputError, match=rf"S\+G deepen:paper.*{key}"):
         compare.kept(file, there)
+
+
+def test_the_precision_is_in_the_file_and_in_the_title(data: Path, work: Path, tmp_path: Path) -> None:
+    """Of files that do not say it, it is float32."""
+    output = tmp_path / "results" / "evaluation" / "machine"
+    output.mkdir(parents=True)
+    compare.write_task(work, data, "arc_challenge", output, FOUND)
+    file = output / "arc_challenge.json"
+    known = json.loads(file.read_text())
+    assert known.pop("dtype") == "float32"
+    file.write_text(json.dumps(known))
+    assert compare.kept(file, compare.read(work, "arc_challenge")) == {}
+    assert [one.title for one in read_results(tmp_path / "results").tests] == ["ARC-Challenge, letter"]
+    for path in work.glob("*.jsonl"):
+        lines = path.read_text().splitlines()
+        header = json.loads(lines[0])
+        for member in header["configuration"]["members"]:
+            member |= {"backend": "transformers 5.23.0", "dtype": "bfloat16"}
+        path.write_text("\n".join([json.dumps(header), *lines[1:], ""]))
+    compare.write_task(work, data, "arc_challenge", output, FOUND)
+    assert [one.title for one in read_results(tmp_path / "results").tests] == [
+        "ARC-Challenge in bfloat16, letter"
+    ]
 
 
 def test_results_from_before_a_change_of_the_default_are_added_to(
