@@ -15,6 +15,7 @@ from sessions import open_session, sync
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
 from deepen_ext.decoding.prompt_weights import (
+    LEAST_WEIGHT,
     PROMPT_TOKENS,
     PromptScore,
     last_prompts,
@@ -22,6 +23,7 @@ from deepen_ext.decoding.prompt_weights import (
     read_prompts,
 )
 from deepen_ext.decoding.shared_forwards import SharedForwards
+from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.members.member import Member
 
@@ -49,6 +51,18 @@ class TestPromptWeights:
         assert prompt_weights([good, bad], [0.2, 0.8], sharpness=0) == pytest.approx([0.2, 0.8])
         assert sum(prompt_weights([good, bad, bad], [0.2, 0.4, 0.4], 8.0)) == pytest.approx(1)
 
+    def test_an_assistant_below_the_least_weight_has_none(self) -> None:
+        """The main model, whose tokens are written, keeps what it has."""
+        good, fair, bad = (PromptScore([10], [-nats]) for nats in (1.0, 2.0, 6.0))
+        assert prompt_weights([good, bad], [0.5, 0.5], 1.0) == [1.0, 0.0]
+        main, assistant = prompt_weights([bad, good], [0.5, 0.5], 1.0)
+        assert main == pytest.approx(1 / (1 + math.exp(5)))
+        assert main + assistant == pytest.approx(1)
+        three = prompt_weights([good, bad, fair], [0.2, 0.4, 0.4], 1.0)
+        assert three == pytest.approx([1 / (1 + 2 / math.e), 0, 1 / (1 + math.e / 2)])
+        just = 1.0 + math.log(0.99 / 0.011)
+        assert prompt_weights([good, PromptScore([10], [-just])], [0.5, 0.5], 1.0)[1] > LEAST_WEIGHT
+
     def test_only_bytes_that_all_have_scored_count(self) -> None:
         """A member whose first token is not scored is compared on the rest."""
         long, short = PromptScore([10, 10], [-100.0, -5.0]), PromptScore([10], [-5.0])
@@ -56,9 +70,31 @@ class TestPromptWeights:
 
     def test_nothing_to_tell_by(self) -> None:
         assert prompt_weights([PromptScore([], []), PromptScore([3], [-1.0])], [0.3, 0.7], 8.0) == [0.3, 0.7]
+        impossible = PromptScore([3], [-math.inf])
+        assert prompt_weights([impossible, impossible], [0.3, 0.7], 8.0) == [0.3, 0.7]
+        assert prompt_weights([impossible, PromptScore([3], [-9.0])], [0.3, 0.7], 8.0) == [0.0, 1.0]
 
 
 class TestReadPrompts:
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf])
+    def test_logits_without_a_softmax_are_named(self, tiny_smollm2: Member, wrong: float) -> None:
+        """They are not taken for a member that reads badly, and no later prompt takes them over."""
+
+        def spoilt(_module: object, _given: object, logits: torch.Tensor) -> torch.Tensor:
+            logits[..., ids[0]] = wrong
+            return logits
+
+        ids, last = tiny_smollm2.vocabulary.encode(CODE), last_prompts()
+        hook = tiny_smollm2.model.lm_head.register_forward_hook(spoilt)
+        try:
+            with open_session(tiny_smollm2) as session, pytest.raises(InputError, match="tiny-smollm2.*NaN"):
+                read_prompts(session, tiny_smollm2, {0: ids}, last)
+        finally:
+            hook.remove()
+        with open_session(tiny_smollm2) as session:
+            found = read_prompts(session, tiny_smollm2, {0: ids}, last)
+        assert all(map(math.isfinite, found[0].logprobs))
+
     def test_what_prompts_begin_with_alike_is_scored_once(self, tiny_smollm2: Member) -> None:
         """And gives each of them the same scores as by itself."""
         demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 12
@@ -130,7 +166,8 @@ class TestReadPrompts:
 
 @pytest.fixture(scope="module")
 def weighed(tiny_smollm2: Member, tiny_gemma: Member) -> Ensemble:
-    return Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", weights="prompt")
+    """Where both members keep a say in the texts here."""
+    return Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", weights="prompt", sharpness=1 / 128)
 
 
 class TestEnsemble:
@@ -181,6 +218,45 @@ class TestEnsemble:
         with SharedForwards() as shared:
             weighed.variant(weights=None).generate([CODE, FRENCH], max_new_tokens=6, shared=shared)
             assert weighed.generate([CODE, FRENCH], max_new_tokens=6, shared=shared).texts == want
+
+    @pytest.mark.parametrize(
+        "how", [{}, {"draft": 3}, {"do_sample": True, "seed": 5}, {"certified_skip": True}]
+    )
+    def test_a_member_without_weight_is_not_asked(
+        self, tiny_smollm2: Member, tiny_gemma: Member, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With this sharpness one member has all the weight: the text is the main model's own, or fused."""
+        asked: list[int] = []
+        ask = WatchedSession.ask
+
+        def counted(session: WatchedSession, targets: Any, *more: Any) -> Any:
+            asked.extend(targets)
+            return ask(session, targets, *more)
+
+        decided = 0
+        for main, assistant in ((tiny_smollm2, tiny_gemma), (tiny_gemma, tiny_smollm2)):
+            ensemble = Ensemble([main, assistant], fuser="deepen", weights="prompt", sharpness=10.0)
+            single = Ensemble([main], fuser="single")
+            own_way = {key: how[key] for key in how if key != "certified_skip"}
+            for prompt in (CODE, FRENCH):
+                own = single.generate(prompt, max_new_tokens=12, **own_way)
+                records: list[dict] = []
+                with monkeypatch.context() as patch:
+                    patch.setattr(WatchedSession, "ask", counted)
+                    asked.clear()
+                    found = ensemble.generate(prompt, max_new_tokens=12, trace=records.append, **how)
+                if records[0]["members"][0]["weight"] < 1:
+                    assert {one["not_asked"] for one in records}.isdisjoint({"no weight"})
+                    continue
+                decided += 1
+                assert {one["not_asked"] for one in records} <= {
+                    "no weight",
+                    "settled",
+                    "unfinished character",
+                }
+                assert found.token_ids == own.token_ids
+                assert len(asked) < len(found.token_ids) + 4  # the main model's steps, and prompts
+        assert decided == 2
 
     def test_other_words_are_refused(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         with pytest.raises(InputError, match="weights are 'auto'; give a list of numbers, or 'prompt'"):

@@ -227,7 +227,10 @@ class Assistants:
         there = [i for i in range(len(self._sessions)) if i not in self._out]
         if not there:
             return Place(number, "lost", {}, weights)
-        speak = [i for i in there if text.speaks(i, rule, candidates)]
+        heard = [i for i in there if weights[i + 1]]
+        if not heard:
+            return Place(number, "no weight", {}, weights)
+        speak = [i for i in heard if text.speaks(i, rule, candidates)]
         if share is not None and speak:
             chosen = drawn([0, *(i + 1 for i in speak)], weights, share)
             if chosen == 0:
@@ -257,11 +260,12 @@ class Assistants:
         there = [i for i in self._asker.elsewhere if i not in self._out]
         if not there:
             return {}
-        coming = [
-            Place(number, None, {i: list(self.texts[number].ids(i)) for i in there}, self.weights[number])
-            for number in texts
-            if not self.texts[number].unfinished
-        ]
+        coming = []
+        for number in texts:
+            text, weights = self.texts[number], self.weights[number]
+            if not text.unfinished:
+                asked = {i: list(text.ids(i)) for i in there if weights[i + 1]}
+                coming.append(Place(number, None, asked, weights))
         spent = self._asker.ask_ahead([*places, *coming], self.lanes, drafter - 1)
         return {i + 1: ms for i, ms in spent.items()}
 

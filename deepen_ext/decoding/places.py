@@ -10,7 +10,9 @@ from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.members.distribution import Distribution
 
 # Why no assistant was asked about a text's token; None where they were.
-Reason = Literal["settled", "gated", "unfinished character", "boundary", "sure", "main model drawn", "lost"]
+Reason = Literal[
+    "settled", "gated", "unfinished character", "boundary", "sure", "main model drawn", "no weight", "lost"
+]
 
 
 @dataclass(eq=False)

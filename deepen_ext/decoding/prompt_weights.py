@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from deepen_ext.errors import InputError
 from deepen_ext.members.asking import common_prefix
 from deepen_ext.members.backend import Session, require
 from deepen_ext.members.distribution import Distribution, forbid
 from deepen_ext.members.member import Member
 
 _NEARLY_ALL = 0.9  # of the weights
+LEAST_WEIGHT = 0.01  # of an assistant that has a say in a text; not tuned
 _SHARED = 16  # tokens that two prompts begin with alike, from which on they are scored once
 _ROWS = 16
 _SHORT = 128  # tokens of short prompts that are read in one forward pass, with their logits
@@ -63,19 +65,24 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
     with worked examples, decides who counts; a question of one line hardly does. PackLLM (Mavromatis et al.,
     arXiv 2404.11531) has the idea; it weighs by perplexity a token, which depends on the vocabulary.
 
+    An assistant below `LEAST_WEIGHT` has no say in the text: its weight is 0, and it is not asked. A smaller
+    weight would move the distribution no less: AdamW's steps have one size however small the gradient is.
+
     Args:
         scores: of each member.
         weights: lambda_i, what the members start from.
         sharpness: for each nat; 0 leaves the weights as they are.
     """
     shared = min(one.nbytes for one in scores)
-    if shared == 0:
-        return list(weights)
     nats = [one.nats(shared) for one in scores]
     best = min(nats)
+    if not shared or not sharpness or math.isinf(best):  # nothing to tell by, or all find it impossible
+        return list(weights)
     raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
     total = math.fsum(raised)
-    return [one / total for one in raised]
+    kept = [w if i == 0 or w >= LEAST_WEIGHT * total else 0.0 for i, w in enumerate(raised)]
+    total = math.fsum(kept)
+    return [one / total for one in kept]
 
 
 def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int]) -> None:
@@ -120,7 +127,7 @@ def read_prompts(
             scored again. These prompts are added.
 
     Raises:
-        InputError: see `Session.ask`.
+        InputError: see `Session.ask`; logits without a softmax.
         ModelError: the forward pass failed.
     """
     require(member.backend, "logits", "weights='prompt'")
@@ -153,6 +160,9 @@ def read_prompts(
                 now.score(block)
         last.append(now)
     _read_waiting(session, waiting)
+    if any(math.isnan(logprob) for one in wanted.values() for logprob in one.logprobs):
+        last.clear()  # or a prompt that begins alike would take it over
+        raise InputError(f"logits of {member.name}: NaN, +inf or nothing but -inf at a token of the prompt")
     scores = {lane: one.result(member) for lane, one in wanted.items()}
     return {lane: scores[lane] for lane in prompts}
 
@@ -212,5 +222,7 @@ class _Scored:
         known = block.scores()[: len(following)].float()
         picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
         # Some rows at a time: of a vocabulary of 262k, 128 rows and their exponentials would be 270 MB.
-        totals = [forbid(rows, self.unwritable).logsumexp(-1) for rows in torch.split(known, _ROWS)]
-        self.logprobs += (picked - torch.cat(totals)).tolist()
+        rows = torch.split(known, _ROWS)
+        totals = torch.cat([forbid(one, self.unwritable).logsumexp(-1) for one in rows])
+        # NaN where there is no softmax, which `read_prompts` refuses; of +inf it would be -inf.
+        self.logprobs += (picked - totals).where(totals.isfinite(), torch.nan).tolist()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext import __version__
-from deepen_ext.decoding.prompt_weights import PROMPT_TOKENS
+from deepen_ext.decoding.prompt_weights import LEAST_WEIGHT, PROMPT_TOKENS
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.tasks import Item, Task
@@ -59,7 +59,8 @@ def configuration_header(
     }
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
-        weights = {"prompt": weights, "sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS}
+        how = {"sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS, "least": LEAST_WEIGHT}
+        weights = {"prompt": weights, **how}
     models = [member.backend.describe() for member in ensemble.members]
     return {
         "name": name,

@@ -29,6 +29,7 @@ const REASONS = {
   boundary: "an assistant's last token may become part of a longer one",
   sure: "the main model was not torn between two words",
   "main model drawn": "the draw fell on the main model",
+  "no weight": "the assistants read the prompt so much worse that they have no say in this text",
   lost: "no assistant was left",
 };
 
