@@ -532,12 +532,13 @@ def test_acceptance_against_the_texts(tiny_smollm2: Member, tiny_gemma: Member) 
 
 
 def test_drafts_in_the_diagnosis(tiny_smollm2: Member, tiny_gemma: Member) -> None:
-    found = diagnose([tiny_smollm2, tiny_gemma], text=SAMPLE_TEXT[:700], new_tokens=3, batch=2)
+    """The better reader assists; the other way round it would write alone, and there would be no drafts."""
+    found = diagnose([tiny_gemma, tiny_smollm2], text=SAMPLE_TEXT[:700], new_tokens=3, batch=2)
     assert found.speed is not None
     assert (found.speed.texts, found.speed.tokens) == (2, 6)
     drafts = found.drafts
     assert drafts is not None
-    names = [tiny_smollm2.name, tiny_gemma.name]
+    names = [tiny_gemma.name, tiny_smollm2.name]
     assert (drafts.lanes, drafts.widths, [one.name for one in drafts.forwards]) == (2, (1, 2, 4, 8), names)
     assert drafts.place_ms == pytest.approx(found.speed.fusion_ms + found.speed.handoff_ms)
     assert drafts.without_ms == pytest.approx(sum(one.ms[0] for one in drafts.forwards) + drafts.place_ms)
