@@ -87,7 +87,7 @@ class TestReadPrompts:
         ids, last = tiny_smollm2.vocabulary.encode(CODE), last_prompts()
         hook = tiny_smollm2.model.lm_head.register_forward_hook(spoilt)
         try:
-            with open_session(tiny_smollm2) as session, pytest.raises(InputError, match="tiny-smollm2.*NaN"):
+            with open_session(tiny_smollm2) as session, pytest.raises(InputError, match=r"tiny-smollm2.*NaN"):
                 read_prompts(session, tiny_smollm2, {0: ids}, last)
         finally:
             hook.remove()
