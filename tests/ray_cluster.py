@@ -44,8 +44,9 @@ def kill_process(actor: Any) -> None:
     os.kill(in_actor(actor, lambda _: os.getpid()), signal.SIGKILL)
 
 
-def actors_alive() -> int:
-    return sum(one["State"] != "DEAD" for one in actors().values())
+def actors_alive() -> set[str]:
+    """Their names. Compare sets, not counts: an actor of an earlier test may still be dying."""
+    return {name for name, one in actors().items() if one["State"] != "DEAD"}
 
 
 def processes_of(kind: str) -> list[int]:

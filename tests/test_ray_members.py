@@ -306,13 +306,13 @@ class TestLost:
         """Neither after `close` nor when nothing holds the member."""
         before = actors_alive()
         closed, dropped = load_members(one_byte_folders, placement=SMALL)
-        assert actors_alive() == before + 2
+        assert len(actors_alive() - before) == 2
         closed.backend.close()
-        until(lambda: actors_alive() == before + 1)
+        until(lambda: len(actors_alive() - before) == 1)
         with pytest.raises(MemberLost, match="tiny-1"):
             closed.backend.open()
         del dropped
-        until(lambda: gc.collect() >= 0 and actors_alive() == before)
+        until(lambda: gc.collect() >= 0 and actors_alive() <= before)
 
     def test_a_model_that_cannot_be_loaded(self, one_byte_folders: list[Path], tmp_path: Path) -> None:
         """The error is the one of a member in process, and the actor goes."""
@@ -325,7 +325,7 @@ class TestLost:
                 load_member(broken, placement=place)
             errors.append((type(caught.value), str(caught.value)))
         assert errors[0] == errors[1]
-        until(lambda: gc.collect() >= 0 and actors_alive() == before)
+        until(lambda: gc.collect() >= 0 and actors_alive() <= before)
 
     def test_another_tokenizer_there(
         self, one_byte_folders: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -377,7 +377,7 @@ class TestPlacement:
         before = actors_alive()
         with pytest.raises(InputError, match=message):
             Ensemble.from_pretrained(one_byte_folders, placement=[None, placement])
-        assert actors_alive() == before
+        assert actors_alive() <= before
 
     def test_options_that_do_not_go_together(self, one_byte_folders: list[Path]) -> None:
         with pytest.raises(InputError, match="has no GPU, and the model is to use one; give num_gpus=1"):
@@ -400,7 +400,7 @@ class TestPlacement:
         ):
             load_member(one_byte_folders[0], placement={"num_cpus": 2})
         ray.kill(large)
-        until(lambda: actors_alive() == before)
+        until(lambda: actors_alive() <= before)
 
     def test_in_a_group_of_the_users(self, one_byte_folders: list[Path]) -> None:
         group = placement_group([{"CPU": 1}, {"CPU": 1}], name="ours")

@@ -89,7 +89,7 @@ class TestEvaluation:
         run(tmp_path, replicas=2)
         assert item_lines(tmp_path) == item_lines(alone)
         assert headers(tmp_path) == headers(alone)
-        until(lambda: actors_alive() == before)
+        until(lambda: actors_alive() <= before)
 
     def test_texts_too(self, run: Callable[..., Any], tmp_path: Path) -> None:
         for name, options in (("one", {}), ("two", {"replicas": 2})):
@@ -195,4 +195,4 @@ class TestManyPrompts:
             Replicas([one_byte_folders[0], "/nowhere/at/all"], 2, placement=SMALL)
         with pytest.raises(InputError, match="there is no backend 'nowhere'"):
             Replicas(one_byte_folders, 1, placement=SMALL, backend="nowhere")
-        until(lambda: actors_alive() == before)
+        until(lambda: actors_alive() <= before)
