@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from sessions import open_session as member_session
@@ -56,6 +58,35 @@ def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> Non
         assert more != once
         ensembles[2].generate(PROMPTS, max_new_tokens=12, draft=0, shared=shared)
         assert fed() == more
+
+
+def test_a_prompt_is_scored_once(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    """Where weights come from prompts: short ones, one that is cut, and two that begin alike."""
+    long = " ".join(f"{n} and {n + 30} are {2 * n + 30}." for n in range(60))
+    prompts = [*PROMPTS, long, long + " So", "to be"]
+    pair, turned = (
+        Ensemble(members, weights="prompt", sharpness=0.02)
+        for members in ([tiny_smollm2, tiny_gemma], [tiny_gemma, tiny_smollm2])
+    )
+    ensembles = [pair, turned, pair.variant(fuser="average")]
+    traces: list[dict[str, Any]] = []
+    want = [one.generate(prompts, max_new_tokens=8, trace=traces.append) for one in ensembles]
+    assert len({one["members"][0]["weight"] for one in traces}) > 4
+    with SharedForwards() as shared:
+
+        def fed() -> list[int]:
+            return [session.tokens_fed for session in shared._sessions.values()]
+
+        ensembles[0].generate(prompts, max_new_tokens=1, shared=shared)
+        once = fed()
+        for one in ensembles[1:]:
+            one.generate(prompts, max_new_tokens=1, shared=shared)
+        assert fed() == once
+        found = [one.generate(prompts, max_new_tokens=8, shared=shared) for one in ensembles]
+    assert min(once) > 700
+    for a, b in zip(want, found, strict=True):
+        assert a.texts == b.texts
+        assert [one.changed_tokens for one in a] == [one.changed_tokens for one in b]
 
 
 def test_positions_are_found_by_the_ids_before_them(tiny_smollm2: Member) -> None:

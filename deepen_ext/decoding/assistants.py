@@ -74,7 +74,9 @@ class Assistants:
         self.texts: dict[int, AssistantsText] = {}
         self.lanes: dict[int, int] = {}
         self.weights: dict[int, Sequence[float]] = {}
-        self._last_prompts = [last_prompts() for _ in self._members]
+        self._last_prompts = [
+            last_prompts() if shared is None else shared.last_prompts(one) for one in self._members
+        ]
         self._shared = shared
         self._sessions: list[WatchedSession] = []
         elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]

@@ -129,7 +129,8 @@ class Cycles:
             )
         self._losses = Losses(team, self._texts, self._main, self._assistants, self._pace, self.results)
         self._unweighed: list[int] = []  # texts that began, and wait for the weights of their prompts
-        self._last_prompts = last_prompts()  # as the main model has scored them
+        # As the main model has scored them.
+        self._last_prompts = last_prompts() if shared is None else shared.last_prompts(team.main)
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=lanes)
 
     def _take(self, number: int, prompt: Prompt, settings: Settings) -> None:

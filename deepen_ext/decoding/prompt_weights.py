@@ -37,7 +37,7 @@ class PromptScore:
 
     sizes: list[int]
     logprobs: list[float]
-    prompt: _Scored | None = None
+    prompt: ScoredPrompt | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,16 +105,16 @@ def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int
     )
 
 
-def last_prompts(score: PromptScore | None = None) -> deque[_Scored]:
-    """A memory for `read_prompts`: of nothing, or of a prompt that was scored."""
-    return deque([] if score is None or score.prompt is None else [score.prompt], maxlen=_LAST)
+def last_prompts(score: PromptScore | None = None, most: int | None = _LAST) -> deque[ScoredPrompt]:
+    """A memory for `read_prompts` of so many prompts, None for all: of nothing, or of one that was scored."""
+    return deque([] if score is None or score.prompt is None else [score.prompt], maxlen=most)
 
 
 def read_prompts(
     session: Session,
     member: Member,
     prompts: Mapping[int, Sequence[int]],
-    last: deque[_Scored] | None = None,
+    last: deque[ScoredPrompt] | None = None,
 ) -> dict[int, PromptScore]:
     """Bring lanes to their prompts and score the last `PROMPT_TOKENS` tokens of each.
 
@@ -133,7 +133,7 @@ def read_prompts(
     require(member.backend, "logits", "weights='prompt'")
     starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
     wanted = {
-        lane: _Scored(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
+        lane: ScoredPrompt(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])
         for lane in sorted(prompts, key=lambda lane: starts[lane])
     }
     last = last_prompts() if last is None else last
@@ -141,13 +141,15 @@ def read_prompts(
     heads = {lane: prompts[lane][: starts[lane]] for lane in unlike if starts[lane]}
     if heads:  # together, and what they begin with alike only once
         session.ask(heads, 1).wait()
-    waiting: dict[int, _Scored] = {}  # short ones, which are read together
+    waiting: dict[int, ScoredPrompt] = {}  # short ones, which are read together
     for lane, now in wanted.items():
         before = now.best_of(last)
         if before is not None:
             if any(before is one for one in waiting.values()):
                 _read_waiting(session, waiting)
             now.take_over(before)
+            if before.ids == now.ids:
+                last.remove(before)
         left = len(now.ids) - now.read_from
         if left <= _SHORT:
             if sum(len(one.ids) - one.read_from for one in (*waiting.values(), now)) > _SHORT:
@@ -167,7 +169,7 @@ def read_prompts(
     return {lane: scores[lane] for lane in prompts}
 
 
-def _read_waiting(session: Session, waiting: dict[int, _Scored]) -> None:
+def _read_waiting(session: Session, waiting: dict[int, ScoredPrompt]) -> None:
     """Read these, in few forward passes; nobody waits afterwards."""
     if not waiting:
         return
@@ -180,8 +182,8 @@ def _read_waiting(session: Session, waiting: dict[int, _Scored]) -> None:
     waiting.clear()
 
 
-@dataclass
-class _Scored:
+@dataclass(eq=False)
+class ScoredPrompt:
     """A prompt's ids, and the log-probabilities of those after `start`, as far as they are found."""
 
     ids: list[int]
@@ -194,18 +196,18 @@ class _Scored:
         """The first position whose next token is to be scored."""
         return self.start + len(self.logprobs)
 
-    def best_of(self, others: Sequence[_Scored]) -> _Scored | None:
+    def best_of(self, others: Sequence[ScoredPrompt]) -> ScoredPrompt | None:
         """The one of these that serves this prompt best, because it begins alike; None where none does."""
         best = max(others, key=self._saved_by, default=None)
         return best if best is not None and self._saved_by(best) else None
 
-    def _saved_by(self, other: _Scored) -> int:
+    def _saved_by(self, other: ScoredPrompt) -> int:
         """How many tokens of this prompt the other one has scored; 0 where they are too few to gain by."""
         saved = common_prefix(self.ids, other.ids) - self.start
         serves = other.start <= self.start and saved >= _SHARED
         return saved if serves and torch.equal(self.unwritable, other.unwritable) else 0
 
-    def take_over(self, other: _Scored) -> None:
+    def take_over(self, other: ScoredPrompt) -> None:
         """What another prompt that begins alike has found."""
         common = common_prefix(self.ids, other.ids)
         self.logprobs += other.logprobs[self.start - other.start : common - 1 - other.start]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
 
+from deepen_ext.decoding.prompt_weights import ScoredPrompt, last_prompts
 from deepen_ext.errors import InputError, MemberLost
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.asking import check_ids, check_positions
@@ -26,10 +28,10 @@ class SharedForwards(Closing):
     """Members' caches and what they said, kept over runs: ``ensemble.generate(prompts, shared=shared)``.
 
     Ensembles of the same `Member` objects that continue the same prompts, one after the other, then read each
-    prompt once for each member, and what they write alike (from one prompt two methods often go the same way
-    for a while) costs one forward. What was said is found by the ids before it, so that runs with and without
-    drafts share too. The results are those without it, but for the rounding of sums, which
-    depends on what a text was fed with.
+    prompt once for each member, score it once where their weights come from it, and what they write alike
+    (from one prompt two methods often go the same way for a while) costs one forward. What was said is found by
+    the ids before it, so that runs with and without drafts share too. The results are those without it, but
+    for the rounding of sums, which depends on what a text was fed with.
 
     Make one for each batch of prompts; text b of every run must be the same prompt for this to gain anything.
     Leaving the ``with`` block frees everything.
@@ -40,6 +42,7 @@ class SharedForwards(Closing):
         self._free_bytes = max_bytes
         self._sessions: dict[tuple[int, int], Session] = {}
         self._kept: dict[int, _Kept] = {}
+        self._scored: dict[int, deque[ScoredPrompt]] = {}
         self._members: dict[int, Member] = {}  # so that no other object gets their id
         self._closed = False
 
@@ -52,6 +55,7 @@ class SharedForwards(Closing):
                 closing.callback(session.close)
             self._sessions.clear()
             self._kept.clear()
+            self._scored.clear()
 
     def session(self, member: Member, lanes: int, capacity: int) -> Session:
         """A session that goes on from what earlier ones of the member left.
@@ -67,6 +71,10 @@ class SharedForwards(Closing):
             self._sessions[key] = member.backend.open(lanes, capacity)
         kept = self._kept.setdefault(id(member), {})
         return _SharedSession(self, self._sessions[key], kept, member.backend, lanes)
+
+    def last_prompts(self, member: Member) -> deque[ScoredPrompt]:
+        """The prompts that the member has scored, for `read_prompts`."""
+        return self._scored.setdefault(id(member), last_prompts(most=None))
 
     def bytes_held(self, member: Member, lanes: int) -> Mapping[torch.device, int]:
         """Bytes by device of the caches that a run of so many texts finds here already."""
