@@ -188,14 +188,14 @@ class TestEnsemble:
     ) -> None:
         """Samples of one prompt, and questions after the same demos, each when a lane is free."""
         scored: list[int] = []
-        score = prompt_weights_module._Scored.score
+        score = prompt_weights_module.ScoredPrompt.score
 
         def counted(prompt: Any, block: Any) -> None:
             before = len(prompt.logprobs)
             score(prompt, block)
             scored.append(len(prompt.logprobs) - before)
 
-        monkeypatch.setattr(prompt_weights_module._Scored, "score", counted)
+        monkeypatch.setattr(prompt_weights_module.ScoredPrompt, "score", counted)
         demos = "Question: 2 + 3?\nAnswer: 5\n\n" * 30  # longer than what is scored
         ends = ["Question: 7 + 1?"] * 3 + ["Who?", "Question: What is the sum of 7, 12 and 30?", "1 + 1?"]
         prompts = [*[demos + one + "\nAnswer:" for one in ends], FRENCH]
