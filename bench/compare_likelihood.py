@@ -5,7 +5,8 @@ some 1,500 that are scored. Errors are standard errors of ratios, over blocks of
 differences are paired by block, or by text. None of the texts is from a dev split.
 
 Each text's results go to `--work` as lines of JSON, where a run that was ended goes on and further ensembles,
-methods and texts add up; bench/results/likelihood/<machine>.json is made of all of them.
+methods and texts add up; bench/results/likelihood/<machine>.json is made of all of them. What that file has
+of earlier folders stays, but for weights from the prompt with another sharpness.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from compare_setup import (
     settings_used,
 )
 
-from deepen_ext import Ensemble
+from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights, read_prompts
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.measure.evaluation.headers import configuration_header
@@ -251,6 +252,31 @@ def _difference(lines: list[dict[str, Any]], others: list[dict[str, Any]] | None
     }
 
 
+def with_kept(file: Path, settings: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """What to write: settings and summary, and what an earlier file has of other configurations.
+
+    Raises:
+        InputError: the file is of other texts.
+    """
+    if not file.is_file():
+        return {"settings": settings, **summary}
+    known = json.loads(file.read_text(encoding="utf-8"))
+    new = summary["configurations"]
+    sharper = known["settings"]["sharpness"] != settings["sharpness"]
+    rest = {
+        name: one
+        for name, one in known["configurations"].items()
+        if name not in new and not (sharper and "@prompt" in name)
+    }
+    if rest and known["kinds"] != summary["kinds"]:
+        raise InputError(
+            f"{file} has configurations on other texts ({next(iter(rest))}, ...): give another --output"
+        )
+    every = sorted({**rest, **new}.items(), key=lambda one: (" " in one[0], one[0]))
+    commits = sorted({*known["commits"], *summary["commits"]})
+    return {"settings": settings, **summary, "configurations": dict(every), "commits": commits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
@@ -299,7 +325,7 @@ def main() -> None:
         "block": BLOCK,
         "sharpness": FusionSettings().sharpness,
     }
-    write_json(output, {"settings": settings, **summarise(lines), "environment": found})
+    write_json(output, {**with_kept(output, settings, summarise(lines)), "environment": found})
     say(f"written to {output}")
 
 
