@@ -13,6 +13,7 @@ from deepen_ext.text.vocabulary import Vocabulary
 # Whole tables by source and target: a quarter of a million tokens take some seconds to tokenise.
 _tables: WeakKeyDictionary[Vocabulary, WeakKeyDictionary[Vocabulary, torch.Tensor]] = WeakKeyDictionary()
 _ids: WeakKeyDictionary[Vocabulary, dict[bytes, int]] = WeakKeyDictionary()
+_leaving: WeakKeyDictionary[Vocabulary, bool] = WeakKeyDictionary()
 
 
 class TokenBridge:
@@ -21,6 +22,11 @@ class TokenBridge:
     Where a vocabulary does not have a token, the token's text is tokenised there, and the first token stands
     for it (UniTE, arXiv 2410.03777, section 4); bytes that are no whole character have the longest token that
     they begin with.
+
+    Not UniTE's: a run of spaces is not looked up by its bytes where one tokenizer leaves the run's last space
+    to the next word and the other does not. Before `return`, eight spaces are seven and ` return` for Qwen,
+    eight and `return` for Gemma: Qwen's seven stand for Gemma's eight. By bytes they would stand for a seven
+    that Gemma never writes there, and indents of Python came out one space short.
     """
 
     def __init__(self, vocabularies: Sequence[Vocabulary], eos_ids: Sequence[Sequence[int]]) -> None:
@@ -44,7 +50,7 @@ class TokenBridge:
             return self._end_of(target)
         key = (source, token, target)
         if key not in self._found:
-            self._found[key] = self._by_bytes(self.bytes_of(source, token), target)
+            self._found[key] = self._by_bytes(self._read_as(source, token, target), target)
         return self._found[key]
 
     def table(self, source: int, target: int) -> torch.Tensor:
@@ -52,7 +58,7 @@ class TokenBridge:
         ours, theirs = self._vocabularies[source], self._vocabularies[target]
         kept = _tables.setdefault(ours, WeakKeyDictionary())
         if theirs not in kept:
-            found = [self._by_bytes(self.bytes_of(source, i), target) for i in range(ours.vocab_size)]
+            found = [self._by_bytes(self._read_as(source, i, target), target) for i in range(ours.vocab_size)]
             kept[theirs] = torch.tensor(found, dtype=torch.int64)
         table = kept[theirs].clone()
         table[self._eos[source]] = self._end_of(target)
@@ -60,6 +66,16 @@ class TokenBridge:
 
     def _end_of(self, member: int) -> int:
         return self._eos[member][0] if self._eos[member] else -1
+
+    def _read_as(self, source: int, token: int, target: int) -> bytes:
+        """The token's bytes, a run of spaces as far as the target's tokenizer would read it in one piece."""
+        data = self.bytes_of(source, token)
+        if len(data) < 2 or not data.endswith(b" ") or not data.isspace():
+            return data
+        leaves, takes = (_leaves_a_space(self._vocabularies[member]) for member in (source, target))
+        if leaves == takes:
+            return data
+        return data + b" " if leaves else data[:-1]
 
     def _by_bytes(self, data: bytes, target: int) -> int:
         if not data:
@@ -72,6 +88,14 @@ class TokenBridge:
             return begins
         shorter = (data[:length] for length in range(len(data) - 1, 0, -1))
         return next((ids[text] for text in shorter if text in ids), -1)
+
+
+def _leaves_a_space(vocabulary: Vocabulary) -> bool:
+    """Whether the tokenizer leaves the last space of a run to the word after it, as GPT-2's pattern does."""
+    if vocabulary not in _leaving:
+        pieces = [vocabulary.bytes_of(token) for token in vocabulary.encode_part("\n        a", 0)[0]]
+        _leaving[vocabulary] = bool(pieces) and pieces[-1] == b" a"
+    return _leaving[vocabulary]
 
 
 def _by_text(vocabulary: Vocabulary) -> dict[bytes, int]:
