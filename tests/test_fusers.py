@@ -20,6 +20,7 @@ from deepen_ext.fusers import (
     parse_fuser,
 )
 from deepen_ext.fusers.search_bound import SearchBound
+from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
 PROMPT = "The capital of France is"
@@ -158,11 +159,38 @@ class TestUnionVocab:
             assert gemma.vocabulary.tokens.count(text.encode()) == 2
             assert bridge.first(1, theirs, 0) == ours == int(bridge.table(1, 0)[theirs])
 
+    @pytest.mark.parametrize("spaces", [3, 5, 8, 17])
+    def test_a_run_of_spaces_is_what_the_other_begins_the_text_with(self, smollm2, gemma, spaces: int) -> None:
+        """SmolLM2 leaves the last space to the word after it, Gemma does not."""
+        bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
+        text = "x" + " " * spaces + "y"
+        left, whole = (member.vocabulary.encode(text)[1] for member in (smollm2, gemma))
+        assert smollm2.vocabulary.bytes_of(left) == b" " * (spaces - 1)
+        assert gemma.vocabulary.bytes_of(whole) == b" " * spaces
+        assert bridge.first(0, left, 1) == whole == int(bridge.table(0, 1)[left])
+        assert bridge.first(1, whole, 0) == left == int(bridge.table(1, 0)[whole])
+
+    def test_spaces_by_their_bytes_between_tokenizers_of_one_kind(self, smollm2, tiny_smollm2, gemma) -> None:
+        bridge = TokenBridge([smollm2.vocabulary, tiny_smollm2.vocabulary, gemma.vocabulary], [[], [], []])
+        run, one = (smollm2.vocabulary.encode(text)[1] for text in ("x     y", "x  y"))
+        assert tiny_smollm2.vocabulary.bytes_of(bridge.first(0, run, 1)) == b"    "
+        assert gemma.vocabulary.bytes_of(bridge.first(0, one, 2)) == b" "  # may stand before a digit
+
     def test_bytes_that_are_no_character(self, smollm2, gemma) -> None:
         bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
         byte = gemma.vocabulary.tokens.index(b"\xf0")
         found = bridge.first(1, byte, 0)
         assert smollm2.vocabulary.bytes_of(found) == b"\xf0"
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.05, 0.95]])
+def test_indents_of_python(gemma: Member, weights: list[float]) -> None:
+    """They came out a space short: 11, 7 and 3."""
+    qwen = load_member("demo:qwen2.5-coder-0.5b-instruct", backend="transformers")
+    prompt = "def count(words):\n    found = {}\n    for word in words:\n        if word in found:"
+    text = Ensemble([gemma, qwen], fuser="union-vocab", weights=weights).generate(prompt, max_new_tokens=24).text
+    indents = [len(line) - len(line.lstrip(" ")) for line in text.split("\n")[1:]]
+    assert indents[:3] == [12, 8, 12]
 
 
 class TestUnionTopk:
