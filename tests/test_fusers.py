@@ -160,7 +160,9 @@ class TestUnionVocab:
             assert bridge.first(1, theirs, 0) == ours == int(bridge.table(1, 0)[theirs])
 
     @pytest.mark.parametrize("spaces", [3, 5, 8, 17])
-    def test_a_run_of_spaces_is_what_the_other_begins_the_text_with(self, smollm2, gemma, spaces: int) -> None:
+    def test_a_run_of_spaces_is_what_the_other_begins_the_text_with(
+        self, smollm2, gemma, spaces: int
+    ) -> None:
         """SmolLM2 leaves the last space to the word after it, Gemma does not."""
         bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
         text = "x" + " " * spaces + "y"
@@ -188,7 +190,9 @@ def test_indents_of_python(gemma: Member, weights: list[float]) -> None:
     """They came out a space short: 11, 7 and 3."""
     qwen = load_member("demo:qwen2.5-coder-0.5b-instruct", backend="transformers")
     prompt = "def count(words):\n    found = {}\n    for word in words:\n        if word in found:"
-    text = Ensemble([gemma, qwen], fuser="union-vocab", weights=weights).generate(prompt, max_new_tokens=24).text
+    text = (
+        Ensemble([gemma, qwen], fuser="union-vocab", weights=weights).generate(prompt, max_new_tokens=24).text
+    )
     indents = [len(line) - len(line.lstrip(" ")) for line in text.split("\n")[1:]]
     assert indents[:3] == [12, 8, 12]
 

@@ -29,9 +29,9 @@ class SharedForwards(Closing):
 
     Ensembles of the same `Member` objects that continue the same prompts, one after the other, then read each
     prompt once for each member, score it once where their weights come from it, and what they write alike
-    (from one prompt two methods often go the same way for a while) costs one forward. What was said is found by
-    the ids before it, so that runs with and without drafts share too. The results are those without it, but
-    for the rounding of sums, which depends on what a text was fed with.
+    (from one prompt two methods often go the same way for a while) costs one forward. What was said is found
+    by the ids before it, so that runs with and without drafts share too. The results are those without it,
+    but for the rounding of sums, which depends on what a text was fed with.
 
     Make one for each batch of prompts; text b of every run must be the same prompt for this to gain anything.
     Leaving the ``with`` block frees everything.
