@@ -28,6 +28,7 @@ from common import ROOT, environment, machine_name, write_json
 from compare_setup import (
     Deadline,
     add_options,
+    alike,
     check_default,
     configurations,
     letters_of,
@@ -256,21 +257,23 @@ def with_kept(file: Path, settings: dict[str, Any], summary: dict[str, Any]) -> 
     """What to write: settings and summary, and what an earlier file has of other configurations.
 
     Raises:
-        InputError: the file is of other texts.
+        InputError: the file is of other texts, or of other defaults.
     """
     if not file.is_file():
         return {"settings": settings, **summary}
     known = json.loads(file.read_text(encoding="utf-8"))
     new = summary["configurations"]
-    sharper = known["settings"]["sharpness"] != settings["sharpness"]
+    other_sharpness = known["settings"]["sharpness"] != settings["sharpness"]
     rest = {
         name: one
         for name, one in known["configurations"].items()
-        if name not in new and not (sharper and "@prompt" in name)
+        if name not in new and not (other_sharpness and "@prompt" in name)
     }
-    if rest and known["kinds"] != summary["kinds"]:
+    alike_now = known["kinds"] == summary["kinds"] and alike(known["settings"]) == alike(settings)
+    if rest and not alike_now:
         raise InputError(
-            f"{file} has configurations on other texts ({next(iter(rest))}, ...): give another --output"
+            f"{file} has configurations on other texts, or with other defaults ({next(iter(rest))}, ...): "
+            "give another --output, or remove the file"
         )
     every = sorted({**rest, **new}.items(), key=lambda one: (" " in one[0], one[0]))
     commits = sorted({*known["commits"], *summary["commits"]})

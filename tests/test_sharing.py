@@ -29,6 +29,10 @@ def ensembles_of(one: Member, other: Member) -> list[Ensemble]:
     return [*singles, pair, pair.variant(fuser="average"), turned]
 
 
+def fed(shared: SharedForwards) -> list[int]:
+    return [session.tokens_fed for session in shared._sessions.values()]
+
+
 def test_the_texts_are_those_of_separate_runs(ensembles) -> None:
     want = [one.generate(PROMPTS, max_new_tokens=12) for one in ensembles]
     assert len({tuple(one.texts) for one in want}) >= 4  # they do not all write the same
@@ -41,23 +45,19 @@ def test_the_texts_are_those_of_separate_runs(ensembles) -> None:
 
 def test_a_prompt_is_read_once_and_what_is_known_costs_nothing(ensembles) -> None:
     with SharedForwards() as shared:
-
-        def fed() -> list[int]:
-            return [session.tokens_fed for session in shared._sessions.values()]
-
         for one in ensembles[:2]:
             one.generate(PROMPTS, max_new_tokens=1, shared=shared)
-        once = fed()
+        once = fed(shared)
         assert len(once) == 2
         assert all(count > 10 for count in once)
         for one in ensembles[2:]:
             one.generate(PROMPTS, max_new_tokens=1, shared=shared)
-        assert fed() == once
+        assert fed(shared) == once
         ensembles[2].generate(PROMPTS, max_new_tokens=12, draft=0, shared=shared)
-        more = fed()
+        more = fed(shared)
         assert more != once
         ensembles[2].generate(PROMPTS, max_new_tokens=12, draft=0, shared=shared)
-        assert fed() == more
+        assert fed(shared) == more
 
 
 def test_a_prompt_is_scored_once(tiny_smollm2: Member, tiny_gemma: Member) -> None:
@@ -73,15 +73,11 @@ def test_a_prompt_is_scored_once(tiny_smollm2: Member, tiny_gemma: Member) -> No
     want = [one.generate(prompts, max_new_tokens=8, trace=traces.append) for one in ensembles]
     assert len({one["members"][0]["weight"] for one in traces}) > 4
     with SharedForwards() as shared:
-
-        def fed() -> list[int]:
-            return [session.tokens_fed for session in shared._sessions.values()]
-
         ensembles[0].generate(prompts, max_new_tokens=1, shared=shared)
-        once = fed()
+        once = fed(shared)
         for one in ensembles[1:]:
             one.generate(prompts, max_new_tokens=1, shared=shared)
-        assert fed() == once
+        assert fed(shared) == once
         found = [one.generate(prompts, max_new_tokens=8, shared=shared) for one in ensembles]
     assert min(once) > 700
     for a, b in zip(want, found, strict=True):
@@ -94,7 +90,7 @@ def test_positions_are_found_by_the_ids_before_them(tiny_smollm2: Member) -> Non
     text = tiny_smollm2.vocabulary.encode(PROMPTS[1] * 3)
     other = tiny_smollm2.vocabulary.encode(PROMPTS[2] * 4)[:14]
 
-    def fed() -> int:
+    def tokens_fed() -> int:
         (session,) = shared._sessions.values()
         return session.tokens_fed
 
@@ -108,22 +104,22 @@ def test_positions_are_found_by_the_ids_before_them(tiny_smollm2: Member) -> Non
         session = shared.session(tiny_smollm2, 2, 60)
         for length in range(10, 15):  # without drafts
             session.ask({0: text[:length], 1: other[: length - 2]}, 5).wait()
-        before = fed()
+        before = tokens_fed()
         targets = {1: other[:12], 0: text[:14]}
         counts = {0: 5, 1: 2}
         texts = [*(other[:length] for length in (11, 12)), *(text[:length] for length in range(10, 15))]
         again = shared.session(tiny_smollm2, 2, 60)
         compare(again.ask(targets, 5, counts).wait(), texts)
-        assert fed() == before
+        assert tokens_fed() == before
         # Lane 0's first position is not kept: its six are fed, and lane 1 is not.
         compare(again.ask(targets, 5, {0: 6, 1: 2}).wait(), [*texts[:2], text[:9], *texts[2:]])
-        assert fed() == before + 6
+        assert tokens_fed() == before + 6
         # What a draft said, a run without drafts finds.
         again.ask({1: other[:14], 0: text[:17]}, 5, {0: 3, 1: 1}).wait()
-        before = fed()
+        before = tokens_fed()
         for length in (15, 16, 17):
             compare(session.ask({0: text[:length]}, 5).wait(), [text[:length]])
-        assert fed() == before
+        assert tokens_fed() == before
         kept = shared._free_bytes
         again.ask(targets, 5, counts).wait()
         assert shared._free_bytes == kept  # nothing is kept twice

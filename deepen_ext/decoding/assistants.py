@@ -17,13 +17,12 @@ from deepen_ext.decoding.boundary import candidates_of
 from deepen_ext.decoding.places import Place, Reason
 from deepen_ext.decoding.prompt_weights import (
     PromptScore,
-    last_prompts,
     prompt_weights,
     read_prompts,
     tell_of_leader,
 )
 from deepen_ext.decoding.questions import in_order
-from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
+from deepen_ext.decoding.shared_forwards import SharedForwards, open_session, scored_prompts
 from deepen_ext.decoding.shares import drawn, without
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.watched_session import WatchedSession
@@ -74,9 +73,7 @@ class Assistants:
         self.texts: dict[int, AssistantsText] = {}
         self.lanes: dict[int, int] = {}
         self.weights: dict[int, Sequence[float]] = {}
-        self._last_prompts = [
-            last_prompts() if shared is None else shared.last_prompts(one) for one in self._members
-        ]
+        self._last_prompts = [scored_prompts(member, shared) for member in self._members]
         self._shared = shared
         self._sessions: list[WatchedSession] = []
         elsewhere = [i for i, one in enumerate(self._members) if one.backend.capabilities.elsewhere]

@@ -30,12 +30,12 @@ from deepen_ext.decoding.generation import Generation, Timings
 from deepen_ext.decoding.limits import check_choice, check_lengths, check_main_model
 from deepen_ext.decoding.lost import Losses
 from deepen_ext.decoding.places import Ahead
-from deepen_ext.decoding.prompt_weights import last_prompts, read_prompts
+from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.decoding.prompts import Prompt
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.schedule import Schedule
 from deepen_ext.decoding.settings import Settings
-from deepen_ext.decoding.shared_forwards import SharedForwards, open_session
+from deepen_ext.decoding.shared_forwards import SharedForwards, open_session, scored_prompts
 from deepen_ext.decoding.skips import Skips
 from deepen_ext.decoding.spans.span_writer import SpanWriter
 from deepen_ext.decoding.stopping import Stopping
@@ -129,8 +129,7 @@ class Cycles:
             )
         self._losses = Losses(team, self._texts, self._main, self._assistants, self._pace, self.results)
         self._unweighed: list[int] = []  # texts that began, and wait for the weights of their prompts
-        # As the main model has scored them.
-        self._last_prompts = last_prompts() if shared is None else shared.last_prompts(team.main)
+        self._last_prompts = scored_prompts(team.main, shared)
         self._timings = Timings(members_ms=dict.fromkeys(team.names, 0.0), rows=lanes)
 
     def _take(self, number: int, prompt: Prompt, settings: Settings) -> None:

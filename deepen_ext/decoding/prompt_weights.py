@@ -148,7 +148,7 @@ def read_prompts(
             if any(before is one for one in waiting.values()):
                 _read_waiting(session, waiting)
             now.take_over(before)
-            if before.ids == now.ids:
+            if before.ids == now.ids:  # or a memory of all prompts would hold it once for each run
                 last.remove(before)
         left = len(now.ids) - now.read_from
         if left <= _SHORT:

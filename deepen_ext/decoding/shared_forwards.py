@@ -193,3 +193,8 @@ def open_session(member: Member, lanes: int, capacity: int, shared: SharedForwar
     if shared is not None:
         return shared.session(member, lanes, capacity)
     return member.backend.open(lanes, capacity)
+
+
+def scored_prompts(member: Member, shared: SharedForwards | None) -> deque[ScoredPrompt]:
+    """The member's last prompts, for `read_prompts`: those of this run, or all of the runs that share."""
+    return last_prompts() if shared is None else shared.last_prompts(member)

@@ -68,14 +68,14 @@ class TokenBridge:
         return self._eos[member][0] if self._eos[member] else -1
 
     def _read_as(self, source: int, token: int, target: int) -> bytes:
-        """The token's bytes, a run of spaces as far as the target's tokenizer would read it in one piece."""
+        """The token's bytes; of a run of spaces those of the target's run that begins the same text."""
         data = self.bytes_of(source, token)
         if len(data) < 2 or not data.endswith(b" ") or not data.isspace():
             return data
-        leaves, takes = (_leaves_a_space(self._vocabularies[member]) for member in (source, target))
-        if leaves == takes:
+        here, there = (_leaves_a_space(self._vocabularies[member]) for member in (source, target))
+        if here == there:
             return data
-        return data + b" " if leaves else data[:-1]
+        return data + b" " if here else data[:-1]
 
     def _by_bytes(self, data: bytes, target: int) -> int:
         if not data:
@@ -94,7 +94,7 @@ def _leaves_a_space(vocabulary: Vocabulary) -> bool:
     """Whether the tokenizer leaves the last space of a run to the word after it, as GPT-2's pattern does."""
     if vocabulary not in _leaving:
         pieces = [vocabulary.bytes_of(token) for token in vocabulary.encode_part("\n        a", 0)[0]]
-        _leaving[vocabulary] = bool(pieces) and pieces[-1] == b" a"
+        _leaving[vocabulary] = pieces[-1:] == [b" a"]
     return _leaving[vocabulary]
 
 
