@@ -102,7 +102,8 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         part, rows = fuser.part(0, said), range(len(input_ids))
         candidates = assistants.candidates(part.topk, [None] * len(input_ids))
         places = [assistants.place(row, None, candidates.get(row, ())) for row in rows]
-        fused = assistants.step(part, places).fused
+        begun = [i for i, prompt in enumerate(self._prompts_of) if len(prompt.ids) == input_ids.shape[1]]
+        fused = assistants.step(part, places, begun).fused
         fused.check()
         # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
         mass = scores.logsumexp(-1, keepdim=True)

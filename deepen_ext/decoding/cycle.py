@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
@@ -217,7 +218,11 @@ class Cycles:
         read = perf_counter()
         proposals = [one for draft in ahead.drafts.values() for one in draft]
         main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
-        step = self._assistants.step(main, [one.place for one in proposals])
+        firsts = accumulate(map(len, ahead.drafts.values()), initial=0)
+        begun = [
+            row for row, number in zip(firsts, ahead.drafts, strict=False) if not self._texts[number].written
+        ]
+        step = self._assistants.step(main, [one.place for one in proposals], begun)
         if ahead.decided:
             tokens = to_device([one.token for one in proposals], self._team.device, torch.int32)
             step.fused = replace(step.fused, chosen=tokens)

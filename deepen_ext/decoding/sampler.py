@@ -95,6 +95,10 @@ class Chooser:
         ids = TextIds(self._device)
         self._texts[text] = _Text(settings, len(prompt), ids, processors, stateless, seed, number)
 
+    def begins(self, text: int, length: int) -> bool:
+        """Whether the text's first new token comes after so many ids."""
+        return length == self._texts[text].prompt_length
+
     def samples(self, text: int) -> bool:
         """Whether the text's tokens are drawn."""
         return self._texts[text].settings.do_sample

@@ -18,6 +18,9 @@ from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.member import Member
 
 _MOST_BYTES = 2 << 30  # of distributions kept
+# Positions of a question, a draft's, that are kept. More are those of a prompt that is scored: the last one
+# alone is kept, because nobody asks for the others again, whose score is known.
+_MOST_POSITIONS = 33
 
 # What a member said after some ids, one position each.
 _Ids = tuple[int, ...]
@@ -167,7 +170,8 @@ class _SharedAnswer:
                     continue
                 found[lane] = [given.at([at + i]) for i in range(len(texts))]
                 at += len(texts)
-                for ids, said in zip(texts, found[lane], strict=True):
+                kept = slice(-1 if len(texts) > _MOST_POSITIONS else 0, None)
+                for ids, said in zip(texts[kept], found[lane][kept], strict=True):
                     self.shared.keep(self.kept, ids, said)
             if not self.known:
                 return given

@@ -50,6 +50,8 @@ class Skips:
         """
         self._certificate = None
         self._bounded = team.fuser.bounded
+        self._chooser = chooser
+        self._asks_first = team.fuser.first_end_needs_all  # all of a text's first token
         self._gate = confidence_gate
         if confidence_gate is not None:
             check_gate(confidence_gate)
@@ -93,7 +95,10 @@ class Skips:
             flags.masked_fill_(first >= self._gate, REASONS.index("gated"))
         if self._certificate is not None:
             settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk)
-            bounded = [self._bounded(one) for one in weights]
+            bounded = [
+                self._bounded(own) and not (self._asks_first and self._chooser.begins(text, len(before)))
+                for text, before, own in zip(texts, ids, weights, strict=True)
+            ]
             if not all(bounded):
                 settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))

@@ -43,6 +43,8 @@ class Fuser(ABC):
         main_needs_logits: it reads the main model's full logits; False: its top-k is enough.
         spans: the loop lets members propose whole words, and `fuse` is not called (see `SpansFuser`).
         draws: where tokens are sampled, one member speaks for each, drawn by the weights (see `DrawFuser`).
+        first_end_needs_all: no text ends at its first token unless all members that have a say would end it
+            (see `decoding.first_token`); False: the end of a text is a token like any other there.
     """
 
     name: ClassVar[str] = ""
@@ -53,6 +55,7 @@ class Fuser(ABC):
     main_needs_logits: ClassVar[bool] = True
     draws: ClassVar[bool] = False
     spans: ClassVar[bool] = False
+    first_end_needs_all: ClassVar[bool] = False
 
     @classmethod
     def make(cls, given: Ingredients) -> Fuser:

@@ -29,6 +29,7 @@ class FollowFuser(UnionVocabFuser):
     name: ClassVar[str] = "follow"
     uses_maps: ClassVar[bool] = True
     uses_recipe: ClassVar[bool] = True
+    first_end_needs_all: ClassVar[bool] = True
 
     _search: DeepenFuser
     maps: list[RelativeMap]

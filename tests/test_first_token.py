@@ -1,0 +1,148 @@
+"""The default: no text ends at its first token, unless every member that has a say would end it there.
+
+In these tests a member's end of text is the token that it finds most probable after the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tiny_models import PROSE
+
+from deepen_ext import Ensemble
+from deepen_ext.adapters import DeepenLogitsProcessor
+from deepen_ext.decoding.drafts.draft_settings import MAIN, DraftSettings
+from deepen_ext.decoding.open_run import OpenRun
+from deepen_ext.decoding.prompts import read_prompts
+from deepen_ext.decoding.settings import Settings
+from deepen_ext.members.member import Member
+
+PROMPT = PROSE[1300:1340]  # both have read it
+TOKENS = 4
+
+
+def written(member: Member, count: int) -> list[int]:
+    """What the member writes alone."""
+    return Ensemble([member], fuser="single").generate(PROMPT, max_new_tokens=count).token_ids
+
+
+@pytest.fixture(scope="module")
+def ends(tiny_smollm2: Member, tiny_gemma: Member) -> list[Member]:
+    """Both members, each of which would end the text at once."""
+    return [replace(one, eos_ids=tuple(written(one, 1))) for one in (tiny_smollm2, tiny_gemma)]
+
+
+@pytest.fixture(scope="module")
+def torn(ends: list[Member], tiny_gemma: Member) -> Ensemble:
+    """The main model would end the text at once, the assistant would not."""
+    return Ensemble([ends[0], tiny_gemma], fuser="follow", weights=[0.6, 0.4], cache=False)
+
+
+@pytest.mark.parametrize("weights", ["prompt", [0.9, 0.1], [0.1, 0.9]])
+def test_one_that_would_write_is_enough(torn: Ensemble, weights: Any) -> None:
+    ensemble = torn.variant(fuser="follow", weights=weights)
+    given = ensemble.generate(PROMPT, max_new_tokens=TOKENS)
+    kept = ensemble.generate(PROMPT, max_new_tokens=TOKENS, min_new_tokens=1)
+    assert given.token_ids == kept.token_ids
+    assert given.token_ids[0] not in ensemble.members[0].eos_ids
+    assert given.text
+
+
+def test_all_of_them_end_it(ends: list[Member]) -> None:
+    given = Ensemble(ends, fuser="follow", weights=[0.9, 0.1], cache=False).generate(PROMPT)
+    assert (given.text, given.token_ids, given.finish_reason) == ("", list(ends[0].eos_ids), "eos")
+
+
+def test_who_has_no_say_does_not_count(torn: Ensemble) -> None:
+    given = torn.variant(fuser="follow", weights=[1.0, 0.0]).generate(PROMPT)
+    assert (given.token_ids, given.finish_reason) == (list(torn.members[0].eos_ids), "eos")
+
+
+def test_the_second_token_may_be_an_end(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    weights = {"fuser": "follow", "weights": [0.99, 0.01], "cache": False}
+    first, second = (
+        Ensemble([tiny_smollm2, tiny_gemma], **weights).generate(PROMPT, max_new_tokens=2).token_ids
+    )
+    assert first != second
+    given = Ensemble([replace(tiny_smollm2, eos_ids=(second,)), tiny_gemma], **weights).generate(PROMPT)
+    assert (given.token_ids, given.finish_reason) == ([first, second], "eos")
+
+
+def test_other_fusers_take_an_end_for_a_token_like_any_other(torn: Ensemble) -> None:
+    """As the paper has it."""
+    given = torn.variant(fuser="deepen", weights=[0.9, 0.1]).generate(PROMPT)
+    assert (given.token_ids, given.finish_reason) == (list(torn.members[0].eos_ids), "eos")
+
+
+def test_a_caller_that_allows_nothing_else_gets_the_end(torn: Ensemble) -> None:
+    end = list(torn.members[0].eos_ids)
+    given = torn.generate(PROMPT, prefix_allowed_tokens_fn=lambda text, ids: end)
+    assert (given.token_ids, given.finish_reason) == (end, "eos")
+
+
+def test_a_sampled_text_has_a_first_token_too(torn: Ensemble) -> None:
+    texts = torn.generate([PROMPT] * 40, max_new_tokens=1, do_sample=True, seed=1)
+    assert len({tuple(one.token_ids) for one in texts}) > 1
+    assert not {one.token_ids[0] for one in texts} & set(torn.members[0].eos_ids)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"draft": 4},
+        {"draft": 4, "drafter": "lookup"},
+        {"certified_skip": True},
+        {"certified_skip": True, "repetition_penalty": 1.2},
+        {"batch_size": 1},
+    ],
+    ids=str,
+)
+def test_every_way_gives_the_same_text(torn: Ensemble, settings: dict[str, Any]) -> None:
+    prompts = [PROMPT, PROSE[100:160]]
+    plain = {name: settings[name] for name in settings.keys() & {"repetition_penalty"}}
+    want = torn.generate(prompts, max_new_tokens=TOKENS, **plain)
+    given = torn.generate(prompts, max_new_tokens=TOKENS, **settings)
+    assert [one.token_ids for one in given] == [one.token_ids for one in want]
+    assert want[0].text
+
+
+def test_a_certified_skip_asks_about_the_first_token(torn: Ensemble) -> None:
+    """Here the search alone could not change it."""
+    cautious = torn.variant(learning_rate=0.001)
+    skipping = {"max_new_tokens": 1, "certified_skip": True}
+    assert cautious.variant(fuser="deepen").generate(PROMPT, **skipping).timings.settled == 1
+    assert cautious.generate(PROMPT, **skipping).text == cautious.generate(PROMPT, max_new_tokens=1).text != ""
+
+
+def test_transformers_own_loop(torn: Ensemble) -> None:
+    want = torn.generate(PROMPT, max_new_tokens=TOKENS).token_ids
+    main = torn.members[0]
+    given = main.tokenizer(PROMPT, return_tensors="pt")
+    with DeepenLogitsProcessor(torn, eos_token_id=main.eos_ids) as processor:
+        output = main.model.generate(
+            **given,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=list(main.eos_ids),
+            logits_processor=[processor],
+        )
+    assert output[0, given["input_ids"].shape[1] :].tolist() == want
+
+
+def test_a_text_that_joins_others(torn: Ensemble) -> None:
+    settings = Settings.read(torn.members[0], max_new_tokens=TOKENS)
+    run = OpenRun(torn.team, settings, 2, chunk=16, drafts=DraftSettings(2, (MAIN,)))
+    ids: dict[int, list[int]] = {}
+    try:
+        for _ in range(2):
+            run.add(read_prompts(torn.members, [PROMPT], "error")[0], settings)
+            for written in run.step():
+                ids.setdefault(written.number, []).append(written.token)
+        while run.busy:
+            for written in run.step():
+                ids.setdefault(written.number, []).append(written.token)
+            run.ended()
+    finally:
+        run.close()
+    assert list(ids.values()) == [torn.generate(PROMPT, max_new_tokens=TOKENS).token_ids] * 2
