@@ -88,7 +88,7 @@ def comparisons(scores: Configurations, method: str) -> list[tuple[str, Configur
 
 
 def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")  # + 0.0: no −0.0
 
 
 def error_of(difference: Configuration) -> float:
