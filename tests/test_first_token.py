@@ -4,10 +4,12 @@ In these tests a member's end of text is the token that it finds most probable a
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import PROSE
 
 from deepen_ext import Ensemble
@@ -81,6 +83,42 @@ def test_a_caller_that_allows_nothing_else_gets_the_end(torn: Ensemble) -> None:
     assert (given.token_ids, given.finish_reason) == (end, "eos")
 
 
+@pytest.mark.parametrize("weights", [[0.6, 0.4], [0.4, 0.6]])
+def test_a_caller_of_transformers_loop_that_allows_nothing_else_gets_the_end(
+    torn: Ensemble, weights: list[float]
+) -> None:
+    """There processors act before the fusion."""
+    ensemble, end = torn.variant(weights=weights), list(torn.members[0].eos_ids)
+    assert by_transformers(ensemble, max_new_tokens=1, forced_eos_token_id=end[0]) == end
+    assert by_transformers(ensemble, prefix_allowed_tokens_fn=lambda _, ids: end) == end
+
+
+def test_an_end_that_is_forbidden_stays_so(torn: Ensemble) -> None:
+    main = torn.members[0]
+    given = main.tokenizer(PROMPT, return_tensors="pt")
+    scores = main.model(**given).logits[:, -1]
+    scores[:, main.eos_ids] = -torch.inf
+    with DeepenLogitsProcessor(torn) as fuse:
+        fused = fuse(given["input_ids"], scores)
+    assert bool((fused[:, main.eos_ids] == -torch.inf).all())
+
+
+def test_whoever_says_what_ends_a_text_is_taken_at_his_word(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    end = written(tiny_smollm2, 1)
+    pair = Ensemble([tiny_smollm2, tiny_gemma], fuser="follow", weights=[0.9, 0.1], cache=False)
+    given = pair.generate(PROMPT, eos_token_id=end)
+    assert (given.token_ids, given.finish_reason) == (end, "eos")
+
+
+def test_a_token_that_nobody_writes_is_no_going_on(ends: list[Member]) -> None:
+    """Of a chat model whose configuration does not name its end of turn."""
+    vocabulary = copy(ends[1].vocabulary)
+    vocabulary.tokens = [None if i in ends[1].eos_ids else text for i, text in enumerate(vocabulary.tokens)]
+    assistant = replace(ends[1], eos_ids=(), vocabulary=vocabulary)
+    given = Ensemble([ends[0], assistant], fuser="follow", weights=[0.9, 0.1], cache=False).generate(PROMPT)
+    assert (given.token_ids, given.finish_reason) == (list(ends[0].eos_ids), "eos")
+
+
 def test_a_sampled_text_has_a_first_token_too(torn: Ensemble) -> None:
     texts = torn.generate([PROMPT] * 40, max_new_tokens=1, do_sample=True, seed=1)
     assert len({tuple(one.token_ids) for one in texts}) > 1
@@ -94,6 +132,7 @@ def test_a_sampled_text_has_a_first_token_too(torn: Ensemble) -> None:
         {"draft": 4, "drafter": "lookup"},
         {"certified_skip": True},
         {"certified_skip": True, "repetition_penalty": 1.2},
+        {"draft": 2, "confidence_gate": 1.0},
         {"batch_size": 1},
     ],
     ids=str,
@@ -116,19 +155,26 @@ def test_a_certified_skip_asks_about_the_first_token(torn: Ensemble) -> None:
     assert cautious.generate(PROMPT, **skipping).text == text != ""
 
 
+def test_a_gate_leaves_the_first_token_to_all(torn: Ensemble) -> None:
+    given = torn.generate(PROMPT, max_new_tokens=TOKENS, confidence_gate=1e-6)
+    assert given.token_ids[:1] == torn.generate(PROMPT, max_new_tokens=1).token_ids
+    assert given.timings.gated == given.timings.tokens - 1
+
+
 def test_transformers_own_loop(torn: Ensemble) -> None:
     want = torn.generate(PROMPT, max_new_tokens=TOKENS).token_ids
-    main = torn.members[0]
+    assert by_transformers(torn) == want
+
+
+def by_transformers(ensemble: Ensemble, **settings: Any) -> list[int]:
+    """What `generate` of the main model writes after the prompt."""
+    main = ensemble.members[0]
     given = main.tokenizer(PROMPT, return_tensors="pt")
-    with DeepenLogitsProcessor(torn, eos_token_id=main.eos_ids) as processor:
-        output = main.model.generate(
-            **given,
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            eos_token_id=list(main.eos_ids),
-            logits_processor=[processor],
-        )
-    assert output[0, given["input_ids"].shape[1] :].tolist() == want
+    settings = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": list(main.eos_ids), **settings}
+    with DeepenLogitsProcessor(ensemble, eos_token_id=main.eos_ids) as fuse:
+        output = main.model.generate(**given, logits_processor=[fuse], **settings)
+    ids: list[int] = output[0, given["input_ids"].shape[1] :].tolist()
+    return ids
 
 
 def test_a_text_that_joins_others(torn: Ensemble) -> None:

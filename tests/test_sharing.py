@@ -78,6 +78,7 @@ def test_a_prompt_is_scored_once(tiny_smollm2: Member, tiny_gemma: Member) -> No
         for one in ensembles[1:]:
             one.generate(prompts, max_new_tokens=1, shared=shared)
         assert fed(shared) == once
+        assert all(len(kept) <= 2 * len(prompts) for kept in shared._kept.values())  # not every position
         found = [one.generate(prompts, max_new_tokens=8, shared=shared) for one in ensembles]
     assert min(once) > 700
     for a, b in zip(want, found, strict=True):

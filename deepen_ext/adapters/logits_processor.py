@@ -18,6 +18,7 @@ from deepen_ext.decoding.prompts import Messages
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
+from deepen_ext.ops.transfer import to_device
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
@@ -78,6 +79,7 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
         self._unwritable = main.unwritable(ends)
+        self._own_ends = not ends or set(ends) == set(main.eos_ids)
         self._endings = {self._pad, *main.eos_ids, *ends}
         self._call: GenerateCall | None = None
         self._prompts_of: list[_RowPrompt] = []
@@ -102,14 +104,22 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         part, rows = fuser.part(0, said), range(len(input_ids))
         candidates = assistants.candidates(part.topk, [None] * len(input_ids))
         places = [assistants.place(row, None, candidates.get(row, ())) for row in rows]
-        begun = [i for i, prompt in enumerate(self._prompts_of) if len(prompt.ids) == input_ids.shape[1]]
-        fused = assistants.step(part, places, begun).fused
+        fused = assistants.step(part, places, self._firsts(input_ids, writable)).fused
         fused.check()
         # Below 0 where a processor before this one forbade tokens; what cannot be written was not forbidden.
         mass = scores.logsumexp(-1, keepdim=True)
         if bool((mass < _LOG_PROBABILITIES).all()):
             return fused.logits.log_softmax(-1) + mass
         return fused.logits
+
+    def _firsts(self, ids: torch.Tensor, writable: torch.Tensor) -> list[int]:
+        """Rows that get their first token, where processors before this one left more than an end."""
+        firsts = [i for i, prompt in enumerate(self._prompts_of) if len(prompt.ids) == ids.shape[1]]
+        if not firsts or not self._own_ends:
+            return []
+        ends = to_device(self._team.main.eos_ids, writable.device)
+        more = writable[firsts].index_fill(1, ends, -torch.inf).isfinite().any(dim=1).tolist()
+        return [i for i, one in zip(firsts, more, strict=True) if one]
 
     def close(self) -> None:
         """Free the assistants' caches, and keep the relative rows that were computed."""

@@ -14,7 +14,7 @@ from functools import partial
 from deepen_ext.decoding.asker import Asker
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import candidates_of
-from deepen_ext.decoding.first_token import without_lone_end
+from deepen_ext.decoding.first_token import put_ends_last
 from deepen_ext.decoding.places import Place, Reason
 from deepen_ext.decoding.prompt_weights import (
     PromptScore,
@@ -269,7 +269,7 @@ class Assistants:
         spent = self._asker.ask_ahead([*places, *coming], self.lanes, drafter - 1)
         return {i + 1: ms for i, ms in spent.items()}
 
-    def step(self, main: Part, places: Sequence[Place], begun: Sequence[int] = ()) -> AssistedStep:
+    def step(self, main: Part, places: Sequence[Place], firsts: Sequence[int] = ()) -> AssistedStep:
         """Fuse what the assistants say into what the main model says. All are asked, then all are waited for.
 
         The places of a text are those of one draft, in order. One forward of an assistant gives its word on
@@ -279,7 +279,7 @@ class Assistants:
         Args:
             main: `team.fuser.part(0, ...)` of these places.
             places: of texts that have a lane.
-            begun: which of them are first tokens of texts.
+            firsts: which of them are first tokens of texts that end where the main model's own EOS ids say.
 
         Raises:
             InputError: a member that gives NaN; a text longer than an assistant's context.
@@ -294,5 +294,5 @@ class Assistants:
         weights = [place.weights for place in places]
         fused = self._team.fuser.step_parts([main, *self._team.fuser.parts(parts)], weights)
         if self._team.fuser.first_end_needs_all:
-            fused = without_lone_end(fused, begun, self._team.members)
+            fused = put_ends_last(fused, firsts, self._team.members)
         return AssistedStep(fused, {self._team.names[i + 1]: ms for i, ms in spent.items()})

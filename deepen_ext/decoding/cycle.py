@@ -218,15 +218,18 @@ class Cycles:
         read = perf_counter()
         proposals = [one for draft in ahead.drafts.values() for one in draft]
         main = self._team.fuser.part(0, gathered([(one.main, one.row) for one in proposals]))
-        firsts = accumulate(map(len, ahead.drafts.values()), initial=0)
-        begun = [
-            row for row, number in zip(firsts, ahead.drafts, strict=False) if not self._texts[number].written
-        ]
-        step = self._assistants.step(main, [one.place for one in proposals], begun)
+        starts = zip(ahead.drafts, accumulate(map(len, ahead.drafts.values()), initial=0), strict=False)
+        firsts = [row for number, row in starts if self._begins(number)]
+        step = self._assistants.step(main, [one.place for one in proposals], firsts)
         if ahead.decided:
             tokens = to_device([one.token for one in proposals], self._team.device, torch.int32)
             step.fused = replace(step.fused, chosen=tokens)
         return ahead, read, step
+
+    def _begins(self, number: int) -> bool:
+        """Whether the text has its first token before it, and ends as the main model's texts do."""
+        own_ends = self._stopping.ends(number) == frozenset(self._team.main.eos_ids)
+        return own_ends and not self._texts[number].written
 
     def _end_full(self) -> bool:
         """End the texts that some member cannot read any more; whether any text is left, or waits."""

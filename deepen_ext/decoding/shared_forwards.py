@@ -18,9 +18,7 @@ from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.member import Member
 
 _MOST_BYTES = 2 << 30  # of distributions kept
-# Positions of a question, a draft's, that are kept. More are those of a prompt that is scored: the last one
-# alone is kept, because nobody asks for the others again, whose score is known.
-_MOST_POSITIONS = 33
+_SCORED = 1  # k of a prompt that is scored: its score is kept, so nobody asks for its positions again
 
 # What a member said after some ids, one position each.
 _Ids = tuple[int, ...]
@@ -122,12 +120,12 @@ class _SharedSession:
         texts = {lane: _texts(targets[lane], count) for lane, count in counts.items()}
         known = {lane: said for lane, own in texts.items() if (said := self._known(own, k)) is not None}
         if known and len(known) == len(targets):
-            return _SharedAnswer(self._shared, self._kept, texts, known, None)
+            return _SharedAnswer(self._shared, self._kept, k, texts, known, None)
         missing = [lane for lane in targets if lane not in known]
         answer = self._session.ask(
             {lane: targets[lane] for lane in missing}, k, {lane: counts[lane] for lane in missing}
         )
-        return _SharedAnswer(self._shared, self._kept, texts, known, answer)
+        return _SharedAnswer(self._shared, self._kept, k, texts, known, answer)
 
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         return self._session.read(lane, ids, start, k)
@@ -156,6 +154,7 @@ class _SharedSession:
 class _SharedAnswer:
     shared: SharedForwards
     kept: _Kept
+    k: int
     texts: dict[int, list[_Ids]]  # of each lane, the ids before each of its positions
     known: dict[int, list[Distribution]]  # of lanes that need not be asked
     answer: Answer | None  # of the others
@@ -170,7 +169,7 @@ class _SharedAnswer:
                     continue
                 found[lane] = [given.at([at + i]) for i in range(len(texts))]
                 at += len(texts)
-                kept = slice(-1 if len(texts) > _MOST_POSITIONS else 0, None)
+                kept = slice(-1 if self.k == _SCORED else 0, None)
                 for ids, said in zip(texts[kept], found[lane][kept], strict=True):
                     self.shared.keep(self.kept, ids, said)
             if not self.known:

@@ -51,7 +51,7 @@ class Skips:
         self._certificate = None
         self._bounded = team.fuser.bounded
         self._chooser = chooser
-        self._asks_first = team.fuser.first_end_needs_all  # all of a text's first token
+        self._asks_first = team.fuser.first_end_needs_all  # everybody, about a text's first token
         self._gate = confidence_gate
         if confidence_gate is not None:
             check_gate(confidence_gate)
@@ -95,11 +95,14 @@ class Skips:
             flags.masked_fill_(first >= self._gate, REASONS.index("gated"))
         if self._certificate is not None:
             settled = self._certificate.settled(main.said.scores(), texts, ids, top=main.topk)
-            bounded = [
-                self._bounded(own) and not (self._asks_first and self._chooser.begins(text, len(before)))
-                for text, before, own in zip(texts, ids, weights, strict=True)
-            ]
+            bounded = [self._bounded(one) for one in weights]
             if not all(bounded):
                 settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))
+        if self._asks_first and self.spares:
+            firsts = [
+                self._chooser.begins(text, len(before)) for text, before in zip(texts, ids, strict=True)
+            ]
+            if any(firsts):
+                flags.masked_fill_(to_device(firsts, flags.device, torch.bool), REASONS.index(None))
         return flags

@@ -34,9 +34,13 @@ class Stopping:
         """The text has ended."""
         del self._rules[number]
 
+    def ends(self, number: int) -> frozenset[int]:
+        """The text's EOS ids."""
+        return self._rules[number].settings.eos_ids
+
     def ends_text(self, number: int, token: int) -> bool:
         """Whether the token is one of the text's EOS ids."""
-        return token in self._rules[number].settings.eos_ids
+        return token in self.ends(number)
 
     def remember(self, number: int, text: TextInProgress, read: str) -> None:
         """Keep as much of the text's end as a stop string can reach into; `read` was added to it."""

@@ -57,6 +57,8 @@ def configuration_header(
         for key, value in sorted(vars(ensemble.fuser).items())
         if isinstance(value, bool | int | float | str)
     }
+    if ensemble.fuser.first_end_needs_all:
+        fuser["first_end_needs_all"] = True
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
         how = {"sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS, "least": LEAST_WEIGHT}
