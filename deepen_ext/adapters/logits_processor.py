@@ -113,7 +113,10 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         return fused.logits
 
     def _firsts(self, ids: torch.Tensor, writable: torch.Tensor) -> list[int]:
-        """Rows that get their first token, where processors before this one left more than an end."""
+        """Rows that get their first token, where processors before this one left more than an end.
+
+        None where the caller named EOS ids that are not the main model's own.
+        """
         firsts = [i for i, prompt in enumerate(self._prompts_of) if len(prompt.ids) == ids.shape[1]]
         if not firsts or not self._own_ends:
             return []

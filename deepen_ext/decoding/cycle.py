@@ -227,7 +227,7 @@ class Cycles:
         return ahead, read, step
 
     def _begins(self, number: int) -> bool:
-        """Whether the text has its first token before it, and ends as the main model's texts do."""
+        """Whether the next token is the text's first, and its EOS ids are the main model's own."""
         own_ends = self._stopping.ends(number) == frozenset(self._team.main.eos_ids)
         return own_ends and not self._texts[number].written
 

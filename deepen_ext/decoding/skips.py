@@ -51,7 +51,7 @@ class Skips:
         self._certificate = None
         self._bounded = team.fuser.bounded
         self._chooser = chooser
-        self._asks_first = team.fuser.first_end_needs_all  # everybody, about a text's first token
+        self._first_needs_all = team.fuser.first_end_needs_all  # so nobody is spared there
         self._gate = confidence_gate
         if confidence_gate is not None:
             check_gate(confidence_gate)
@@ -99,7 +99,7 @@ class Skips:
             if not all(bounded):
                 settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))
-        if self._asks_first and self.spares:
+        if self._first_needs_all and self.spares:
             firsts = [
                 self._chooser.begins(text, len(before)) for text, before in zip(texts, ids, strict=True)
             ]
