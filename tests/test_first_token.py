@@ -161,6 +161,29 @@ def test_a_gate_leaves_the_first_token_to_all(torn: Ensemble) -> None:
     assert given.timings.gated == given.timings.tokens - 1
 
 
+@pytest.mark.parametrize("skip", [{"certified_skip": True}, {"confidence_gate": 1e-6}], ids=str)
+def test_a_first_token_that_is_no_end_may_be_spared(
+    tiny_smollm2: Member, tiny_gemma: Member, skip: dict[str, Any]
+) -> None:
+    pair = Ensemble(
+        [tiny_smollm2, tiny_gemma], fuser="follow", weights=[0.6, 0.4], learning_rate=0.001, cache=False
+    )
+    given = pair.generate(PROMPT, max_new_tokens=1, **skip)
+    assert (given.token_ids, given.timings.skipped_share) == (written(tiny_smollm2, 1), 1.0)
+
+
+def test_a_processor_that_leaves_an_end_first(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    """The main model's first choice is no end, but it is forbidden, and the next one is."""
+    only = {"max_new_tokens": 1, "suppress_tokens": written(tiny_smollm2, 1)}
+    end = Ensemble([tiny_smollm2], fuser="single").generate(PROMPT, **only).token_ids
+    main = replace(tiny_smollm2, eos_ids=tuple(end))
+    cautious = {"weights": [0.6, 0.4], "learning_rate": 0.001, "cache": False}
+    pair = Ensemble([main, tiny_gemma], fuser="follow", **cautious)
+    assert pair.variant(fuser="deepen").generate(PROMPT, **only, certified_skip=True).timings.settled == 1
+    given = pair.generate(PROMPT, **only, certified_skip=True)
+    assert given.token_ids == pair.generate(PROMPT, **only).token_ids != end
+
+
 def test_transformers_own_loop(torn: Ensemble) -> None:
     want = torn.generate(PROMPT, max_new_tokens=TOKENS).token_ids
     assert by_transformers(torn) == want

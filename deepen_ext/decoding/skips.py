@@ -51,7 +51,7 @@ class Skips:
         self._certificate = None
         self._bounded = team.fuser.bounded
         self._chooser = chooser
-        self._first_needs_all = team.fuser.first_end_needs_all  # so nobody is spared there
+        self._first_ends = team.main.eos_ids if team.fuser.first_end_needs_all else ()
         self._gate = confidence_gate
         if confidence_gate is not None:
             check_gate(confidence_gate)
@@ -99,10 +99,21 @@ class Skips:
             if not all(bounded):
                 settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))
-        if self._first_needs_all and self.spares:
-            firsts = [
-                self._chooser.begins(text, len(before)) for text, before in zip(texts, ids, strict=True)
-            ]
-            if any(firsts):
-                flags.masked_fill_(to_device(firsts, flags.device, torch.bool), REASONS.index(None))
+        if self._first_ends and self.spares:
+            flags.masked_fill_(self._may_end_at_once(main, texts, ids), REASONS.index(None))
         return flags
+
+    def _may_end_at_once(
+        self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Texts whose first token the main model alone might make an end, which takes all of them; bool [b].
+
+        Where processors act or the token is drawn its first choice does not tell, so any of these might.
+        """
+        first, device = main.topk.ids[:, 0], main.topk.ids.device
+        begin = [self._chooser.begins(text, len(own)) for text, own in zip(texts, ids, strict=True)]
+        if not any(begin):
+            return torch.zeros_like(first, dtype=torch.bool)
+        unsure = [not self._chooser.is_plain([text]) for text in texts]
+        ends = torch.isin(first, to_device(self._first_ends, device, first.dtype))
+        return to_device(begin, device, torch.bool) & (ends | to_device(unsure, device, torch.bool))
