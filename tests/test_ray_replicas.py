@@ -76,9 +76,17 @@ def headers(folder: Path) -> list[str]:
     return [path.read_text().splitlines()[0] for path in sorted(folder.glob("*.jsonl"))]
 
 
+@pytest.fixture(autouse=True)
+def none_of_earlier_tests(real_ray: None) -> None:
+    """Or a test could kill a dying actor of the test before it."""
+    until(lambda: not processes_of("ReplicaActor"))
+
+
 def kill_replica() -> None:
-    """kill -9 of the process of one of them."""
-    os.kill(processes_of("ReplicaActor")[0], signal.SIGKILL)
+    """kill -9 of the process of one of them; afterwards Ray knows it."""
+    process = processes_of("ReplicaActor")[0]
+    os.kill(process, signal.SIGKILL)
+    until(lambda: process not in processes_of("ReplicaActor"))
 
 
 class TestEvaluation:
