@@ -106,9 +106,9 @@ class Skips:
     def _may_end_at_once(
         self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Texts whose first token the main model alone might make an end, which takes all of them; bool [b].
+        """Texts at their first token that the main model alone might end, bool [b]; ending them takes all members.
 
-        Where processors act or the token is drawn its first choice does not tell, so any of these might.
+        Its first choice tells, but for texts with processors, and texts that are sampled: these all might.
         """
         first, device = main.topk.ids[:, 0], main.topk.ids.device
         begin = [self._chooser.begins(text, len(own)) for text, own in zip(texts, ids, strict=True)]
