@@ -106,7 +106,7 @@ class Skips:
     def _may_end_at_once(
         self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Texts at their first token that the main model alone might end, bool [b]; ending them takes all members.
+        """Texts at their first token that the main model alone might end, bool [b]: that takes all members.
 
         Its first choice tells, but for texts with processors, and texts that are sampled: these all might.
         """
