@@ -37,6 +37,11 @@ class Measure:
         return f"{self.title}, n {self.result['items']}"
 
     @property
+    def task(self) -> tuple[str, bool]:
+        """Its name, and whether it is scored by likelihood."""
+        return self.result["task"], self.result.get("scoring") == "likelihood"
+
+    @property
     def has_default(self) -> bool:
         return any(one["method"] == DEFAULT for one in self.scores.values())
 

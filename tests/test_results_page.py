@@ -455,6 +455,15 @@ def results(tmp_path: Path) -> Path:
     return folder
 
 
+def test_tasks_without_the_default(results: Path) -> None:
+    """GSM8K has it on another machine, NQ has it nowhere."""
+    for task in ("gsm8k", "nq"):
+        rows = [dict(answers_of(40, pattern, letter, "single")) for pattern, letter in MEMBERS]
+        rows.append(dict(answers_of(40, "1110", "S+G", "deepen:bytes")))
+        task_file(results / "evaluation" / "some-cpu" / f"{task}.json", rows, task=task)
+    assert "- The default was not run on NQ." in results_parts.verdict(read_results(results)).splitlines()
+
+
 def test_the_default_beside_the_best_single_member(results: Path) -> None:
     found = read_results(results)
     assert [one.title for one in found.tests] == ["PIQA, acc", "PIQA, acc_norm", "GSM8K on H100"]
@@ -464,6 +473,7 @@ def test_the_default_beside_the_best_single_member(results: Path) -> None:
     assert "worse on 1 (PIQA, acc_norm: SmolLM2 + Gemma)" in lines[0]
     assert "better on 2 (PIQA, acc: SmolLM2 + Gemma; GSM8K on H100: SmolLM2 + Gemma)" in lines[0]
     assert "after Holm's correction 1 worse and 2 better remain" in lines[0]
+    assert not [line for line in lines if "was not run on" in line]
     table = results_parts.gains(found)
     assert "| SmolLM2 + Gemma | **+25.0 (" in table
     assert table.count("** H |") == 2
