@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MODELS = {"S": "SmolLM2", "G": "Gemma", "Q": "Qwen", "L": "Qwen 1.5B"}
-ENSEMBLES = ("S+G", "G+S", "Q+G", "G+Q", "Q+S", "S+Q", "Q+G+S", "G+S+Q", "S+G+Q")
+ENSEMBLES = (
+    *("S+G", "G+S", "Q+G", "G+Q", "Q+S", "S+Q", "Q+G+S", "G+S+Q", "S+G+Q"),
+    *("L+G", "G+L", "L+S", "S+L", "L+Q", "Q+L", "L+G+S"),
+)
 METHODS = (
     *("follow:bytes", "deepen:bytes", "deepen:calibrated", "deepen:paper", "average", "union-topk"),
     *("union-vocab", "product", "consistent"),
