@@ -185,16 +185,15 @@ class TestUnionVocab:
         assert smollm2.vocabulary.bytes_of(found) == b"\xf0"
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.05, 0.95]])
-def test_indents_of_python(gemma: Member, weights: list[float]) -> None:
+def test_indents_of_python(gemma: Member) -> None:
     """They came out a space short: 11, 7 and 3."""
     qwen = load_member("demo:qwen2.5-coder-0.5b-instruct", backend="transformers")
+    pair = Ensemble([gemma, qwen], fuser="union-vocab")
     prompt = "def count(words):\n    found = {}\n    for word in words:\n        if word in found:"
-    text = (
-        Ensemble([gemma, qwen], fuser="union-vocab", weights=weights).generate(prompt, max_new_tokens=24).text
-    )
-    indents = [len(line) - len(line.lstrip(" ")) for line in text.split("\n")[1:]]
-    assert indents[:3] == [12, 8, 12]
+    for weights in ([0.5, 0.5], [0.05, 0.95]):
+        text = pair.variant(weights=weights).generate(prompt, max_new_tokens=24).text
+        indents = [len(line) - len(line.lstrip(" ")) for line in text.split("\n")[1:]]
+        assert indents[:3] == [12, 8, 12]
 
 
 class TestUnionTopk:
