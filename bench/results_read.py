@@ -37,9 +37,9 @@ class Measure:
         return f"{self.title}, n {self.result['items']}"
 
     @property
-    def task(self) -> tuple[str, bool]:
-        """Its name, and whether it is scored by likelihood."""
-        return self.result["task"], self.result.get("scoring") == "likelihood"
+    def task(self) -> tuple[str, str | None]:
+        """Its name, and how it is scored; None for written answers."""
+        return self.result["task"], self.result.get("scoring")
 
     @property
     def has_default(self) -> bool:

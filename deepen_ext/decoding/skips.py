@@ -100,20 +100,18 @@ class Skips:
                 settled &= to_device(bounded, settled.device, torch.bool)
             flags.masked_fill_(settled, REASONS.index("settled"))
         if self._first_ends and self.spares:
-            flags.masked_fill_(self._may_end_at_once(main, texts, ids), REASONS.index(None))
+            begin = [self._chooser.begins(text, len(own)) for text, own in zip(texts, ids, strict=True)]
+            if any(begin):
+                asked = to_device(begin, flags.device, torch.bool) & self._may_end(main, texts)
+                flags.masked_fill_(asked, REASONS.index(None))
         return flags
 
-    def _may_end_at_once(
-        self, main: Part, texts: Sequence[int], ids: Sequence[Sequence[int]]
-    ) -> torch.Tensor:
-        """Texts at their first token that the main model alone might end, bool [b]: that takes all members.
+    def _may_end(self, main: Part, texts: Sequence[int]) -> torch.Tensor:
+        """Texts that the main model alone might end with this token, bool [b].
 
-        Its first choice tells, but for texts with processors, and texts that are sampled: these all might.
+        Its first choice tells, but not of texts with processors or of sampled ones: these all might end.
         """
         first, device = main.topk.ids[:, 0], main.topk.ids.device
-        begin = [self._chooser.begins(text, len(own)) for text, own in zip(texts, ids, strict=True)]
-        if not any(begin):
-            return torch.zeros_like(first, dtype=torch.bool)
-        unsure = [not self._chooser.is_plain([text]) for text in texts]
         ends = torch.isin(first, to_device(self._first_ends, device, first.dtype))
-        return to_device(begin, device, torch.bool) & (ends | to_device(unsure, device, torch.bool))
+        unsure = [not self._chooser.is_plain([text]) for text in texts]
+        return ends | to_device(unsure, device, torch.bool)
