@@ -21,6 +21,7 @@ from deepen_ext.decoding.prompt_weights import (
     last_prompts,
     prompt_weights,
     read_prompts,
+    tell_of_unequal,
 )
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.watched_session import WatchedSession
@@ -304,18 +305,42 @@ class TestDefault:
         assert not ensemble.fuser.bounded([0.4, 0.6])
         assert ensemble.fuser.bounded([0.6, 0.4])
 
-    def test_a_far_better_reader_is_told_of_once(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
-        """Of the texts here one member is far the better reader; as the assistant it is named, once."""
+    def test_members_that_read_unequally_are_told_of_once(
+        self, tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        """An assistant that reads far better is named, and so is one that has no say in the text."""
+        said = []
         for members in ([tiny_smollm2, tiny_gemma], [tiny_gemma, tiny_smollm2]):
-            ensemble = Ensemble(members)
+            ensemble = Ensemble(members, sharpness=10)  # any difference decides
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 for _ in range(2):
-                    ensemble.generate([CODE * 4, FRENCH * 4], max_new_tokens=2)
-            said = [str(one.message) for one in caught if "reads a prompt far better" in str(one.message)]
-            assert len(said) <= 1
-            if said:
-                assert said[0].startswith(f"{ensemble.names[1]} reads")
-                break
-        else:
-            raise AssertionError("neither member was told of")
+                    ensemble.generate([CODE], max_new_tokens=2)
+            said += [str(one.message) for one in caught if "reads a prompt far" in str(one.message)]
+        better, worse = sorted(said, key=lambda one: "far worse" in one)
+        leader, other = sorted(ensemble.names, key=lambda name: not better.startswith(name))
+        assert better.startswith(f"{leader} reads a prompt far better than the main model, {other}:")
+        assert worse.startswith(f"{other} reads a prompt far worse than {leader}:")
+
+    @pytest.mark.parametrize(
+        ("given", "weights", "told"),
+        [
+            ([0.5, 0.5], [0.5, 0.5], []),
+            ([0.5, 0.5], [0.99, 0.01], []),
+            ([0.5, 0.5], [0.11, 0.89], []),
+            ([0.5, 0.5], [0.1, 0.9], ["B better than the main model, A"]),
+            ([0.5, 0.5], [1.0, 0.0], ["B worse than A"]),
+            ([1.0, 0.0], [1.0, 0.0], []),  # who gave the weights knows
+            ([0.5, 0.5], [0.0, 1.0], ["B better than the main model, A"]),
+            ([0.4, 0.3, 0.3], [0.05, 0.95, 0.0], ["B better than the main model, A", "C worse than B"]),
+        ],
+    )
+    def test_what_is_told_of_weights(self, given: list[float], weights: list[float], told: list[str]) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            seen: set[str] = set()
+            for _ in range(2):
+                tell_of_unequal("ABC"[: len(given)], given, weights, seen)
+        said = [str(one.message).partition(":")[0].replace("reads a prompt far ", "") for one in caught]
+        assert said == told
+        assert all("`deepen-ext tune`" in str(one.message) for one in caught)

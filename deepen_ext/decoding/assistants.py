@@ -20,7 +20,7 @@ from deepen_ext.decoding.prompt_weights import (
     PromptScore,
     prompt_weights,
     read_prompts,
-    tell_of_leader,
+    tell_of_unequal,
 )
 from deepen_ext.decoding.questions import in_order
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session, scored_prompts
@@ -143,10 +143,9 @@ class Assistants:
         for at, text in enumerate(texts):
             given = [self.weights[text][member] for member in scores]
             found = prompt_weights([own[at] for own in scores.values()], given, team.sharpness)
+            tell_of_unequal([team.names[member] for member in scores], given, found, team.told)
             by_member = dict(zip(scores, found, strict=True))
-            weights = [by_member.get(member, 0.0) for member in range(len(team.members))]
-            self.weights[text] = weights
-            tell_of_leader(team.names, weights, team.told)
+            self.weights[text] = [by_member.get(member, 0.0) for member in range(len(team.members))]
 
     def lost(self) -> dict[int, MemberLost]:
         """The assistants that were lost and are not left out yet: how, by member index."""

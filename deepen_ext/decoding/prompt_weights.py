@@ -85,24 +85,37 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
     return [one / total for one in kept]
 
 
-def tell_of_leader(names: Sequence[str], weights: Sequence[float], told: set[int]) -> None:
-    """Warn, once for each assistant, that it counts for nearly all of a text.
+def tell_of_unequal(
+    names: Sequence[str], given: Sequence[float], weights: Sequence[float], told: set[str]
+) -> None:
+    """Warn, each thing once, that members read a prompt so unequally that one of them writes the text.
+
+    That is where an assistant counts for nearly all of it, and where one has no say in it.
 
     Args:
         names: the members', the main model's first.
-        weights: of the text.
-        told: member indices of those that were warned of; written to.
+        given: what the members start from.
+        weights: of the text, what `prompt_weights` made of them.
+        told: what was warned of; written to.
     """
     leader = max(range(len(weights)), key=weights.__getitem__)
-    if leader == 0 or weights[leader] < _NEARLY_ALL or leader in told:
-        return
-    told.add(leader)
-    warnings.warn(
-        f"{names[leader]} reads a prompt far better than the main model, {names[0]}: the text follows it, as "
-        f"far as tokens of {names[0]} go. If your prompts are like that, name {names[leader]} first, or let "
-        "`deepen-ext tune` choose on texts of yours",
-        stacklevel=3,
-    )
+    found = []
+    if leader and weights[leader] >= _NEARLY_ALL:
+        found.append(
+            f"{names[leader]} reads a prompt far better than the main model, {names[0]}: the text follows "
+            f"it, as far as tokens of {names[0]} go. If your prompts are like that, name {names[leader]} "
+            "first, or let `deepen-ext tune` choose on texts of yours"
+        )
+    for name, before, after in zip(names[1:], given[1:], weights[1:], strict=True):
+        if before and not after:
+            found.append(
+                f"{name} reads a prompt far worse than {names[leader]}: it has no say in the text. If your "
+                f"prompts are like that, leave {name} out, or let `deepen-ext tune` choose on texts of yours"
+            )
+    for one in found:
+        if one not in told:
+            told.add(one)
+            warnings.warn(one, stacklevel=3)
 
 
 def last_prompts(score: PromptScore | None = None, most: int | None = _LAST) -> deque[ScoredPrompt]:

@@ -31,7 +31,7 @@ class Team:
         boundary_rule: when an assistant sits out; None for never.
         on_failure: what a run does when a member is lost (see `lost`).
         maps: the members' relative maps; None where the fuser has none.
-        told: member indices of whom `tell_of_leader` has warned.
+        told: what `tell_of_unequal` has warned of.
         histories: what runs found out about drafts, by whether they sampled.
     """
 
@@ -45,7 +45,7 @@ class Team:
     boundary_rule: BoundaryRule | None
     on_failure: OnFailure
     maps: MemberMaps | None
-    told: set[int] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})
 
     @property
