@@ -2,10 +2,11 @@
 
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
 command line names it, with changes after ``@``: ``default`` (the package's), ``deepen:bytes``,
-``average@prompt`` (weights from the prompt), ``average@prompt@sharpness=0.2``, ``deepen:bytes@main=0.7`` (the
-main model's weight; assistants share the rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate,
-temperature of the similarity rows), ``average@confidence=1`` (members count more where they are sure),
-``average@margin``, ``average@consistency``, ``average@disagreement`` (other rules of weighing).
+``average@prompt`` (weights from the prompt), ``average@size`` (from the members' sizes and the prompt),
+``average@prompt@sharpness=0.2``, ``deepen:bytes@main=0.7`` (the main model's weight; assistants share the
+rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows),
+``average@confidence=1`` (members count more where they are sure), ``average@margin``,
+``average@consistency``, ``average@disagreement`` (other rules of weighing).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from deepen_ext import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
 from deepen_ext.fusers.weighing.names import RULES
+from deepen_ext.fusers.weights import WEIGHTS_RULES
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -39,7 +41,7 @@ METHODS = (
     *("union-vocab@disagreement", "deepen@disagreement", "follow@prompt"),
 )
 _DEFAULTS = FusionSettings().resolved(logits=True)
-DEFAULT = method_name(_DEFAULTS.fuser, _DEFAULTS.recipe) + ("@prompt" if _DEFAULTS.weighs_prompts else "")
+DEFAULT = f"{method_name(_DEFAULTS.fuser, _DEFAULTS.recipe)}@{_DEFAULTS.weights_rule}"
 # Settings that no method's name tells.
 ALIKE = ("learning_rate", "steps", "candidates", "boundary_aware")
 _NUMBERS = {
@@ -79,8 +81,8 @@ def parse_method(spec: str) -> Method:
     main_weight = None
     for change in changes:
         key, _, value = change.partition("=")
-        if change == "prompt":
-            settings["weights"] = "prompt"
+        if change in WEIGHTS_RULES:
+            settings["weights"] = change
         elif change in _RULES:
             settings["weighing"] = change
         elif key == "main":
@@ -88,10 +90,8 @@ def parse_method(spec: str) -> Method:
         elif key in _NUMBERS:
             settings[_NUMBERS[key]] = _number(spec, value)
         else:
-            known = ", ".join(f"{one}=X" for one in _NUMBERS)
-            raise InputError(
-                f"method '{spec}': after @ there can be prompt, main=W, {known}, {', '.join(_RULES)}"
-            )
+            known = [*WEIGHTS_RULES, "main=W", *(f"{one}=X" for one in _NUMBERS), *_RULES]
+            raise InputError(f"method '{spec}': after @ there can be {', '.join(known)}")
     return Method("@".join([method_name(fuser, recipe), *changes]), settings, main_weight)
 
 

@@ -20,6 +20,7 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.stream import TextStream
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Fuser, FusionSettings
+from deepen_ext.fusers.weights import WeightsRule
 from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.members.loading import Progress, check_names, load_members
 from deepen_ext.members.member import Member
@@ -44,7 +45,7 @@ class Ensemble:
         Args:
             members: the main model first.
             settings: those of `deepen_ext.fusers.FusionSettings`, which documents them all with their
-                defaults and ranges. The common ones: weights (one for each member, or "prompt"), fuser
+                defaults and ranges. The common ones: weights (one for each member, "size" or "prompt"), fuser
                 ("deepen", "average", ..., or a function), recipe, learning_rate, confidence.
 
         Raises:
@@ -113,8 +114,13 @@ class Ensemble:
 
     @property
     def weights(self) -> list[float]:
-        """lambda_i, summing to 1; with weights from the prompt, those they start from."""
+        """lambda_i, summing to 1; where a rule finds them for each prompt, those it starts from."""
         return list(self.team.weights)
+
+    @property
+    def weights_or_rule(self) -> list[float] | WeightsRule:
+        """The weights, or the name of the rule that finds them for each prompt."""
+        return self.team.weights_rule or self.weights
 
     @property
     def weighs_prompts(self) -> bool:

@@ -1,7 +1,7 @@
 """Presets: an ensemble's members and settings in a YAML file, as `deepen-ext tune` writes them.
 
     members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]   # the main model first
-    weights: [0.4, 0.6]                                        # or "prompt"; left out: equal
+    weights: [0.4, 0.6]                                        # or "size", "prompt"; left out: equal
     fuser: deepen
     recipe: calibrated
     learning_rate: 0.25
@@ -30,7 +30,7 @@ import yaml  # type: ignore[import-untyped]  # its types are a package of their 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.make import parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings, check_on_failure
-from deepen_ext.fusers.weights import check_weights
+from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
 from deepen_ext.members.names_in_files import name_for_file, name_from_file, path_for_file
@@ -242,8 +242,8 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         check_recipe(value)
     elif key == "weights" and isinstance(value, list) and all(map(_is_number, value)):
         check_weights(value, members)
-    elif key == "weights" and value != "prompt":
-        raise InputError(f"weights is {shown(value)}; give a list of numbers, or prompt")
+    elif key == "weights":
+        check_weights_rule(value)
     elif _is_number(example := _SETTINGS[key]) and not _is_number(value):
         raise InputError(f"{key} is {shown(value)}; give a number such as {example}")
     elif key == "fuser" and not (isinstance(value, str) and value):

@@ -127,6 +127,8 @@ def test_a_tied_head_goes_to_the_disk_with_the_embedding(folder: Path, tmp_path:
     same(batch(member), batch(whole))
     assert member.backend.fingerprint() == whole.backend.fingerprint()
     assert member.backend.describe() == whole.backend.describe()
+    parted = load_member(folder).backend.describe()  # its head is a table of its own
+    assert whole.backend.describe().non_embedding_parameters == parted.non_embedding_parameters
     with pytest.raises(InputError, match=r"lm_head.* on cpu and model\.embed_tokens.* on disk, .*one weight"):
         load_member(model, device_map={"": "cpu", "model.embed_tokens": "disk"})
 
@@ -267,6 +269,7 @@ def test_int8_is_the_model_with_rounded_weights(folder: Path) -> None:
     assert member.backend.capabilities.repeatable
     described, whole = member.backend.describe(), rounded.backend.describe()
     assert described.parameters == whole.parameters
+    assert described.non_embedding_parameters == whole.non_embedding_parameters
     # A byte a weight, and for each row a scale and a zero point.
     saved = sum(3 * layer.weight.numel() - 5 * layer.weight.shape[0] for layer, _ in pairs)
     assert described.weights_bytes == whole.weights_bytes - saved
@@ -394,7 +397,9 @@ def test_a_quantised_checkpoint(folder: Path, quantised: Path) -> None:
         member = load_member(quantised)
     same(batch(member), batch(load_member(folder, quantization="int8")))
     assert not member.backend.capabilities.repeatable  # of others' packing nobody knows
-    assert member.backend.describe().parameters == load_member(folder).backend.describe().parameters
+    described, whole = member.backend.describe(), load_member(folder).backend.describe()
+    assert described.parameters == whole.parameters
+    assert described.non_embedding_parameters == whole.non_embedding_parameters
     assert member.backend.fingerprint() == load_member(quantised).backend.fingerprint()
     spread = load_member(quantised, device_map="auto")
     same(batch(spread), batch(member))

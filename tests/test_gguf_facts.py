@@ -28,7 +28,10 @@ def test_facts_are_those_that_were_written(tiny_gguf: Path) -> None:  # noqa: F8
     assert (facts.tokenizer_model, facts.tokenizer_pre) == ("gpt2", "smollm")
     assert (facts.bos_id, facts.add_bos, facts.eos_ids) == (1, True, (2, 3))
     assert (facts.chat_template, facts.chat_templates) == (TEMPLATE, {})
-    assert facts.parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    assert facts.parameters == sum(sizes.values())
+    tables = sizes["token_embd.weight"] + sizes.get("output.weight", 0)
+    assert facts.non_embedding_parameters == facts.parameters - tables
     assert facts.tensor_types == {"Q8_0": 8, "float32": 3}
     assert (facts.dtype, facts.all_float32) == ("Q8_0", False)
     assert sum(tensor.n_bytes for tensor in reader.tensors) <= facts.weight_bytes
@@ -59,20 +62,24 @@ def test_what_a_file_does_not_say(tmp_path: Path) -> None:
     assert (facts.name, facts.context_length, facts.tokens, facts.eos_ids) == (None, None, 0, ())
     assert (facts.bos_id, facts.add_bos, facts.chat_template) == (None, None, None)
     assert (facts.parameters, facts.dtype, facts.all_float32) == (32, "float32", True)
+    assert facts.non_embedding_parameters == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "context", "tokens", "dtype", "parameters"),
+    ("name", "context", "tokens", "dtype", "parameters", "width"),
     [
-        ("smollm2-135m-instruct", 8192, 49152, "Q4_1, Q8_0", 134_515_008),
-        ("gemma-3-270m", 32768, 262144, "Q5_0, Q4_K, Q8_0, Q6_K", 268_098_176),
+        ("smollm2-135m-instruct", 8192, 49152, "Q4_1, Q8_0", 134_515_008, 576),
+        ("gemma-3-270m", 32768, 262144, "Q5_0, Q4_K, Q8_0, Q6_K", 268_098_176, 640),
     ],
 )
-def test_embedded_models(name: str, context: int, tokens: int, dtype: str, parameters: int) -> None:
+def test_embedded_models(
+    name: str, context: int, tokens: int, dtype: str, parameters: int, width: int
+) -> None:
     facts = read_facts(demo.gguf_file(name))
     assert (facts.context_length, facts.tokens, facts.dtype) == (context, tokens, dtype)
     assert (facts.parameters, facts.all_float32) == (parameters, False)
+    assert facts.non_embedding_parameters == parameters - tokens * width
 
 
 def test_facts_need_neither_torch_nor_transformers(tiny_gguf: Path) -> None:  # noqa: F811

@@ -191,7 +191,7 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ("members: [a, 3]\n", "line 1: members is .*give a list of models"),
         ("members: [a, b]\nweights: [0.5, 0.4]\n", "line 2: weights sum to 0.9"),
         ("members: [a, b]\nweights: [0.2, 0.3, 0.5]\n", "line 2: there are 3 weights for 2 members"),
-        ("members: [a, b]\nweights: even\n", "line 2: weights is 'even'; give a list of numbers, or prompt"),
+        ("members: [a, b]\nweights: even\n", "weights is 'even'; give a list of numbers, size or prompt"),
         ("members: [a, b]\nweights: [0.5, yes]\n", r"line 2: weights is \[0.5, True\]"),
         (
             "members: [a, b]\n\nlearning_rate: 1e-1\n",

@@ -26,6 +26,7 @@ from deepen_ext.decoding.prompt_weights import (
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.fusers import FusionSettings
+from deepen_ext.fusers.weights import weights_by_size
 from deepen_ext.members.member import Member
 
 CODE = (
@@ -260,19 +261,27 @@ class TestEnsemble:
         assert decided == 2
 
     def test_other_words_are_refused(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
-        with pytest.raises(InputError, match="weights are 'auto'; give a list of numbers, or 'prompt'"):
+        with pytest.raises(InputError, match="weights is 'auto'; give a list of numbers, size or prompt"):
             Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", weights="auto")
 
 
+def test_weights_by_size() -> None:
+    assert weights_by_size([300, 100]) == [0.75, 0.25]
+    assert weights_by_size([1, 1, 2]) == [0.25, 0.25, 0.5]
+    assert weights_by_size([300, None]) == weights_by_size([300, 0]) == [0.5, 0.5]
+
+
 class TestDefault:
-    """fuser="auto": each text follows the member that reads its prompt best."""
+    """fuser="auto": weights from the members' sizes and the prompt, and who is followed."""
 
     def test_what_auto_is(self) -> None:
         default = FusionSettings()
         assert (default.resolved(logits=True).fuser, default.resolved(logits=True).weights) == (
             "follow",
-            "prompt",
+            "size",
         )
+        by_prompt = FusionSettings(weights="prompt")
+        assert by_prompt.resolved(logits=True) == replace(by_prompt, fuser="follow")
         assert default.resolved(logits=False) == replace(default, fuser="deepen")
         given = FusionSettings(weights=[0.3, 0.7])
         assert given.resolved(logits=True) == replace(given, fuser="deepen")
@@ -280,6 +289,36 @@ class TestDefault:
         assert FusionSettings(fuser="follow").resolved(logits=True) == default.resolved(logits=True)
         equal = FusionSettings(fuser="follow", weights=[0.5, 0.5])
         assert equal.resolved(logits=True) == equal
+
+    def test_a_larger_member_counts_more(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
+        """The weights that a prompt moves start in proportion to the sizes, embeddings left out."""
+        members = [tiny_gemma, tiny_smollm2]
+        sizes = [member.backend.describe().non_embedding_parameters for member in members]
+        layers = [member.model.get_decoder().layers.parameters() for member in members]
+        norms = [member.model.get_decoder().norm.weight.numel() for member in members]
+        assert sizes == [n + sum(w.numel() for w in own) for n, own in zip(norms, layers, strict=True)]
+        ensemble = Ensemble(members, recipe="bytes")
+        assert ensemble.weights_or_rule == "size"
+        assert ensemble.weights == pytest.approx([one / sum(sizes) for one in sizes])
+        assert ensemble.variant(weights="prompt").weights == [0.5, 0.5]
+        assert ensemble.variant(weights="prompt").weights_or_rule == "prompt"
+        assert ensemble.variant(weights=[0.2, 0.8]).weights_or_rule == [0.2, 0.8]
+        even = ensemble.variant(sharpness=0).generate(CODE, max_new_tokens=4)
+        given = ensemble.variant(fuser="follow", weights=ensemble.weights).generate(CODE, max_new_tokens=4)
+        assert even.token_ids == given.token_ids
+
+    def test_a_member_of_unknown_size(
+        self, tiny_smollm2: Member, tiny_gemma: Member, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nobody counts more for his size then, and that is told."""
+        described = replace(tiny_gemma.backend.describe(), non_embedding_parameters=None)
+        monkeypatch.setattr(tiny_gemma.backend, "describe", lambda: described)
+        with pytest.warns(UserWarning, match=f"how many weights {tiny_gemma.name} has is not known"):
+            ensemble = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes")
+        assert ensemble.weights == [0.5, 0.5]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ensemble.variant(weights="prompt")
 
     def test_rows_follow_whoever_counts_most(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         members = [tiny_smollm2, tiny_gemma]

@@ -261,7 +261,7 @@ class DeepenLM(LM):  # type: ignore[misc]
                 {"name": name, "backend": model.backend, "dtype": model.dtype}
                 for name, model in zip(ensemble.names, models, strict=True)
             ],
-            "weights": "prompt" if ensemble.weighs_prompts else ensemble.weights,
+            "weights": ensemble.weights_or_rule,
         }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
+from deepen_ext.fusers.weights import WEIGHTS_RULES
 from deepen_ext.members.from_text import DEMO_PAIR, option_from_text
 from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.presets import Preset, load_preset
@@ -64,7 +65,7 @@ def ensemble_from(
         named = DEMO_PAIR if pretrained is None else _parts("pretrained", pretrained)
         preset = Preset([str(name) for name in named])
     loading = {name: _option(name, given.pop(name)) for name in LOAD_OPTIONS if name in given}
-    if "weights" in given and given["weights"] != "prompt":
+    if "weights" in given and given["weights"] not in WEIGHTS_RULES:
         given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")

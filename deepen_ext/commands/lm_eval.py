@@ -23,7 +23,7 @@ model_args of deepen:
   pretrained=A|B        the members, the main model first: hub names, folders, .gguf files
   demo=True             the embedded pair instead
   preset=FILE           or a preset that `deepen-ext tune` wrote
-  fuser=, recipe=, weights=0.6|0.4 (or prompt), learning_rate=, and the other settings of an ensemble
+  fuser=, recipe=, weights=0.6|0.4 (or size, or prompt), learning_rate=, and the other settings of an ensemble
   backend=, device=, dtype=, threads=, device_map=, max_memory=, offload_folder=, quantization=,
   adapter=, revision=, attn_implementation=
                         how members are loaded, as on the command line: one for all members, or one

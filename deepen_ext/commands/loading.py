@@ -200,13 +200,15 @@ def _read_weights(given: list[str] | None) -> list[float] | str | None:
     Raises:
         InputError: something that is no number.
     """
+    from deepen_ext.fusers.weights import WEIGHTS_RULES
+
     if not given:
         return None
-    if given == ["prompt"]:
-        return "prompt"
+    if given[0] in WEIGHTS_RULES and len(given) == 1:
+        return given[0]
     try:
         return [float(one) for one in given]
     except ValueError:
         raise InputError(
-            f"--weight {' '.join(given)}: give a number for each member, or prompt once"
+            f"--weight {' '.join(given)}: give a number for each member, or size or prompt once"
         ) from None

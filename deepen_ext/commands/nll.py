@@ -111,7 +111,7 @@ def _report(scores: Scores, ensembles: dict[str, Ensemble]) -> dict[str, Any]:
         "fused": [
             {
                 "method": name,
-                "weights": "prompt" if one.weighs_prompts else one.weights,
+                "weights": one.weights_or_rule,
                 **_facts(scores.score(name)),
                 "against_main": _estimates(scores.against(name, scores.main)),
                 "against_best_single": _estimates(scores.against(name, scores.best_single)),

@@ -43,8 +43,8 @@ Weights = Annotated[
     typer.Option(
         "--weight",
         "-w",
-        help="A member's weight, in order; they sum to 1. Repeat it. Or once: prompt, by how well each "
-        "member reads the prompt.",
+        help="A member's weight, in order; they sum to 1. Repeat it. Or once: size, by how large each "
+        "member is and how well it reads the prompt; prompt, by the latter alone.",
     ),
 ]
 # The names in `deepen_ext.fusers.FUSERS`, whose import would load torch; "single" fuses nothing.
@@ -56,7 +56,7 @@ FuserSpec = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help="auto (the default): each text follows whoever reads its prompt best. Or "
+        help="auto (the default): each text follows the member that its prompt and the sizes speak for. Or "
         f"{FUSER_NAMES}, single, or module:function.",
         show_default=False,
     ),

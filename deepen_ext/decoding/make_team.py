@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from deepen_ext.decoding.boundary import BoundaryRule
@@ -9,6 +10,7 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, map_settings, method_name
 from deepen_ext.fusers.capabilities import check_capabilities
+from deepen_ext.fusers.weights import weights_by_size
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.space.member_maps import MemberMaps
@@ -30,6 +32,8 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     settings = settings.resolved(all(one.backend.capabilities.logits for one in members))
     weights = team_weights(settings, len(members))
     members = members[: len(weights)]
+    if settings.weights_rule == "size" and len(members) > 1:
+        weights = _weights_by_size(members)
     for member in members:
         check_built_for(member.device)
     kind = fuser_class(settings.fuser)
@@ -46,7 +50,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
         fuser=kind.make(Ingredients(members, names, None if rows is None else maps, settings)),
         method=method_name(settings.fuser, settings.recipe),
         weights=tuple(weights),
-        weighs_prompts=settings.weighs_prompts and assisted,
+        weights_rule=settings.weights_rule if assisted else None,
         sharpness=settings.sharpness,
         boundary_rule=BoundaryRule(members[0].vocabulary) if bounded else None,
         on_failure=settings.on_failure,
@@ -62,6 +66,18 @@ def _check_loaded(members: Sequence[Member]) -> None:
                 f"{one!r} is no loaded member; Ensemble.from_pretrained([...]) and load_members([...]) load "
                 "models by their names"
             )
+
+
+def _weights_by_size(members: Sequence[Member]) -> list[float]:
+    """See `weights_by_size`; a warning says where a size is not known."""
+    sizes = [member.backend.describe().non_embedding_parameters for member in members]
+    if unknown := [one.name for one, size in zip(members, sizes, strict=True) if not size]:
+        warnings.warn(
+            f"how many weights {', '.join(unknown)} has is not known, so no member counts more for its size; "
+            "weights='prompt' says the same, weights=[...] gives each its own",
+            stacklevel=4,
+        )
+    return weights_by_size(sizes)
 
 
 def team_weights(settings: FusionSettings, members: int, advice: str = "") -> list[float]:

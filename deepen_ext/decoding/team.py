@@ -12,6 +12,7 @@ from deepen_ext.decoding.observed.history import History
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Fuser
 from deepen_ext.fusers.settings import OnFailure
+from deepen_ext.fusers.weights import WeightsRule
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MemberMaps
 
@@ -26,7 +27,8 @@ class Team:
         fuser: makes new logits of what they say.
         method: what tables and records call the fuser.
         weights: lambda_i, summing to 1.
-        weighs_prompts: these weights are where `prompt_weights` starts from, for each prompt.
+        weights_rule: these weights are where `prompt_weights` starts from, for each prompt; None where they
+            are given.
         sharpness: of these weights.
         boundary_rule: when an assistant sits out; None for never.
         on_failure: what a run does when a member is lost (see `lost`).
@@ -40,13 +42,18 @@ class Team:
     fuser: Fuser
     method: str
     weights: tuple[float, ...]
-    weighs_prompts: bool
+    weights_rule: WeightsRule | None
     sharpness: float
     boundary_rule: BoundaryRule | None
     on_failure: OnFailure
     maps: MemberMaps | None
     told: set[str] = field(default_factory=set)
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})
+
+    @property
+    def weighs_prompts(self) -> bool:
+        """Whether the weights are found for each prompt."""
+        return self.weights_rule is not None
 
     @property
     def main(self) -> Member:

@@ -27,7 +27,7 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
     for number, backend in enumerate(backends):
         if kind.assistants_need_logits if number else kind.main_needs_logits:
             require(backend, "logits", name)
-        if settings.weighs_prompts and len(backends) > 1:
+        if settings.weights_rule and len(backends) > 1:
             require(backend, "logits", "weights='prompt'")
         # Recipes with a temperature compare embeddings.
         if kind.uses_recipe and settings.recipe in DEFAULT_TEMPERATURES and backend.embedding() is None:

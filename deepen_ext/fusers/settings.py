@@ -12,7 +12,7 @@ import torch
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.names import check_weighing
-from deepen_ext.fusers.weights import check_weights
+from deepen_ext.fusers.weights import WeightsRule, check_weights, check_weights_rule
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.space.recipes import (
     DEFAULT_ENTRIES,
@@ -41,9 +41,10 @@ class FusionSettings:
     Attributes:
         weights: lambda_i, one for each member, summing to 1. None: equal weights, but for "auto" and "follow"
             (see `resolved`). "prompt": found for each prompt, from how well each member reads it (see
-            `prompt_weights`).
-        sharpness: of weights="prompt", 0 to 10: how much more a member counts for each nat by which it reads
-            the prompt better.
+            `prompt_weights`). "size": the same, but not from equal weights: from those of the members' sizes
+            (see `weights_by_size`).
+        sharpness: of these two, 0 to 10: how much more a member counts for each nat by which it reads the
+            prompt better.
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
             only) or "single" (the main model alone: one member is enough, and others are not used). Or a
             function of your own (see `FunctionFuser`). "auto": see `resolved`.
@@ -74,7 +75,7 @@ class FusionSettings:
     """
 
     # "preset": a preset file may have the setting, with a value such as this.
-    weights: Sequence[float] | Literal["prompt"] | None = field(default=None, metadata={"preset": [0.4, 0.6]})
+    weights: Sequence[float] | WeightsRule | None = field(default=None, metadata={"preset": [0.4, 0.6]})
     sharpness: float = field(default=SHARPNESS, metadata={"preset": 0.125})
     fuser: str | FuseFunction = field(default="auto", metadata={"preset": "deepen"})
     recipe: Recipe = field(default=DEFAULT_RECIPE, metadata={"preset": "calibrated"})
@@ -94,8 +95,8 @@ class FusionSettings:
 
     def __post_init__(self) -> None:
         check_recipe(self.recipe)
-        if isinstance(self.weights, str) and self.weights != "prompt":
-            raise InputError(f"weights are '{self.weights}'; give a list of numbers, or 'prompt'")
+        if isinstance(self.weights, str):
+            check_weights_rule(self.weights)
         check_learning_rate(self.learning_rate)
         check_steps(self.steps)
         check_min_probability(self.min_probability)
@@ -125,28 +126,28 @@ class FusionSettings:
     def resolved(self, logits: bool) -> FusionSettings:
         """The same with "auto" made a fuser, and "follow" given weights that differ by text.
 
-        Without weights, and where all members give logits: "follow", with weights from the prompt. So a text
-        follows the member that reads its prompt best, and members that read it alike are fused alike. Where
+        Without weights, and where all members give logits: "follow", with weights from the members' sizes and
+        the prompt. So a text follows the larger member, unless another one reads its prompt far better. Where
         weights are given, or a member has its most probable tokens alone: "deepen".
 
         Args:
             logits: whether all members give full logits.
         """
         if self.fuser == "follow" and self.weights is None:  # equal ones would make it "deepen" everywhere
-            return replace(self, weights="prompt")
+            return replace(self, weights="size")
         if self.fuser != "auto":
             return self
-        if logits and (self.weights is None or self.weights == "prompt"):
-            return replace(self, fuser="follow", weights="prompt")
+        if logits and (self.weights is None or isinstance(self.weights, str)):
+            return replace(self, fuser="follow", weights=self.weights or "size")
         return replace(self, fuser="deepen")
 
     @property
-    def weighs_prompts(self) -> bool:
-        """Whether the weights are found for each prompt."""
-        return isinstance(self.weights, str)
+    def weights_rule(self) -> WeightsRule | None:
+        """By which weights are found for each prompt; None where they are given."""
+        return self.weights if isinstance(self.weights, str) else None
 
     def member_weights(self, members: int) -> list[float]:
-        """lambda_i for so many members; with weights from the prompt, those to start from.
+        """lambda_i for so many members; equal ones where a rule finds them for each prompt.
 
         Raises:
             InputError: see `check_weights`.

@@ -1,12 +1,17 @@
-"""Weights as users give them, one for each member."""
+"""Weights as users give them, one for each member, and those that the members' sizes give."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number
+
+# Weights that are found for each prompt, by what they start from: the members' sizes, or equal weights.
+WeightsRule = Literal["size", "prompt"]
+WEIGHTS_RULES = get_args(WeightsRule)
 
 
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
@@ -25,3 +30,24 @@ def check_weights(weights: Sequence[float], members: int) -> list[float]:
     if abs(sum(weights) - 1) > 1e-4:
         raise InputError(f"weights sum to {sum(weights):.6g}; they must sum to 1")
     return weights
+
+
+def check_weights_rule(name: Any) -> None:
+    """Raise InputError for what is no `WeightsRule`."""
+    if name not in WEIGHTS_RULES:
+        raise InputError(f"weights is {shown(name)}; give a list of numbers, size or prompt")
+
+
+def weights_by_size(sizes: Sequence[int | None]) -> list[float]:
+    """lambda_i proportional to how many weights each member has outside of its embeddings.
+
+    What a model knows grows with that number (Kaplan et al., arXiv 2001.08361), and a short prompt tells less
+    of it. That the weights are in proportion was chosen on dev data: docs/results.md.
+
+    Args:
+        sizes: of each member; None where it is not known: then all weights are equal.
+    """
+    known = [one for one in sizes if one]
+    if len(known) < len(sizes):
+        return [1 / len(sizes)] * len(sizes)
+    return [one / sum(known) for one in known]

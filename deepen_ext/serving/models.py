@@ -51,7 +51,7 @@ class Model:
         own = {
             "kind": "member" if self.alone else "ensemble",
             "members": self.ensemble.names,
-            "weights": "prompt" if self.ensemble.weighs_prompts else self.ensemble.weights,
+            "weights": self.ensemble.weights_or_rule,
             "fuser": self.ensemble.method,
             "backends": self.ensemble.backends,
         }

@@ -32,6 +32,7 @@ KINDS = {
 # The settings that make a token an end of generation in llama.cpp. llama.cpp also takes tokens for ends by
 # their text, such as <|endoftext|>; that is a guess, and no guess is made here.
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+_EMBEDDINGS = ("token_embd.weight", "output.weight")  # tokens in, logits out
 _Kind = TypeVar("_Kind")
 
 
@@ -53,6 +54,7 @@ class GgufFacts:
         chat_template: the Jinja text of it.
         chat_templates: further templates, by their names.
         parameters: number of weights.
+        non_embedding_parameters: of them outside of the input and output embeddings.
         tensor_types: number of tensors by the name of their type, the most frequent first.
         weight_bytes: bytes of the weights in the file.
     """
@@ -69,6 +71,7 @@ class GgufFacts:
     chat_template: str | None
     chat_templates: Mapping[str, str]
     parameters: int
+    non_embedding_parameters: int
     tensor_types: Mapping[str, int]
     weight_bytes: int
 
@@ -102,6 +105,7 @@ def read_facts(path: Path) -> GgufFacts:
         if not isinstance(tokens, tuple):
             raise Damaged(f"{TOKENS} is no list")
         ends = (settings.number(f"tokenizer.ggml.{role}_token_id") for role in _ENDS)
+        sizes = {name: math.prod(one.shape) for name, one in header.tensors.items()}
         kinds = Counter(KINDS.get(one.kind, f"type {one.kind}") for one in header.tensors.values())
         return GgufFacts(
             architecture=architecture,
@@ -120,7 +124,8 @@ def read_facts(path: Path) -> GgufFacts:
                 for key in header.settings
                 if key.startswith(f"{CHAT_TEMPLATE}.") and (text := settings.text(key)) is not None
             },
-            parameters=sum(math.prod(one.shape) for one in header.tensors.values()),
+            parameters=sum(sizes.values()),
+            non_embedding_parameters=sum(size for name, size in sizes.items() if name not in _EMBEDDINGS),
             tensor_types=dict(kinds.most_common()),
             weight_bytes=header.weight_bytes,
         )

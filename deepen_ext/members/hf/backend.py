@@ -14,7 +14,13 @@ from deepen_ext.members.hf.kv_cache import LaneCache, cache_bytes
 from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 from deepen_ext.members.hf.rooms import forget_room, idle_bytes
 from deepen_ext.members.hf.session import HFSession, _on_fixed_buffers
-from deepen_ext.members.hf.weights import embedding, fingerprint, parameter_count, stored_bytes
+from deepen_ext.members.hf.weights import (
+    embedding,
+    fingerprint,
+    non_embedding_parameters,
+    parameter_count,
+    stored_bytes,
+)
 
 
 class HFBackend(LoadedModel):
@@ -56,6 +62,7 @@ class HFBackend(LoadedModel):
             backend=f"transformers {__version__}",
             architecture=str(self.model.config.get_text_config().model_type),
             parameters=parameter_count(self.model),
+            non_embedding_parameters=non_embedding_parameters(self.model),
             dtype=str(self.dtype).removeprefix("torch."),
             weights_bytes=stored_bytes(self.model),
             cache_bytes=sum(cache_bytes(self, 1, 1000).values()),

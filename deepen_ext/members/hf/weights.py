@@ -49,6 +49,16 @@ def parameter_count(model: Any) -> int | None:
     return int(model.num_parameters()) if method.startswith(("bitsandbytes", "torchao")) else None
 
 
+def non_embedding_parameters(model: Any) -> int | None:
+    """Number of weights outside of the input and output embeddings; None as `parameter_count`."""
+    count, model = parameter_count(model), inner_model(model)
+    if count is None:
+        return None
+    tables = [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
+    own = {id(weight) for one in tables for weight in one.parameters(recurse=False)}
+    return count - sum(int(weight.numel()) for weight in _once(model) if id(weight) in own)
+
+
 def stored_bytes(model: Any) -> int:
     """Bytes of all weights and buffers as they are kept: packed ones packed, those on the disk included."""
     model = inner_model(model)

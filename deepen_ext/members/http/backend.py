@@ -55,6 +55,7 @@ class HttpBackend(ServedModel):
             backend=f"{served.server}, by HTTP",
             architecture=served.architecture or "not known",
             parameters=served.parameters,
+            non_embedding_parameters=None,
             dtype=served.dtype,
             weights_bytes=None,
             cache_bytes=None,

@@ -54,6 +54,7 @@ class LlamaBackend(LoadedGguf):
             backend=self._model.library.name,
             architecture=self._facts.architecture,
             parameters=self._model.parameters,
+            non_embedding_parameters=self._facts.non_embedding_parameters,
             dtype=self._facts.dtype,
             weights_bytes=self._model.weights_bytes,
             cache_bytes=self.cache_bytes(1000) or None,  # states that do not grow are not known
