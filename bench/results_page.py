@@ -89,18 +89,18 @@ def plots(found: Results) -> dict[str, str]:
 
 
 def gains_plot(found: Results) -> str:
-    """Points against the best single member: the default and the earlier one, a group for each ensemble."""
-    measures = found.main()
+    """Points against the best single member: the default and the one before, a group for each ensemble."""
+    measures, before = found.main(), next(iter(parts.EARLIER))
     groups = []
     for ensemble, methods in by_ensemble(of_all(one.scores for one in measures), DEFAULT).items():
         rows = [
             Row(
-                "default" if method == DEFAULT else f"earlier default, {method}",
+                "default" if method == DEFAULT else f"the default before, {method}",
                 [_points_dot(one.scores.get(own["name"])) for one in measures],
                 method == DEFAULT,
             )
             for method, own in methods.items()
-            if method in (DEFAULT, parts.EARLIER)
+            if method in (DEFAULT, before)
         ]
         groups.append(Group(ensemble_name(ensemble), rows))
     low, high = bounds(_dots(groups), least=1.0)
@@ -121,12 +121,12 @@ def _points_dot(own: Configuration | None) -> Dot | None:
 
 
 def likelihood_plot(likelihood: Result) -> str:
-    """Change in bits a byte: a group for the default, the earlier one and the paper's recipe."""
+    """Change in bits a byte: a group for the default, those before it and the paper's recipe."""
     ensembles = by_ensemble(likelihood["configurations"], DEFAULT)
     kinds = texts.kinds_of(likelihood)
     titles = {
-        parts.EARLIER: parts.EARLIER,
         DEFAULT: f"the default, {DEFAULT}",
+        **{method: method for method in parts.EARLIER},
         "deepen:paper": "the paper's recipe",
     }
     groups = [
@@ -138,7 +138,7 @@ def likelihood_plot(likelihood: Result) -> str:
                 if method in methods
             ],
         )
-        for method, title in sorted(titles.items(), key=lambda one: one[0] != DEFAULT)
+        for method, title in titles.items()
     ]
     low, high = bounds(_dots(groups), least=0.01)
     return dot_plot(

@@ -26,19 +26,19 @@ from results_format import (
 )
 from results_read import Measure, Results, dtype_of, pairs_of
 
-EARLIER = "deepen:bytes"  # the default before
+# The defaults before, the last one first.
+EARLIER = {"follow:bytes@prompt": "The default before", "deepen:bytes": "The first default"}
 
 
 def verdict(results: Results) -> str:
     """How often the default is better and worse than the best single member, and where."""
     lines = [_verdict(results.tests, DEFAULT, "The default")]
-    if DEFAULT != EARLIER:
-        lines.append(_verdict(results.tests, EARLIER, "The earlier default"))
-        # Of a task that has it in another precision, or by another machine, `missing` tells.
-        has_it = {one.task for one in results.tests if one.has_default}
-        without = [one.title for one in results.tests if one.task not in has_it]
-        if without:
-            lines.append(f"The default was not run on {'; '.join(without)}.")
+    lines += [_verdict(results.tests, method, title) for method, title in EARLIER.items()]
+    # Of a task that has it in another precision, or by another machine, `missing` tells.
+    has_it = {one.task for one in results.tests if one.has_default}
+    without = [one.title for one in results.tests if one.task not in has_it]
+    if without:
+        lines.append(f"The default was not run on {'; '.join(without)}.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -73,9 +73,9 @@ def _remain(pairs: Sequence[tuple[str, str, Configuration]]) -> set[tuple[str, s
 
 
 def gains(results: Results) -> str:
-    """The default (while it has no results, the earlier one): a row for each ensemble."""
+    """The default (while it has no results, the one before): a row for each ensemble."""
     measures = results.main()
-    method = DEFAULT if any(one.has_default for one in measures) else EARLIER
+    method = DEFAULT if any(one.has_default for one in measures) else next(iter(EARLIER))
     remain = _remain(pairs_of(results.tests, method))
     rows = []
     for ensemble in by_ensemble(of_all(one.scores for one in measures), method):

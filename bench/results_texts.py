@@ -44,9 +44,8 @@ def likelihood_counts(results: Results) -> str:
 
 
 def _likelihood_counts(likelihood: Result) -> str:
-    titles = {EARLIER: "The earlier default", DEFAULT: "The default", "deepen:paper": "The paper's recipe"}
-    methods = sorted(titles, key=lambda one: one != DEFAULT)
-    return "\n".join(f"- {_counted(likelihood, one, titles[one])}" for one in methods)
+    titles = {DEFAULT: "The default", **EARLIER, "deepen:paper": "The paper's recipe"}
+    return "\n".join(f"- {_counted(likelihood, one, title)}" for one, title in titles.items())
 
 
 def _counted(likelihood: Result, method: str, title: str) -> str:

@@ -117,6 +117,7 @@ def test_demo_pair_members(demo_pair: Diagnosis) -> None:
     assert (small.name, gemma.name) == ("SmolLM2-135M-Instruct", "Gemma-3-270M")
     assert (small.architecture, small.tokenizer, gemma.tokenizer) == ("llama", "byte_level", "sentencepiece")
     assert small.parameters == pytest.approx(135e6, rel=0.01)
+    assert [one.non_embedding_parameters for one in demo_pair.members] == [106_203_456, 100_326_016]
     assert small.weights_bytes == pytest.approx(4 * small.parameters, rel=1e-3)
     assert (
         small.cache_bytes == 30 * 2 * 3 * 64 * 4 * 1024

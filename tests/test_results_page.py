@@ -394,7 +394,7 @@ def write_tasks(folder: Path) -> None:
     alone = [answers_of(40, pattern, letter, "single") for pattern, letter in MEMBERS]
     fused = [
         answers_of(40, "1110", "S+G", compare_setup.DEFAULT),
-        answers_of(40, "0000", "S+G", "deepen:bytes"),
+        answers_of(40, "0000", "S+G", next(iter(results_parts.EARLIER))),
         answers_of(24, "0111", "G+S", "union-vocab@margin"),
     ]
     file = folder / "some-cpu" / "piqa-likelihood.json"

@@ -344,10 +344,10 @@ class TestDefault:
         assert not ensemble.fuser.bounded([0.4, 0.6])
         assert ensemble.fuser.bounded([0.6, 0.4])
 
-    def test_members_that_read_unequally_are_told_of_once(
+    def test_members_that_count_unequally_are_told_of_once(
         self, tiny_smollm2: Member, tiny_gemma: Member
     ) -> None:
-        """An assistant that reads far better is named, and so is one that has no say in the text."""
+        """An assistant that counts far more is named, and so is one that has no say in the text."""
         said = []
         for members in ([tiny_smollm2, tiny_gemma], [tiny_gemma, tiny_smollm2]):
             ensemble = Ensemble(members, sharpness=10)  # any difference decides
@@ -355,11 +355,11 @@ class TestDefault:
                 warnings.simplefilter("always")
                 for _ in range(2):
                     ensemble.generate([CODE], max_new_tokens=2)
-            said += [str(one.message) for one in caught if "reads a prompt far" in str(one.message)]
-        better, worse = sorted(said, key=lambda one: "far worse" in one)
+            said += [str(one.message) for one in caught if "for a prompt than" in str(one.message)]
+        better, worse = sorted(said, key=lambda one: "far less" in one)
         leader, other = sorted(ensemble.names, key=lambda name: not better.startswith(name))
-        assert better.startswith(f"{leader} reads a prompt far better than the main model, {other}:")
-        assert worse.startswith(f"{other} reads a prompt far worse than {leader}:")
+        assert better.startswith(f"{leader} counts far more for a prompt than the main model, {other}:")
+        assert worse.startswith(f"{other} counts far less for a prompt than {leader}:")
 
     @pytest.mark.parametrize(
         ("given", "weights", "told"),
@@ -367,11 +367,18 @@ class TestDefault:
             ([0.5, 0.5], [0.5, 0.5], []),
             ([0.5, 0.5], [0.99, 0.01], []),
             ([0.5, 0.5], [0.11, 0.89], []),
-            ([0.5, 0.5], [0.1, 0.9], ["B better than the main model, A"]),
-            ([0.5, 0.5], [1.0, 0.0], ["B worse than A"]),
+            ([0.5, 0.5], [0.1, 0.9], ["B counts far more for a prompt than the main model, A"]),
+            ([0.5, 0.5], [1.0, 0.0], ["B counts far less for a prompt than A"]),
             ([1.0, 0.0], [1.0, 0.0], []),  # who gave the weights knows
-            ([0.5, 0.5], [0.0, 1.0], ["B better than the main model, A"]),
-            ([0.4, 0.3, 0.3], [0.05, 0.95, 0.0], ["B better than the main model, A", "C worse than B"]),
+            ([0.5, 0.5], [0.0, 1.0], ["B counts far more for a prompt than the main model, A"]),
+            (
+                [0.4, 0.3, 0.3],
+                [0.05, 0.95, 0.0],
+                [
+                    "B counts far more for a prompt than the main model, A",
+                    "C counts far less for a prompt than B",
+                ],
+            ),
         ],
     )
     def test_what_is_told_of_weights(self, given: list[float], weights: list[float], told: list[str]) -> None:
@@ -380,6 +387,6 @@ class TestDefault:
             seen: set[str] = set()
             for _ in range(2):
                 tell_of_unequal("ABC"[: len(given)], given, weights, seen)
-        said = [str(one.message).partition(":")[0].replace("reads a prompt far ", "") for one in caught]
+        said = [str(one.message).partition(":")[0] for one in caught]
         assert said == told
         assert all("`deepen-ext tune`" in str(one.message) for one in caught)

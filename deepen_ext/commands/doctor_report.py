@@ -72,6 +72,7 @@ def _members(found: Diagnosis) -> Table:
     line("run by", lambda one: one.backend)
     line("architecture", lambda one: one.architecture)
     line("parameters", lambda one: _million(one.parameters))
+    line("outside of the embeddings", lambda one: _million(one.non_embedding_parameters))
     line("weights", lambda one: f"{one.dtype or '?'} on {one.device}, {_size(one.weights_bytes)}")
     line("KV cache of 1,000 tokens", lambda one: _size(one.cache_bytes))
     line(

@@ -81,7 +81,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help=f"{options.FUSER_NAMES}, or module:function; or vote: the models' own answers vote. Repeat "
-            "it to compare; by default each text follows whoever reads its prompt best.",
+            "it to compare; by default each text follows the larger member, or one that reads its "
+            "prompt far better.",
             show_default=False,
         ),
     ] = None,

@@ -56,8 +56,8 @@ FuserSpec = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help="auto (the default): each text follows the member that its prompt and the sizes speak for. Or "
-        f"{FUSER_NAMES}, single, or module:function.",
+        help="auto (the default): each text follows the larger member, or one that reads its prompt far "
+        f"better. Or {FUSER_NAMES}, single, or module:function.",
         show_default=False,
     ),
 ]
@@ -74,7 +74,7 @@ FuserSpecs = Annotated[
     typer.Option(
         "--fuser",
         help=f"{FUSER_NAMES.removesuffix(', spans')}, or module:function. Repeat it to compare; by default "
-        "each text follows whoever reads its prompt best.",
+        "each text follows the larger member, or one that reads its prompt far better.",
         show_default=False,
     ),
 ]

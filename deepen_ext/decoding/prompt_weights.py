@@ -88,7 +88,7 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
 def tell_of_unequal(
     names: Sequence[str], given: Sequence[float], weights: Sequence[float], told: set[str]
 ) -> None:
-    """Warn, each thing once, that members read a prompt so unequally that one of them writes the text.
+    """Warn, each thing once, that members count so unequally that one of them writes the text.
 
     That is where an assistant counts for nearly all of it, and where one has no say in it.
 
@@ -102,15 +102,16 @@ def tell_of_unequal(
     found = []
     if leader and weights[leader] >= _NEARLY_ALL:
         found.append(
-            f"{names[leader]} reads a prompt far better than the main model, {names[0]}: the text follows "
+            f"{names[leader]} counts far more for a prompt than the main model, {names[0]}: the text follows "
             f"it, as far as tokens of {names[0]} go. If your prompts are like that, name {names[leader]} "
             "first, or let `deepen-ext tune` choose on texts of yours"
         )
     for name, before, after in zip(names[1:], given[1:], weights[1:], strict=True):
         if before and not after:
             found.append(
-                f"{name} reads a prompt far worse than {names[leader]}: it has no say in the text. If your "
-                f"prompts are like that, leave {name} out, or let `deepen-ext tune` choose on texts of yours"
+                f"{name} counts far less for a prompt than {names[leader]}: it has no say in the text. If "
+                f"your prompts are like that, leave {name} out, or let `deepen-ext tune` choose on texts of "
+                "yours"
             )
     for one in found:
         if one not in told:

@@ -28,7 +28,7 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
         if kind.assistants_need_logits if number else kind.main_needs_logits:
             require(backend, "logits", name)
         if settings.weights_rule and len(backends) > 1:
-            require(backend, "logits", "weights='prompt'")
+            require(backend, "logits", f"weights='{settings.weights_rule}'")
         # Recipes with a temperature compare embeddings.
         if kind.uses_recipe and settings.recipe in DEFAULT_TEMPERATURES and backend.embedding() is None:
             raise InputError(

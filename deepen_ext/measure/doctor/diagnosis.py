@@ -23,7 +23,9 @@ class MemberFacts:
     Attributes:
         backend: what computes it, such as "transformers 5.23.0".
         architecture: the model's family, such as "llama".
-        parameters: how many; as the dtype, the weights and the cache None where the backend cannot know.
+        parameters: how many; as the next one, the dtype, the weights and the cache None where the backend
+            cannot know.
+        non_embedding_parameters: of them outside of the embeddings: the default's weights start from these.
         tokenizer: "byte_level" or "sentencepiece".
         vocab_size: logits, padding included.
         context_length: positions; None where the config does not say.
@@ -39,6 +41,7 @@ class MemberFacts:
     backend: str
     architecture: str
     parameters: int | None
+    non_embedding_parameters: int | None
     dtype: str | None
     device: str
     tokenizer: str

@@ -27,6 +27,7 @@ def member_facts(name: str, member: Member, own: TokenLikelihoods, share: Covera
         backend=model.backend,
         architecture=model.architecture,
         parameters=model.parameters,
+        non_embedding_parameters=model.non_embedding_parameters,
         dtype=model.dtype,
         device=str(member.device),
         tokenizer=member.vocabulary.kind,
