@@ -293,7 +293,7 @@ class TestDefault:
     def test_a_larger_member_counts_more(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         """The weights that a prompt moves start in proportion to the sizes, embeddings left out."""
         members = [tiny_gemma, tiny_smollm2]
-        sizes = [member.backend.describe().non_embedding_parameters for member in members]
+        sizes = [member.size for member in members]
         layers = [member.model.get_decoder().layers.parameters() for member in members]
         norms = [member.model.get_decoder().norm.weight.numel() for member in members]
         assert sizes == [n + sum(w.numel() for w in own) for n, own in zip(norms, layers, strict=True)]
@@ -311,8 +311,7 @@ class TestDefault:
         self, tiny_smollm2: Member, tiny_gemma: Member, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody counts more for his size then, and that is told."""
-        described = replace(tiny_gemma.backend.describe(), non_embedding_parameters=None)
-        monkeypatch.setattr(tiny_gemma.backend, "describe", lambda: described)
+        monkeypatch.setattr(tiny_gemma, "size", None)
         with pytest.warns(UserWarning, match=f"how many weights {tiny_gemma.name} has is not known"):
             ensemble = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes")
         assert ensemble.weights == [0.5, 0.5]

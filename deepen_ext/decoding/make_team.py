@@ -70,7 +70,7 @@ def _check_loaded(members: Sequence[Member]) -> None:
 
 def _weights_by_size(members: Sequence[Member]) -> list[float]:
     """See `weights_by_size`; a warning says where a size is not known."""
-    sizes = [member.backend.describe().non_embedding_parameters for member in members]
+    sizes = [member.size for member in members]
     if unknown := [one.name for one, size in zip(members, sizes, strict=True) if not size]:
         warnings.warn(
             f"how many weights {', '.join(unknown)} has is not known, so no member counts more for its size; "

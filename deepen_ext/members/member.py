@@ -101,6 +101,11 @@ class Member:
         return [i for i, name in names if name and any(name in text for text in texts)]
 
     @cached_property
+    def size(self) -> int | None:
+        """Number of weights outside of the embeddings; None where the backend cannot know. Counted once."""
+        return self.backend.describe().non_embedding_parameters
+
+    @cached_property
     def _without_text(self) -> frozenset[int]:
         texts = enumerate(self.vocabulary.tokens)
         return frozenset(i for i, text in texts if not text).difference(self.eos_ids)

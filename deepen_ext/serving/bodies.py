@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from deepen_ext.decoding.drafts.draft_settings import LONGEST
+from deepen_ext.fusers.weights import WeightsRule
 
 # Texts of one request: prompts times `n`.
 MOST_TEXTS = 128
@@ -82,7 +83,7 @@ class _Asked(_Body):
     fuser: Annotated[str, StringConstraints(min_length=1, max_length=60)] | None = Field(
         None, description="Ours: another way of fusing, for this request."
     )
-    weights: Literal["prompt"] | Annotated[list[float], Field(min_length=1, max_length=64)] | None = Field(
+    weights: WeightsRule | Annotated[list[float], Field(min_length=1, max_length=64)] | None = Field(
         None, description="Ours: the members' weights, for this request."
     )
     draft: Literal["auto"] | Annotated[int, Field(ge=0, le=LONGEST)] = Field(
