@@ -28,7 +28,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"fuser": "mean"}, "fuser is 'mean'; use one of auto, deepen, average"),
     ({"fuser": 3}, "fuser is 3; use one of auto, deepen, .*, or a function"),
     ({"recipe": "byte"}, "recipe is 'byte'; use one of bytes, calibrated, paper"),
-    ({"weights": "equal"}, "weights are 'equal'; give a list of numbers, or 'prompt'"),
+    ({"weights": "equal"}, "weights is 'equal'; give a list of numbers, size or prompt"),
     ({"weights": [0.5, 0.3, 0.2]}, "3 weights for 2 members"),
     ({"weights": [0.9, 0.9]}, "weights sum to 1.8"),
     ({"learning_rate": 11}, "learning_rate is 11; choose above 0 to 10"),
