@@ -29,7 +29,7 @@ from results_format import (
     error_of,
     of_all,
 )
-from results_read import Results, read_results
+from results_read import BEFORE, EARLIER, Results, read_results
 
 from deepen_ext.plots.chart import Column, Dot, Group, Row, bounds, dot_plot
 
@@ -90,7 +90,7 @@ def plots(found: Results) -> dict[str, str]:
 
 def gains_plot(found: Results) -> str:
     """Points against the best single member: the default and the one before, a group for each ensemble."""
-    measures, before = found.main(), next(iter(parts.EARLIER))
+    measures = found.main()
     groups = []
     for ensemble, methods in by_ensemble(of_all(one.scores for one in measures), DEFAULT).items():
         rows = [
@@ -100,7 +100,7 @@ def gains_plot(found: Results) -> str:
                 method == DEFAULT,
             )
             for method, own in methods.items()
-            if method in (DEFAULT, before)
+            if method in (DEFAULT, BEFORE)
         ]
         groups.append(Group(ensemble_name(ensemble), rows))
     low, high = bounds(_dots(groups), least=1.0)
@@ -126,7 +126,7 @@ def likelihood_plot(likelihood: Result) -> str:
     kinds = texts.kinds_of(likelihood)
     titles = {
         DEFAULT: f"the default, {DEFAULT}",
-        **{method: method for method in parts.EARLIER},
+        **{method: method for method in EARLIER},
         "deepen:paper": "the paper's recipe",
     }
     groups = [

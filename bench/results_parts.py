@@ -24,10 +24,7 @@ from results_format import (
     singles,
     table,
 )
-from results_read import Measure, Results, dtype_of, pairs_of
-
-# The defaults before, the last one first.
-EARLIER = {"follow:bytes@prompt": "The default before", "deepen:bytes": "The first default"}
+from results_read import BEFORE, EARLIER, Measure, Results, dtype_of, pairs_of
 
 
 def verdict(results: Results) -> str:
@@ -35,7 +32,7 @@ def verdict(results: Results) -> str:
     lines = [_verdict(results.tests, DEFAULT, "The default")]
     lines += [_verdict(results.tests, method, title) for method, title in EARLIER.items()]
     # Of a task that has it in another precision, or by another machine, `missing` tells.
-    has_it = {one.task for one in results.tests if one.has_default}
+    has_it = {one.task for one in results.tests if one.has(DEFAULT)}
     without = [one.title for one in results.tests if one.task not in has_it]
     if without:
         lines.append(f"The default was not run on {'; '.join(without)}.")
@@ -73,16 +70,21 @@ def _remain(pairs: Sequence[tuple[str, str, Configuration]]) -> set[tuple[str, s
 
 
 def gains(results: Results) -> str:
-    """The default (while it has no results, the one before): a row for each ensemble."""
-    measures = results.main()
-    method = DEFAULT if any(one.has_default for one in measures) else next(iter(EARLIER))
+    """The default, and folded the one before: a row for each ensemble."""
+    before = folded("The same of the default before", _gains(results, BEFORE))
+    return f"{_gains(results, DEFAULT)}\n\n{before}"
+
+
+def _gains(results: Results, method: str) -> str:
+    measures = [one for one in results.tests if one.has(method)]
     remain = _remain(pairs_of(results.tests, method))
     rows = []
     for ensemble in by_ensemble(of_all(one.scores for one in measures), method):
         cells = [_cell(one, one.scores.get(f"{ensemble} {method}")) for one in measures]
         kept = [(one.title, ensemble) in remain for one in measures]
         marks = [f"{cell} H" if own else cell for cell, own in zip(cells, kept, strict=True)]
-        rows.append([ensemble_name(ensemble), *marks])
+        if any(cells):
+            rows.append([ensemble_name(ensemble), *marks])
     return table([f"`{method}`", *(one.head for one in measures)], rows) if rows else "Not measured yet."
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from compare_setup import ALIKE, DEFAULT, alike
 from results_format import TASKS, Configuration, Configurations, Result, comparisons
 
+# The defaults before, the last one first.
+EARLIER = {"follow:bytes@prompt": "The default before", "deepen:bytes": "The first default"}
+BEFORE = next(iter(EARLIER))
 CHOICES = ("arc_challenge", "piqa", "mmlu")  # tasks that are scored in two ways
 
 
@@ -41,9 +44,9 @@ class Measure:
         """Its name, and how it is scored; None for written answers."""
         return self.result["task"], self.result.get("scoring")
 
-    @property
-    def has_default(self) -> bool:
-        return any(one["method"] == DEFAULT for one in self.scores.values())
+    def has(self, method: str) -> bool:
+        """Whether some ensemble was run by this method."""
+        return any(one["method"] == method for one in self.scores.values())
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Results:
     peers: dict[str, Result] = field(default_factory=dict)
 
     def main(self) -> list[Measure]:
-        """The measures that have the default; all, while none has it."""
-        return [one for one in self.tests if one.has_default] or list(self.tests)
+        """The measures that have the default or the one before; all, while none has."""
+        return [one for one in self.tests if one.has(DEFAULT) or one.has(BEFORE)] or list(self.tests)
 
     def files(self) -> list[tuple[str, Result]]:
         """Files of answers, likelihoods and times, each once, with their machines."""

@@ -20,8 +20,7 @@ from results_format import (
     singles,
     table,
 )
-from results_parts import EARLIER
-from results_read import Results
+from results_read import EARLIER, Results
 
 from deepen_ext.fusers.settings import SHARPNESS
 

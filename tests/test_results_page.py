@@ -33,7 +33,7 @@ import results_format  # noqa: E402
 import results_page  # noqa: E402
 import results_parts  # noqa: E402
 import results_texts  # noqa: E402
-from results_read import read_results  # noqa: E402
+from results_read import BEFORE, read_results  # noqa: E402
 
 RATE = compare_setup.settings_used()["defaults"]["learning_rate"]
 OURS = f"S+G {compare_setup.DEFAULT}"
@@ -394,7 +394,7 @@ def write_tasks(folder: Path) -> None:
     alone = [answers_of(40, pattern, letter, "single") for pattern, letter in MEMBERS]
     fused = [
         answers_of(40, "1110", "S+G", compare_setup.DEFAULT),
-        answers_of(40, "0000", "S+G", next(iter(results_parts.EARLIER))),
+        answers_of(40, "0000", "S+G", BEFORE),
         answers_of(24, "0111", "G+S", "union-vocab@margin"),
     ]
     file = folder / "some-cpu" / "piqa-likelihood.json"
@@ -474,7 +474,8 @@ def test_the_default_beside_the_best_single_member(results: Path) -> None:
     assert "better on 2 (PIQA, acc: SmolLM2 + Gemma; GSM8K on H100: SmolLM2 + Gemma)" in lines[0]
     assert "after Holm's correction 1 worse and 2 better remain" in lines[0]
     assert not [line for line in lines if "was not run on" in line]
-    table = results_parts.gains(found)
+    table, _, before = results_parts.gains(found).partition("<details")
+    assert "| `follow:bytes@prompt` | PIQA, acc, n 40 | PIQA, acc_norm, n 40 |" in before
     assert "| SmolLM2 + Gemma | **+25.0 (" in table
     assert table.count("** H |") == 2
     assert table.count(") † H |") == 1
