@@ -161,7 +161,7 @@ def settings(results: Results) -> str:
         f"The default method is `{DEFAULT}`. Where a method's name says nothing else: equal weights, {rule}, "
         f"{default['candidates']} candidates, and for every recipe of deepen η {default['learning_rate']:g} "
         f"and {default['steps']} steps of search. *Prompt weights*: members count by how well they read the "
-        "prompt."
+        "prompt; *size and prompt weights*: by their sizes too."
     )
 
 

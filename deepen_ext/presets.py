@@ -1,7 +1,7 @@
 """Presets: an ensemble's members and settings in a YAML file, as `deepen-ext tune` writes them.
 
     members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]   # the main model first
-    weights: [0.4, 0.6]                                        # or "size", "prompt"; left out: equal
+    weights: [0.4, 0.6]                                        # or "size", "prompt"
     fuser: deepen
     recipe: calibrated
     learning_rate: 0.25

@@ -22,6 +22,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3nTextConfig,
+    GPT2Config,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -38,7 +40,7 @@ from deepen_ext.members.hf.kv_cache import ManyLanes, cache_bytes
 from deepen_ext.members.hf.placement import home, is_spread, layer_devices
 from deepen_ext.members.hf.rooms import take_room
 from deepen_ext.members.hf.session import _on_fixed_buffers
-from deepen_ext.members.hf.weights import stored_bytes
+from deepen_ext.members.hf.weights import non_embedding_parameters, stored_bytes
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -599,6 +601,49 @@ def test_an_adapter_brings_tokens(folder: Path, plain: Member, tmp_path: Path) -
     assert member.vocab_size == plain.vocab_size + 3
     assert member.vocabulary.encode("a<new1>") == [*plain.vocabulary.encode("a"), plain.vocab_size + 1]
     same(batch(member)[0], wanted)
+
+
+@pytest.mark.parametrize("keep", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {}], ids=str)
+def test_a_size_is_without_what_an_adapter_brings_for_embeddings(folder: Path, keep: dict[str, Any]) -> None:
+    size = load_member(folder).size
+    targets = ["q_proj"] if keep else ["q_proj", "embed_tokens"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=targets, **keep)
+    )
+    added = sum(w.numel() for name, w in model.named_parameters() if "q_proj.lora" in name)
+    assert non_embedding_parameters(model) == size + added
+
+
+@pytest.mark.parametrize(
+    ("config", "tables"),
+    [
+        (GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2), "wte wpe"),
+        (
+            Gemma3nTextConfig(
+                vocab_size=50,
+                vocab_size_per_layer_input=50,
+                hidden_size=8,
+                hidden_size_per_layer_input=4,
+                intermediate_size=8,
+                num_hidden_layers=2,
+                num_kv_shared_layers=0,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=4,
+                laurel_rank=2,
+                layer_types=["full_attention"] * 2,
+            ),
+            "embed_tokens embed_tokens_per_layer",
+        ),
+    ],
+    ids=["positions", "a table for each layer"],
+)
+def test_a_size_is_without_every_table(config: Any, tables: str) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    named = {name: w.numel() for name, w in model.named_parameters()}
+    left = [n for name, n in named.items() if not {*tables.split()} & {*name.split(".")}]
+    assert len(named) - len(left) == len(tables.split())
+    assert non_embedding_parameters(model) == sum(left)
 
 
 def test_tokens_without_embeddings(folder: Path, tmp_path: Path) -> None:

@@ -82,10 +82,11 @@ def test_a_main_model_with_its_top_k_alone(fuser: Any) -> None:
         refused("server: ", SERVER, FULL, fuser=fuser)
 
 
+@pytest.mark.parametrize("rule", ["prompt", "size"])
 @pytest.mark.parametrize("members", [(FULL, SERVER), (SERVER, FULL)])
-def test_weights_from_the_prompt_need_everyones_logits(members: tuple[Facts, Facts]) -> None:
-    refused("server: weights='prompt' needs", *members, weights="prompt")
-    check(SERVER, fuser="single", weights="prompt")  # which a member alone does not use
+def test_weights_by_the_prompt_need_everyones_logits(members: tuple[Facts, Facts], rule: Any) -> None:
+    refused(f"server: weights='{rule}' needs", *members, weights=rule)
+    check(SERVER, fuser="single", weights=rule)  # which a member alone does not use
 
 
 @pytest.mark.parametrize("recipe", ["calibrated", "paper"])

@@ -410,7 +410,7 @@ def test_verdicts(
     says: str,
 ) -> None:
     fused = [
-        Fused(main, (0.5, 0.5), main == "A", 1.0 - gain, gain, error, beats)
+        Fused(main, (0.5, 0.5), None, main == "A", 1.0 - gain, gain, error, beats)
         for main, (gain, error, beats) in (("A", named), ("B", swapped))
     ]
     verdict = give_verdict(facts, fused, [], None)

@@ -305,12 +305,13 @@ class TestContinue:
             if at < NEW:
                 assert one.token_ids[at:] == smaller_from(ensembles(0, 2), one, prompt, at)
 
+    @pytest.mark.parametrize("rule", ["prompt", "size"])
     @pytest.mark.parametrize("at", [0, 1])
-    def test_while_prompts_are_read(self, ensembles, members: list[Member], at: int) -> None:
+    def test_while_prompts_are_read(self, ensembles, members: list[Member], at: int, rule: str) -> None:
         lose(members[1], at, ("read",))
         with pytest.warns(UserWarning, match="first: gone at read"):
-            found = write(ensembles(0, 1, 2, weights="prompt", on_failure="continue"), LONG)
-        smaller = write(ensembles(0, 2, weights="prompt"), LONG)
+            found = write(ensembles(0, 1, 2, weights=rule, on_failure="continue"), LONG)
+        smaller = write(ensembles(0, 2, weights=rule), LONG)
         assert [one.lost for one in found] == [{"first": 0}] * 2
         assert [one.token_ids for one in found] == [one.token_ids for one in smaller]
 

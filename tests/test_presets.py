@@ -136,6 +136,10 @@ def test_options_of_loading_above_the_file() -> None:
 def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> None:
     preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: deepen:bytes\nweights: prompt\n"))
     assert preset.settings() == {"fuser": "deepen", "recipe": "bytes", "weights": "prompt"}
+    assert preset.settings(weights="size")["weights"] == "size"
+    by_size = load_preset(preset_file(tmp_path, "members: [a, b]\nweights: size\n"))
+    assert by_size.settings() == {"weights": "size"}
+    preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: deepen:bytes\nweights: prompt\n"))
     assert preset.settings(fuser="average", weights=[0.5, 0.5]) == {"fuser": "average", "weights": [0.5, 0.5]}
     assert preset.settings(learning_rate=None)["recipe"] == "bytes"
 
@@ -191,7 +195,7 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         ("members: [a, 3]\n", "line 1: members is .*give a list of models"),
         ("members: [a, b]\nweights: [0.5, 0.4]\n", "line 2: weights sum to 0.9"),
         ("members: [a, b]\nweights: [0.2, 0.3, 0.5]\n", "line 2: there are 3 weights for 2 members"),
-        ("members: [a, b]\nweights: even\n", "weights is 'even'; give a list of numbers, size or prompt"),
+        ("members: [a, b]\nweights: even\n", r"line 2: weights is 'even'; give a list .*, size or prompt"),
         ("members: [a, b]\nweights: [0.5, yes]\n", r"line 2: weights is \[0.5, True\]"),
         (
             "members: [a, b]\n\nlearning_rate: 1e-1\n",

@@ -16,6 +16,7 @@ from sessions import changed, open_session, sync
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members import memory
 from deepen_ext.members.hf import attention, feed_plan, fixed_steps, rooms
@@ -728,6 +729,10 @@ class TestBadInput:
     def test_a_model_that_cannot_roll_back_is_refused(self, tiny) -> None:
         with pytest.raises(ModelError, match=r"mamba: .*cannot be rolled back"):
             open_session(tiny("mamba", state_size=4))
+
+    def test_and_is_refused_by_an_ensemble_at_once(self, tiny, tiny_smollm2: Member) -> None:
+        with pytest.raises(ModelError, match=r"mamba: .*cannot be rolled back"):
+            Ensemble([tiny_smollm2, tiny("mamba", state_size=4)])
 
     @pytest.mark.parametrize(
         ("family", "settings", "reason"),

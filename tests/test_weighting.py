@@ -76,6 +76,13 @@ class TestPromptWeights:
         assert prompt_weights([impossible, impossible], [0.3, 0.7], 8.0) == [0.3, 0.7]
         assert prompt_weights([impossible, PromptScore([3], [-9.0])], [0.3, 0.7], 8.0) == [0.0, 1.0]
 
+    def test_who_starts_with_next_to_nothing_has_no_say_without_a_prompt_too(self) -> None:
+        nothing = PromptScore([], [])
+        assert prompt_weights([nothing] * 3, [0.5, 0.495, 0.005], 8.0) == pytest.approx(
+            [0.5 / 0.995, 0.495 / 0.995, 0]
+        )
+        assert prompt_weights([nothing] * 2, [0.001, 0.999], 8.0) == [0.001, 0.999]  # the main model speaks
+
 
 class TestReadPrompts:
     @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -312,7 +319,7 @@ class TestDefault:
     ) -> None:
         """Nobody counts more for his size then, and that is told."""
         monkeypatch.setattr(tiny_gemma, "size", None)
-        with pytest.warns(UserWarning, match=f"how many weights {tiny_gemma.name} has is not known"):
+        with pytest.warns(UserWarning, match=f"the size of {tiny_gemma.name} is not known"):
             ensemble = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes")
         assert ensemble.weights == [0.5, 0.5]
         with warnings.catch_warnings():
@@ -383,7 +390,7 @@ class TestDefault:
     def test_what_is_told_of_weights(self, given: list[float], weights: list[float], told: list[str]) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            seen: set[str] = set()
+            seen: set[tuple[str, str]] = set()
             for _ in range(2):
                 tell_of_unequal("ABC"[: len(given)], given, weights, seen)
         said = [str(one.message).partition(":")[0] for one in caught]

@@ -32,12 +32,12 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     settings = settings.resolved(all(one.backend.capabilities.logits for one in members))
     weights = team_weights(settings, len(members))
     members = members[: len(weights)]
-    if settings.weights_rule == "size" and len(members) > 1:
-        weights = _weights_by_size(members)
     for member in members:
         check_built_for(member.device)
     kind = fuser_class(settings.fuser)
     check_capabilities([member.backend for member in members], kind, settings)
+    if settings.weights_rule == "size" and len(members) > 1:
+        weights = _weights_by_size(members)
     rows = map_settings(settings)
     if rows is not None and (maps is None or not maps.made_with(members, rows)):
         maps = MemberMaps(members, rows)
@@ -73,8 +73,8 @@ def _weights_by_size(members: Sequence[Member]) -> list[float]:
     sizes = [member.size for member in members]
     if unknown := [one.name for one, size in zip(members, sizes, strict=True) if not size]:
         warnings.warn(
-            f"how many weights {', '.join(unknown)} has is not known, so no member counts more for its size; "
-            "weights='prompt' says the same, weights=[...] gives each its own",
+            f"the size of {', '.join(unknown)} is not known, so all members start from equal weights; "
+            "weights='prompt' asks for that without this warning, or give weights=[...]",
             stacklevel=4,
         )
     return weights_by_size(sizes)

@@ -71,14 +71,14 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
     Args:
         scores: of each member.
         weights: lambda_i, what the members start from.
-        sharpness: for each nat; 0 leaves the weights as they are.
+        sharpness: for each nat; 0 for no difference by the prompt.
     """
     shared = min(one.nbytes for one in scores)
     nats = [one.nats(shared) for one in scores]
     best = min(nats)
-    if not shared or not sharpness or math.isinf(best):  # nothing to tell by, or all find it impossible
-        return list(weights)
-    raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
+    raised = list(weights)
+    if shared and sharpness and not math.isinf(best):  # something to tell by, that somebody finds possible
+        raised = [w * math.exp(-sharpness * (n - best)) for w, n in zip(weights, nats, strict=True)]
     total = math.fsum(raised)
     kept = [w if i == 0 or w >= LEAST_WEIGHT * total else 0.0 for i, w in enumerate(raised)]
     total = math.fsum(kept)
@@ -86,9 +86,9 @@ def prompt_weights(scores: Sequence[PromptScore], weights: Sequence[float], shar
 
 
 def tell_of_unequal(
-    names: Sequence[str], given: Sequence[float], weights: Sequence[float], told: set[str]
+    names: Sequence[str], given: Sequence[float], weights: Sequence[float], told: set[tuple[str, str]]
 ) -> None:
-    """Warn, each thing once, that members count so unequally that one of them writes the text.
+    """Warn, once for each assistant, that members count so unequally that one of them writes the text.
 
     That is where an assistant counts for nearly all of it, and where one has no say in it.
 
@@ -96,27 +96,27 @@ def tell_of_unequal(
         names: the members', the main model's first.
         given: what the members start from.
         weights: of the text, what `prompt_weights` made of them.
-        told: what was warned of; written to.
+        told: of whom was warned, and of what; written to.
     """
     leader = max(range(len(weights)), key=weights.__getitem__)
-    found = []
+    found = {}
     if leader and weights[leader] >= _NEARLY_ALL:
-        found.append(
+        found["leads", names[leader]] = (
             f"{names[leader]} counts far more for a prompt than the main model, {names[0]}: the text follows "
-            f"it, as far as tokens of {names[0]} go. If your prompts are like that, name {names[leader]} "
-            "first, or let `deepen-ext tune` choose on texts of yours"
+            f"it, as far as tokens of {names[0]} go. Name {names[leader]} first, or let `deepen-ext tune` "
+            "choose on texts of yours"
         )
     for name, before, after in zip(names[1:], given[1:], weights[1:], strict=True):
         if before and not after:
-            found.append(
-                f"{name} counts far less for a prompt than {names[leader]}: it has no say in the text. If "
-                f"your prompts are like that, leave {name} out, or let `deepen-ext tune` choose on texts of "
-                "yours"
+            found["has no say", name] = (
+                f"{name} counts far less for a prompt than {names[leader]}: it has no say in the text. Leave "
+                "it out, give weights=[...] if it should have one, or let `deepen-ext tune` choose on texts "
+                "of yours"
             )
-    for one in found:
-        if one not in told:
-            told.add(one)
-            warnings.warn(one, stacklevel=3)
+    for key, text in found.items():
+        if key not in told:
+            told.add(key)
+            warnings.warn(text, stacklevel=3)
 
 
 def last_prompts(score: PromptScore | None = None, most: int | None = _LAST) -> deque[ScoredPrompt]:
@@ -144,7 +144,7 @@ def read_prompts(
         InputError: see `Session.ask`; logits without a softmax.
         ModelError: the forward pass failed.
     """
-    require(member.backend, "logits", "weights='prompt'")
+    require(member.backend, "logits", "weights by the prompt")
     starts = {lane: max(len(ids) - 1 - PROMPT_TOKENS, 0) for lane, ids in prompts.items()}
     wanted = {
         lane: ScoredPrompt(list(prompts[lane]), starts[lane], member.unwritable(prompts[lane]), [])

@@ -33,7 +33,7 @@ class Team:
         boundary_rule: when an assistant sits out; None for never.
         on_failure: what a run does when a member is lost (see `lost`).
         maps: the members' relative maps; None where the fuser has none.
-        told: what `tell_of_unequal` has warned of.
+        told: of whom `tell_of_unequal` has warned, and of what.
         histories: what runs found out about drafts, by whether they sampled.
     """
 
@@ -47,7 +47,7 @@ class Team:
     boundary_rule: BoundaryRule | None
     on_failure: OnFailure
     maps: MemberMaps | None
-    told: set[str] = field(default_factory=set)
+    told: set[tuple[str, str]] = field(default_factory=set)
     histories: dict[bool, History] = field(default_factory=lambda: {False: History(), True: History()})
 
     @property

@@ -20,8 +20,8 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
         settings: the ensemble's.
 
     Raises:
-        InputError: a member without full logits that the fuser or weights="prompt" needs, or a member without
-            embeddings that the recipe needs. The message has the member's name and says what to do.
+        InputError: a member without full logits that the fuser or weights by the prompt need, or a member
+            without embeddings that the recipe needs. The message has the member's name and says what to do.
     """
     name = f"fuser='{kind.name}'" if kind.name else "a function as fuser"
     for number, backend in enumerate(backends):

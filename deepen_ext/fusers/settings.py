@@ -43,8 +43,8 @@ class FusionSettings:
             (see `resolved`). "prompt": found for each prompt, from how well each member reads it (see
             `prompt_weights`). "size": the same, but not from equal weights: from those of the members' sizes
             (see `weights_by_size`).
-        sharpness: of these two, 0 to 10: how much more a member counts for each nat by which it reads the
-            prompt better.
+        sharpness: of weights "prompt" and "size", 0 to 10: how much more a member counts for each nat by
+            which it reads the prompt better.
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
             only) or "single" (the main model alone: one member is enough, and others are not used). Or a
             function of your own (see `FunctionFuser`). "auto": see `resolved`.

@@ -42,7 +42,8 @@ def weights_by_size(sizes: Sequence[int | None]) -> list[float]:
     """lambda_i proportional to how many weights each member has outside of its embeddings.
 
     What a model knows grows with that number (Kaplan et al., arXiv 2001.08361), and a short prompt tells less
-    of it. That the weights are in proportion was chosen on dev data: docs/results.md.
+    of it. That the weights are in proportion was chosen on dev data: docs/results.md. Of a mixture of experts
+    all experts count.
 
     Args:
         sizes: of each member; None where it is not known: then all weights are equal.

@@ -66,7 +66,7 @@ class Description:
         backend: what computes it, with versions, such as "transformers 5.23.0".
         architecture: the model's family, such as "llama".
         parameters: number of weights.
-        non_embedding_parameters: of them outside of the tables that tokens are looked up in and scored by.
+        non_embedding_parameters: of them outside of the embeddings and the output's table.
         dtype: of the weights, such as "float32".
         weights_bytes: bytes of the weights.
         cache_bytes: bytes of the KV cache of one lane with 1,000 tokens.

@@ -217,6 +217,7 @@ def _fused(ensemble: Ensemble, reading: TextReading, alone: Sequence[TokenLikeli
                 weights=tuple(
                     weight for _, weight in sorted(zip(order, weights or own.weights, strict=True))
                 ),
+                weights_rule=None if weights else own.team.weights_rule,
                 as_named=likelihood is as_named,
                 bits_per_byte=likelihood.bits_per_byte,
                 gain=gain.value,

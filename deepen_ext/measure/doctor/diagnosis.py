@@ -90,6 +90,7 @@ class Fused:
     Attributes:
         main: the main model's name.
         weights: of the members in the order they were named.
+        weights_rule: where a rule found them for the text, its name, and the weights are those to start from.
         as_named: whether this is the main model that was named, with the ensemble's own weights.
         bits_per_byte: of the sample text.
         gain: how many bits a byte fewer than the best single member, above 0 where fusing is better.
@@ -99,6 +100,7 @@ class Fused:
 
     main: str
     weights: tuple[float, ...]
+    weights_rule: str | None
     as_named: bool
     bits_per_byte: float
     gain: float
@@ -270,6 +272,8 @@ def _compared(one: Fused) -> str:
 
 
 def _setting(one: Fused, members: Sequence[MemberFacts]) -> str:
+    if one.weights_rule is not None:
+        return f"{one.main} as the main model"
     weights = " and ".join(
         f"{weight:.2g} for {member.name}" for member, weight in zip(members, one.weights, strict=True)
     )

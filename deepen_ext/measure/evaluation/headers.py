@@ -62,7 +62,7 @@ def configuration_header(
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
         how = {"sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS, "least": LEAST_WEIGHT}
-        weights = {"prompt": weights, **how}
+        weights = {ensemble.team.weights_rule: weights, **how}
     models = [member.backend.describe() for member in ensemble.members]
     return {
         "name": name,

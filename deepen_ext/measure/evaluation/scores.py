@@ -78,7 +78,7 @@ class Score(Rate):
     Attributes:
         method: how it fuses; "single" for a member alone.
         members: their names, the main model first.
-        weights: of the members; for weights from the prompt, the rule and what it starts from.
+        weights: of the members; where a rule finds them for each prompt, its name and what it starts from.
         n: how many items.
         unanswered_share: share of the items without an answer in their text, or without a choice that has a
             probability above 0.

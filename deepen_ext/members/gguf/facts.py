@@ -32,7 +32,11 @@ KINDS = {
 # The settings that make a token an end of generation in llama.cpp. llama.cpp also takes tokens for ends by
 # their text, such as <|endoftext|>; that is a guess, and no guess is made here.
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-_EMBEDDINGS = ("token_embd.weight", "output.weight")  # tokens in, logits out
+# Tables of tokens, once for each layer too, of positions and of kinds of token; logits out.
+_EMBEDDINGS = {
+    f"{name}.weight"
+    for name in ("token_embd", "per_layer_token_embd", "position_embd", "token_types", "output")
+}
 _Kind = TypeVar("_Kind")
 
 
@@ -54,7 +58,7 @@ class GgufFacts:
         chat_template: the Jinja text of it.
         chat_templates: further templates, by their names.
         parameters: number of weights.
-        non_embedding_parameters: of them outside of the input and output embeddings.
+        non_embedding_parameters: of them outside of the embeddings and the output's table.
         tensor_types: number of tensors by the name of their type, the most frequent first.
         weight_bytes: bytes of the weights in the file.
     """

@@ -50,12 +50,16 @@ def parameter_count(model: Any) -> int | None:
 
 
 def non_embedding_parameters(model: Any) -> int | None:
-    """Number of weights outside of the input and output embeddings; None as `parameter_count`."""
+    """Number of weights outside of the embeddings, of tokens and positions, and of the output's table.
+
+    With what an adapter adds to them. None as `parameter_count`.
+    """
     count, model = parameter_count(model), inner_model(model)
     if count is None:
         return None
-    tables = [one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None]
-    own = {id(weight) for one in tables for weight in one.parameters(recurse=False)}
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [one for one in model.modules() if isinstance(one, torch.nn.Embedding) or one in ends]
+    own = {id(weight) for one in tables for weight in one.parameters()}
     return count - sum(int(weight.numel()) for weight in _once(model) if id(weight) in own)
 
 
