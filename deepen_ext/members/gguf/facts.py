@@ -32,7 +32,8 @@ KINDS = {
 # The settings that make a token an end of generation in llama.cpp. llama.cpp also takes tokens for ends by
 # their text, such as <|endoftext|>; that is a guess, and no guess is made here.
 _ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
-# Tables of tokens, once for each layer too, of positions and of kinds of token; logits out.
+# Embeddings of tokens (Gemma 3n has a second table, for its layers), of positions and of kinds of token; and
+# the table of the output.
 _EMBEDDINGS = {
     f"{name}.weight"
     for name in ("token_embd", "per_layer_token_embd", "position_embd", "token_types", "output")

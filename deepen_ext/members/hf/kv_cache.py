@@ -234,7 +234,7 @@ class _LaneLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its hook 
 
 def cache_bytes(loaded: LoadedModel, lanes: int, positions: int) -> dict[torch.device, int]:
     """Bytes by device of a cache with room for so many positions in each of its lanes."""
-    layers = LaneCache(loaded, lanes).cache.layers  # names what such a cache cannot hold, if it is that
+    layers = LaneCache(loaded, lanes).cache.layers  # first: it names layers that no such cache holds
     config = loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = int(2 * lanes * heads * _slots(positions) * largest_head(config) * loaded.dtype.itemsize)
