@@ -37,6 +37,7 @@ BENCH = Path(__file__).resolve().parent
 
 PARTS: dict[str, Callable[[Results], str]] = {
     "verdict": parts.verdict,
+    "earlier verdicts": parts.earlier_verdicts,
     "gains plot": lambda found: _images(found, "gains", "points of each ensemble against its best member"),
     "gains table": parts.gains,
     "rules table": parts.rules,
@@ -47,6 +48,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "missing": parts.missing,
     "details": parts.details,
     "likelihood counts": texts.likelihood_counts,
+    "earlier likelihood counts": texts.earlier_likelihood_counts,
     "likelihood plot": lambda found: _images(found, "summary", "likelihood of each ensemble's texts"),
     "likelihood texts": texts.likelihood_texts,
     "likelihood tables": texts.likelihood_tables,

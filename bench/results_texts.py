@@ -38,13 +38,14 @@ def of_each(found: Mapping[str, Result], part: Callable[[Result], str]) -> str:
 
 
 def likelihood_counts(results: Results) -> str:
-    """On how many kinds of text the defaults and the paper's recipe are better and worse."""
-    return of_each(results.likelihood, _likelihood_counts)
+    """On how many kinds of text the default is better and worse."""
+    return of_each(results.likelihood, lambda one: f"- {_counted(one, DEFAULT, 'The default')}")
 
 
-def _likelihood_counts(likelihood: Result) -> str:
-    titles = {DEFAULT: "The default", **EARLIER, "deepen:paper": "The paper's recipe"}
-    return "\n".join(f"- {_counted(likelihood, one, title)}" for one, title in titles.items())
+def earlier_likelihood_counts(results: Results) -> str:
+    """The same counts of the defaults before, and of the paper's recipe."""
+    titles = {**EARLIER, "deepen:paper": "The paper's recipe"}.items()
+    return of_each(results.likelihood, lambda own: "\n".join(f"- {_counted(own, *one)}" for one in titles))
 
 
 def _counted(likelihood: Result, method: str, title: str) -> str:

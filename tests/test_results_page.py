@@ -474,6 +474,8 @@ def test_the_default_beside_the_best_single_member(results: Path) -> None:
     assert "better on 2 (PIQA, acc: SmolLM2 + Gemma; GSM8K on H100: SmolLM2 + Gemma)" in lines[0]
     assert "after Holm's correction 1 worse and 2 better remain" in lines[0]
     assert not [line for line in lines if "was not run on" in line]
+    earlier = results_parts.earlier_verdicts(found).splitlines()
+    assert [line.split(",")[0] for line in earlier] == ["- The default before", "- The first default"]
     table, _, before = results_parts.gains(found).partition("<details")
     assert "| `follow:bytes@prompt` | PIQA, acc, n 40 | PIQA, acc_norm, n 40 |" in before
     assert "| SmolLM2 + Gemma | **+25.0 (" in table
@@ -573,6 +575,8 @@ def test_two_machines_stand_apart(results: Path) -> None:
     counts = results_texts.likelihood_counts(read_results(results))
     assert "*On some-cpu:*" in counts
     assert "*On other-cpu:*" in counts
+    assert "The paper's recipe" not in counts
+    assert "- The paper's recipe" in results_texts.earlier_likelihood_counts(read_results(results))
 
 
 def test_results_of_other_settings_are_refused(results: Path) -> None:
