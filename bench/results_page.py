@@ -13,6 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import results_parts as parts
@@ -82,11 +83,11 @@ def _images(found: Results, kind: str, alternative: str) -> str:
     return "\n\n".join(f"![{alternative}](results/{name})" for name in files)
 
 
-def plots(found: Results) -> dict[str, str]:
-    """The pictures by file name."""
-    made = {f"summary-{name}.svg": likelihood_plot(one) for name, one in found.likelihood.items()}
+def plots(found: Results) -> dict[str, Callable[[], str]]:
+    """What draws each picture, by file name."""
+    made = {f"summary-{name}.svg": partial(likelihood_plot, one) for name, one in found.likelihood.items()}
     if found.tests:
-        made["gains.svg"] = gains_plot(found)
+        made["gains.svg"] = partial(gains_plot, found)
     return made
 
 
@@ -172,7 +173,7 @@ def main() -> None:
     found = read_results(options.results)
     folder = options.docs / "results"
     wanted = {options.docs / "results.md": page(options.text.read_text(encoding="utf-8"), found)}
-    wanted |= {folder / name: picture for name, picture in plots(found).items()}
+    wanted |= {folder / name: draw() for name, draw in plots(found).items()}
     stale = [
         file for file, content in wanted.items() if not file.is_file() or file.read_text("utf-8") != content
     ]
