@@ -10,6 +10,9 @@ does not see: the text so far ends `between` two tokens of the assistant's token
 The texts are not those that the threshold was chosen on (the development questions of GSM8K and ARC, other
 modules of Python's library). At most `INSIDE_A_TEXT` positions inside tokens are taken from a text, since
 each costs a forward pass; shares count all, and the mean over both classes is weighted with them.
+
+`--leading` takes assistants that are larger than the main model, with the default's weights by size and its
+average, and asks whether an assistant that counts more should sit out as early.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from deepen_ext.text.growing_text import GrowingText
 
 SMOLLM2, GEMMA, QWEN = "smollm2-135m-instruct", "gemma-3-270m", "qwen2.5-coder-0.5b-instruct"
 PAIRS = ((SMOLLM2, GEMMA), (GEMMA, SMOLLM2), (QWEN, GEMMA))
+LEADING = ((GEMMA, QWEN), (SMOLLM2, QWEN))
 SHORT = {SMOLLM2: "SmolLM2", GEMMA: "Gemma", QWEN: "Qwen"}
 MODULES = (
     *(
@@ -171,8 +175,10 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
         ours = main.logits[place - 1 : place]
         token = main.ids[place]
         alone_right = int(ours.argmax()) == token
-        change, right = _fuse(ensemble, ours, theirs, token, 0.5)
-        scaled = change if mass < 1e-3 else _fuse(ensemble, ours, theirs, token, 0.5 * max(1 - mass, 0.0))[0]
+        share = ensemble.weights[1]
+        change, right = _fuse(ensemble, ours, theirs, token, share)
+        left = share * max(1 - mass, 0.0)
+        scaled = change if mass < 1e-3 else _fuse(ensemble, ours, theirs, token, left)[0]
         positions.append(
             Position(
                 kind=kind,
@@ -275,20 +281,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
     parser.add_argument("--positions", type=int, default=4000, help="of each pair, about")
-    parser.add_argument("--output", type=Path, help="default: bench/results/boundary/<machine>.json")
+    parser.add_argument("--leading", action="store_true", help="assistants that count more")
+    parser.add_argument("--output", type=Path, help="default: under bench/results/boundary")
     options = parser.parse_args()
 
     found = environment()
-    output = options.output or ROOT / "bench" / "results" / "boundary" / f"{machine_name(found)}.json"
+    pairs, settings = (LEADING, {}) if options.leading else (PAIRS, TIMED)
+    name = f"{'leading-' if options.leading else ''}{machine_name(found)}.json"
+    output = options.output or ROOT / "bench" / "results" / "boundary" / name
     members = {
         name: load_member(f"demo:{name}", backend="transformers")
-        for name in {name for pair in PAIRS for name in pair}
+        for name in {name for pair in pairs for name in pair}
     }
-    ensembles = {pair: Ensemble([members[name] for name in pair], **TIMED) for pair in PAIRS}
-    positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in PAIRS}
+    ensembles = {pair: Ensemble([members[name] for name in pair], **settings) for pair in pairs}
+    positions: dict[tuple[str, str], list[Position]] = {pair: [] for pair in pairs}
     for read, (kind, text) in enumerate(texts(options.data), 1):
         whole = {name: Reading(member, text) for name, member in members.items()}
-        for pair in PAIRS:
+        for pair in pairs:
             positions[pair] += measure(ensembles[pair], whole[pair[0]], whole[pair[1]], kind, text)
             ensembles[pair].save_rows()
         result = {"environment": found, "texts": read, **report(positions)}
@@ -301,7 +310,7 @@ def main() -> None:
 
 def report(positions: dict[tuple[str, str], list[Position]]) -> dict[str, Any]:
     """The figures of all pairs, and of each kind of text."""
-    kinds = sorted({p.kind for p in positions[PAIRS[0]]})
+    kinds = sorted({p.kind for own in positions.values() for p in own})
     return {
         "threshold": THRESHOLD,
         "candidates": CANDIDATES,
@@ -309,10 +318,10 @@ def report(positions: dict[tuple[str, str], list[Position]]) -> dict[str, Any]:
             {
                 "main": pair[0],
                 "assistant": pair[1],
-                **summarise(positions[pair]),
-                "kinds": {kind: summarise([p for p in positions[pair] if p.kind == kind]) for kind in kinds},
+                **summarise(own),
+                "kinds": {kind: summarise([p for p in own if p.kind == kind]) for kind in kinds},
             }
-            for pair in PAIRS
+            for pair, own in positions.items()
         ],
     }
 
