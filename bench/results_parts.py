@@ -28,7 +28,7 @@ from results_read import BEFORE, EARLIER, Measure, Results, dtype_of, pairs_of
 
 
 def verdict(results: Results) -> str:
-    """How often the default is better and worse than the best single member, and where; where it was not run."""
+    """How often the default is better and worse than the best single member, where, and what it lacks."""
     lines = [_verdict(results.tests, DEFAULT, "The default")]
     # Of a task that has it in another precision, or by another machine, `missing` tells.
     has_it = {one.task for one in results.tests if one.has(DEFAULT)}
