@@ -11,8 +11,8 @@ The texts are not those that the threshold was chosen on (the development questi
 modules of Python's library). At most `INSIDE_A_TEXT` positions inside tokens are taken from a text, since
 each costs a forward pass; shares count all, and the mean over both classes is weighted with them.
 
-`--leading` takes assistants that are larger than the main model, with the default's weights by size and its
-average, and asks whether an assistant that counts more should sit out as early.
+`--leading` takes assistants that are larger than the main model, with the default's fuser and the weights it
+starts from, which are by size. It asks whether an assistant that counts more should sit out as early.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the benchmark data (shared/data)")
     parser.add_argument("--positions", type=int, default=4000, help="of each pair, about")
-    parser.add_argument("--leading", action="store_true", help="assistants that count more")
+    parser.add_argument("--leading", action="store_true", help="larger assistants; see above")
     parser.add_argument("--output", type=Path, help="default: under bench/results/boundary")
     options = parser.parse_args()
 

@@ -40,7 +40,8 @@ def verdict(results: Results) -> str:
 
 def earlier_verdicts(results: Results) -> str:
     """The same counts of the defaults that there were before."""
-    return "\n".join(f"- {_verdict(results.tests, *one)}" for one in EARLIER.items())
+    lines = [_verdict(results.tests, method, title) for method, title in EARLIER.items()]
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _verdict(measures: Sequence[Measure], method: str, title: str) -> str:

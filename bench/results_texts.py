@@ -44,8 +44,12 @@ def likelihood_counts(results: Results) -> str:
 
 def earlier_likelihood_counts(results: Results) -> str:
     """The same counts of the defaults before, and of the paper's recipe."""
-    titles = {**EARLIER, "deepen:paper": "The paper's recipe"}.items()
-    return of_each(results.likelihood, lambda own: "\n".join(f"- {_counted(own, *one)}" for one in titles))
+    return of_each(results.likelihood, _earlier_counts)
+
+
+def _earlier_counts(likelihood: Result) -> str:
+    titles = {**EARLIER, "deepen:paper": "The paper's recipe"}
+    return "\n".join(f"- {_counted(likelihood, method, title)}" for method, title in titles.items())
 
 
 def _counted(likelihood: Result, method: str, title: str) -> str:
