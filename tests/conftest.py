@@ -4,10 +4,16 @@ the same architectures with the same tokenizers."""
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+# As in the Makefile: where this is set, every process that a test starts would compile all of torch and
+# transformers, and the whole suite would take half as long again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # `make test` shares the files between processes, whose threads must not keep each other from the processor.
 # OpenMP reads both when torch is imported, and what tests start inherits them.
