@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# What is timed: rows of 32 entries, computed on demand. The default recipe's rows, of one entry, cost less.
+# The most that a step can cost: rows of 32 entries, computed on demand. The default recipe's have one entry.
 TIMED = {"fuser": "deepen", "recipe": "calibrated", "learning_rate": 0.15}
 ROOT = Path(__file__).resolve().parent.parent
 

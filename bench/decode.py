@@ -1,9 +1,10 @@
 """Ensemble decoding beside its members alone, and beside the authors' way of running assistants.
 
-Everything is greedy, without drafts (bench/drafts.py times those), and in one process with the same threads;
-what is compared alternates. Times a token leave out the step that reads the prompt, on both sides; the time
-to the first token is that step. Relative rows are cold in the first generation (the cache folder is empty)
-and warm in all others.
+The ensembles have the default settings; the certified skip is the search's, so it is timed with
+`fuser="deepen"`, beside the same without it. Everything is greedy, without drafts (bench/drafts.py times
+those), and in one process with the same threads; what is compared alternates. Times a token leave out the
+step that reads the prompt, on both sides; the time to the first token is that step. Rows that are computed
+on demand, the `calibrated` recipe's, are timed once by themselves, cold: the cache folder is empty.
 
 `--backend llama.cpp` measures the members there instead (`decode_native`), and writes a file of its own into
 bench/results/.
@@ -32,7 +33,15 @@ from common import (
     start_of_peak,
     write_json,
 )
-from decode_parts import alone_in_transformers, questions_of, say, split_of, texts_of
+from decode_parts import (
+    alone_in_transformers,
+    not_asked,
+    questions_of,
+    say,
+    search_of,
+    split_of,
+    texts_of,
+)
 
 from deepen_ext.measure.evaluation.tasks import TASKS
 
@@ -44,6 +53,8 @@ BATCH_TOKENS = 24
 FEW_SHOT_BATCH = 16
 FEW_SHOT_TOKENS = 8
 AUTHORS_EVERY = 4  # tokens: the authors' way is timed at every fourth
+# Runs of an ensemble, and what they are called: as users have it, and its search without and with the skip.
+KINDS = {"default": "", "search": ", fuser deepen", "skip": ", fuser deepen, certified skip"}
 
 
 def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Path) -> dict[str, Any]:
@@ -52,24 +63,26 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
     from deepen_ext.members.loading import load_member
 
     members = [load_member(folder) for folder in folders[:2]]
-    pair = Ensemble(members, **TIMED)
     prompt = texts_of(members[0], CONTEXT, 1)[0]
-    cold = pair.generate(prompt, max_new_tokens=new_tokens, draft=0)
-    rows = pair.rows_computed
+    calibrated = Ensemble(members, **TIMED)
+    cold = calibrated.generate(prompt, max_new_tokens=new_tokens, draft=0)
+    rows = calibrated.rows_computed
     warm = Ensemble(members, **TIMED)  # reads the rows from the cache folder, as a second process would
     if warm.generate(prompt, max_new_tokens=new_tokens, draft=0).token_ids != cold.token_ids:
         raise RuntimeError("warm and cold rows give different texts")
     if rows == 0 or warm.rows_computed != 0:
         raise RuntimeError(f"rows computed: {rows} cold, {warm.rows_computed} warm; expected some and none")
+    pair = Ensemble(members)
+    pair.generate(prompt, max_new_tokens=8, draft=0)
     say("beside the members, prose")
     found: dict[str, Any] = {
         "cold": split_of(cold.timings) | {"rows": rows, "prompt": cold.timings.prompt_ms},
-        "prose": _beside_members(warm, [prompt], new_tokens, repetitions),
-        "gsm8k": _beside_members(warm, questions_of(members[0], data, CONTEXT, QUESTIONS), new_tokens, 1),
-        "few-shot": _few_shot(warm, data, 2),
-        "authors": _authors(warm, prompt, new_tokens),
+        "prose": _beside_members(pair, [prompt], new_tokens, repetitions),
+        "gsm8k": _beside_members(pair, questions_of(members[0], data, CONTEXT, QUESTIONS), new_tokens, 1),
+        "few-shot": _few_shot(pair, data, 2),
+        "authors": _authors(pair, prompt, new_tokens),
         "batches": [
-            _batch(warm, context, batch, skip)
+            _batch(search_of(pair) if skip else pair, context, batch, skip)
             for context in BATCH_CONTEXTS
             for batch in BATCHES
             for skip in (False, True)
@@ -77,8 +90,8 @@ def measure(folders: Sequence[str], new_tokens: int, repetitions: int, data: Pat
         ],
     }
     say("three members")
-    trio = Ensemble([*members, load_member(folders[2])], **TIMED)
-    trio.generate(prompt, max_new_tokens=8, draft=0)  # its rows
+    trio = Ensemble([*members, load_member(folders[2])])
+    trio.generate(prompt, max_new_tokens=8, draft=0)
     found["trio"] = _beside_members(trio, [prompt], BATCH_TOKENS, 2)
     return found
 
@@ -106,22 +119,23 @@ def _few_shot(ensemble: Any, data: Path, repetitions: int) -> dict[str, list[flo
 
 
 def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetitions: int) -> dict[str, Any]:
-    """Each prompt by each member alone, by the ensemble, and by the ensemble with the certified skip."""
-    members = ensemble.members
+    """Each prompt by each member alone, by the ensemble, and by the search with and without the skip."""
+    members, search = ensemble.members, search_of(ensemble)
+    ways = {"default": (ensemble, False), "search": (search, False), "skip": (search, True)}
     for member in members:
         alone_in_transformers(member, prompts[0], 4)  # warm up
     alone: dict[str, list[float]] = {name: [] for name in ensemble.names}
-    runs: dict[str, list[dict[str, Any]]] = {"asked": [], "skip": []}
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(repetitions):
         for prompt in prompts:
             for name, member in zip(ensemble.names, members, strict=True):
                 alone[name].append(alone_in_transformers(member, prompt, new_tokens))
-            texts = []
-            for kind, skip in (("asked", False), ("skip", True)):
+            texts = {}
+            for kind, (one, skip) in ways.items():
                 start_of_peak()
                 base = resident()
-                done = ensemble.generate(prompt, max_new_tokens=new_tokens, draft=0, certified_skip=skip)
-                texts.append(done.token_ids)
+                done = one.generate(prompt, max_new_tokens=new_tokens, draft=0, certified_skip=skip)
+                texts[kind] = done.token_ids
                 runs[kind].append(
                     split_of(done.timings)
                     | {
@@ -131,7 +145,7 @@ def _beside_members(ensemble: Any, prompts: list[str], new_tokens: int, repetiti
                         "peak": resident("VmHWM") - base,
                     }
                 )
-            if texts[0] != texts[1]:
+            if texts["search"] != texts["skip"]:
                 raise RuntimeError("the certified skip changed the text")
     return {"alone": alone, "new_tokens": new_tokens, **runs}
 
@@ -198,7 +212,7 @@ def figures(found: dict[str, Any]) -> list[Figure]:
         steps = [step for one in runs[kind] for step in one["steps"]]
         skipped = statistics.mean(one["skipped"] for one in runs[kind])
         figure = compared(
-            what,
+            what + KINDS[kind],
             totals,
             sums,
             "sum of the members alone, transformers generate",
@@ -208,27 +222,30 @@ def figures(found: dict[str, Any]) -> list[Figure]:
             note=f"first token {statistics.median(one['prompt'] for one in runs[kind]):.0f} ms; p50 "
             f"{percentile(steps, 0.5):.0f} ms a token; {skipped:.0%} of the tokens settled; largest member "
             f"alone {max(map(statistics.median, runs['alone'].values())):.0f} ms; resident set "
-            f"+{max(one['peak'] for one in runs[kind]):.0f} MB at the peak; {runs['new_tokens']} new tokens",
+            f"+{max(one['peak'] for one in runs[kind]):.0f} MB at the peak; {runs['new_tokens']} new tokens"
+            f"{not_asked(runs[kind])}",
         )
         made.append(figure)
 
     prose, gsm8k, trio = found["prose"], found["gsm8k"], found["trio"]
-    beside(f"prose, context {CONTEXT}, batch 1, warm rows", prose, "asked", 1.10)
-    for stage in prose["asked"][0]:
+    prefix = f"context {CONTEXT}, batch 1"
+    beside(f"prose, {prefix}", prose, "default", 1.10)
+    for stage in prose["default"][0]:
         if stage not in ("total", "prompt", "steps", "skipped", "peak"):
-            add(f"of which: {stage}", [one[stage] for one in prose["asked"]])
+            add(f"of which: {stage}", [one[stage] for one in prose["default"]])
     for name, values in prose["alone"].items():
         add(f"{name} alone, transformers generate", values)
-    beside(f"prose, context {CONTEXT}, batch 1, certified skip", prose, "skip", None)
-    beside(f"GSM8K, context {CONTEXT}, batch 1", gsm8k, "asked", 1.10)
-    beside(f"GSM8K, context {CONTEXT}, batch 1, certified skip", gsm8k, "skip", 0.85)
-    beside(f"three members, prose, context {CONTEXT}, batch 1", trio, "asked", None)
-    beside(f"three members, prose, context {CONTEXT}, batch 1, certified skip", trio, "skip", None)
+    for kind in ("search", "skip"):
+        beside(f"prose, {prefix}", prose, kind, None)
+    for kind, budget in (("default", 1.10), ("search", None), ("skip", 0.85)):
+        beside(f"GSM8K, {prefix}", gsm8k, kind, budget)
+    for kind in KINDS:
+        beside(f"three members, prose, {prefix}", trio, kind, None)
 
     main_alone = statistics.median(next(iter(prose["alone"].values())))
     for kind, budget in (("every position", 8.0), ("last position", None)):
         theirs = main_alone + statistics.mean(found["authors"][kind])
-        ours = [one["total"] for one in prose["asked"]]
+        ours = [one["total"] for one in prose["default"]]
         made.append(
             Figure(
                 f"prose, context {CONTEXT}, batch 1, the authors' way of running assistants, logits of "
@@ -272,7 +289,7 @@ def figures(found: dict[str, Any]) -> list[Figure]:
         made.append(
             Figure(
                 f"batch {one['batch']}, context {one['context']}"
-                + (", certified skip" if one["skip"] else ""),
+                + KINDS["skip" if one["skip"] else "default"],
                 one["tokens_per_second"],
                 "tokens a second",
                 (one["tokens_per_second"],) * 2,

@@ -2,8 +2,9 @@
 
 All that is compared runs in one process with the same threads, in turns: each member by a plain loop over
 llama.cpp's C API, each by transformers' greedy `generate` on the dequantised float32 weights, and the
-ensemble with the default settings. Greedy, without drafts (bench/drafts.py times those); times a token leave
-out the step that reads the prompt, on every side.
+ensemble with the default settings; with the certified skip, which is the search's, by `fuser="deepen"`.
+Greedy, without drafts (bench/drafts.py times those); times a token leave out the step that reads the prompt,
+on every side.
 
 The three members with a main model of 1.5 billion weights run in a process of their own, for its peak memory.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Figure, compared, environment, percentile, resident, speed_file, spread, write_json
-from decode_parts import alone_in_transformers, say, split_of, texts_of
+from decode_parts import alone_in_transformers, not_asked, say, search_of, split_of, texts_of
 from plain_llama_cpp import PlainLoop, speed
 
 PAIR = ("smollm2-135m-instruct", "gemma-3-270m")
@@ -136,18 +137,19 @@ def _single(pair: Sequence[Any], options: Any) -> dict[str, Any]:
     dense = load_members([f"demo:{name}" for name in PAIR], backend="transformers", threads=options.threads)
     text = texts_of(pair[0], CONTEXT, 1)[0]
     _check_loops(pair, text, options.threads)
-    ensemble = Ensemble(pair, fuser="deepen")
+    ensemble = Ensemble(pair)
+    ways = {"asked": (ensemble, False), "skip": (search_of(ensemble), True)}
     tokens = options.new_tokens
-    for skip in (False, True):
-        _ensemble_run(ensemble, text, tokens, skip)  # its rows, and memory
+    for one, skip in ways.values():
+        _ensemble_run(one, text, tokens, skip)  # its rows, and memory
     for member in dense:
         alone_in_transformers(member, text, 4)
     found: dict[str, Any] = {"tokens": tokens, "own": [], "generate": [], "asked": [], "skip": []}
     for number in range(options.repetitions):
         found["own"].append(_own_loops(pair, [text], tokens, options.threads))
         found["generate"].append({m.name: alone_in_transformers(m, text, tokens) for m in dense})
-        for kind, skip in (("asked", False), ("skip", True)):
-            found[kind].append(_ensemble_run(ensemble, text, tokens, skip))
+        for kind, (one, skip) in ways.items():
+            found[kind].append(_ensemble_run(one, text, tokens, skip))
         say(f"{number + 1} of {options.repetitions}")
     return found
 
@@ -157,7 +159,7 @@ def _batch(pair: Sequence[Any], context: int, batch: int, threads: int) -> dict[
     from deepen_ext import Ensemble
 
     say(f"batch {batch}, context {context}")
-    ensemble = Ensemble(pair, fuser="deepen")
+    ensemble = Ensemble(pair)
     texts = texts_of(pair[0], context, batch)
     _ensemble_run(ensemble, texts[:1], 2, False)
     own = _own_loops(pair, texts, BATCH_TOKENS, threads)
@@ -180,11 +182,11 @@ def measure_trio(threads: int, tokens: int) -> dict[str, Any]:
 
     members = load_native(TRIO, threads)
     loaded = resident()
-    ensemble = Ensemble(members, fuser="deepen")
+    ensemble = Ensemble(members)
     text = texts_of(members[0], CONTEXT, 1)[0]
     _ensemble_run(ensemble, text, 4, False)
     runs: dict[str, Any] = {"asked": [_ensemble_run(ensemble, text, tokens, False)]}
-    runs["skip"] = [_ensemble_run(ensemble, text, tokens, True)]
+    runs["skip"] = [_ensemble_run(search_of(ensemble), text, tokens, True)]
     peak, mapped = resident("VmHWM"), resident("RssFile")
     _check_loops(members, text, threads)
     own = [_own_loops(members, [text], tokens, threads)]
@@ -256,12 +258,13 @@ def _loop_figures(runs: Sequence[dict[str, Any]], of: str) -> list[Figure]:
 def _single_figures(found: dict[str, Any]) -> list[Figure]:
     own, generate = found["own"], [sum(one.values()) for one in found["generate"]]
     made = []
-    for kind, text in (("asked", ""), ("skip", ", certified skip")):
+    for kind, text in (("asked", ""), ("skip", ", fuser deepen, certified skip")):
         runs = found[kind]
         first = statistics.median(one["prompt"] for one in runs)
         settled = statistics.mean(one["skipped"] for one in runs)
         note = (
             f"first token {first:.0f} ms; {settled:.0%} of the tokens settled; {found['tokens']} new tokens"
+            f"{not_asked(runs)}"
         )
         name = f"prose, context {CONTEXT}, batch 1{text}"
         asked = kind == "asked"
@@ -297,14 +300,14 @@ def _single_figures(found: dict[str, Any]) -> list[Figure]:
 
 def _trio_figures(found: dict[str, Any]) -> list[Figure]:
     made = []
-    for kind, text in (("asked", ""), ("skip", ", certified skip")):
+    for kind, text in (("asked", ""), ("skip", ", fuser deepen, certified skip")):
         runs = found[kind]
         a_second = 1e3 / statistics.median(one["total"] for one in runs)
         settled = statistics.mean(one["skipped"] for one in runs)
         first = statistics.median(one["prompt"] for one in runs)
         note = (
             f"{a_second:.1f} tokens a second; first token {first:.0f} ms; {settled:.0%} of the tokens "
-            f"settled; {found['tokens']} new tokens"
+            f"settled; {found['tokens']} new tokens{not_asked(runs)}"
         )
         name = f"Qwen2.5-Coder-1.5B with both as assistants, prose, context {CONTEXT}, batch 1{text}"
         made.append(_beside(name, runs, _sums(found["own"]), OWN, None, note))

@@ -1,14 +1,18 @@
-"""What the decode benchmarks share: texts of a length, transformers' own speed, where a token's time goes."""
+"""What the decode benchmarks share: texts of a length, transformers' own speed, the search of an ensemble,
+where a token's time goes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import LONG_TEXT
 
 from deepen_ext.measure.evaluation.tasks import TASKS
+
+FORWARD = "forward of "
 
 
 def say(stage: str) -> None:
@@ -67,10 +71,15 @@ def alone_in_transformers(member: Any, prompt: str, new_tokens: int) -> float:
     return 1e3 * (tokens[-1] - tokens[0]) / (new_tokens - 1)
 
 
+def search_of(ensemble: Any) -> Any:
+    """The same members by the search with equal weights: what the certified skip is for."""
+    return ensemble.variant(fuser="deepen", weights=None)
+
+
 def split_of(timings: Any) -> dict[str, float]:
     """Milliseconds a token of each text, by stage; of one text, or of a batch without drafts."""
     tokens = timings.later_tokens
-    members = {f"forward of {name}": value / tokens for name, value in timings.members_ms.items()}
+    members = {f"{FORWARD}{name}": value / tokens for name, value in timings.members_ms.items()}
     split = {
         **members,
         "fusion": timings.fusion_ms / tokens,
@@ -79,3 +88,10 @@ def split_of(timings: Any) -> dict[str, float]:
     }
     total = timings.ms_per_token
     return {**split, "everything else": total - sum(split.values()), "total": total}
+
+
+def not_asked(runs: Sequence[Mapping[str, Any]]) -> str:
+    """For a figure's note, from the splits of its runs: who had no say, so that only its prompt was read."""
+    names = [stage.removeprefix(FORWARD) for stage in runs[0] if stage.startswith(FORWARD)]
+    silent = [name for name in names if not any(one[FORWARD + name] for one in runs)]
+    return f"; no say, so not asked after the prompt: {', '.join(silent)}" if silent else ""

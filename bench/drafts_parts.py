@@ -1,7 +1,8 @@
 """What bench/drafts.py times: the cases of each part.
 
 A case is a dict: `name`, `tokens` (new ones of each text), and `ways`: of each kind of run its records, one
-for each repetition. All ensembles have the default settings, but for what a case names.
+for each repetition. All ensembles have the default settings, but for what a case names. Three members are
+timed by the search, in which every one of them has a say in every text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from compare_likelihood import texts
 from decode_native import PAIR
-from decode_parts import questions_of, say
+from decode_parts import questions_of, say, search_of
 from drafts_runs import AUTO, WITHOUT, Bench, Record, drafted, generates, in_turns, main_alone
 
 THIRD = "qwen2.5-coder-0.5b-instruct"
@@ -26,7 +27,7 @@ def pair(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR)
-    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
+    ensemble = bench.warm(Ensemble(members))
     context, lengths = size.contexts[0], (0, "auto")
     prompt = bench.prose(members[0])
     say("the pair, prose")
@@ -38,7 +39,7 @@ def pair(bench: Bench) -> Cases:
     found = in_turns(ways, size.repetitions, exact=True)
     yield {"name": f"the pair, prose, context {context}", "tokens": size.tokens, "ways": found}
     together: dict[str, list[Record]] = {}
-    ensemble = bench.warm(ensemble.variant(), certified_skip=True)
+    ensemble = bench.warm(search_of(ensemble), certified_skip=True)
     for number, question in enumerate(questions_of(members[0], bench.data, context, size.questions)):
         say(f"the pair, GSM8K {number + 1}")
         ways = {
@@ -48,7 +49,7 @@ def pair(bench: Bench) -> Cases:
         }
         for name, records in in_turns(ways, 1, exact=True).items():
             together.setdefault(name, []).extend(records)
-    name = f"the pair, GSM8K, context {context}, certified skip"
+    name = f"the pair, GSM8K, context {context}, fuser deepen, certified skip"
     yield {"name": name, "tokens": size.tokens, "ways": together}
 
 
@@ -56,7 +57,7 @@ def trio(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR, THIRD)
-    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
+    ensemble = bench.warm(search_of(Ensemble(members)))
     prompt = bench.prose(members[0])
     say("the trio")
     ways = {
@@ -65,7 +66,11 @@ def trio(bench: Bench) -> Cases:
         **generates(members, prompt, size.fewer),
     }
     found = in_turns(ways, size.repetitions, exact=True)
-    yield {"name": f"the trio, prose, context {size.contexts[0]}", "tokens": size.fewer, "ways": found}
+    yield {
+        "name": f"the trio, prose, context {size.contexts[0]}, fuser deepen",
+        "tokens": size.fewer,
+        "ways": found,
+    }
 
 
 def batches(bench: Bench) -> Cases:
@@ -80,7 +85,7 @@ def _batches(bench: Bench, members: Sequence[Any], *, exact: bool) -> Cases:
     """The pair by batch and context, and sampled at the smaller context; `exact` in transformers."""
     from deepen_ext import Ensemble
 
-    size, ensemble = bench.size, Ensemble(members, fuser="deepen")
+    size, ensemble = bench.size, Ensemble(members)
     small, large = size.contexts
     for context, sampling in ((small, False), (small, True), (large, False)):
         settings = SAMPLED if sampling else {}
@@ -104,7 +109,7 @@ def larger(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, main = bench.size, bench.members(THIRD)[0]
-    ensemble = Ensemble([main, *bench.native()], fuser="deepen")
+    ensemble = search_of(Ensemble([main, *bench.native()]))
     context = size.contexts[0]
     # Of runs with draft="auto" each has a history of its own: none draws on what another one found out.
     who = ("auto", "main", *ensemble.names[1:], "lookup")
@@ -137,7 +142,7 @@ def latency(bench: Bench) -> Cases:
     from deepen_ext import Ensemble
 
     size, members = bench.size, bench.members(*PAIR)
-    ensemble = bench.warm(Ensemble(members, fuser="deepen"))
+    ensemble = bench.warm(Ensemble(members))
     prompt = bench.prose(members[0])
 
     def way(length: Any) -> Callable[[], Record]:

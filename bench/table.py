@@ -137,8 +137,8 @@ def _native_section(result: dict[str, Any]) -> str:
     llama_cpp = result["versions"]["llama.cpp"]
     lines = [
         f"{_measured(result, f'members in {llama_cpp}', result['llama_cpp_threads'])}. Medians, in brackets "
-        "the 10th and 90th percentile; of batches means. Quantised weights, the default recipe. The ratio is "
-        "ours / baseline.",
+        "the 10th and 90th percentile; of batches means. Quantised weights, the default settings but for "
+        "what a row names. The ratio is ours / baseline.",
         "",
         *_decode_table("greedy decoding, members in llama.cpp", result["figures"]["llama.cpp"]),
     ]
@@ -151,7 +151,7 @@ _DRAFT_PARTS = {
     "batches": "drafts, the demo pair in transformers, batches",
     "latency": "drafts, the demo pair in transformers, when its text comes",
     "native": "drafts, the demo pair in llama.cpp, batches",
-    "larger": "drafts, Qwen2.5-Coder-0.5B in transformers, the pair in llama.cpp as its assistants",
+    "larger": "drafts, Qwen2.5-Coder-0.5B in transformers, its assistants (the pair) in llama.cpp, deepen",
 }
 
 
@@ -160,11 +160,11 @@ def _drafts_section(result: dict[str, Any]) -> str:
     others = f", {result['versions']['llama.cpp']}"
     lines = [
         f"{_measured(result, 'drafts', result['threads'], others)}. Greedy where no temperature is named, "
-        "the default recipe; float32 in transformers, quantised weights in llama.cpp. Medians, in brackets "
-        "the 10th and 90th percentile; "
-        "the ratio, ours / baseline, is the median of the ratios within a repetition. Each ensemble wrote a "
-        "text before it was timed, so that the members' speed was known. In transformers all texts were the "
-        "same, token for token, with every draft.",
+        "the default settings but for what a row names; float32 in transformers, quantised weights in "
+        "llama.cpp. Medians, in brackets the 10th and 90th percentile; the ratio, ours / baseline, is the "
+        "median of the ratios within a repetition. Each ensemble wrote a text before it was timed, so that "
+        "the members' speed was known. In transformers all texts were the same, token for token, with every "
+        "draft.",
     ]
     for part, title in _DRAFT_PARTS.items():
         if part in result["figures"]:
@@ -186,10 +186,10 @@ def speed_plot(result: dict[str, Any]) -> str:
         if text not in groups:
             title = "the members one after the other, transformers"
             groups[text] = [Bar(title, one["baseline_value"], "single", *one["baseline_spread"])]
-        label = "fused by deepen-ext"
+        label = f"fused by deepen-ext{settings}"
         if "certified skip" in settings:
             (settled,) = (part.split()[0] for part in one["note"].split("; ") if part.endswith("settled"))
-            label += f", certified skip ({settled} settled)"
+            label += f" ({settled} settled)"
         groups[text].append(Bar(label, one["value"], "gain", *one["spread"]))
     if not groups:
         return ""

@@ -62,10 +62,10 @@ def results(tmp_path: Path) -> Path:
         "figures": {
             "operations": [figure("topk_softmax", 100.0)],
             "decode": [
-                against_sum("prose, context 256, batch 1, warm rows", 120.0),
+                against_sum("prose, context 256, batch 1", 120.0),
                 figure("Small alone, transformers generate", 80.0),
                 against_sum(
-                    "prose, context 256, batch 1, certified skip",
+                    "prose, context 256, batch 1, fuser deepen, certified skip",
                     60.0,
                     note="first token 5 ms; 75% of the tokens settled; more",
                 ),
@@ -124,7 +124,7 @@ def test_a_page_of_small_results(results: Path, docs: Path) -> None:
     assert page.startswith("before\n<!-- bench:begin -->\n**Card**")
     assert page.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in page
-    assert "| prose, context 256, batch 1, warm rows | 120 ms a token (115 to 125) |" in page
+    assert "| prose, context 256, batch 1 | 120 ms a token (115 to 125) |" in page
     assert page.count("![") == 1  # neither the card nor the drafts have such figures
     _, pair, larger = page.partition("**Some CPU, 2 cores** (avx2), drafts, 2 threads")[2].split(
         "\n| drafts, "
@@ -142,7 +142,7 @@ def test_a_page_of_small_results(results: Path, docs: Path) -> None:
         "Small alone, transformers",
         "the members one after the other, transformers",
         "fused by deepen-ext",
-        "fused by deepen-ext, certified skip (75% settled)",
+        "fused by deepen-ext, fuser deepen, certified skip (75% settled)",
     ]
     assert [text for text in texts if text.endswith(" ms")] == ["80 ms", "200 ms", "120 ms", "60 ms"]
     assert (
