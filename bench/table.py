@@ -186,7 +186,7 @@ def speed_plot(result: dict[str, Any]) -> str:
         if text not in groups:
             title = "the members one after the other, transformers"
             groups[text] = [Bar(title, one["baseline_value"], "single", *one["baseline_spread"])]
-        label = f"fused by deepen-ext{settings}"
+        label = settings.removeprefix(", ") or "fused by deepen-ext"
         if "certified skip" in settings:
             (settled,) = (part.split()[0] for part in one["note"].split("; ") if part.endswith("settled"))
             label += f" ({settled} settled)"
