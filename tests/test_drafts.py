@@ -455,6 +455,19 @@ class TestWhatIsAsked:
         assert run.timings.stood > 5
         assert run.results()[0].token_ids == pair.generate(PROMPT, max_new_tokens=40, draft=0).token_ids
 
+    @pytest.mark.parametrize("fuser", ["union-vocab", "follow"])
+    def test_the_draft_of_an_assistant_that_counts_more_is_followed(
+        self, tiny_smollm2: Member, tiny_gemma: Member, fuser: str
+    ) -> None:
+        """Also where the main model would write something else, which is where it used to end."""
+        ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser=fuser, weights=[0.1, 0.9])
+        plain = ensemble.generate(PROMPT, max_new_tokens=40, draft=0)
+        found = ensemble.generate(PROMPT, max_new_tokens=40, draft=4, drafter="tiny-gemma")
+        assert found.token_ids == plain.token_ids
+        assert plain.changed_tokens > 20
+        assert found.timings.steps < 16  # 26 where it ends there
+        assert found.timings.stood > 20
+
 
 class TestEnds:
     @pytest.mark.parametrize("ends", ["stopping_criteria", "eos"])

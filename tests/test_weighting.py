@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from sessions import open_session, sync
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
@@ -103,6 +104,27 @@ class TestReadPrompts:
         with open_session(tiny_smollm2) as session:
             found = read_prompts(session, tiny_smollm2, {0: ids}, last)
         assert all(map(math.isfinite, found[0].logprobs))
+
+    def test_the_logits_of_a_block_are_gone_before_the_next_forward(self, tiny_smollm2: Member) -> None:
+        """With a vocabulary of 262,144 tokens each block has 134 MB of them."""
+        blocks: list[StorageWeakRef] = []
+        alive: list[int] = []
+
+        def before(_module: object, _given: object) -> None:
+            alive.append(sum(not one.expired() for one in blocks))
+
+        def after(_module: object, _given: object, logits: torch.Tensor) -> None:
+            blocks.append(StorageWeakRef(logits.untyped_storage()))
+
+        head = tiny_smollm2.model.lm_head
+        hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+        try:
+            with open_session(tiny_smollm2) as session:
+                read_prompts(session, tiny_smollm2, {0: tiny_smollm2.vocabulary.encode(CODE * 20)})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        assert alive == [0, 0, 0]
 
     def test_what_prompts_begin_with_alike_is_scored_once(self, tiny_smollm2: Member) -> None:
         """And gives each of them the same scores as by itself."""

@@ -45,12 +45,14 @@ class Proposal:
 
     Attributes:
         place: where.
-        token: what the main model would write; its most probable token where nobody looks at this.
+        token: what the draft has there: what the main model would write (its most probable token where nobody
+            looks at this), or what an assistant wrote that counts more in this text.
         margin: by how much the main model's first choice there is more probable than its second.
         main: what the main model says there is row `row` of this.
         row: see `main`.
         before: the text up to the place, as the assistants read it.
         offered: the token that another drafter had here.
+        own: what the main model would write, where `token` is an assistant's; None where it is `token`.
         piece: the characters that the token completes; None where the draft did not go on with it.
     """
 
@@ -61,6 +63,7 @@ class Proposal:
     row: int
     before: AssistantsText
     offered: int | None = None
+    own: int | None = None
     piece: str | None = None
 
     def go_on(self, data: bytes) -> AssistantsText:

@@ -62,4 +62,5 @@ def read_prompt(team: Team, prompt: Prompt, top: int) -> Prompted:
                 following = ids[at : at + count]
                 found += scored(logits, range(count), following, [top] * count)
                 at += count
+                del block, logits  # or they would stay beside the next block's
     return Prompted(tuple(ids), tuple(one for one in found if one is not None))

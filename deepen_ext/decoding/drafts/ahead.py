@@ -14,7 +14,7 @@ from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
 from deepen_ext.decoding.drafts.lookup import PromptLookup
 from deepen_ext.decoding.drafts.main_word import Word, WordReader
 from deepen_ext.decoding.drafts.pace import MOST_OFFERED, Pace, Plan
-from deepen_ext.decoding.places import Ahead, Draft, Proposal
+from deepen_ext.decoding.places import Ahead, Draft, Place, Proposal
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.skips import Skips
 from deepen_ext.decoding.stopping import Stopping
@@ -258,6 +258,8 @@ class Writer:
                 if n in offers:
                     one.offered = token
                     offers[n].mark_known(place, ahead.drafter)
+                    if token is not None and self._leads(ahead.drafter, place):
+                        one.token, one.own = token, one.token
                 # Where the main model would write something else, the offer is most likely wrong.
                 if token != one.token or self._stopping.ends_text(n, one.token):
                     break
@@ -266,6 +268,15 @@ class Writer:
                     break
             row += len(tokens) + 1
         ahead.handoff_ms += (perf_counter() - began) * 1e3
+
+    def _leads(self, drafter: int, place: Place) -> bool:
+        """Whether the fused token is more likely this assistant's choice than the main model's.
+
+        Not where a search keeps the text close to the main model, nor where nobody but it is asked.
+        """
+        if drafter in (MAIN, LOOKUP) or not place.is_open or place.weights[drafter] <= place.weights[0]:
+            return False
+        return self._team.fuser.search_bound() is None or not self._team.fuser.bounded(place.weights)
 
     def _share(self, number: int, draft: Draft) -> float | None:
         """What draws the member that speaks of a draft's next place, where the fuser draws."""

@@ -192,7 +192,8 @@ class Pace:
         for one in accepted:
             proposal = one.proposal
             if proposal.place.is_open:
-                history.accepted(MAIN).see(proposal.margin, one.token == proposal.token)
+                guess = proposal.token if proposal.own is None else proposal.own
+                history.accepted(MAIN).see(proposal.margin, one.token == guess)
             found = ahead.looked_up.get(proposal.place.text)
             if drafter != LOOKUP and found and proposal is ahead.drafts[proposal.place.text][0]:
                 history.accepted(LOOKUP).see(0.0, one.token == found[0])

@@ -169,6 +169,7 @@ class HFSession(Closing):
             self._usable = True
             if at >= start:
                 yield block
+            del logits, block  # so that the next forward finds their memory free, if the reader kept nothing
             at = end
 
     def release(self, lane: int) -> None:
