@@ -132,9 +132,9 @@ class Session(Protocol):
     def read(self, lane: int, ids: Sequence[int], start: int, k: int) -> Iterator[Distribution]:
         """Bring a lane to these ids, giving the distribution after ``ids[start]`` and after every later id.
 
-        They come in blocks, in the order of the ids; each is the caller's to keep, and a block with logits is
-        large: let it go before the next one. Dropped half way, or after any error, the lane holds what was fed
-        so far.
+        They come in blocks, in the order of the ids; each is the caller's to keep. A block with logits is
+        large, so let it go before the next one. Dropped half way, or after any error, the lane holds what was
+        fed so far.
 
         Raises:
             InputError: see `ask`; a start that is no place in the ids.
