@@ -106,7 +106,7 @@ class TestReadPrompts:
         assert all(map(math.isfinite, found[0].logprobs))
 
     def test_the_logits_of_a_block_are_gone_before_the_next_forward(self, tiny_smollm2: Member) -> None:
-        """With a vocabulary of 262,144 tokens each block has 134 MB of them."""
+        """With a vocabulary of 262,144 tokens each block has 67 MB of them."""
         blocks: list[StorageWeakRef] = []
         alive: list[int] = []
 
@@ -124,7 +124,8 @@ class TestReadPrompts:
         finally:
             for hook in hooks:
                 hook.remove()
-        assert alive == [0, 0, 0]
+        assert len(alive) >= 3
+        assert not any(alive)
 
     def test_what_prompts_begin_with_alike_is_scored_once(self, tiny_smollm2: Member) -> None:
         """And gives each of them the same scores as by itself."""
@@ -250,8 +251,15 @@ class TestEnsemble:
             weighed.variant(weights=None).generate([CODE, FRENCH], max_new_tokens=6, shared=shared)
             assert weighed.generate([CODE, FRENCH], max_new_tokens=6, shared=shared).texts == want
 
+    # Not `draft="auto"`: whoever is fastest by the clock writes drafts then, also a member without weight.
     @pytest.mark.parametrize(
-        "how", [{}, {"draft": 3}, {"do_sample": True, "seed": 5}, {"certified_skip": True}]
+        "how",
+        [
+            {"draft": 0},
+            {"draft": 3},
+            {"draft": 0, "do_sample": True, "seed": 5},
+            {"draft": 0, "certified_skip": True},
+        ],
     )
     def test_a_member_without_weight_is_not_asked(
         self, tiny_smollm2: Member, tiny_gemma: Member, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch

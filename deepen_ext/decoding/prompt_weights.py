@@ -174,7 +174,7 @@ def read_prompts(
                 session.ask({lane: now.ids[: now.read_from + 1]}, 1).wait()
             for block in session.read(lane, now.ids, now.read_from, 1):
                 now.score(block)
-                del block  # or its logits (134 MB for 262,144 tokens) would stay beside those of the next
+                del block  # or its logits (67 MB for 262,144 tokens) would stay beside those of the next
         last.append(now)
     _read_waiting(session, waiting)
     if any(math.isnan(logprob) for one in wanted.values() for logprob in one.logprobs):

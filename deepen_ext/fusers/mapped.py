@@ -20,10 +20,10 @@ class MappedFuser(BridgedFuser):
 
     @classmethod
     def make(cls, given: Ingredients) -> Self:
-        """On CUDA `tables` are made here, so that no step waits for them; on the CPU when they are needed."""
+        """On CUDA the tables are made here, so that no step waits; on the CPU when they are needed."""
         fuser = super().make(given)
         if fuser.device.type == "cuda":
-            _ = fuser.tables
+            _ = fuser._targets
         return fuser
 
     @cached_property
@@ -35,8 +35,18 @@ class MappedFuser(BridgedFuser):
         members = range(1, len(self.vocab_sizes))
         return [self._bridge.table(member, 0).to(self.device) for member in members]
 
+    @cached_property
+    def _targets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`tables` with 0 for a token that counts for none, and the ids of those tokens."""
+        return [(table.clamp(min=0), (table < 0).nonzero().flatten()) for table in self.tables]
+
     def mapped(self, said: Said) -> torch.Tensor:
         """What an assistant says, in the main model's tokens, float32 [b, V_main]; 0 where it is silent."""
-        table = self.tables[said.member - 1]
-        mass = said.probabilities() * (table >= 0)
-        return mass.new_zeros(len(mass), self.vocab_sizes[0]).index_add_(1, table.clamp(min=0), mass)
+        table, nowhere = self._targets[said.member - 1]
+        mass = said.probabilities().index_fill_(1, nowhere, 0)
+        return mass.new_zeros(len(mass), self.vocab_sizes[0]).index_add_(1, table, mass)
+
+    def add_mapped(self, found: torch.Tensor, said: Said, weights: torch.Tensor) -> None:
+        """The same times `weights` [b, 1], added to `found` [b, V_main] in place."""
+        table, nowhere = self._targets[said.member - 1]
+        found.index_add_(1, table, said.probabilities().index_fill_(1, nowhere, 0).mul_(weights))

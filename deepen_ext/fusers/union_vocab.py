@@ -29,10 +29,10 @@ class UnionVocabFuser(MappedFuser):
 
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
-        fused = said[0].probabilities() * weights[:, :1]
+        fused = said[0].probabilities().mul_(weights[:, :1])
         for i, one in enumerate(said[1:], start=1):
-            fused += self.mapped(one) * weights[:, i : i + 1]
-        logits.copy_(fused.log())
+            self.add_mapped(fused, one, weights[:, i : i + 1])
+        logits.copy_(fused.log_())
         return logits.argmax(dim=-1).int()
 
     def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from deepen_ext.members.hf.placement import is_spread, layer_devices
 from deepen_ext.members.hf.rooms import leave_room, take_room
 from deepen_ext.members.hf.unread import Unread, write_unread
 
-READ_BLOCK = 128  # positions of a block of logits (see `read_end`): 134 MB for 262,144 tokens in float32
+READ_BLOCK = 64  # positions of a block of logits (see `read_end`): 67 MB for 262,144 tokens in float32
 
 
 class HFSession(Closing):
