@@ -21,6 +21,7 @@ from deepen_ext.decoding.generation import Timings
 from deepen_ext.decoding.observed.acceptance import Acceptance
 from deepen_ext.decoding.observed.costs import Costs
 from deepen_ext.decoding.observed.history import FUSION, History
+from deepen_ext.decoding.places import Ahead
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.members.member import Member
 
@@ -91,6 +92,28 @@ class TestCosts:
         costs.add(2, 1, 1.0)
         costs.add(16, 2, 20.0)
         assert [costs.ms(16, width) for width in (1, 2, 3)] == [10.0, 20.0, 30.0]
+
+    def test_a_width_that_nearly_as_many_lanes_know_is_taken_in_proportion(self) -> None:
+        """So not every number of lanes tries it, as texts of a batch end one after the other."""
+        costs = Costs()
+        for width, ms in ((1, 10.0), (2, 25.0), (3, 30.0)):
+            costs.add(16, width, ms)
+        for lanes in (1, 13):
+            costs.add(lanes, 1, 8.0)
+        assert [costs.ms(13, width) for width in (1, 2, 3)] == [8.0, 20.0, 24.0]
+        costs.add(13, 3, 40.0)
+        assert [costs.ms(13, width) for width in (2, 3)] == [20.0, 40.0]
+        assert [costs.ms(1, width) for width in (1, 2)] == [8.0, 8.0]  # it may be another matter: it is tried
+
+    def test_what_is_old_counts_no_more(self) -> None:
+        costs = Costs()
+        for _ in range(3):
+            costs.add(1, 1, 900.0)
+        for _ in range(64):
+            costs.add(1, 2, 12.0)
+        assert costs.ms(1, 1) == 900.0
+        costs.add(1, 1, 10.0)
+        assert costs.ms(1, 1) == 10.0
 
     def test_a_width_is_tried_up_to_twice_the_largest_known(self) -> None:
         costs = Costs()
@@ -272,6 +295,20 @@ class TestPace:
         history = history_of(write=40, read=4, more=0, agrees=True)
         history.spent[1] = (100.0, 20.0)
         assert pace_of(history, (MAIN, 1)).plan(1, []) == Plan(MAIN, None)
+
+    def test_now_and_then_a_cycle_has_no_draft(self) -> None:
+        """Or what a token costs without drafts would stay what it once was."""
+        pace = pace_of(history_of(write=10, read=40, more=0, agrees=True))
+        step: Any = SimpleNamespace(
+            fused=SimpleNamespace(logits=torch.zeros(1, 1), parts=[None]), members_ms={}
+        )
+        plans = []
+        for _ in range(40):
+            plans.append(pace.plan(1, []).length)
+            ahead = Ahead({0: []}, MAIN, drafted=0 if plans[-1] == 0 else 2)
+            pace.learn(ahead, step, [], verified_ms=1.0, cycle_ms=1.0)
+        assert plans.count(0) == 2
+        assert plans[16] == plans[33] == 0
 
     def test_without_the_main_model_there_may_be_no_draft(self) -> None:
         wrong = history_of(write=40, read=4, more=0, agrees=False)

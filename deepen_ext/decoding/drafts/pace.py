@@ -32,6 +32,7 @@ from deepen_ext.decoding.team import Team
 
 MOST_OFFERED = 8  # tokens that are written ahead where the length is chosen beforehand
 _CLEARLY = 0.9  # by this much the other way has to be cheaper: estimates are no measurements
+_PLAIN_EVERY = 16  # cycles with drafts, after which one has none: what that costs is measured again
 _WARM_UP = 2  # forward passes of a shape on CUDA: one as it is, and one that is captured
 _FADE = 0.9  # of a cycle's weight in the average time of a token, with each later cycle
 
@@ -89,7 +90,7 @@ class Pace:
             return Plan(drafters[0], length)
         # With drafts at once, those of the main model are compared with none, not with the present pace.
         rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
-        if rate is None:  # nothing is measured yet
+        if rate is None or self._history.drafting.get(lanes, 0) >= _PLAIN_EVERY:  # to be measured (again)
             return Plan(MAIN, 0)
         if MAIN in drafters and not self._at_once:
             # It may not have drafted yet; then the others are compared with what its drafts would cost.
@@ -154,8 +155,9 @@ class Pace:
             return
         self._learn_costs(ahead.drafts, step, verified_ms)
         self._learn_acceptance(ahead, step, accepted)
+        lanes = len(ahead.drafts)
+        self._history.drafting[lanes] = self._history.drafting.get(lanes, 0) + 1 if ahead.drafted else 0
         if ahead.drafter == MAIN:
-            lanes = len(ahead.drafts)
             spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
             self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
         for number, kept in Counter(one.proposal.place.text for one in accepted).items():

@@ -8,7 +8,9 @@ from bisect import bisect_left
 from collections import deque
 
 _RECENT = 7  # measurements kept of a shape; their median counts
-_FEW, _OLD = 3, 64  # so few measurements are forgotten after so many others: one may have been disturbed
+_OLD = 64  # other measurements, after which one counts no more where there is a newer one of its shape
+_FEW = 3  # so few are forgotten then, if wider than a token: they may have been disturbed
+_NEARLY = 0.25  # so many more or fewer lanes take as much longer for a width
 
 
 class Costs:
@@ -20,8 +22,8 @@ class Costs:
 
     def __init__(self) -> None:
         self._run: dict[tuple[int, int], int] = {}  # how often a shape was run
-        self._recent: dict[tuple[int, int], deque[float]] = {}  # by lanes and width
-        self._last: dict[tuple[int, int], int] = {}
+        # By lanes and width; each with its number among all measurements.
+        self._recent: dict[tuple[int, int], deque[tuple[int, float]]] = {}
         self._medians: dict[int, dict[int, float]] = {}  # by lanes, by width in rising order
         self._count = 0
 
@@ -34,10 +36,11 @@ class Costs:
         if run <= warm_up:
             return
         self._count += 1
-        self._last[lanes, width] = self._count
         recent = self._recent.setdefault((lanes, width), deque(maxlen=_RECENT))
-        recent.append(ms)
-        medians = self._medians.get(lanes, {}) | {width: statistics.median(recent)}
+        recent.append((self._count, ms))
+        while self._is_old(recent[0][0]):
+            recent.popleft()
+        medians = self._medians.get(lanes, {}) | {width: statistics.median(ms for _, ms in recent)}
         if width == 1:  # as a run goes on without drafts
             for other in [w for w in medians if w > 1 and self._is_doubtful(lanes, w)]:
                 del medians[other], self._recent[lanes, other]
@@ -46,15 +49,12 @@ class Costs:
     def ms(self, lanes: int, width: int) -> float | None:
         """Expected milliseconds; infinite for a width to be tried later, None where nothing is known.
 
-        What was not measured for a number of lanes is taken from the nearest one.
+        What was not measured for a number of lanes is taken from the nearest one. Where only widths were not,
+        it is in proportion, from one with nearly as many lanes.
         """
-        known = self._medians.get(lanes, {})
-        if 1 not in known:
-            others = [n for n, medians in self._medians.items() if 1 in medians]
-            if not others:
-                return None
-            nearest = self._medians[min(others, key=lambda n: abs(n - lanes))]
-            known = dict(sorted((nearest | known).items()))
+        known = self._known(lanes)
+        if not known:
+            return None
         if width in known:
             return known[width]
         widths = list(known)
@@ -69,6 +69,22 @@ class Costs:
         slope = max(known[above] - known[below], 0.0) / (above - below)
         return known[below] + slope * (width - below)
 
+    def _known(self, lanes: int) -> dict[int, float]:
+        """By width, in rising order; with nothing for a width of 1 there is nothing."""
+        own = self._medians.get(lanes, {})
+        others = [n for n, medians in self._medians.items() if n != lanes and 1 in medians]
+        if 1 in own:
+            others = [n for n in others if len(self._medians[n]) > 1 and abs(n - lanes) <= _NEARLY * lanes]
+        if not others:
+            return own if 1 in own else {}
+        nearest = self._medians[min(others, key=lambda n: abs(n - lanes))]
+        scale = own[1] / nearest[1] if 1 in own else 1.0
+        return dict(sorted(({width: ms * scale for width, ms in nearest.items()} | own).items()))
+
     def _is_doubtful(self, lanes: int, width: int) -> bool:
         """Measured a few times only, and long ago."""
-        return len(self._recent[lanes, width]) < _FEW and self._count - self._last[lanes, width] > _OLD
+        recent = self._recent[lanes, width]
+        return len(recent) < _FEW and self._is_old(recent[-1][0])
+
+    def _is_old(self, number: int) -> bool:
+        return self._count - number > _OLD

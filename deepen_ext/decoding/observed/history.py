@@ -24,6 +24,7 @@ class History:
         offered: of what others than the main model did write, how many stood, and how many; fading.
         spent: milliseconds and tokens of recent cycles, fading, by number of lanes.
         opened: of recent tokens, fading, those that an assistant could change, and all.
+        drafting: by number of lanes, how many cycles had drafts since the last one without.
     """
 
     costs: dict[int, Costs] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class History:
     offered: dict[int, tuple[float, float]] = field(default_factory=dict)
     spent: dict[int, tuple[float, float]] = field(default_factory=dict)
     opened: tuple[float, float] = (1.0, 1.0)
+    drafting: dict[int, int] = field(default_factory=dict)
 
     def cost(self, who: int) -> Costs:
         """Of this member, or `FUSION`."""
