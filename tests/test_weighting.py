@@ -124,8 +124,7 @@ class TestReadPrompts:
         finally:
             for hook in hooks:
                 hook.remove()
-        assert len(alive) >= 3
-        assert not any(alive)
+        assert alive == [0, 0, 0, 0, 0]
 
     def test_what_prompts_begin_with_alike_is_scored_once(self, tiny_smollm2: Member) -> None:
         """And gives each of them the same scores as by itself."""
@@ -251,13 +250,15 @@ class TestEnsemble:
             weighed.variant(weights=None).generate([CODE, FRENCH], max_new_tokens=6, shared=shared)
             assert weighed.generate([CODE, FRENCH], max_new_tokens=6, shared=shared).texts == want
 
-    # Not `draft="auto"`: whoever is fastest by the clock writes drafts then, also a member without weight.
     @pytest.mark.parametrize(
         "how",
         [
+            {},
             {"draft": 0},
             {"draft": 3},
+            {"do_sample": True, "seed": 5},
             {"draft": 0, "do_sample": True, "seed": 5},
+            {"certified_skip": True},
             {"draft": 0, "certified_skip": True},
         ],
     )
@@ -294,7 +295,8 @@ class TestEnsemble:
                     "unfinished character",
                 }
                 assert found.token_ids == own.token_ids
-                assert len(asked) - asked.count(asked[0]) < 4  # its prompt; the main model is asked first
+                if "draft" in how:  # else whoever is fastest by the clock writes drafts, also this member
+                    assert len(asked) - asked.count(asked[0]) < 4  # its prompt; the main model is asked first
         assert decided == 2
 
     def test_other_words_are_refused(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:

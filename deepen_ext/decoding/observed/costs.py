@@ -10,7 +10,7 @@ from collections import deque
 _RECENT = 7  # measurements kept of a shape; their median counts
 _OLD = 64  # other measurements, after which one counts no more where there is a newer one of its shape
 _FEW = 3  # so few are forgotten then, if wider than a token: they may have been disturbed
-_NEARLY = 0.25  # so many more or fewer lanes take as much longer for a width
+_NEARLY = 0.25  # more or fewer lanes by this share: a wider forward is taken to cost as much more there
 
 
 class Costs:
