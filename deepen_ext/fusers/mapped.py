@@ -42,11 +42,11 @@ class MappedFuser(BridgedFuser):
 
     def mapped(self, said: Said) -> torch.Tensor:
         """What an assistant says, in the main model's tokens, float32 [b, V_main]; 0 where it is silent."""
-        table, nowhere = self._targets[said.member - 1]
-        mass = said.probabilities().index_fill_(1, nowhere, 0)
-        return mass.new_zeros(len(mass), self.vocab_sizes[0]).index_add_(1, table, mass)
+        found = torch.zeros(len(said.topk.probs), self.vocab_sizes[0], device=self.device)
+        self.add_mapped(found, said, 1.0)
+        return found
 
-    def add_mapped(self, found: torch.Tensor, said: Said, weights: torch.Tensor) -> None:
-        """The same times `weights` [b, 1], added to `found` [b, V_main] in place."""
+    def add_mapped(self, found: torch.Tensor, said: Said, weights: torch.Tensor | float) -> None:
+        """The same times `weights`, one number or [b, 1], added to `found` [b, V_main] in place."""
         table, nowhere = self._targets[said.member - 1]
         found.index_add_(1, table, said.probabilities().index_fill_(1, nowhere, 0).mul_(weights))
