@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -90,8 +90,7 @@ class Ensemble:
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
         loading = {key: options.pop(key) for key in LOAD_OPTIONS if key in options}
-        count = len(check_names(members))  # this and the weights are looked at before minutes of loading
-        team_weights(FusionSettings().changed(**options), count, "; name at least two models")
+        check_ensemble(members, options)
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
@@ -304,3 +303,16 @@ class Ensemble:
     def save_rows(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""
         self.team.save_rows()
+
+
+def check_ensemble(members: Sequence[str | Path], options: Mapping[str, Any]) -> None:
+    """What is wrong with an ensemble that is to be loaded, before minutes of loading.
+
+    Args:
+        members: see `Ensemble.from_pretrained`.
+        options: what `Ensemble` takes beside them.
+
+    Raises:
+        InputError: the number of members, of weights, or a setting out of range.
+    """
+    team_weights(FusionSettings().changed(**options), len(check_names(members)), "; name at least two models")

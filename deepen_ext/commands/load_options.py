@@ -51,6 +51,10 @@ class Loading:
     texts: Mapping[str, list[str] | None]
     trust_remote_code: bool
 
+    def without_key(self) -> Loading:
+        """The same for members that are not to get the key."""
+        return Loading({**self.texts, "api_key": None}, self.trust_remote_code)
+
     def options(self) -> dict[str, Any]:
         """The keywords of `load_members` that were given: one value for all, or a list of one for each.
 

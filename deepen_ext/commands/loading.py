@@ -113,10 +113,16 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
     """
     with progress() as say, _without_collector():
         say("Starting")
-        from deepen_ext.ensemble import Ensemble
+        from deepen_ext.ensemble import Ensemble, check_ensemble
         from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
         from deepen_ext.members.loading import load_members
 
+        fusing = {
+            name: {key: value for key, value in keywords.items() if key not in LOAD_OPTIONS}
+            for name, (_, keywords) in asked.items()
+        }
+        for ensemble, (named, _) in asked.items():
+            check_ensemble(named.members, fusing[ensemble])
         plans: dict[str, list[str]] = {}
         wanted: dict[str, tuple[str, LoadOptions]] = {}
         for ensemble, (named, keywords) in asked.items():
@@ -134,11 +140,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         members = dict(zip(wanted, loaded, strict=True))
         say("Matching vocabularies")
         return {
-            name: Ensemble(
-                [members[one] for one in plans[name]],
-                **{key: value for key, value in keywords.items() if key not in LOAD_OPTIONS},
-            )
-            for name, (_, keywords) in asked.items()
+            name: Ensemble([members[one] for one in plan], **fusing[name]) for name, plan in plans.items()
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +61,7 @@ def serve(
         int, typer.Option(min=1, help="Texts that are written side by side.", rich_help_panel=_PANEL)
     ] = 32,
     queue: Annotated[
-        int, typer.Option(min=0, help="Texts that may wait; more get a 429.", rich_help_panel=_PANEL)
+        int, typer.Option(min=1, help="Texts that may wait; more get a 429.", rich_help_panel=_PANEL)
     ] = 256,
     max_body: Annotated[
         float, typer.Option(min=0.001, help="MiB of a request.", rich_help_panel=_PANEL)
@@ -89,8 +89,14 @@ def serve(
     with exit_codes(debug):
         _check_installed()
         found = _named_ensembles(model, demo, preset, ensemble)
-        shared = (fuser, weight, recipe, learning_rate, on_failure)
-        asked = {name: (named, ensemble_keywords(named, loading, *shared)) for name, named in found.items()}
+        for_one = (fuser, weight, recipe, learning_rate, loading.texts["api_key"])
+        own = _whose_options(found, given=any(one is not None for one in for_one))
+        mine = loading, fuser, weight, recipe, learning_rate, on_failure
+        others = loading.without_key(), None, None, None, None, on_failure
+        asked = {
+            name: (named, ensemble_keywords(named, *(mine if name == own else others)))
+            for name, named in found.items()
+        }
         key_text = _read_key(key)
         _say_on_standard_error()
         from deepen_ext.serving.engine import Engine
@@ -142,6 +148,21 @@ def _named_ensembles(
             raise InputError(f"--ensemble {_DEFAULT}: the ensemble of the other options has this name")
         return {_DEFAULT: named_members(models, demo, preset), **found}
     return found
+
+
+def _whose_options(found: Mapping[str, Named], *, given: bool) -> str:
+    """The ensemble that the options of fusing and --member-api-key are for; other presets bring their own.
+
+    Args:
+        found: see `_named_ensembles`.
+        given: whether there are such options.
+    """
+    if given and len(found) > 1 and _DEFAULT not in found:
+        raise InputError(
+            "--fuser, --weight, --recipe, --learning-rate and --member-api-key are for one ensemble, and "
+            f"there are {len(found)}; put settings into the presets, and give a key to a server of its own"
+        )
+    return _DEFAULT if _DEFAULT in found else next(iter(found))
 
 
 def _read_key(where: str | None) -> str | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from deepen_ext.members.asking import common_prefix
 
 _MOST = 4
+_LITTLE = 16  # tokens of a kept lane that a new text may cost while other lanes are empty
 
 
 class KeptLanes:
@@ -14,6 +15,9 @@ class KeptLanes:
 
     def __init__(self) -> None:
         self._ids: dict[int, list[list[int]]] = {}  # by lane, the oldest first; member after member
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids)
 
     def keep(self, lane: int, ids: list[list[int]]) -> int | None:
         """The lane's text has ended. Returns the lane that is kept no longer for it, if there is one."""
@@ -25,7 +29,10 @@ class KeptLanes:
         return oldest
 
     def best(self, ids: list[int], free: Sequence[int]) -> int:
-        """The free lane for a new text: the one that holds most of its beginning, else an empty one.
+        """The free lane for a new text: the one that holds most of its beginning, or an empty one.
+
+        An empty one is taken where the kept one would lose much, such as a chat whose beginning the new text
+        shares: sessions copy what is common, and the chat may go on.
 
         Args:
             ids: the text's, in the main model's tokens.
@@ -34,7 +41,7 @@ class KeptLanes:
         common = {lane: common_prefix(self._ids[lane][0], ids) for lane in free if lane in self._ids}
         empty = [lane for lane in free if lane not in self._ids]
         best = max(common, key=common.__getitem__, default=None)
-        if best is None or (empty and common[best] == 0):
+        if best is None or (empty and len(self._ids[best][0]) - common[best] > _LITTLE):
             return empty[0]
         del self._ids[best]
         return best

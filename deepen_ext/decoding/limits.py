@@ -12,7 +12,15 @@ from deepen_ext.members.memory import Held, find_shortage
 
 
 class NoRoom(InputError):
-    """The memory that is free does not hold a run with its longest texts."""
+    """The memory that is free does not hold a run with its longest texts.
+
+    Attributes:
+        why: the same without advice.
+    """
+
+    def __init__(self, why: str, advice: str) -> None:
+        super().__init__(f"{why}; {advice}")
+        self.why = why
 
 
 def check_main_model(team: Team, settings: Settings) -> None:
@@ -68,6 +76,7 @@ def check_lengths(
     tokens: Mapping[int, Sequence[int]],
     at_once: int,
     held: Held | None,
+    used: int | None = None,
 ) -> None:
     """That every prompt with its new tokens fits every member's context, and the batch the memory.
 
@@ -77,6 +86,7 @@ def check_lengths(
         tokens: of each text, how many tokens its prompt has for each assistant.
         at_once: how many texts are written side by side.
         held: bytes by device that sessions of a member with so many lanes hold already.
+        used: how many of the lanes hold states; None for all.
 
     Raises:
         NoRoom: the memory does not hold them.
@@ -101,9 +111,10 @@ def check_lengths(
                     f"{member.name}: {which} tokens and {new} new ones exceed its context of {limit}; "
                     f"shorten the prompt{fewer}"
                 )
-    if (short := find_shortage(at_once, zip(team.members, longest, strict=True), held)) is not None:
+    of_members = zip(team.members, longest, strict=True)
+    if (short := find_shortage(at_once, of_members, held, used)) is not None:
         fewer = "choose a smaller batch_size, or " if at_once > 1 else ""
         raise NoRoom(
-            f"{at_once} prompts at a time, with their new tokens up to {max(longest)} long, {short}; "
-            f"{fewer}ask for fewer new tokens"
+            f"{used or at_once} prompts at a time, with their new tokens up to {max(longest)} long, {short}",
+            f"{fewer}ask for fewer new tokens",
         )

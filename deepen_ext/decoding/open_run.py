@@ -31,6 +31,7 @@ from deepen_ext.errors import MemberLost
 from deepen_ext.members.member import Member
 
 _CAPACITY = 256  # tokens of a text that there is room for at first
+_ALONE = 512  # most tokens of prompts that each member reads in a step where nobody waits for tokens
 
 
 @dataclass
@@ -89,9 +90,10 @@ class OpenRun(Cycles):
             observer=None if observer is None else lambda: observer,
         )
         self._lane_count = lanes
-        self._chunk = chunk
+        self._chunk = self._piece = chunk
         self._numbers = count()
         self._prompts: dict[int, _Prompt] = {}
+        self._lengths: dict[int, list[int]] = {}  # of each text's prompt, its tokens for each assistant
         self._kept = KeptLanes()
         self._ended: list[int] = []
         self.failures: dict[int, ChoiceError] = {}
@@ -122,6 +124,11 @@ class OpenRun(Cycles):
                 held[device] = held.get(device, 0) + size
         return held
 
+    @property
+    def lost(self) -> Sequence[str]:
+        """The assistants that are out (`on_failure="continue"`), also for texts to come."""
+        return self._losses.names
+
     def add(self, prompt: Prompt, settings: Settings) -> int:
         """One more text; there is a lane for it. Returns its number.
 
@@ -136,16 +143,19 @@ class OpenRun(Cycles):
         number = next(self._numbers)
         self._chooser.add(number, settings, prompt.main_ids)
         self._take(number, prompt, settings)
-        lengths = {n: self._assistants.texts[n].tokens() for n in self._texts}
+        self._texts[number].lost |= dict.fromkeys(self.lost, 0)
+        self._lengths[number] = self._assistants.texts[number].tokens()
         try:
-            check_lengths(self._team, self._texts, lengths, self._lane_count, held=self._bytes_of)
+            check_lengths(
+                self._team, self._texts, self._lengths, self._lane_count, self._bytes_of, self._most_used()
+            )
         except BaseException:
             self._schedule.withdraw(number)
             self._forget(number)
             raise
-        for text in self._schedule.begin(lambda text, free: self._kept.best(self._texts[text].ids, free)):
-            self._assistants.lanes = self._schedule.lanes
-            self._prompts[text] = self._prompt(text)
+        self._prompts[number] = self._prompt(number)  # what its lane holds counts too, so before it has one
+        self._schedule.begin(lambda text, free: self._kept.best(self._texts[text].ids, free))
+        self._assistants.lanes = self._schedule.lanes
         return number
 
     def result(self, number: int) -> Generation:
@@ -156,14 +166,18 @@ class OpenRun(Cycles):
         """The text ends here."""
         self._end(number, "cancelled")
 
-    def step(self) -> list[Written]:
+    def step(self, *, beside: bool = False) -> list[Written]:
         """Read some of the prompts, and write a token or more of every text that is being written.
+
+        Args:
+            beside: texts of other runs wait for this step, as those of this run do.
 
         Raises:
             DeepenError: see `Run`. The run can only be closed then. What is wrong with one text alone ends
                 that text: see `failures`.
         """
         self._timings = Timings(members_ms=dict.fromkeys(self._team.names, 0.0))
+        self._piece = self._chunk if beside or self._schedule.active else _ALONE
         try:
             self._read_prompts()
         except MemberLost as error:
@@ -192,12 +206,11 @@ class OpenRun(Cycles):
         """A piece of the prompts, for each member: of those with least left first, and of the oldest."""
         if not self._prompts:
             return
-        alone = not self._schedule.active
-        budget = [self._chunk if not alone else 1 << 30] * len(self._team.members)
+        budget = [self._piece] * len(self._team.members)
         oldest = next(iter(self._prompts))
         order = sorted(self._prompts, key=lambda number: self._prompts[number].left)
         for number in dict.fromkeys([oldest, *order]):
-            share = 2 if number == oldest and len(order) > 1 and not alone else 1
+            share = 2 if number == oldest and len(order) > 1 else 1
             self._read_piece(number, budget, share)
 
     def _read_piece(self, number: int, budget: list[int], share: int) -> None:
@@ -243,9 +256,9 @@ class OpenRun(Cycles):
         return self._kept.shared(ids, others)
 
     def _begun(self) -> list[int]:
-        """The texts whose prompts are read but for the last piece; beside others, no more than a chunk."""
+        """The texts whose prompts are read but for the last piece, until these are too many tokens."""
         begun: list[int] = []
-        room = self._chunk if self._schedule.active else 1 << 30
+        room = self._piece
         for number, prompt in list(self._prompts.items()):
             if prompt.left == 0 and room > 0:
                 begun.append(number)
@@ -287,6 +300,12 @@ class OpenRun(Cycles):
         if oldest is not None:
             self._set_aside(oldest, forget=True)
 
+    def _most_used(self) -> int:
+        """How many lanes there are up to the last one that holds states, with one more text."""
+        held: set[int] = {*self._schedule.lanes.values(), *self._kept}
+        another = next((lane for lane in range(self._lane_count) if lane not in held), 0)
+        return 1 + max(another, *held, 0)
+
     def _set_aside(self, lane: int, *, forget: bool = False) -> None:
         for session in (self._main, *self._assistants.sessions.values()):
             session.set_aside(lane, forget=forget)
@@ -303,7 +322,7 @@ class OpenRun(Cycles):
         return [self._texts[number].ids, *(own.ids(i) for i in range(len(self._team.members) - 1))]
 
     def _forget(self, number: int) -> None:
-        del self._texts[number]
+        del self._texts[number], self._lengths[number]
         self._assistants.forget(number)
         self._chooser.forget(number)
         self._stopping.forget(number)

@@ -232,10 +232,15 @@ class Backend(Protocol):
         """
         ...
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
-        """Bytes by device that a new session takes, with so many tokens in every lane; {} where it is remote.
+    def bytes_needed(self, lanes: int, tokens: int, used: int | None = None) -> Mapping[torch.device, int]:
+        """Bytes by device that a new session takes; {} where it is remote.
 
         What the backend holds idle for its next session is not counted again.
+
+        Args:
+            lanes: of the session.
+            tokens: in every lane that is used.
+            used: how many lanes are; None for all. The others count where they have room all the same.
         """
         ...
 

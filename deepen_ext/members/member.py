@@ -97,13 +97,17 @@ class Member:
 
     def special_in(self, texts: Sequence[str]) -> list[int]:
         """The tokens without text whose names stand in one of these texts."""
-        names = ((i, self.name_of(i)) for i in self._without_text) if texts else ()
-        return [i for i, name in names if name and any(name in text for text in texts)]
+        names = self._names_without_text.items() if texts else ()
+        return [i for i, name in names if any(name in text for text in texts)]
 
     @cached_property
     def size(self) -> int | None:
         """Number of weights outside of the embeddings; None where the backend cannot know. Counted once."""
         return self.backend.describe().non_embedding_parameters
+
+    @cached_property
+    def _names_without_text(self) -> dict[int, str]:
+        return {i: name for i in sorted(self._without_text) if (name := self.name_of(i))}
 
     @cached_property
     def _without_text(self) -> frozenset[int]:

@@ -50,6 +50,7 @@ def find_shortage(
     lanes: int,
     lengths: Iterable[tuple[Member, int]],
     held: Held | None = None,
+    used: int | None = None,
 ) -> Shortage | None:
     """The first device that lacks the memory for sessions of the members side by side, if there is one.
 
@@ -59,11 +60,12 @@ def find_shortage(
         lanes: of each session.
         lengths: the members, and how many tokens a lane of each is to hold.
         held: bytes by device that the sessions of a member with so many lanes hold already.
+        used: how many of the lanes hold states; None for all.
     """
     wanted: dict[torch.device, int] = {}
     for member, tokens in lengths:
         already = {} if held is None else held(member, lanes)
-        for device, size in member.backend.bytes_needed(lanes, tokens).items():
+        for device, size in member.backend.bytes_needed(lanes, tokens, used).items():
             wanted[device] = wanted.get(device, 0) + max(size - already.get(device, 0), 0)
     for device, size in wanted.items():
         if size > available_bytes(device):

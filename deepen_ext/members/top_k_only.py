@@ -58,8 +58,10 @@ class TopKOnly:
     def open(self, lanes: int = 1, capacity: int = 0) -> Session:  # noqa: D102
         return _TopKSession(self._backend.open(lanes, capacity), self._k)
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:  # noqa: D102
-        return self._backend.bytes_needed(lanes, tokens)
+    def bytes_needed(  # noqa: D102
+        self, lanes: int, tokens: int, used: int | None = None
+    ) -> Mapping[torch.device, int]:
+        return self._backend.bytes_needed(lanes, tokens, used)
 
     def embedding(self) -> torch.Tensor | None:
         """Out of reach, as a server's are."""

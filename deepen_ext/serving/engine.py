@@ -25,9 +25,10 @@ from deepen_ext.ground.numbers import whole_number
 from deepen_ext.serving.heap import return_free_memory
 from deepen_ext.serving.refusals import Busy, Closed, UnknownModel
 from deepen_ext.serving.requests import Listener, Request
-from deepen_ext.serving.running import Running, Waiting, prompt_of
+from deepen_ext.serving.running import LOG, Running, Waiting, prompt_of
 
 _VARIANTS = 16  # ensembles with settings of single requests that are kept ready
+_MOST_RUNS = 16  # at once: each has caches of its own
 _IDLE_SECONDS = 30.0  # a run without texts keeps its caches so long
 _TURN_SECONDS = 0.5  # how often a waiting thread looks around
 _REMEMBERED = 32  # texts whose times say how long a request will wait
@@ -150,6 +151,11 @@ class Engine(Closing):
         running, reading, held = self._load
         return Load(running, reading, len(self._waiting), self._tokens, self._prompt_tokens, held)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no new requests are taken: it is closing, or its thread has ended by a fault of ours."""
+        return self._closing
+
     def close(self, seconds: float = 0.0) -> None:
         """No new requests. Texts may go on so many seconds; then they end as "cancelled"."""
         with self._changed:
@@ -195,8 +201,8 @@ class Engine(Closing):
                 self._join()
                 busy = [run for run in list(self._runs.values()) if run.busy]
                 for run in busy:
-                    self._count(run.step())
-                self._close_idle(lambda run: monotonic() - run.used > _IDLE_SECONDS)
+                    self._count(run.step(beside=len(busy) > 1))
+                self._close_idle(lambda run: run.stale or monotonic() - run.used > _IDLE_SECONDS)
                 self._note()
                 if busy:
                     continue
@@ -230,7 +236,12 @@ class Engine(Closing):
     def _joined(self, waiting: Waiting) -> bool:
         """Whether the text found room; told as failed, it needs none."""
         run = self._runs.get(waiting.key)
+        if run is not None and run.stale:
+            self._runs[object()] = self._runs.pop(waiting.key)  # its texts are written to their ends
+            run = None
         if run is not None and not run.free:
+            return False
+        if run is None and len(self._runs) >= _MOST_RUNS and not self._close_idle(lambda _: True):
             return False
         try:
             if run is None:
@@ -272,7 +283,11 @@ class Engine(Closing):
         """Free the caches of the runs without texts that are chosen; returns whether there were any."""
         idle = [key for key, run in self._runs.items() if not run.busy and chosen(run)]
         for key in idle:
-            self._runs.pop(key).close()
+            run = self._runs.pop(key)
+            try:
+                run.close()
+            except Exception:  # the engine has to go on for the other runs
+                LOG.exception("a run could not be closed well; its memory may not be free")
         if idle:
             return_free_memory()
         return bool(idle)
@@ -280,6 +295,11 @@ class Engine(Closing):
 
 def _named(error: Exception) -> DeepenError:
     """The error as a listener gets it."""
+    if isinstance(error, NoRoom):
+        advice = (
+            "send a shorter prompt or ask for fewer new tokens; with fewer lanes the server has more room"
+        )
+        return NoRoom(error.why, advice)
     if isinstance(error, DeepenError):
         return error
     return ModelError(f"the text could not be begun: {type(error).__name__}: {error}")

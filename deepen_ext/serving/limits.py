@@ -29,7 +29,6 @@ class Gate:
         key: str | None,
         most_bytes: int,
         closing: Callable[[], bool],
-        open_paths: tuple[str, ...] = (),
     ) -> None:
         """Before an app.
 
@@ -38,13 +37,11 @@ class Gate:
             key: what clients send as ``Authorization: Bearer KEY``; None for no key.
             most_bytes: of a body.
             closing: whether the server takes no new requests any more.
-            open_paths: beginnings of paths that need no key, beside `_OPEN`.
         """
         self._app = app
         self._key = None if key is None else key.encode()
         self._most = most_bytes
         self._closing = closing
-        self._open = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request, or something else that is not looked at."""
@@ -72,7 +69,7 @@ class Gate:
             raise too_large(self._most)
 
     def _allowed(self, path: str, sent: bytes) -> bool:
-        if self._key is None or path in _OPEN or path.startswith(self._open or ("\0",)):
+        if self._key is None or path in _OPEN:
             return True
         kind, _, key = sent.partition(b" ")
         # In constant time: how long it takes tells nothing of the key.

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from deepen_ext.serving.engine import Engine, Ticket
 from deepen_ext.serving.requests import Ended, Event, Failed, Listener, Piece, Prompted, Request
 
-# What may wait for a client that reads slowly, in pieces of text; see `_weight`.
+# What may wait for a client that reads slowly, in pieces of text (see `_weight`), where texts are few.
 MOST_WAITING = 4096
+_DRAFTED = 64  # tokens of a text that a step may bring, where drafts are written
 
 
 class Told(NamedTuple):
@@ -34,8 +35,8 @@ class Texts:
     that its texts are cancelled.
     """
 
-    def __init__(self, texts: int, most_waiting: int = MOST_WAITING) -> None:
-        """So many texts; call it in the event loop."""
+    def __init__(self, texts: int, most_waiting: int) -> None:
+        """So many texts, of which so much may wait; call it in the event loop."""
         self.tickets: list[Ticket] = []
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
@@ -120,11 +121,20 @@ class Texts:
         self._ready.set()
 
 
+def most_waiting(requests: Sequence[Request]) -> int:
+    """What may wait of these texts: two steps of all of them, or more."""
+    steps = (_of_piece(one.top, one.explain) * (_DRAFTED if one.draft else 1) for one in requests)
+    return max(MOST_WAITING, 2 * sum(steps))
+
+
 def _weight(event: Event) -> int:
     """About how much memory an event takes, in pieces without more."""
     if isinstance(event, Prompted):
         return 0  # asked for, and one alone
     if isinstance(event, Piece):
-        of_scores = 0 if event.scored is None else len(event.scored.top) // 4
-        return 1 + of_scores + (16 if event.record is not None else 0)
+        return _of_piece(0 if event.scored is None else len(event.scored.top), event.record is not None)
     return 0
+
+
+def _of_piece(top: int, explain: bool) -> int:
+    return 1 + top // 4 + (16 if explain else 0)

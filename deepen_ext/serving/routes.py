@@ -120,8 +120,8 @@ async def version() -> dict[str, Any]:
 async def health(response: Response, service: _Service) -> dict[str, Any]:
     """200 while requests are taken."""
     load = service.engine.load
-    response.status_code = 503 if service.closing else 200
-    state = "shutting down" if service.closing else "ok"
+    state = "shutting down" if service.closing else "failed" if service.engine.closed else "ok"
+    response.status_code = 200 if state == "ok" else 503
     return {"status": state, "running": load.running, "reading": load.reading, "waiting": load.waiting}
 
 

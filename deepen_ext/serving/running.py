@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import monotonic
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from deepen_ext.serving.candidates import read_prompt, scored
 from deepen_ext.serving.requests import Ended, Failed, Listener, Piece, Request, Scored
 
 LOG = logging.getLogger("deepen_ext.serving")
+_WITHOUT_SECONDS = 30.0  # so long texts do without a member that was lost; then it is asked again
 
 
 @dataclass(eq=False)
@@ -41,6 +43,7 @@ class Waiting:
         listener: is told what becomes of it.
         cancelled: nobody wants the text any more. Set by any thread.
         began: when the request came, in seconds.
+        prompted: what its prompt's tokens were asked for was told.
     """
 
     request: Request
@@ -51,8 +54,9 @@ class Waiting:
     listener: Listener
     cancelled: bool = False
     began: float = field(default_factory=monotonic)
+    prompted: bool = False
 
-    @property
+    @cached_property  # the engine looks at it in every step
     def key(self) -> object:
         """Equal for requests whose texts may be written by one run."""
         named = self.ensemble.team.main.special_in(self.settings.every_stop_string)
@@ -120,11 +124,17 @@ class Running:
         )
         self.used = monotonic()
         self.broken = False
+        self._lost_at: float | None = None
 
     @property
     def busy(self) -> bool:
         """Whether a text is there."""
         return bool(self._requests)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a member is out that another run would ask again."""
+        return self._lost_at is not None and monotonic() - self._lost_at > _WITHOUT_SECONDS
 
     @property
     def free(self) -> int:
@@ -152,26 +162,34 @@ class Running:
         Raises:
             DeepenError: see `OpenRun.add`; what is asked for of its prompt cannot be given.
         """
-        if waiting.request.prompt_top:
+        if waiting.request.prompt_top and not waiting.prompted:
             prompted = read_prompt(waiting.ensemble.team, waiting.prompt, waiting.request.prompt_top)
             waiting.listener(prompted)
+            waiting.prompted = True  # a text that finds no room comes again
         self._requests[self._run.add(waiting.prompt, waiting.settings)] = waiting
 
-    def step(self) -> tuple[int, list[float]]:
-        """One step of all texts; how many tokens it gave, and the seconds that each text took that ended."""
+    def step(self, *, beside: bool = False) -> tuple[int, list[float]]:
+        """One step of all texts; how many tokens it gave, and the seconds that each text took that ended.
+
+        Args:
+            beside: other runs wait for it.
+        """
         self.used = monotonic()
-        for number, waiting in self._requests.items():
-            if waiting.cancelled:
-                self._run.cancel(number)
         self._observer.begin()
         try:
-            return self._step()
+            return self._step(beside)
         except Exception as error:
             self._break(error)
             return 0, []
 
-    def _step(self) -> tuple[int, list[float]]:
-        written = self._run.step()
+    def _step(self, beside: bool) -> tuple[int, list[float]]:
+        for number, waiting in self._requests.items():
+            if waiting.cancelled:
+                self._run.cancel(number)
+        written = self._run.step(beside=beside)
+        if self._run.lost and self._lost_at is None:
+            self._lost_at = self.used
+            LOG.warning("texts go on without %s, which was lost", ", ".join(self._run.lost))
         for one in written:
             scored_, record = self._observer.of(one.number)
             self._requests[one.number].listener(Piece(one.token, one.text, scored_, record))
@@ -211,8 +229,9 @@ class Running:
     def _own(self, error: Exception, number: int) -> DeepenError:
         if isinstance(error, MemberLost):
             return MemberLost(error.member, error.why, [self._run.result(number)])
-        if isinstance(error, DeepenError):
+        if isinstance(error, DeepenError) and not isinstance(error, InputError):
             return error
+        # What is wrong with a request is found before it is written, or ends its text alone.
         return ModelError(f"the text cannot go on: {type(error).__name__}: {error}")
 
 

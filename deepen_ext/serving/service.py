@@ -16,7 +16,7 @@ from deepen_ext.serving.answers import Answer, Streaming
 from deepen_ext.serving.bodies import ChatBody, CompletionBody
 from deepen_ext.serving.engine import Engine
 from deepen_ext.serving.errors import LOG, refused, shutting_down
-from deepen_ext.serving.listening import Texts
+from deepen_ext.serving.listening import Texts, most_waiting
 from deepen_ext.serving.metrics import Metrics
 from deepen_ext.serving.models import Models
 from deepen_ext.serving.shapes import ChatShape, CompletionShape, Shape
@@ -84,9 +84,10 @@ class Service:
             raise refused("stream_options is for streams; set stream, or leave it out", "stream_options")
         if self.limits.log_prompts:
             LOG.info("%s prompts: %r", shape.id, [one.prompt for one in shape.asked.requests[:: body.n]])
-        texts = Texts(len(shape.asked.requests))
+        requests = shape.asked.requests
+        texts = Texts(len(requests), most_waiting(requests))
         try:
-            await self._in_thread(lambda: texts.submit(self.engine, shape.asked.requests))
+            await self._in_thread(lambda: texts.submit(self.engine, requests))
         except BaseException:
             texts.give_up()
             raise

@@ -43,14 +43,14 @@ class Shape(ABC):
 
     def chunk(self, number: int, part: Part) -> dict[str, Any]:
         """A part of text `number`."""
-        found = self._frame(self.chunk_kind, [self._delta(number, part)])
+        found = self._frame(self.chunk_kind, [self._delta(number, part) | _lost(part)])
         if self.explain and part.pieces:
             found["deepen"] = part.pieces[0].record
         return found
 
     def whole(self, parts: Sequence[Sequence[Part]], ended: Sequence[Ended]) -> dict[str, Any]:
         """All texts, each of its parts."""
-        choices = [self._choice(number, own) for number, own in enumerate(parts)]
+        choices = [self._choice(number, own) | _lost(own[-1]) for number, own in enumerate(parts)]
         if self.explain:
             for choice, own in zip(choices, parts, strict=True):
                 choice["deepen"] = [piece.record for part in own for piece in part.pieces]
@@ -187,3 +187,8 @@ class ChatShape(Shape):
 
     def _of(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         return None if self.asked.top is None else self.texts.chat_logprobs(pieces, self.asked.top)
+
+
+def _lost(part: Part) -> dict[str, Any]:
+    """Of a choice: the members that were lost on the way, and from which token on; nothing where none was."""
+    return {"lost": dict(part.lost)} if part.lost else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepen_ext.serving.requests import Ended, Piece
@@ -25,11 +25,13 @@ class Part:
         text: whole characters; never a part of a stop string.
         pieces: the tokens behind it, and behind what is held back.
         finish_reason: of the text's last part.
+        lost: of the text's last part, see `Generation`.
     """
 
     text: str
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
+    lost: Mapping[str, int] = field(default_factory=dict)
 
 
 class Writing:
@@ -66,7 +68,8 @@ class Writing:
             # Where it is not found, it was the name of a special token, which is no part of the text.
             places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
             text = text[: min(places, default=len(text))]
-        return Part(text, finish_reason=_REASONS.get(ended.finish_reason, ended.finish_reason))
+        reason = _REASONS.get(ended.finish_reason, ended.finish_reason)
+        return Part(text, finish_reason=reason, lost=ended.lost)
 
 
 def _held_back(text: str, stops: Sequence[str]) -> int:

@@ -141,6 +141,14 @@ class TestMemory:
             assert 0 < size < lanes[device]
             assert size < tokens[device] or not own.cuts
 
+    def test_lanes_that_are_not_used_take_no_more_than_others(self, own: Subject) -> None:
+        one, used, all_ = (own.backend.bytes_needed(*size) for size in ((1, 60), (4, 60, 1), (4, 60)))
+        with opened(own.backend, 4) as session:
+            session.ask({0: text(60)}, K).wait()
+            for device, size in session.bytes_held.items():
+                assert one[device] <= used[device] <= all_[device]
+                assert size <= used[device] or not own.cuts
+
     def test_what_a_session_holds(self, own: Subject) -> None:
         needed = own.backend.bytes_needed(2, 60)
         with opened(own.backend, 2) as session:

@@ -23,8 +23,8 @@ from running import PROMPT, Running, serving, slow, until
 
 from deepen_ext import Ensemble
 from deepen_ext.serving.engine import Ticket
-from deepen_ext.serving.listening import Texts, TooSlow
-from deepen_ext.serving.requests import Ended, Piece
+from deepen_ext.serving.listening import Texts, TooSlow, most_waiting
+from deepen_ext.serving.requests import Candidate, Ended, Piece, Request, Scored
 from deepen_ext.serving.run import PatientProtocol
 from deepen_ext.serving.writing import Writing
 
@@ -134,7 +134,7 @@ def test_what_waits_for_a_slow_reader_is_bounded() -> None:
     """The engine's thread is never held up; past the bound the texts are cancelled."""
 
     async def read() -> None:
-        texts = Texts(2, most_waiting=10)
+        texts = Texts(2, 10)
         ticket = _Ticket()
         listeners = []
 
@@ -156,6 +156,39 @@ def test_what_waits_for_a_slow_reader_is_bounded() -> None:
         with pytest.raises(TooSlow):
             await texts.next()
         assert ticket.cancelled.is_set()
+
+    asyncio.run(read())
+
+
+@pytest.mark.parametrize(
+    ("texts", "request_"),
+    [
+        (1, {}),
+        (128, {"top": 128}),
+        (32, {"draft": 32, "top": 20}),
+        (32, {"draft": 8, "explain": True}),
+    ],
+)
+def test_what_one_step_brings_may_wait(texts: int, request_: dict[str, Any]) -> None:
+    """Of all texts of a request, however much each token's piece has."""
+    request = Request("deepen", "So", **request_)
+    top = tuple(Candidate(i, -1.0) for i in range(request.top))
+    piece = Piece(1, "x", Scored(-1.0, top) if top else None, {} if request.explain else None)
+
+    async def read() -> None:
+        told = Texts(texts, most_waiting([request] * texts))
+        listeners = []
+
+        class Engine:
+            def submit(self, request: Any, listener: Any) -> _Ticket:
+                listeners.append(listener)
+                return _Ticket()
+
+        told.submit(Engine(), [request] * texts)  # type: ignore[arg-type]
+        for listener in listeners:
+            for _ in range(1 + request.draft):  # type: ignore[operator]
+                listener(piece)
+        assert len(await told.next()) == texts * (1 + request.draft)  # type: ignore[operator]
 
     asyncio.run(read())
 

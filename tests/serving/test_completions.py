@@ -12,7 +12,8 @@ import openai
 import pytest
 import torch
 from command_line import ROOT
-from running import ASSISTANT, MAIN, PROMPT, Running
+from losing_backend import backend_of, losing
+from running import ASSISTANT, MAIN, PROMPT, Running, serving
 
 from deepen_ext import Ensemble
 from deepen_ext.serving.tokens import TokenTexts
@@ -310,6 +311,22 @@ def test_every_token_explained(client: openai.OpenAI, pair: Ensemble) -> None:
                 assert one[key] == other[key]
             assert [own["name"] for own in one["members"]] == [own["name"] for own in other["members"]]
             assert one["fused"][0]["id"] == other["fused"][0]["id"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_says_which_member_was_lost_on_the_way(pair: Ensemble, stream: bool) -> None:
+    members = [pair.members[0], losing(pair.members[1])]
+    with serving({"deepen": Ensemble(members, fuser="deepen", on_failure="continue")}) as running:
+        create = running.client().completions.create
+        before: Any = create(prompt=PROMPT, **GREEDY)
+        assert not hasattr(before.choices[0], "lost")
+        backend_of(members[1]).arm(9)
+        answer: Any = create(prompt=PROMPT, stream=stream, **GREEDY)
+        choices = [one.choices[0] for one in answer] if stream else answer.choices
+        (token,) = choices[-1].lost.values()
+        assert 0 < token < GREEDY["max_tokens"]
+        assert list(choices[-1].lost) == [ASSISTANT]
+        assert not any(hasattr(one, "lost") for one in choices[:-1])
 
 
 def test_many_at_once_by_the_async_client(served: Running, pair: Ensemble) -> None:

@@ -9,30 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from losing_backend import backend_of, losing
-from tiny_models import PROSE, one_byte_tokens, save_model, tiny_reader
+from losing_backend import backend_of
+from tiny_models import PROSE
+from told import LOUD, SECONDS, Told, counted, losing_members, submit
 from transformers import LogitsProcessor
 
 from deepen_ext import Ensemble
 from deepen_ext.errors import InputError, MemberLost
-from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.serving.engine import Busy, Engine, UnknownModel
 from deepen_ext.serving.refusals import Closed
-from deepen_ext.serving.requests import Ended, Event, Failed, Piece, Prompted, Request
+from deepen_ext.serving.requests import Ended, Failed, Prompted, Request
 from deepen_ext.serving.running import Running
-
-LOUD: dict[str, Any] = {"learning_rate": 1.0, "cache": False}
-SECONDS = 60
 
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
-    found = []
-    for i, name in enumerate(("main", "assistant")):
-        folder = save_model(tmp_path_factory.mktemp("models") / name, one_byte_tokens(), seed=i)
-        found.append(losing(tiny_reader(load_member(folder), name, PROSE[300 * i : 300 * i + 1200], seed=i)))
-    return found
+    return losing_members(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -48,45 +41,6 @@ def models(members: list[Member]) -> dict[str, Ensemble]:
 def engine(models: dict[str, Ensemble]) -> Iterator[Engine]:
     with Engine(models, lanes=3, queue=100, prompt_chunk=7) as made:
         yield made
-
-
-class Told:
-    """What was told of one request."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._done = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Ended | Failed):
-            self._done.set()
-
-    def wait(self) -> Told:
-        assert self._done.wait(SECONDS), self.events
-        return self
-
-    @property
-    def pieces(self) -> list[Piece]:
-        return [one for one in self.events if isinstance(one, Piece)]
-
-    @property
-    def ids(self) -> list[int]:
-        return [one.token for one in self.pieces]
-
-    @property
-    def text(self) -> str:
-        return "".join(one.text for one in self.events if isinstance(one, Piece | Ended))
-
-    @property
-    def last(self) -> Event:
-        return self.events[-1]
-
-
-def submit(engine: Engine, **request: Any) -> Told:
-    told = Told()
-    engine.submit(Request(**{"model": "deepen", "prompt": PROSE[:30], **request}), told)
-    return told
 
 
 class Forbid(LogitsProcessor):
@@ -178,7 +132,7 @@ def test_ids_as_a_prompt_and_what_a_member_says_of_them(engine: Engine, members:
 def test_a_prompt_that_begins_like_one_before_is_not_read_again(
     engine: Engine, members: list[Member]
 ) -> None:
-    fed = [_counted(member) for member in members]
+    fed = [counted(member) for member in members]
     long = PROSE[:200]
     submit(engine, prompt=long, decoding={"max_new_tokens": 3}).wait()
     before = [one[0] for one in fed]
@@ -202,8 +156,8 @@ def test_a_member_that_is_lost_ends_its_texts_and_not_the_engine(
 ) -> None:
     backend = backend_of(members[1])
     told = [submit(engine, decoding={"max_new_tokens": 200}) for _ in range(3)]
-    while not all(one.pieces for one in told):
-        threading.Event().wait(0.01)
+    for one in told:
+        one.begun()
     backend.arm(0)
     for one in told:
         one.wait()
@@ -236,10 +190,7 @@ class TestOneThatCannotBegin:
 
     @pytest.fixture
     def running(self, engine: Engine) -> Told:
-        told = submit(engine, decoding={"max_new_tokens": 200})
-        while not told.pieces:
-            threading.Event().wait(0.01)
-        return told
+        return submit(engine, decoding={"max_new_tokens": 200}).begun()
 
     def test_waits_for_memory_until_the_other_has_ended(
         self, engine: Engine, running: Told, monkeypatch: pytest.MonkeyPatch
@@ -332,9 +283,7 @@ class TestRefused:
     def test_a_full_queue(self, models: dict[str, Ensemble]) -> None:
         with Engine(models, lanes=1, queue=2) as engine:
             long = {"decoding": {"max_new_tokens": 200}}
-            first = submit(engine, **long)
-            while not first.pieces:
-                threading.Event().wait(0.01)
+            submit(engine, **long).begun()
             submit(engine, **long)
             submit(engine, **long)
             with pytest.raises(Busy, match="2 requests wait already; try again in") as refused:
@@ -356,14 +305,3 @@ class TestRefused:
         told = submit(engine, decoding={"max_new_tokens": 30})
         engine.close(SECONDS)
         assert len(told.wait().ids) == 30
-
-
-def _counted(member: Member) -> list[int]:
-    """The tokens that go through a member's model from now on."""
-    count = [0]
-
-    def count_ids(module: Any, args: Any, kwargs: Any) -> None:
-        count[0] += kwargs["input_ids"].numel() if "input_ids" in kwargs else args[0].numel()
-
-    member.model.register_forward_pre_hook(count_ids, with_kwargs=True)
-    return count

@@ -189,6 +189,13 @@ def test_health_and_metrics(served: Running) -> None:
     assert "whatever" not in text
 
 
+def test_health_of_an_engine_that_ended(pair: Ensemble) -> None:
+    with serving({"deepen": pair}) as running:
+        running.service.engine.close()
+        status, answer, _ = running.ask("/health")
+        assert (status, answer["status"]) == (503, "failed")
+
+
 KEY = "a-key-of-the-tests"
 
 

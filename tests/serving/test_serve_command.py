@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from deepen_ext.serving.service import Service
         (["--ensemble", "a b=c.yaml"], "NAME=PRESET.yaml"),
         (["--ensemble", "x=not-there.yaml"], "not-there.yaml"),
         (["--demo", "--model", "a"], "one of the three"),
+        (["--demo", "--queue", "0"], "--queue"),
+        (["--model", "/no/such/main", "--model", "/no/such/other", "--weight", "1"], "weights"),
+        (["--model", "/no/such/main"], "name at least two models"),
     ],
 )
 def test_what_is_refused_at_once(options: list[str], words: str) -> None:
@@ -61,6 +65,47 @@ def test_a_taken_port_is_told_before_models_are_loaded() -> None:
         done = run("serve", "--model", "/no/such/main", "--model", "/no/such/other", "--port", port)
     assert done.returncode == 2
     assert "choose another --port" in done.stderr
+
+
+class TestSeveralEnsembles:
+    """What is said of one is not done to the presets of others."""
+
+    @pytest.fixture
+    def ensembles(self, tmp_path: Path) -> list[str]:
+        options = []
+        for name in ("first", "second"):
+            preset = Preset([f"/no/such/{name}", "http://elsewhere"], {"fuser": "average"})
+            write_preset(tmp_path / f"{name}.yaml", preset)
+            options += ["--ensemble", f"{name}={tmp_path / name}.yaml"]
+        return options
+
+    @pytest.mark.parametrize(
+        "option", [("--fuser", "deepen"), ("--weight", "1"), ("--member-api-key", "env:A")]
+    )
+    def test_nobody_knows_whose_it_is(self, ensembles: list[str], option: Sequence[str]) -> None:
+        done = run("serve", *ensembles, *option)
+        assert done.returncode == 2
+        assert option[0] in done.stderr
+        assert "are for one ensemble" in done.stderr
+
+    def test_it_is_for_the_main_one(self, ensembles: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: dict[str, Any] = {}
+
+        def load(wanted: dict[str, Any]) -> None:
+            asked.update(wanted)
+            raise InputError("enough")
+
+        monkeypatch.setattr("deepen_ext.commands.serve.load_ensembles", load)
+        own = ["--demo", "--fuser", "union-topk", "--weight", "2", "--weight", "1", "--threads", "1"]
+        invoke = [*own, "--member-api-key", "env:A", "--on-failure", "continue", "--port", "0", *ensembles]
+        assert "enough" in run("serve", *invoke).stderr
+        _, mine = asked.pop("deepen")
+        assert (mine["fuser"], mine["weights"], mine["api_key"]) == ("union-topk", [2.0, 1.0], "env:A")
+        assert list(asked) == ["first", "second"]
+        for _, keywords in asked.values():
+            assert keywords["fuser"] == "average"
+            assert not keywords.keys() & {"weights", "api_key"}
+            assert (keywords["threads"], keywords["on_failure"]) == (1, "continue")
 
 
 def test_members_of_several_ensembles_are_loaded_once(tiny_smollm2_dir: Path, tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ class HFBackend(LoadedModel):
         """See `Backend`."""
         return HFSession(self, lanes, capacity=capacity)
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
-        """See `Backend`."""
+    def bytes_needed(self, lanes: int, tokens: int, used: int | None = None) -> Mapping[torch.device, int]:
+        """See `Backend`; every lane has room, used or not."""
         idle = {self.device: idle_bytes(self)}
         needed = estimate_bytes(self, lanes, tokens)
         return {device: max(size - idle.get(device, 0), 0) for device, size in needed.items()}

@@ -31,9 +31,9 @@ class HttpBackend(ServedModel):
         del capacity
         return HttpSession(self, lanes)
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
+    def bytes_needed(self, lanes: int, tokens: int, used: int | None = None) -> Mapping[torch.device, int]:
         """None here: they are the server's."""
-        del lanes, tokens
+        del lanes, tokens, used
         return {}
 
     def embedding(self) -> None:

@@ -31,10 +31,12 @@ class LlamaBackend(LoadedGguf):
         """See `Backend`."""
         return LlamaSession(self, lanes, capacity=capacity)
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
+    def bytes_needed(self, lanes: int, tokens: int, used: int | None = None) -> Mapping[torch.device, int]:
         """See `Backend`; the logits of a step are counted beside the cache."""
-        cells = cells_for(self._model, lanes, lanes * tokens)
-        return {self.device: self.cache_bytes(cells) + lanes * self.vocab_size * 4}
+        rows = lanes if used is None else used
+        sequences = min(lanes, 1 << (rows - 1).bit_length()) if self.own_cells else rows
+        cells = cells_for(self._model, sequences, sequences * tokens)
+        return {self.device: self.cache_bytes(cells) + rows * self.vocab_size * 4}
 
     def embedding(self) -> torch.Tensor:
         """See `Backend`; float32, made from the file's blocks at every call."""

@@ -33,7 +33,7 @@ class RayBackend(RemoteMember):
         """See `Backend`."""
         return RaySession(self, lanes, capacity)
 
-    def bytes_needed(self, lanes: int, tokens: int) -> Mapping[torch.device, int]:
+    def bytes_needed(self, lanes: int, tokens: int, used: int | None = None) -> Mapping[torch.device, int]:
         """See `Backend`: none here."""
         return {}
 
