@@ -267,7 +267,7 @@ def with_kept(file: Path, settings: dict[str, Any], summary: dict[str, Any]) -> 
     rest = {
         name: one
         for name, one in known["configurations"].items()
-        if name not in new and not (other_sharpness and "@prompt" in name)
+        if name not in new and not (other_sharpness and re.search("@(prompt|size)", name))
     }
     alike_now = known["kinds"] == summary["kinds"] and alike(known["settings"]) == alike(settings)
     if rest and not alike_now:

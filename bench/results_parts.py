@@ -102,16 +102,49 @@ def _rules(measures: Sequence[Measure]) -> str:
     methods = {own["method"] for one in measures for own in one.scores.values()} - {"single"}
     rows = []
     for method in sorted(methods, key=lambda one: method_place(one, DEFAULT)):
-        cells = []
-        for one in measures:
-            found = [paired for _, paired in comparisons(one.scores, method)]
-            verdicts = [points_verdict(paired) for paired in found]
-            mean = sum(100 * paired["difference"] for paired in found) / max(len(found), 1)
-            counts = f"{verdicts.count('gain')}, {verdicts.count('harm')} of {len(found)}"
-            cells.append(f"{signed(mean, 1)} ({counts})" if found else "")
+        cells = [_rule_cell(one, method) for one in measures]
         if any(cells):
             rows.append([_named(method), *cells])
     return table(["rule", *(one.title for one in measures)], rows) if rows else ""
+
+
+def _rule_cell(measure: Measure, method: str) -> str:
+    """Mean points; and the default's on the same ensembles and items, where that is not its own cell's."""
+    found = comparisons(measure.scores, method)
+    if not found:
+        return ""
+    verdicts = [points_verdict(paired) for _, paired in found]
+    counts = f"{verdicts.count('gain')}, {verdicts.count('harm')} of {len(found)}"
+    of_default = [paired["difference"] for _, paired in comparisons(measure.scores, DEFAULT)]
+    there = [_default_there(measure, ensemble, method) for ensemble, _ in found]
+    beside = ""
+    if of_default and None not in there and _mean(there) != _mean(of_default):
+        beside = f"; default {_mean(there)}"
+    return f"{_mean([paired['difference'] for _, paired in found])} ({counts}{beside})"
+
+
+def _mean(differences: Sequence[float | None]) -> str:
+    return signed(sum(100 * (one or 0.0) for one in differences) / len(differences), 1)
+
+
+def _default_there(measure: Measure, ensemble: str, method: str) -> float | None:
+    """What the default gains on the items that a rule was run on; None where nothing says which these are."""
+    own, default = (measure.scores.get(f"{ensemble} {one}") for one in (method, DEFAULT))
+    if own is None or default is None:
+        return None
+    paired = own["against_best_single"]
+    if default["n"] == own["n"]:
+        return float(default["against_best_single"]["difference"])
+    best = measure.scores[paired["configuration"]]
+    if not all("right" in one for one in (own, default, best)):
+        return None
+    items = _items(own) & _items(default) & _items(best)
+    right, alone = (len(items & set(one["right"].split())) for one in (default, best))
+    return (right - alone) / len(items) if items else None
+
+
+def _items(own: Configuration) -> set[str]:
+    return {*own["right"].split(), *own["wrong"].split()}
 
 
 def _named(method: str) -> str:
@@ -192,13 +225,15 @@ def oracle(results: Results) -> str:
         ]
         for one in bounds
     ]
-    of_default = [own for one in bounds for own in one.default.values()]
+    # One number for each row, as of the others; a row may have several main models.
+    of_default = [sum(one.default.values()) / len(one.default) for one in bounds if one.default]
     means = [[one.oracle for one in bounds], [one.best for one in bounds], of_default]
     gain, best, own = (signed(sum(one) / len(one), 1) if one else "not measured" for one in means)
     return (
         f"An oracle that picks the right member for each item gains {gain} points on average over the "
-        f"{len(bounds)} rows below. The best of all rules, picked afterwards on the same items, gains "
-        f"{best}, the default {own}.\n\n"
+        f"{len(bounds)} rows below. The best of the rules that were run on all of a row's items, picked "
+        f"afterwards on these, gains {best}; the default, over the {len(of_default)} rows that have it so, "
+        f"{own}.\n\n"
         + folded("What was to be gained", table(["", "n", "oracle", "best rule", "default"], rows))
     )
 
@@ -270,7 +305,7 @@ def _same_items(greedy: Configuration | None, own: Configuration) -> str:
     if greedy is None or "right" not in greedy:
         return ""
     right = set(greedy["right"].split())
-    shared = (right | set(greedy["wrong"].split())) & {*own["right"].split(), *own["wrong"].split()}
+    shared = _items(greedy) & _items(own)
     return f"{100 * len(right & shared) / len(shared):.1f}, n {len(shared)}" if shared else ""
 
 

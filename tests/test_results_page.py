@@ -503,6 +503,20 @@ def test_every_rule_and_what_is_missing(results: Path) -> None:
     assert "- GSM8K on H100, 5 votes: " in lacking
 
 
+def test_a_rule_stands_beside_the_default_on_the_same_items(tmp_path: Path) -> None:
+    """One ensemble of two, and items on which the default is right that it is wrong on elsewhere."""
+    alone = [answers_of(40, pattern, letter, "single") for pattern, letter in MEMBERS]
+    default = [
+        answers_of(40, "1110" * 5 + "0000" * 5, "S+G", compare_setup.DEFAULT),
+        answers_of(40, "0000", "G+S", compare_setup.DEFAULT),
+    ]
+    rule = answers_of(20, "1100", "S+G", "average")
+    task_file(tmp_path / "evaluation" / "some-cpu" / "nq.json", [*alone, *default, rule], task="nq")
+    rules = results_parts.rules(read_results(tmp_path))
+    assert "(default)** | −31.2 (0, 2 of 2) |" in rules or "(default)** | −31.2 (0, 1 of 2) |" in rules
+    assert "| average | +0.0 (0, 0 of 1; default +25.0) |" in rules
+
+
 def test_the_oracle_bounds_what_rules_can_gain(results: Path) -> None:
     oracle = results_parts.oracle(read_results(results))
     # Members together have three of four items, the best alone two.
