@@ -125,6 +125,55 @@ def test_inverse_search_takes_no_column_outside_the_anchors(backend, call, bad):
         assert run_search(call, ids, rows).isfinite().all()
 
 
+def naming_twice(token: int, *, alone: bool) -> tuple[RelativeRows, RelativeRows]:
+    """Rows where `token` names an anchor twice, and rows that mean the same. alone: no other row names it."""
+    columns = torch.full((VOCAB, 4), -1, dtype=torch.int32)
+    values = torch.zeros(VOCAB, 4)
+    columns[:, 0] = torch.arange(VOCAB) % (ANCHORS - 1) + 1
+    values[:, 0] = 0.9
+    if not alone:
+        columns[:, 1], values[:, 0], values[:, 1] = 0, 0.6, 0.3
+    rest = torch.full((VOCAB,), 0.1)
+    rest[token] = 0.0
+    twice, once = (columns.clone(), values.clone()), (columns.clone(), values.clone())
+    twice[0][token], twice[1][token] = torch.tensor([0, 0, -1, -1]), torch.tensor([0.6, 0.4, 0, 0])
+    once[0][token], once[1][token] = torch.tensor([0, -1, -1, -1]), torch.tensor([1.0, 0, 0, 0])
+    return RelativeRows(*twice, rest, ANCHORS), RelativeRows(*once, rest, ANCHORS)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("member", [0, 1])
+def test_fuse_with_a_row_that_names_an_anchor_twice(backend, call, alone, member):
+    """No error: nobody looks for it. On CUDA one of a candidate's two values may not count."""
+    logits, given = members()
+    ids = given[member].topk.ids
+    token = int(ids[1, 1])
+    here = (ids == token).any(dim=1)
+    assert here.tolist() == [False, True, False]
+    twice, once = naming_twice(token, alone=alone)
+    found, want = (
+        run_fuse(call, logits.clone(), [one._replace(rows=rows) for one in given])[0]
+        for rows in (twice, once)
+    )
+    assert not torch.equal(want[1], logits.gather(1, given[0].topk.ids.long())[1])
+    assert torch.equal(found[~here], want[~here]), "the other batch rows have nothing to do with it"
+    if member == 1 or backend.emulator is None:
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("alone", [False, True])
+def test_inverse_search_with_a_row_that_names_an_anchor_twice(backend, call, alone):
+    ids = torch.arange(3 * K, dtype=torch.int32).view(3, K)
+    found, want = (run_search(call, ids, rows) for rows in naming_twice(int(ids[1, 4]), alone=alone))
+    assert torch.equal(found[[0, 2]], want[[0, 2]])
+    if backend.emulator is None:
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_lists_of_the_operator_have_an_entry_for_each_member(dense):
     logits, given = members(dense=dense)
