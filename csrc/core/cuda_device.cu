@@ -30,6 +30,9 @@ void* allocate_on_device(int device, size_t bytes) {
 void copy_to_device(int device, void* to, const void* from, size_t bytes) {
   const DeviceGuard guard(device);
   DEEPEN_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+  // From memory that is not pinned it may return while the bytes are on their way, and a stream that does not
+  // wait for the default one would read what is not there yet.
+  DEEPEN_CUDA_CHECK(cudaStreamSynchronize(nullptr));
 }
 
 void free_on_device(int device, void* start) noexcept {

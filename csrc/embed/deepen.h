@@ -136,6 +136,8 @@ DEEPEN_API deepen_status deepen_fusion_create(const deepen_map* const* maps, int
  *
  * On a CUDA device logits, weights and chosen are in its memory, `dtypes` and the list `logits` are not. The
  * step is launched and not waited for, so a row that is not finite is not reported: its results mean nothing.
+ * All steps of a fusion work in the same memory: a step on another stream must wait for the step before, or
+ * needs a fusion of its own.
  *
  * After an error on the CPU logits[0] is as it was.
  */
