@@ -38,7 +38,8 @@ void copy_to_device(int device, void* to, const void* from, size_t bytes) {
 void free_on_device(int device, void* start) noexcept {
   try {
     const DeviceGuard guard(device);
-    cudaFree(start);
+    // Nobody hears of it: without this the next launch that succeeds would find the error and throw it.
+    if (cudaFree(start) != cudaSuccess) cudaGetLastError();
   } catch (const CudaError&) {  // a device that is gone has freed it
   }
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -129,14 +130,21 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 
+static std::mutex allocated_mutex;
+static std::set<void*> allocated;
+
 cudaError_t cudaMalloc(void** pointer, size_t bytes) { return cudaMallocManaged(pointer, bytes); }
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes) {
   *pointer = poisoned(bytes);
   poison(static_cast<char*>(*pointer), bytes);
+  const std::lock_guard<std::mutex> lock(allocated_mutex);
+  allocated.insert(*pointer);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* pointer) {
   end_copies();  // it waits for the device
+  const std::lock_guard<std::mutex> lock(allocated_mutex);
+  if (pointer != nullptr && allocated.erase(pointer) == 0) return failed(cudaErrorInvalidValue);
   std::free(pointer);
   return cudaSuccess;
 }
