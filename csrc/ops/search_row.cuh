@@ -54,7 +54,8 @@ __device__ __forceinline__ float relative_error(float target, float r) {
   return __fdividef(target - r, r);
 }
 
-// visit(a, sum_t probs[t] * values[t, a]) for each anchor of dense rows.
+// visit(a, sum_t probs[t] * values[t, a]) for each anchor of dense rows. A candidate outside the vocabulary
+// has no row.
 template <class State, class Visit>
 __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRows& rows, Visit visit) {
 #pragma unroll 1
@@ -62,7 +63,7 @@ __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRo
     float sum = 0.0f;
 #pragma unroll 8
     for (int32_t t = 0; t < row.candidates; ++t)
-      sum += row.probs[t] * rows.values[int64_t(max(row.ids[t], 0)) * rows.entries + a];
+      if (row.ids[t] >= 0) sum += row.probs[t] * rows.values[int64_t(row.ids[t]) * rows.entries + a];
     visit(a, sum);
   }
 }
@@ -78,7 +79,8 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
   constexpr int kLanes = kPullLanes<kDense>;
   float h = 0.0f;
   if constexpr (kDense) {
-    const float* const values = rows.values + int64_t(max(row.ids[t], 0)) * rows.entries;
+    if (row.ids[t] < 0) return 0.0f;
+    const float* const values = rows.values + int64_t(row.ids[t]) * rows.entries;
 #pragma unroll 8
     for (int32_t a = part; a < row.index.touched; a += kLanes) h += values[a] * row.relative[a];
   } else {

@@ -41,6 +41,17 @@ def with_column(rows: RelativeRows, token: int, place: int, bad: int) -> Relativ
     return rows._replace(columns=columns)
 
 
+def with_empty_row(rows: RelativeRows, token: int) -> RelativeRows:
+    """A token like one that is left out: it gives no anchor anything."""
+    values = rows.values.clone()
+    values[token] = 0
+    if rows.columns is None or rows.rest is None:
+        return rows._replace(values=values)
+    columns, rest = rows.columns.clone(), rows.rest.clone()
+    columns[token], rest[token] = -1, 0
+    return RelativeRows(columns, values, rest, rows.anchors)
+
+
 def run_fuse(call, logits, given, weights=None, min_probability=0.0):
     weights = torch.full((3, 2), 0.5) if weights is None else weights
     if call == "function":
@@ -71,6 +82,9 @@ def test_fuse_takes_no_id_outside_the_rows(backend, call, dense, member, bad):
     around = torch.full((5, VOCAB), 7.0)
     logits, given = members(dense=dense)
     around[1:4] = logits
+    free = next(i for i in range(VOCAB) if all(i not in one.topk.ids for one in given))
+    empty = [one._replace(rows=with_empty_row(one.rows, free)) for one in given]
+    empty[member] = with_id(empty[member], (2, 3), free)
     given[member] = with_id(given[member], (2, 3), bad)
     if backend.emulator is None:
         with pytest.raises(InputError, match=f"token {bad} of member {member} is outside its rows' 40 tok"):
@@ -80,6 +94,10 @@ def test_fuse_takes_no_id_outside_the_rows(backend, call, dense, member, bad):
         fused, chosen = run_fuse(call, around[1:4], given)
         assert fused.isnan().nonzero().tolist() == ([[2, 3]] if member == 0 else [])
         assert ((chosen >= 0) & (chosen < VOCAB)).all()
+        if member == 0:
+            logits[2, free] = 0  # which such a candidate counts as having
+        want = run_fuse(call, logits, empty)[0]
+        assert torch.equal(fused[fused.isfinite()], want[fused.isfinite()]), "it was not left out"
     assert (around[[0, 4]] == 7).all()
 
 
@@ -110,7 +128,11 @@ def test_inverse_search_takes_no_id_outside_the_rows(backend, call, dense, bad):
         with pytest.raises(InputError, match=f"token {bad} of member 0 is outside"):
             run_search(call, ids, rows_of(dense=dense))
     else:
-        assert run_search(call, ids, rows_of(dense=dense)).isnan().nonzero().tolist() == [[1, 4]]
+        found = run_search(call, ids, rows_of(dense=dense))
+        assert found.isnan().nonzero().tolist() == [[1, 4]]
+        ids[1, 4] = VOCAB - 1
+        want = run_search(call, ids, with_empty_row(rows_of(dense=dense), VOCAB - 1))
+        assert torch.equal(found[found.isfinite()], want[found.isfinite()]), "it was not left out"
 
 
 @pytest.mark.parametrize("call", CALLS)
