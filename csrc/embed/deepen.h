@@ -66,7 +66,7 @@ typedef struct deepen_fusion deepen_fusion;
 typedef struct deepen_settings {
   int64_t batch;         /**< most rows of a step, 1 to 4096 */
   int64_t candidates;    /**< most probable tokens of each member that count, 1 or more */
-  double learning_rate;  /**< of the search, above 0 */
+  double learning_rate;  /**< of the search, above 0 to 10 */
   int32_t steps;         /**< of the search, 0 to 64 */
   float min_probability; /**< less probable tokens count as part of their member's rest, 0 to below 1 */
   int32_t log_probs; /**< 1: the search runs on log-probabilities; 0: on the logits as they are (the paper) */

@@ -102,9 +102,9 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
 //
 // A step has three parts, a barrier after each: candidates' weights, by as many warps as they fill; r and
 // target / r - 1, by anchor; h, by candidate. exp(z - largest) takes the largest of the step before, as
-// weight decay moves it: beside that a step moves a logit by a few times the learning rate at most, and what
-// all share cancels. The mean of h needs no sum over candidates: sum_t p_t h_t = sum_a (target / r - 1)_a
-// r_a.
+// weight decay moves it: beside that a step moves a logit by less than twice the rate
+// (kMaxLearningRate of adamw.h), and what all share cancels. The mean of h needs no sum over candidates:
+// sum_t p_t h_t = sum_a (target / r - 1)_a r_a.
 template <bool kDense, bool kShared>
 __device__ __forceinline__ void search(const SearchState<kShared>& row, const RelativeRows& rows,
                                        int64_t anchors, const SearchSchedule& schedule, float largest,

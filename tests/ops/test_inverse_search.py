@@ -10,7 +10,7 @@ from deepen_ext import InputError, RelativeMap
 from deepen_ext.fusers import reference
 from deepen_ext.ops import RelativeRows, inverse_search
 
-SETTINGS = [(0.1, 3), (0.15, 5), (0.5, 10), (2.0, 1), (0.3, 64)]
+SETTINGS = [(0.1, 3), (0.15, 5), (0.5, 10), (2.0, 1), (0.3, 64), (10.0, 5)]
 
 
 def problem(vocab: int, anchors: int, entries: int | None, *, temperature: float = 20.0):
@@ -121,6 +121,7 @@ def test_candidates_that_name_every_anchor(scale):
         ({"logits": torch.zeros(4, 3).T}, "logits is not contiguous"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"learning_rate": 10.1}, "learning_rate is 10.1; choose above 0 to 10"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 65}, "steps is 65"),
     ],
