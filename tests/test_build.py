@@ -131,6 +131,44 @@ def test_errors_name_no_folder_of_the_machine_that_built_the_core() -> None:
     assert str(ROOT).encode() not in module
 
 
+FEW_THREADS = """
+#include <sys/resource.h>
+
+#include <cstdio>
+
+#include "core/parallel.h"
+
+int main() {
+  const rlimit room{60u << 20, 60u << 20};  // of addresses; a thread's stack takes 8 MB
+  setrlimit(RLIMIT_AS, &room);
+  int done[1000] = {};
+  std::thread::id by[64];
+  deepen::parallel_for(1000, 64, [&](int thread, int64_t begin, int64_t end) {
+    by[thread] = std::this_thread::get_id();
+    for (int64_t row = begin; row < end; ++row) ++done[row];
+  });
+  int here = 0, once = 0;
+  for (const auto& one : by) here += one == std::this_thread::get_id();
+  for (const int times : done) once += times == 1;
+  std::printf("%d %d", once, here);
+}
+"""
+
+
+def test_without_openmp_threads_that_cannot_start_leave_their_work_to_the_caller(tmp_path: Path) -> None:
+    source, program = tmp_path / "few_threads.cc", tmp_path / "few_threads"
+    source.write_text(FEW_THREADS)
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None
+    command = [compiler, "-std=c++17", "-pthread", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    once, here = map(int, done.stdout.split())
+    assert once == 1000
+    assert 1 < here < 64, "all threads started, or none: choose another limit"
+
+
 @pytest.mark.parametrize(
     ("arguments", "nvcc", "installed", "built"),
     [

@@ -215,6 +215,7 @@ def test_a_row_that_is_not_finite(library: Library, read: list[ctypes.c_void_p])
         ({"candidates": 0}, "candidates is 0"),
         ({"steps": 65}, "steps is 65; choose 0 to 64"),
         ({"learning_rate": float("nan")}, "learning_rate is"),
+        ({"learning_rate": 89.0}, "learning_rate is 89; choose above 0 to 10"),
         ({"min_probability": 1.0}, "min_probability is 1; choose 0 to below 1"),
         ({"threads": 0}, "threads is 0"),
         ({"device": -2}, "device is -2"),

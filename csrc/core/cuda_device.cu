@@ -30,12 +30,16 @@ void* allocate_on_device(int device, size_t bytes) {
 void copy_to_device(int device, void* to, const void* from, size_t bytes) {
   const DeviceGuard guard(device);
   DEEPEN_CUDA_CHECK(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+  // From memory that is not pinned it may return while the bytes are on their way, and a stream that does not
+  // wait for the default one would read what is not there yet.
+  DEEPEN_CUDA_CHECK(cudaStreamSynchronize(nullptr));
 }
 
 void free_on_device(int device, void* start) noexcept {
   try {
     const DeviceGuard guard(device);
-    cudaFree(start);
+    // Nobody hears of it: without this the next launch that succeeds would find the error and throw it.
+    if (cudaFree(start) != cudaSuccess) cudaGetLastError();
   } catch (const CudaError&) {  // a device that is gone has freed it
   }
 }

@@ -7,13 +7,15 @@
 // on torch's. As with torch, a process that was forked after such a call must not make another one on several
 // threads: it would wait for ever (deepen_ext/ground/forks.py sees to it).
 //
-// Without OpenMP, threads are started per call.
+// Without OpenMP, threads are started per call; the calling thread does the work of those that cannot start.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 
 #ifndef _OPENMP
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -42,12 +44,18 @@ void parallel_for(int64_t count, int threads, const Work& work) {
 #pragma omp parallel for schedule(static, 1)
   for (int64_t i = 0; i < used; ++i) work(int(i), count * i / used, count * (i + 1) / used);
 #else
+  const auto share = [&work, used, count](int64_t i) {
+    work(int(i), count * i / used, count * (i + 1) / used);
+  };
   std::vector<std::thread> others;
   others.reserve(size_t(used - 1));
-  for (int64_t i = 1; i < used; ++i) {
-    others.emplace_back([&work, i, used, count] { work(int(i), count * i / used, count * (i + 1) / used); });
+  try {
+    for (int64_t i = 1; i < used; ++i) others.emplace_back(share, i);
+  } catch (const std::system_error&) {  // no thread more, or no memory for it: its share is done here
+  } catch (const std::bad_alloc&) {
   }
-  work(0, int64_t{0}, count / used);
+  for (int64_t i = int64_t(others.size()) + 1; i < used; ++i) share(i);
+  share(0);
   for (auto& other : others) other.join();
 #endif
 }

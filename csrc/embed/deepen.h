@@ -66,7 +66,7 @@ typedef struct deepen_fusion deepen_fusion;
 typedef struct deepen_settings {
   int64_t batch;         /**< most rows of a step, 1 to 4096 */
   int64_t candidates;    /**< most probable tokens of each member that count, 1 or more */
-  double learning_rate;  /**< of the search, above 0 */
+  double learning_rate;  /**< of the search, above 0 to 10 */
   int32_t steps;         /**< of the search, 0 to 64 */
   float min_probability; /**< less probable tokens count as part of their member's rest, 0 to below 1 */
   int32_t log_probs; /**< 1: the search runs on log-probabilities; 0: on the logits as they are (the paper) */
@@ -136,6 +136,8 @@ DEEPEN_API deepen_status deepen_fusion_create(const deepen_map* const* maps, int
  *
  * On a CUDA device logits, weights and chosen are in its memory, `dtypes` and the list `logits` are not. The
  * step is launched and not waited for, so a row that is not finite is not reported: its results mean nothing.
+ * All steps of a fusion work in the same memory: a step on another stream must wait for the step before, or
+ * needs a fusion of its own.
  *
  * After an error on the CPU logits[0] is as it was.
  */

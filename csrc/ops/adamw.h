@@ -13,6 +13,10 @@ constexpr float kBeta1 = 0.9f, kBeta2 = 0.999f, kAdamEpsilon = 1e-8f, kWeightDec
 constexpr int kCosinePeriod = 10;
 constexpr int kSearchRowsPerThread = 2;  // a row takes some 100 microseconds
 constexpr int kMaxSearchSteps = 64;
+// Beside weight decay a step moves a logit by up to 1.82 times the rate: the largest sqrt(sum_i a_i^2 / b_i)
+// of 64 steps, a_i and b_i being the moments' weights (Cauchy-Schwarz). The CUDA search takes exp() of it,
+// which is infinite from 89 on.
+constexpr double kMaxLearningRate = 10;
 
 // What one step needs, computed once on the host in double.
 struct AdamStep {

@@ -13,7 +13,8 @@ constexpr int kShortEntries = 4;  // a shared anchor with more is long
 constexpr int kLongLanes = 8;     // lanes that sum a long anchor's entries
 
 // Groups the entries by anchor, by candidate within each. What find() needs is gone after this. Begins and
-// ends in a barrier.
+// ends in a barrier. Of an anchor that a candidate's row names twice, which no row should, one entry is left:
+// the anchor has one bit for the candidate.
 template <class Number>
 __device__ __forceinline__ void group_entries(AnchorIndex<Number>& index, TwoCounts<Number>* scratch,
                                               int32_t* entry_scratch) {
@@ -152,9 +153,9 @@ __device__ __forceinline__ void sum_by_anchor(const AnchorIndex<Number>& index, 
   for (int32_t place = kSearchThreads - 1 - thread; place < index.short_count; place += kSearchThreads) {
     const int32_t a = index.short_anchors[place], start = index.starts[a];
     const int32_t count = index.starts[a + 1] - start;
-    float sum = term(start) + term(start + 1);
+    float sum = term(start);  // the only one where a row names the anchor twice, and no other row does
 #pragma unroll
-    for (int32_t i = 2; i < kShortEntries; ++i)
+    for (int32_t i = 1; i < kShortEntries; ++i)
       if (i < count) sum += term(start + i);
     visit(index.single + a, sum);
   }

@@ -47,7 +47,7 @@ struct AnchorIndex {
   // Until group_entries.
   int32_t* columns;   // [candidates * pitch] until number_anchors ends
   uint64_t* named;    // [words] a bit for each anchor that is named
-  uint64_t* several;  // [words] and for each that several candidates name
+  uint64_t* several;  // [words] and for each that several entries name
   Number* before;     // [2 * words] how many single and shared anchors the words below have
   int32_t words;
 
@@ -115,7 +115,7 @@ __device__ __forceinline__ void clear_named(const AnchorIndex<Number>& index) {
     index.named[w] = index.several[w] = 0;
 }
 
-// By any number of threads at once.
+// By any number of threads at once. A row that names an anchor twice makes it shared, too.
 template <class Number>
 __device__ __forceinline__ void name(const AnchorIndex<Number>& index, int32_t column) {
   uint32_t* const named = reinterpret_cast<uint32_t*>(index.named) + column / 32;

@@ -87,8 +87,8 @@ static void check_weights(const FuseParams& params) {
 
 void check_search_settings(double learning_rate, int32_t steps, float min_probability) {
   DEEPEN_CHECK(steps >= 0 && steps <= kMaxSearchSteps, "steps is ", steps, "; choose 0 to ", kMaxSearchSteps);
-  DEEPEN_CHECK(learning_rate > 0 && std::isfinite(learning_rate), "learning_rate is ", learning_rate,
-               "; it must be positive");
+  DEEPEN_CHECK(learning_rate > 0 && learning_rate <= kMaxLearningRate, "learning_rate is ", learning_rate,
+               "; choose above 0 to ", kMaxLearningRate);
   DEEPEN_CHECK(min_probability >= 0 && min_probability < 1, "min_probability is ", min_probability,
                "; choose 0 to below 1");
 }

@@ -46,7 +46,7 @@ struct FuseParams {
   void* workspace;  // fuse_workspace(...) bytes
   int64_t batch;
   int64_t anchors;
-  double learning_rate;
+  double learning_rate;  // above 0 to kMaxLearningRate
   float min_probability;
   int32_t steps;
   int32_t member_count;

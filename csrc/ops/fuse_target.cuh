@@ -128,7 +128,8 @@ __device__ __forceinline__ void target_dense(const FuseParams& params, int64_t b
       float r = scratch->tails[i] / float(params.anchors);
 #pragma unroll 4
       for (int32_t t = 0; t < scratch->counted[i]; ++t) {
-        const int64_t token = ids[t] >= 0 && ids[t] < member.rows.vocab ? ids[t] : 0;
+        const int64_t token = ids[t];
+        if (token < 0 || token >= member.rows.vocab) continue;
         r += probs[t] * member.rows.values[token * params.anchors + a];
       }
       target += weight * r;

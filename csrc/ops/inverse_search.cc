@@ -38,8 +38,8 @@ void inverse_search(const InverseSearchParams& params, const Backend& backend) {
   check_sizes(params.rows, params.batch, params.candidates, params.anchors);
   DEEPEN_CHECK(params.steps >= 0 && params.steps <= kMaxSearchSteps, "steps is ", params.steps,
                "; choose 0 to ", kMaxSearchSteps);
-  DEEPEN_CHECK(params.learning_rate > 0 && std::isfinite(params.learning_rate), "learning_rate is ",
-               params.learning_rate, "; it must be positive");
+  DEEPEN_CHECK(params.learning_rate > 0 && params.learning_rate <= kMaxLearningRate, "learning_rate is ",
+               params.learning_rate, "; choose above 0 to ", kMaxLearningRate);
   if (params.batch == 0) return;
 
   AdamStep schedule[kMaxSearchSteps];

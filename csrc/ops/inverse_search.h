@@ -33,7 +33,7 @@ struct InverseSearchParams {
   int64_t batch;
   int64_t candidates;
   int64_t anchors;
-  double learning_rate;
+  double learning_rate;  // above 0 to kMaxLearningRate
   int32_t steps;
 };
 

@@ -89,7 +89,8 @@ static float pull_sparse(SearchRow* row, float tail) {
 
   float error_sum = relative_error(row->target, relative, touched);
   const float outside = base > kSmallestRelative ? base : kSmallestRelative;
-  error_sum += row->target_outside / outside - float(row->anchors - touched);
+  // Where every anchor is touched target_outside is rounding alone, and the base may be tiny.
+  if (row->anchors > touched) error_sum += row->target_outside / outside - float(row->anchors - touched);
   for (int64_t t = 0; t < row->candidates; ++t) {
     int32_t j = row->offsets[t];
     const int32_t end = row->offsets[t + 1];

@@ -54,7 +54,8 @@ __device__ __forceinline__ float relative_error(float target, float r) {
   return __fdividef(target - r, r);
 }
 
-// visit(a, sum_t probs[t] * values[t, a]) for each anchor of dense rows.
+// visit(a, sum_t probs[t] * values[t, a]) for each anchor of dense rows. A candidate outside the vocabulary
+// has no row.
 template <class State, class Visit>
 __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRows& rows, Visit visit) {
 #pragma unroll 1
@@ -62,7 +63,7 @@ __device__ __forceinline__ void sum_by_column(const State& row, const RelativeRo
     float sum = 0.0f;
 #pragma unroll 8
     for (int32_t t = 0; t < row.candidates; ++t)
-      sum += row.probs[t] * rows.values[int64_t(max(row.ids[t], 0)) * rows.entries + a];
+      if (row.ids[t] >= 0) sum += row.probs[t] * rows.values[int64_t(row.ids[t]) * rows.entries + a];
     visit(a, sum);
   }
 }
@@ -78,7 +79,8 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
   constexpr int kLanes = kPullLanes<kDense>;
   float h = 0.0f;
   if constexpr (kDense) {
-    const float* const values = rows.values + int64_t(max(row.ids[t], 0)) * rows.entries;
+    if (row.ids[t] < 0) return 0.0f;
+    const float* const values = rows.values + int64_t(row.ids[t]) * rows.entries;
 #pragma unroll 8
     for (int32_t a = part; a < row.index.touched; a += kLanes) h += values[a] * row.relative[a];
   } else {
@@ -100,9 +102,9 @@ __device__ __forceinline__ float pull_part(const State& row, const RelativeRows&
 //
 // A step has three parts, a barrier after each: candidates' weights, by as many warps as they fill; r and
 // target / r - 1, by anchor; h, by candidate. exp(z - largest) takes the largest of the step before, as
-// weight decay moves it: beside that a step moves a logit by a few times the learning rate at most, and what
-// all share cancels. The mean of h needs no sum over candidates: sum_t p_t h_t = sum_a (target / r - 1)_a
-// r_a.
+// weight decay moves it: beside that a step moves a logit by less than twice the rate
+// (kMaxLearningRate of adamw.h), and what all share cancels. The mean of h needs no sum over candidates:
+// sum_t p_t h_t = sum_a (target / r - 1)_a r_a.
 template <bool kDense, bool kShared>
 __device__ __forceinline__ void search(const SearchState<kShared>& row, const RelativeRows& rows,
                                        int64_t anchors, const SearchSchedule& schedule, float largest,

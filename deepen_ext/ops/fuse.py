@@ -47,7 +47,7 @@ def fuse(
         weights: float32 [B, n], each batch row sums to 1. A weight of 0 leaves a member out of that batch
             row. Where the main model alone has a weight there is no gradient: its candidates move by rounding
             noise, which AdamW makes as large as the learning rate.
-        learning_rate: AdamW's, above 0.
+        learning_rate: AdamW's, above 0 to 10.
         steps: 0 to 64.
         min_probability: tokens less probable than this count as part of their member's tail.
         log_probs: the search runs on the main model's log-probabilities, so that a constant added to its

@@ -30,7 +30,7 @@ def inverse_search(
         tail_logit: float32 [B], log of the summed exp(logit) of all other tokens; -inf if there are none.
         target: float32 [B, A], each batch row sums to 1.
         rows: the main model's relative rows.
-        learning_rate: AdamW's, above 0.
+        learning_rate: AdamW's, above 0 to 10.
         steps: 0 to 64.
 
     Returns:

@@ -15,6 +15,9 @@ class RelativeRows(NamedTuple):
 
     Sparse: token t has `values[t, j]` on anchor `columns[t, j]`, and the anchors that its row does not name
     share `rest[t]` evenly. A column of -1 ends a row early. Dense: `columns` and `rest` are None.
+
+    The columns of a row must all be different. The operations do not look: of an anchor that a row names
+    twice the CPU adds both values, CUDA may leave one out. `RelativeMap.load` and libdeepen do look.
     """
 
     columns: torch.Tensor | None  # int32 [V, m]

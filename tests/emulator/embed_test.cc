@@ -1,5 +1,5 @@
-// libdeepen on the emulated device: steps there give what steps on the CPU give, and all memory is given
-// back.
+// libdeepen on the emulated device: steps there give what steps on the CPU give, from the first on and on a
+// stream that does not wait for the default one, and all memory is given back.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -40,13 +40,14 @@ int main(int, char** arguments) {
     std::printf("status %d: %s\n", int(error.status), error.what());
   }
   maps.clear();  // the fusions have what they need
+  void* const stream = reinterpret_cast<void*>(4242);
   for (int64_t batch = kBatch; batch >= 1; --batch) {
     std::vector<float> main = random_logits(&random, batch * kVocabs[0]), on_device = main;
     std::vector<float> assistant = random_logits(&random, batch * kVocabs[1]);
     const std::vector<float> weights(size_t(2 * batch), 0.5f), before = main;
     std::vector<int32_t> chosen(size_t(batch), -1), chosen_on_device = chosen;
     here.step({main.data(), assistant.data()}, weights.data(), chosen.data(), batch);
-    there.step({on_device.data(), assistant.data()}, weights.data(), chosen_on_device.data(), batch);
+    there.step({on_device.data(), assistant.data()}, weights.data(), chosen_on_device.data(), batch, stream);
     for (size_t i = 0; i < main.size(); ++i) {
       if (!(std::fabs(main[i] - on_device[i]) <= 1e-3f)) {
         std::fprintf(stderr, "logit %zu is %g on the CPU and %g on the device\n", i, main[i], on_device[i]);

@@ -558,6 +558,7 @@ void run(Launch launch, const std::function<void()>& body) {
   if (!possible(launch)) return void(failed(cudaErrorInvalidConfiguration));
   if (launch.shared_bytes > allowed_shared_bytes(launch.function, launch.device))
     return void(failed(cudaErrorInvalidValue));
+  if (launch.stream == nullptr) end_copies();
   std::ostringstream line;
   line << launch.kernel << " grid " << triple(launch.grid.x, launch.grid.y, launch.grid.z) << " block "
        << triple(launch.block.x, launch.block.y, launch.block.z) << " shared " << launch.shared_bytes

@@ -120,6 +120,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes);
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes);
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream = nullptr);

@@ -44,6 +44,8 @@ inline void warp_met(unsigned, const char*) {}
 inline void forget_paths() {}
 #endif
 
+void end_copies();  // what was copied to the device has arrived
+
 cudaError_t failed(cudaError_t error);  // makes it the thread's last error
 
 }  // namespace emulator

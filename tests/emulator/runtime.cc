@@ -4,7 +4,10 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "internal.h"
 
@@ -98,22 +101,55 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(current, *mode);
   return cudaSuccess;
 }
+
+// A copy from memory that is not pinned may return while its bytes are on their way. They arrive before the
+// default stream's next work. Any other stream here is one that does not wait for the default stream.
+struct Copy {
+  void* to;
+  std::string bytes;
+};
+static std::mutex copies_mutex;
+static std::vector<Copy> copies;
+
+void deepen::emulator::end_copies() {
+  const std::lock_guard<std::mutex> lock(copies_mutex);
+  for (const Copy& copy : copies) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+  copies.clear();
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  const std::lock_guard<std::mutex> lock(copies_mutex);
+  copies.push_back({to, {static_cast<const char*>(from), bytes}});
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (stream == nullptr) end_copies();
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  end_copies();
+  return cudaSuccess;
+}
+
+static std::mutex allocated_mutex;
+static std::set<void*> allocated;
+
 cudaError_t cudaMalloc(void** pointer, size_t bytes) { return cudaMallocManaged(pointer, bytes); }
 cudaError_t cudaMallocManaged(void** pointer, size_t bytes) {
   *pointer = poisoned(bytes);
   poison(static_cast<char*>(*pointer), bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  std::memcpy(to, from, bytes);
+  const std::lock_guard<std::mutex> lock(allocated_mutex);
+  allocated.insert(*pointer);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* pointer) {
+  end_copies();  // it waits for the device
+  const std::lock_guard<std::mutex> lock(allocated_mutex);
+  if (pointer != nullptr && allocated.erase(pointer) == 0) return failed(cudaErrorInvalidValue);
   std::free(pointer);
   return cudaSuccess;
 }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+  if (stream == nullptr) end_copies();
   std::memset(pointer, value, bytes);
   return cudaSuccess;
 }

@@ -225,6 +225,8 @@ void test_failed_calls() {
   nothing_left("a failed launch left its error");
   expect(throws([] { const deepen::DeviceGuard guard(999); }), "a guard of no device");
   nothing_left("a failed guard left its error");
+  deepen::free_on_device(0, &value);
+  nothing_left("freeing what is not the device's left an error");
 #ifdef DEEPEN_EMULATE
   deepen_emulator_set_devices(0);
   expect(deepen::cuda_device_count() == 0, "devices were counted where there are none");

@@ -50,7 +50,7 @@ deepen_settings make_settings(fuzz::Input* in, bool* sound) {
   settings.threads = in->one_in(200) ? INT32_MAX : in->one_in(16) ? 0 : in->one_in(16) ? 2 : 1;
   settings.device = in->one_in(64) ? -2 : -1;
   *sound = settings.batch >= 1 && settings.batch <= 4096 && settings.candidates >= 1 &&
-           settings.learning_rate > 0 && std::isfinite(settings.learning_rate) && settings.steps >= 0 &&
+           settings.learning_rate > 0 && settings.learning_rate <= 10 && settings.steps >= 0 &&
            settings.steps <= 64 && settings.min_probability >= 0 && settings.min_probability < 1 &&
            settings.threads >= 1 && settings.device == -1;
   return settings;

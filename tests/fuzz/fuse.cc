@@ -112,7 +112,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   params.dtype = dtype;
   params.log_probs = in.one_in(2);
   const bool settings = params.steps >= 0 && params.steps <= kMaxSearchSteps && params.learning_rate > 0 &&
-                        std::isfinite(params.learning_rate) && params.min_probability >= 0 &&
+                        params.learning_rate <= kMaxLearningRate && params.min_probability >= 0 &&
                         params.min_probability < 1;
   refused = refused || !settings;
   sound = sound && params.learning_rate < 1;

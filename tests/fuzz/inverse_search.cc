@@ -40,7 +40,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                              found.data(),  nullptr,    rows.view(),     batch,
                              candidates,    anchors,    fuzz::rate(&in), fuzz::steps(&in)};
   const bool settings = params.steps >= 0 && params.steps <= kMaxSearchSteps && params.learning_rate > 0 &&
-                        std::isfinite(params.learning_rate);
+                        params.learning_rate <= kMaxLearningRate;
   refused = refused || !settings;
   const int64_t number = in.no_size();
   if (in.one_in(8)) {

@@ -235,6 +235,8 @@ def test_bad_input():
         fuse(logits[0], inputs, weights, min_probability=1.0, **settings)
     with pytest.raises(InputError, match="steps is 65"):
         fuse(logits[0], inputs, weights, steps=65, **settings)
+    with pytest.raises(InputError, match="learning_rate is 89; choose above 0 to 10"):
+        fuse(logits[0], inputs, weights, learning_rate=89.0)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from oracle import random_embedding, random_logits, similarity_rows
 
 from deepen_ext import InputError, RelativeMap
 from deepen_ext.fusers import reference
-from deepen_ext.ops import inverse_search
+from deepen_ext.ops import RelativeRows, inverse_search
 
-SETTINGS = [(0.1, 3), (0.15, 5), (0.5, 10), (2.0, 1), (0.3, 64)]
+SETTINGS = [(0.1, 3), (0.15, 5), (0.5, 10), (2.0, 1), (0.3, 64), (10.0, 5)]
 
 
 def problem(vocab: int, anchors: int, entries: int | None, *, temperature: float = 20.0):
@@ -84,6 +84,32 @@ def test_no_steps_and_empty_batch():
     assert empty.shape == (0, 4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1 - 1e-6, 1 - 1e-4])
+def test_candidates_that_name_every_anchor(scale):
+    """What the target's sum lacks of 1 is then rounding, not the mass of other anchors."""
+    anchors = 200
+    columns = torch.cat([torch.arange(anchors), torch.tensor([0])]).int()[:, None].contiguous()
+    values, rest = torch.ones(anchors + 1, 1), torch.zeros(anchors + 1)
+    values[-1] = rest[-1] = 0.5  # only this row gives the other anchors anything
+    logits, target = random_logits(1, anchors + 1, seed=0), torch.softmax(random_logits(1, anchors, 1), dim=1)
+    logits[0, -1] = logits.min() - 5
+    target *= scale
+    found = inverse_search(
+        logits,
+        torch.arange(anchors + 1, dtype=torch.int32)[None],
+        torch.tensor([float("-inf")]),
+        target,
+        RelativeRows(columns, values, rest, anchors),
+        learning_rate=0.2,
+    )
+    last = torch.full((1, anchors), 0.5 / (anchors - 1)).double()
+    last[0, 0] = 0.5
+    whole = torch.cat([torch.eye(anchors).double(), last])
+    want = reference.inverse_search(logits.double(), whole, target.double(), learning_rate=0.2)
+    assert (want - logits).abs().max() > 0.1, "the search moves nothing"
+    torch.testing.assert_close(found.double(), want, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -95,6 +121,7 @@ def test_no_steps_and_empty_batch():
         ({"logits": torch.zeros(4, 3).T}, "logits is not contiguous"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"learning_rate": 10.1}, "learning_rate is 10.1; choose above 0 to 10"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 65}, "steps is 65"),
     ],

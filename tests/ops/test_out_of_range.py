@@ -41,6 +41,17 @@ def with_column(rows: RelativeRows, token: int, place: int, bad: int) -> Relativ
     return rows._replace(columns=columns)
 
 
+def with_empty_row(rows: RelativeRows, token: int) -> RelativeRows:
+    """A token like one that is left out: it gives no anchor anything."""
+    values = rows.values.clone()
+    values[token] = 0
+    if rows.columns is None or rows.rest is None:
+        return rows._replace(values=values)
+    columns, rest = rows.columns.clone(), rows.rest.clone()
+    columns[token], rest[token] = -1, 0
+    return RelativeRows(columns, values, rest, rows.anchors)
+
+
 def run_fuse(call, logits, given, weights=None, min_probability=0.0):
     weights = torch.full((3, 2), 0.5) if weights is None else weights
     if call == "function":
@@ -71,6 +82,9 @@ def test_fuse_takes_no_id_outside_the_rows(backend, call, dense, member, bad):
     around = torch.full((5, VOCAB), 7.0)
     logits, given = members(dense=dense)
     around[1:4] = logits
+    free = next(i for i in range(VOCAB) if all(i not in one.topk.ids for one in given))
+    empty = [one._replace(rows=with_empty_row(one.rows, free)) for one in given]
+    empty[member] = with_id(empty[member], (2, 3), free)
     given[member] = with_id(given[member], (2, 3), bad)
     if backend.emulator is None:
         with pytest.raises(InputError, match=f"token {bad} of member {member} is outside its rows' 40 tok"):
@@ -80,6 +94,10 @@ def test_fuse_takes_no_id_outside_the_rows(backend, call, dense, member, bad):
         fused, chosen = run_fuse(call, around[1:4], given)
         assert fused.isnan().nonzero().tolist() == ([[2, 3]] if member == 0 else [])
         assert ((chosen >= 0) & (chosen < VOCAB)).all()
+        if member == 0:
+            logits[2, free] = 0  # which such a candidate counts as having
+        want = run_fuse(call, logits, empty)[0]
+        assert torch.equal(fused[fused.isfinite()], want[fused.isfinite()]), "it was not left out"
     assert (around[[0, 4]] == 7).all()
 
 
@@ -110,7 +128,11 @@ def test_inverse_search_takes_no_id_outside_the_rows(backend, call, dense, bad):
         with pytest.raises(InputError, match=f"token {bad} of member 0 is outside"):
             run_search(call, ids, rows_of(dense=dense))
     else:
-        assert run_search(call, ids, rows_of(dense=dense)).isnan().nonzero().tolist() == [[1, 4]]
+        found = run_search(call, ids, rows_of(dense=dense))
+        assert found.isnan().nonzero().tolist() == [[1, 4]]
+        ids[1, 4] = VOCAB - 1
+        want = run_search(call, ids, with_empty_row(rows_of(dense=dense), VOCAB - 1))
+        assert torch.equal(found[found.isfinite()], want[found.isfinite()]), "it was not left out"
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -123,6 +145,55 @@ def test_inverse_search_takes_no_column_outside_the_anchors(backend, call, bad):
             run_search(call, ids, rows)
     else:
         assert run_search(call, ids, rows).isfinite().all()
+
+
+def naming_twice(token: int, *, alone: bool) -> tuple[RelativeRows, RelativeRows]:
+    """Rows where `token` names an anchor twice, and rows that mean the same. alone: no other row names it."""
+    columns = torch.full((VOCAB, 4), -1, dtype=torch.int32)
+    values = torch.zeros(VOCAB, 4)
+    columns[:, 0] = torch.arange(VOCAB) % (ANCHORS - 1) + 1
+    values[:, 0] = 0.9
+    if not alone:
+        columns[:, 1], values[:, 0], values[:, 1] = 0, 0.6, 0.3
+    rest = torch.full((VOCAB,), 0.1)
+    rest[token] = 0.0
+    twice, once = (columns.clone(), values.clone()), (columns.clone(), values.clone())
+    twice[0][token], twice[1][token] = torch.tensor([0, 0, -1, -1]), torch.tensor([0.6, 0.4, 0, 0])
+    once[0][token], once[1][token] = torch.tensor([0, -1, -1, -1]), torch.tensor([1.0, 0, 0, 0])
+    return RelativeRows(*twice, rest, ANCHORS), RelativeRows(*once, rest, ANCHORS)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("member", [0, 1])
+def test_fuse_with_a_row_that_names_an_anchor_twice(backend, call, alone, member):
+    """No error: nobody looks for it. On CUDA one of a candidate's two values may not count."""
+    logits, given = members()
+    ids = given[member].topk.ids
+    token = int(ids[1, 1])
+    here = (ids == token).any(dim=1)
+    assert here.tolist() == [False, True, False]
+    twice, once = naming_twice(token, alone=alone)
+    found, want = (
+        run_fuse(call, logits.clone(), [one._replace(rows=rows) for one in given])[0]
+        for rows in (twice, once)
+    )
+    assert not torch.equal(want[1], logits.gather(1, given[0].topk.ids.long())[1])
+    assert torch.equal(found[~here], want[~here]), "the other batch rows have nothing to do with it"
+    if member == 1 or backend.emulator is None:
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("alone", [False, True])
+def test_inverse_search_with_a_row_that_names_an_anchor_twice(backend, call, alone):
+    ids = torch.arange(3 * K, dtype=torch.int32).view(3, K)
+    found, want = (run_search(call, ids, rows) for rows in naming_twice(int(ids[1, 4]), alone=alone))
+    assert torch.equal(found[[0, 2]], want[[0, 2]])
+    if backend.emulator is None:
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("dense", [False, True])
