@@ -105,6 +105,14 @@ class TestCosts:
         assert [costs.ms(13, width) for width in (2, 3)] == [20.0, 40.0]
         assert [costs.ms(1, width) for width in (1, 2)] == [8.0, 8.0]  # it may be another matter: it is tried
 
+    def test_in_proportion_to_nothing_is_as_it_is(self) -> None:
+        """On CUDA what is no member's takes 0 ms: each member gets its share of all."""
+        costs = Costs()
+        costs.add(5, 1, 0.0)
+        costs.add(5, 2, 0.5)
+        costs.add(4, 1, 0.0)
+        assert [costs.ms(4, width) for width in (1, 2, 3)] == [0.0, 0.5, 1.0]
+
     def test_what_is_old_counts_no_more(self) -> None:
         costs = Costs()
         for _ in range(3):
