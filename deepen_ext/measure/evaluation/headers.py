@@ -84,8 +84,7 @@ def configuration_header(
         ],
         "weights": weights,
         "fuser": fuser,
-        # Not `ensemble.maps`: a variant may have maps that its fuser does not use.
-        "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
+        "relative_maps": [one.fingerprint for one in ensemble.maps],
         "boundary_aware": ensemble.boundary_rule is not None,
         "certified_skip": certified_skip,
         "share_forwards": share_forwards,
