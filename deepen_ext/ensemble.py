@@ -25,6 +25,7 @@ from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.members.loading import Progress, check_names, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.space.anchors import Anchors
+from deepen_ext.space.member_maps import MemberMaps
 from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
 
@@ -154,14 +155,18 @@ class Ensemble:
     @property
     def maps(self) -> list[RelativeMap]:
         """Each member's relative map; [] where the fuser has none."""
-        return [] if self.team.maps is None else self.team.maps.maps
+        return [] if self._maps is None else self._maps.maps
 
     @property
     def anchors(self) -> Anchors:
         """The tokens that the members share; InputError where the fuser has no relative space."""
-        if self.team.maps is None:
+        if self._maps is None:
             raise InputError(f"the fuser {self.method} has no relative space, and so no anchors")
-        return self.team.maps.anchors
+        return self._maps.anchors
+
+    @property
+    def _maps(self) -> MemberMaps | None:
+        return self.team.maps if self.fuser.uses_maps else None  # a team may keep them for a variant
 
     @property
     def rows_computed(self) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from sessions import changed, sync
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from deepen_ext import Ensemble, InputError, ModelError
+from deepen_ext.members.hf.session import HFSession
 
 PROMPTS = [
     "The capital of France is",
@@ -127,6 +129,31 @@ class TestBatch:
         assert sorted(set(rows), key=rows.index) == list(range(len(PROMPTS)))  # they begin in their order
         skipping = some.generate(PROMPTS, **settings, batch_size=3, certified_skip=True)
         assert skipping.texts == batch.texts
+
+    @pytest.mark.parametrize("draft", [0, "auto"])
+    def test_nothing_is_kept_of_texts_that_ended(self, pair, monkeypatch, draft):
+        """With draft=0 three texts end at once, and one waits: two of the lanes are free for good."""
+        released = Counter()
+        release = HFSession.release
+
+        def counted(session, lane):
+            released[lane] += 1
+            release(session, lane)
+
+        monkeypatch.setattr(HFSession, "release", counted)
+        run = pair.start(PROMPTS[:4], max_new_tokens=5, eos_token_id=[], batch_size=3, draft=draft)
+        held = []
+        for _ in run:
+            writing = set(run._schedule.active)
+            left = sum(text.finish_reason is None for text in run._texts.values())
+            assert 3 - len(released) == min(left, 3)
+            assert set(released.values()) <= {len(pair.members)}
+            assert run._writer._lookups.keys() <= writing
+            assert run._pace._unread.keys() <= writing
+            held.append((len(writing), 3 - len(released)))
+        assert released == dict.fromkeys(range(3), len(pair.members))
+        assert (3, 3) in held
+        assert (0, 1) in held or draft  # the three texts have ended, and the last one has not begun
 
     def test_a_run_closed_while_prompts_wait(self, pair):
         run = pair.start(PROMPTS, max_new_tokens=3, batch_size=2, draft=0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +107,14 @@ class TestCosts:
         costs.add(13, 3, 40.0)
         assert [costs.ms(13, width) for width in (2, 3)] == [20.0, 40.0]
         assert [costs.ms(1, width) for width in (1, 2)] == [8.0, 8.0]  # it may be another matter: it is tried
+
+    def test_in_proportion_to_nothing_is_as_it_is(self) -> None:
+        """On CUDA what is no member's takes 0 ms: each member gets its share of all."""
+        costs = Costs()
+        costs.add(5, 1, 0.0)
+        costs.add(5, 2, 0.5)
+        costs.add(4, 1, 0.0)
+        assert [costs.ms(4, width) for width in (1, 2, 3)] == [0.0, 0.5, 1.0]
 
     def test_what_is_old_counts_no_more(self) -> None:
         costs = Costs()
@@ -216,9 +227,9 @@ def pace_of(history: History, drafters: Sequence[int] = (MAIN,), length: int | N
     return Pace(team, DraftSettings(length, tuple(drafters)), sampled=False, at_once=False)
 
 
-def draft_of(places: int, *, margin: float = 0.99, is_open: bool = True) -> Any:
+def draft_of(places: int, *, margin: float = 0.99, is_open: bool = True, lanes: int = 1) -> Any:
     one = SimpleNamespace(margin=margin, place=SimpleNamespace(is_open=is_open))
-    return {0: [one] * places}
+    return {number: [one] * places for number in range(lanes)}
 
 
 def places_written(pace: Pace, length: int | None = None, **draft: Any) -> int:
@@ -309,6 +320,32 @@ class TestPace:
             pace.learn(ahead, step, [], verified_ms=1.0, cycle_ms=1.0)
         assert plans.count(0) == 2
         assert plans[16] == plans[33] == 0
+
+    def test_threads_may_share_what_is_known(self) -> None:
+        """Each has a run of its own; what their runs find out is the team's."""
+        history = History()
+        step: Any = SimpleNamespace(
+            fused=SimpleNamespace(logits=torch.zeros(1, 1), parts=[None]), members_ms={"assistant": 1.0}
+        )
+
+        def run(seed: int) -> int:
+            rng, pace = random.Random(seed), pace_of(history, (MAIN, LOOKUP, 1))
+            for _ in range(400):
+                lanes, places = rng.randint(1, 500), rng.randint(1, 4)
+                ahead = Ahead(draft_of(places, lanes=lanes), MAIN)
+                pace.plan(lanes, [3] * lanes)
+                pace.read(lanes, places, rng.random())
+                pace.goes_on(ahead.drafts, [0], None)
+                pace.learn(ahead, step, [], verified_ms=rng.random() + 1, cycle_ms=2.0)
+            return seed
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(run, range(4))) == [0, 1, 2, 3]
+        finally:
+            sys.setswitchinterval(before)
 
     def test_without_the_main_model_there_may_be_no_draft(self) -> None:
         wrong = history_of(write=40, read=4, more=0, agrees=False)

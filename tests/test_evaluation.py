@@ -397,6 +397,10 @@ def test_the_header_tells_configurations_apart(
     headers = [json.dumps(header(one)) for one in [fused, *others]]
     assert len(set(headers)) == len(headers)
     assert header(fused) == header(Ensemble([smollm2, gemma], fuser="deepen"))
+    # A rule that lets the main model write alone: the search moved its logits there, in earlier files.
+    ruled = [fused.variant(weighing="disagreement", fuser=name) for name in ("deepen", "follow", "average")]
+    marked = ["alone_as_it_is" in header(one)["configuration"]["fuser"] for one in ruled]
+    assert marked == [True, True, False]
     # What a variant was made from is no part of what it is.
     by_way_of_deepen = fused.variant(fuser="union-topk")
     assert header(by_way_of_deepen) == header(Ensemble([smollm2, gemma], fuser="union-topk", recipe="bytes"))

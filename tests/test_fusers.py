@@ -423,7 +423,12 @@ def test_a_variant_shares_what_stays_the_same(smollm2, gemma) -> None:
     assert slower.maps is base.maps
     assert base.variant(fuser="average").maps is base.maps
     assert base.variant(entries=16).maps is not base.maps
-    assert isinstance(base.variant(fuser="union-topk").fuser, UnionTopkFuser)
+    without = base.variant(fuser="union-topk")
+    assert isinstance(without.fuser, UnionTopkFuser)
+    assert without.maps == []
+    with pytest.raises(InputError, match="union-topk has no relative space"):
+        _ = without.anchors
+    assert without.variant(fuser="deepen").maps is base.maps
     assert base.weights == before
     with pytest.raises(InputError, match="speed: no setting of an ensemble; there are weights"):
         base.variant(speed=3)

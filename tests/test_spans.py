@@ -318,6 +318,24 @@ def test_contexts_that_end(members: tuple[Member, Member]) -> None:
                 assert len(one.token_ids) == len(other.token_ids)
 
 
+def test_a_word_may_end_where_the_main_models_context_does(tmp_path: Path) -> None:
+    """Its last token is written and never read. So a text that just fits is the same as with room."""
+    main, other = (
+        load_member(save_model(tmp_path / str(seed), one_byte_tokens(), seed=seed)) for seed in (1, 2)
+    )
+    settings: dict[str, Any] = {"fuser": "spans", "margin": 1.0, "weights": [0.5, 0.5]}
+    wide, changes = Ensemble([main, other], **settings), 0
+    for prompt in ("hellos", "Xyz 12"):
+        for count in range(8, 12):
+            narrow = Ensemble([changed(main, context_length=len(prompt) + count), other], **settings)
+            found, want = (
+                one.generate(prompt, max_new_tokens=count, eos_token_id=[]) for one in (narrow, wide)
+            )
+            assert (found.token_ids, found.finish_reason) == (want.token_ids, "length"), (prompt, count)
+            changes += found.changed_tokens
+    assert changes > 5  # rivals of the main model's words were taken
+
+
 def test_what_it_cannot_do_is_refused(pair: Ensemble) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"do_sample": True}, "and do_sample picks single tokens in another way"),

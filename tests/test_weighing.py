@@ -89,6 +89,38 @@ def test_disagreement(smollm2: Member, gemma: Member, bridge: TokenBridge) -> No
     assert weights.tolist() == [[1, 0], [0.5, 0.5], [1, 0], [1, 0]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fuser", ["deepen", "follow"])
+def test_where_the_main_model_writes_alone_nothing_moves(
+    smollm2: Member, gemma: Member, fuser: str, dtype: torch.dtype
+) -> None:
+    """The search would pull its candidates to 0 (weight decay), and by rounding noise."""
+    third = {" Rome": 0.4, " London": 0.35, " Paris": 0.25}
+    rows = [[UNSURE, UNSURE, UNSURE, SURE], [UNSURE, OTHER, third, OTHER]]
+    said = [one.part.logits for one in said_by([smollm2, gemma], rows)]
+    generator = torch.Generator().manual_seed(0)
+    logits = [(one + 0.01 * torch.randn(one.shape, generator=generator)).to(dtype) for one in said]
+    ensemble = Ensemble([smollm2, gemma], fuser=fuser, weighing="disagreement", cache=False)
+    plain = ensemble.variant(weighing="confidence").fuser
+    found, fused = ensemble.fuser.step(logits, [0.5, 0.5]), plain.step(logits, [0.5, 0.5])
+    assert found.weights is not None
+    assert found.weights.tolist() == [[1, 0], [0.5, 0.5], [0.5, 0.5], [1, 0]]
+    alone, others = [0, 3], [1, 2]
+    assert torch.equal(found.logits[alone], logits[0][alone])
+    assert torch.equal(found.chosen[alone].long(), logits[0][alone].argmax(dim=1))
+    assert torch.equal(found.logits[others], fused.logits[others])
+    assert torch.equal(found.chosen[others], fused.chosen[others])
+    assert not any(torch.equal(fused.logits[row], logits[0][row]) for row in range(4))
+    order = logits[0].sort(dim=1, descending=True, stable=True).indices
+    own = logits[0].double().log_softmax(dim=1)
+    for nth in (0, 1, 20, 3000):
+        tokens = order[:, nth]
+        given = ensemble.fuser.likelihoods(found.parts, [0.5, 0.5], tokens)
+        want = own.gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(given[alone], want[alone], atol=2e-6, rtol=0)
+        assert torch.equal(given[others], plain.likelihoods(fused.parts, [0.5, 0.5], tokens)[others])
+
+
 @pytest.mark.parametrize("weighing", ["margin", "consistency", "disagreement", "gate"])
 def test_a_silent_member_stays_silent(smollm2: Member, gemma: Member, weighing: str) -> None:
     numbers = {"gate": [-1.0, 0.5, 0.5, 0.2]} if weighing == "gate" else {}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 import pytest
 import torch
@@ -219,6 +223,37 @@ class TestUnwritable:
         assert padded.unwritable().tolist() == without + beyond
         assert padded.unwritable(but=[beyond[0], 500]).tolist() == without + beyond[1:]
         assert padded.unwritable([500]) is padded.unwritable()
+
+    def test_few_sets_are_kept(self, members):
+        """The special tokens of a prompt are one, and whoever asks a server chooses them."""
+        member = dataclasses.replace(members[1])
+        whole = member.unwritable().tolist()
+        pairs = list(combinations(whole, 2))[:60]
+        assert len(pairs) == 60
+        for pair in pairs * 2:
+            assert member.unwritable(pair).tolist() == [i for i in whole if i not in pair]
+            assert len(member._unwritable) <= 32
+        assert member.unwritable(pairs[-1]) is member.unwritable(pairs[-1])
+
+    def test_threads_may_ask_for_sets_at_once(self, members):
+        member = dataclasses.replace(members[1])
+        whole = member.unwritable().tolist()
+        pairs = list(combinations(whole, 2))[:60]
+
+        def ask(seed):
+            rng = random.Random(seed)
+            for _ in range(500):
+                pair = rng.choice(pairs)
+                assert len(member.unwritable(pair)) == len(whole) - 2
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(ask, range(4)))
+        finally:
+            sys.setswitchinterval(before)
+        assert len(member._unwritable) <= 32
 
     def test_nothing_is_copied_without_need(self):
         logits = torch.zeros(2, 4)

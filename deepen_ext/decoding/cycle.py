@@ -241,9 +241,11 @@ class Cycles:
         return bool(self._schedule.active) or self._schedule.waits
 
     def _release(self, number: int) -> None:
-        """The text has ended: its lane is free, for the next one or for good."""
-        lane = self._schedule.end(number)
-        if not self._schedule.waits:
+        """The text has ended: its lane is free, for the next one or for good; its drafts are forgotten."""
+        self._schedule.end(number)
+        self._writer.forget(number)
+        self._pace.forget(number)
+        for lane in self._schedule.spare():
             self._main.release(lane)
             self._assistants.release(lane)
 

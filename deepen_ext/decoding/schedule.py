@@ -52,6 +52,12 @@ class Schedule:
         self._free = sorted([*self._free, lane])
         return lane
 
+    def spare(self) -> list[int]:
+        """The free lanes beyond the texts that wait: nobody gets them any more."""
+        waiting = len(self._waiting)
+        spared, self._free = self._free[waiting:], self._free[:waiting]
+        return spared
+
     def withdraw(self, text: int) -> None:
         """The text, which waits, is not wanted any more."""
         self._waiting.remove(text)

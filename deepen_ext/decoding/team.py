@@ -32,7 +32,8 @@ class Team:
         sharpness: of these weights.
         boundary_rule: when an assistant sits out; None for never.
         on_failure: what a run does when a member is lost (see `lost`).
-        maps: the members' relative maps; None where the fuser has none.
+        maps: the members' relative maps. A fuser that has none may have those of another team, kept for a
+            later variant (see `make_team`), or None.
         told: of whom `tell_of_unequal` has warned, and of what.
         histories: what runs found out about drafts, by whether they sampled.
     """

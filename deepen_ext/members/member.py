@@ -16,6 +16,8 @@ from deepen_ext.text.vocabulary import Vocabulary
 if TYPE_CHECKING:  # transformers takes seconds to import, and fusion alone does not need it
     from transformers import PreTrainedTokenizerBase
 
+_SETS_KEPT = 32  # sets of ids that are never written: prompts choose which, by their special tokens
+
 
 @dataclass
 class Member:
@@ -124,10 +126,13 @@ class Member:
             but: ids that can be written all the same, such as others that end a text.
         """
         kept = self._without_text.intersection(but)
-        if kept not in self._unwritable:
+        found = self._unwritable.get(kept)
+        if found is None:
             ids = sorted(self._without_text - kept)
-            self._unwritable[kept] = torch.tensor(ids, dtype=torch.long, device=self.device)
-        return self._unwritable[kept]
+            found = self._unwritable[kept] = torch.tensor(ids, dtype=torch.long, device=self.device)
+            for oldest in list(self._unwritable)[:-_SETS_KEPT]:  # threads may share a member
+                self._unwritable.pop(oldest, None)
+        return found
 
 
 def unique_names(members: Sequence[Member]) -> list[str]:

@@ -88,19 +88,20 @@ class Pace:
         drafters, length = self.settings.drafters, self.settings.length
         if length is not None:
             return Plan(drafters[0], length)
-        # With drafts at once, those of the main model are compared with none, not with the present pace.
-        rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
-        if rate is None or self._history.drafting.get(lanes, 0) >= _PLAIN_EVERY:  # to be measured (again)
-            return Plan(MAIN, 0)
-        if MAIN in drafters and not self._at_once:
-            # It may not have drafted yet; then the others are compared with what its drafts would cost.
-            rate = min([rate, *(expected for _, expected in self._rates_at_once(lanes))])
-        best = Plan(MAIN, None if MAIN in drafters and not self._at_once else 0)
-        for drafter in drafters:
-            for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
-                if expected < rate * _CLEARLY:
-                    best, rate = Plan(drafter, tokens), expected / _CLEARLY
-        return best
+        with self._history.lock:
+            # With drafts at once, those of the main model are compared with none, not with the present pace.
+            rate = self._rate_alone(lanes) if self._at_once else self._rate(lanes)
+            if rate is None or self._history.drafting.get(lanes, 0) >= _PLAIN_EVERY:  # to be measured (again)
+                return Plan(MAIN, 0)
+            if MAIN in drafters and not self._at_once:
+                # It may not have drafted yet; then the others are compared with what its drafts would cost.
+                rate = min([rate, *(expected for _, expected in self._rates_at_once(lanes))])
+            best = Plan(MAIN, None if MAIN in drafters and not self._at_once else 0)
+            for drafter in drafters:
+                for tokens, expected in self._expected_rates(drafter, lanes, looked_up):
+                    if expected < rate * _CLEARLY:
+                        best, rate = Plan(drafter, tokens), expected / _CLEARLY
+            return best
 
     def goes_on(self, drafts: Mapping[int, Draft], going: Sequence[int], length: int | None) -> bool:
         """Whether the main model writes on after these drafts.
@@ -113,25 +114,27 @@ class Pace:
         opened = max(sum(one.place.is_open for one in draft) for draft in drafts.values())
         if length is not None:
             return opened <= length
-        lanes, width = len(drafts), self._width(drafts)
-        rate, write = self._rate(lanes), self._history.cost(MAIN).ms(len(going), 1)
-        now, then = self._read_ms(lanes, width), self._read_ms(lanes, width + 1)
-        if rate is None or write is None or now is None or then is None or opened > LONGEST:
-            return False
-        accepted = self._history.accepted(MAIN)
-        gain = 0.0
-        for number in going:
-            stands = 1.0
-            for one in drafts[number]:
-                if one.place.is_open:
-                    stands *= accepted.chance(one.margin)
-            gain += stands
-        return gain * rate * _CLEARLY > write + then - now
+        with self._history.lock:
+            lanes, width = len(drafts), self._width(drafts)
+            rate, write = self._rate(lanes), self._history.cost(MAIN).ms(len(going), 1)
+            now, then = self._read_ms(lanes, width), self._read_ms(lanes, width + 1)
+            if rate is None or write is None or now is None or then is None or opened > LONGEST:
+                return False
+            accepted = self._history.accepted(MAIN)
+            gain = 0.0
+            for number in going:
+                stands = 1.0
+                for one in drafts[number]:
+                    if one.place.is_open:
+                        stands *= accepted.chance(one.margin)
+                gain += stands
+            return gain * rate * _CLEARLY > write + then - now
 
     def read(self, lanes: int, width: int, ms: float) -> None:
         """A forward of the main model, of so many lanes and tokens a lane, took so long."""
         if self._learns:
-            self._history.cost(MAIN).add(lanes, width, ms, warm_up=self._warm_up)
+            with self._history.lock:
+                self._history.cost(MAIN).add(lanes, width, ms, warm_up=self._warm_up)
 
     def learn(
         self,
@@ -153,13 +156,14 @@ class Pace:
         """
         if not self._learns:
             return
-        self._learn_costs(ahead.drafts, step, verified_ms)
-        self._learn_acceptance(ahead, step, accepted)
-        lanes = len(ahead.drafts)
-        self._history.drafting[lanes] = self._history.drafting.get(lanes, 0) + 1 if ahead.drafted else 0
-        if ahead.drafter == MAIN:
-            spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
-            self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
+        with self._history.lock:
+            self._learn_costs(ahead.drafts, step, verified_ms)
+            self._learn_acceptance(ahead, step, accepted)
+            lanes = len(ahead.drafts)
+            self._history.drafting[lanes] = self._history.drafting.get(lanes, 0) + 1 if ahead.drafted else 0
+            if ahead.drafter == MAIN:
+                spent, tokens = self._history.spent.get(lanes, (0.0, 0.0))
+                self._history.spent[lanes] = (spent * _FADE + cycle_ms, tokens * _FADE + len(accepted))
         for number, kept in Counter(one.proposal.place.text for one in accepted).items():
             asked = [i for i, one in enumerate(ahead.drafts[number][:kept]) if one.place.is_open]
             self._unread[number] = kept - 1 - asked[-1] if asked else self._unread.get(number, 0) + kept

@@ -78,7 +78,8 @@ class Costs:
         if not others:
             return own if 1 in own else {}
         nearest = self._medians[min(others, key=lambda n: abs(n - lanes))]
-        scale = own[1] / nearest[1] if 1 in own else 1.0
+        # On CUDA what is no member's takes 0 ms at every width: there is nothing to be in proportion to.
+        scale = own[1] / nearest[1] if 1 in own and nearest[1] else 1.0
         return dict(sorted(({width: ms * scale for width, ms in nearest.items()} | own).items()))
 
     def _is_doubtful(self, lanes: int, width: int) -> bool:

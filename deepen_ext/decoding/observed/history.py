@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from deepen_ext.decoding.observed.acceptance import Acceptance
@@ -25,6 +26,7 @@ class History:
         spent: milliseconds and tokens of recent cycles, fading, by number of lanes.
         opened: of recent tokens, fading, those that an assistant could change, and all.
         drafting: by number of lanes, how many cycles had drafts since the last one without.
+        lock: whoever reads or writes any of this holds it (`drafts.pace` does): threads may share a team.
     """
 
     costs: dict[int, Costs] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class History:
     spent: dict[int, tuple[float, float]] = field(default_factory=dict)
     opened: tuple[float, float] = (1.0, 1.0)
     drafting: dict[int, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def cost(self, who: int) -> Costs:
         """Of this member, or `FUSION`."""

@@ -76,8 +76,8 @@ def score(
         ends: ids that end a text.
 
     Returns:
-        By lane, in order. A text with a continuation that exceeds the member's context, or of which it can
-        score no token, is left out.
+        By lane, in order. A text with a continuation that exceeds the member's context (but for its last
+        token, which is not read), or of which it can score no token, is left out.
 
     Raises:
         ModelError: a forward pass failed.
@@ -87,7 +87,7 @@ def score(
     for lane, own in continuations.items():
         # At least one id stands before what is scored.
         start = max(1, min(common_prefix(list(one.ids), list(texts[lane])) for one in own))
-        if all(len(one) > start and member.fits(len(one.ids)) for one in own):
+        if all(len(one) > start and member.fits(len(one.fed)) for one in own):
             scored[lane], starts[lane] = [], start
     ending = torch.tensor(sorted(ends), dtype=torch.long, device=member.device)
     for i in range(max((len(continuations[lane]) for lane in scored), default=0)):

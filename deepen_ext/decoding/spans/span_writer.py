@@ -193,7 +193,8 @@ class SpanWriter:
                 continue
             ids = [self._end(own)] if one.ends else vocabulary.encode_part(one.text, 1)[0]
             same = one.ends or b"".join(map(vocabulary.bytes_of, ids)) == one.data
-            if same and main.fits(len(self._texts[number].ids) + len(ids)):
+            # The last token is not read, so it may exceed the context, as that of the main model's own word.
+            if same and main.fits(len(self._texts[number].ids) + len(ids) - 1):
                 spans[one.text] = _Span(one.text, ids, one.ends)
         return list(spans.values())
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deepen_ext import __version__
 from deepen_ext.decoding.prompt_weights import LEAST_WEIGHT, PROMPT_TOKENS
 from deepen_ext.errors import InputError
+from deepen_ext.fusers.weighing.disagreement import Disagreement
 from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.tasks import Item, Task
 
@@ -59,6 +60,8 @@ def configuration_header(
     }
     if ensemble.fuser.first_end_needs_all:
         fuser["first_end_needs_all"] = True
+    if ensemble.fuser.uses_recipe and isinstance(ensemble.fuser.rule, Disagreement):
+        fuser["alone_as_it_is"] = True  # files from before the search left the main model alone there
     weights: Any = list(ensemble.weights)
     if ensemble.weighs_prompts:
         how = {"sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS, "least": LEAST_WEIGHT}
@@ -81,8 +84,7 @@ def configuration_header(
         ],
         "weights": weights,
         "fuser": fuser,
-        # Not `ensemble.maps`: a variant may have maps that its fuser does not use.
-        "relative_maps": [one.fingerprint for one in getattr(ensemble.fuser, "maps", [])],
+        "relative_maps": [one.fingerprint for one in ensemble.maps],
         "boundary_aware": ensemble.boundary_rule is not None,
         "certified_skip": certified_skip,
         "share_forwards": share_forwards,
