@@ -295,6 +295,12 @@ class TestLogitsProcessor:
         main.generate(**alone, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
         assert read_by(fuse) == ["<|im_end|>Sky"]
 
+    def test_a_prompt_that_ends_with_several_eos_ids(self, pair, main, fuse):
+        """They are the prompt's own, not what follows the end of a row."""
+        given = inputs(pair, "Sky<|im_end|><|im_end|><|im_end|>")
+        main.generate(**given, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
+        assert read_by(fuse) == ["Sky<|im_end|><|im_end|><|im_end|>"]
+
     def test_prompts_it_cannot_read(self, pair, main, fuse):
         settings = {"logits_processor": [fuse], "max_new_tokens": 2, "do_sample": False}
         right = pair.members[0].tokenizer(
