@@ -5,6 +5,7 @@ Tiny models with real tokenizers; the demo pair itself where `demo_pair` is."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,12 @@ class TestLogitsProcessor:
         main.generate(**alone, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
         assert read_by(fuse) == ["<|im_end|>Sky"]
 
+    def test_a_prompt_that_ends_with_several_eos_ids(self, pair, main, fuse):
+        """They are the prompt's own, not what follows the end of a row."""
+        given = inputs(pair, "Sky<|im_end|><|im_end|><|im_end|>")
+        main.generate(**given, logits_processor=[fuse], max_new_tokens=1, do_sample=False)
+        assert read_by(fuse) == ["Sky<|im_end|><|im_end|><|im_end|>"]
+
     def test_prompts_it_cannot_read(self, pair, main, fuse):
         settings = {"logits_processor": [fuse], "max_new_tokens": 2, "do_sample": False}
         right = pair.members[0].tokenizer(
@@ -333,6 +340,21 @@ def read_by(fuse: DeepenLogitsProcessor) -> list[str]:
 
 
 class TestCustomGenerate:
+    def test_eos_ids_that_generation_config_does_not_name(self, pair, expected, monkeypatch):
+        """The config and the tokenizer name some too, which transformers does not pass on."""
+        own, end = pair.members[0].eos_ids, expected[0][2]
+        assert end not in (*own, *expected[0][:2])
+        first = replace(pair.members[0], eos_ids=(*own, end))
+        ensemble = Ensemble([first, pair.members[1]], fuser="deepen", learning_rate=0.3, cache=False)
+        monkeypatch.setattr(first.model.generation_config, "eos_token_id", own[0])
+        text = ensemble.generate(SHORT, max_new_tokens=TOKENS).token_ids
+        assert text == expected[0][:3]
+        given = inputs(ensemble, SHORT)
+        settings = {"custom_generate": ensemble.custom_generate, "max_new_tokens": TOKENS, "do_sample": False}
+        assert new_ids(first.model.generate(**given, **settings), given) == [text]
+        on = first.model.generate(**given, **settings, eos_token_id=[own[0], expected[0][4]])
+        assert len(new_ids(on, given)[0]) > 3  # other ids that are asked for are the only ones
+
     def test_streamers_get_the_text(self, pair, main, expected):
         """transformers keeps the streamer from a callable: only the prompt would arrive, and no end."""
         tokenizer = pair.members[0].tokenizer

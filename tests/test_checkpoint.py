@@ -297,7 +297,8 @@ def test_shapes_that_do_not_fit_are_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     "extra",
     ["model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.bias",
-     "model.layers.2.mlp.up_proj.weight", "lm_head.bias", "layers.0.self_attn.k_norm.weight"],
+     "model.layers.2.mlp.up_proj.weight", "lm_head.bias", "layers.0.self_attn.k_norm.weight",
+     "model.layers.shared.weight"],
 )  # fmt: skip
 def test_weights_of_another_architecture_are_named(folder: Path, extra: str) -> None:
     change_weights(folder, **{extra: torch.ones(32)})

@@ -109,6 +109,32 @@ def test_a_setting_of_another_type_is_refused(tmp_path: Path, key: str, value: A
         read_facts(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("block_count", [1 << 30], "is 1073741824, which its tensors do not have"),
+        ("block_count", [0], "is 0, which its tensors do not have"),
+        ("feed_forward_length", [96, 1 << 20], "is 1048576, which its tensors do not have"),
+        ("attention.head_count_kv", [2] * 4097, "has 4097 values, more than any model has layers"),
+        ("ssm.conv_kernel", 1 << 30, "is 1073741824, which its tensors do not have"),
+        ("shortconv.l_cache", [1 << 30], "is 1073741824, which its tensors do not have"),
+    ],
+)
+def test_sizes_that_the_tensors_do_not_have(tmp_path: Path, key: str, value: Any, what: str) -> None:
+    """transformers takes a list of one for the number in it, and would build layers until memory ends."""
+
+    def write(name: str, value: Any) -> Path:
+        def more(writer: Any) -> None:
+            writer.kv_data[0].pop(f"llama.{key}", None)
+            (writer.add_array if isinstance(value, list) else writer.add_uint32)(f"llama.{key}", value)
+
+        return write_gguf(tmp_path / name, more=more)
+
+    with pytest.raises(ModelError, match=rf"odd\.gguf: .*Damaged: llama\.{key} {what}"):
+        read_facts(write("odd.gguf", value))
+    assert read_facts(write("right.gguf", [1] if isinstance(value, list) else 1)).parameters
+
+
 def test_a_part_of_a_split_file_says_how_to_join(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a-00001-of-00003.gguf", more=lambda one: one.add_uint16("split.count", 3))
     for read in (read_facts, convert_gguf):

@@ -15,8 +15,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from deepen_ext.errors import ModelError
+from deepen_ext.members.gguf import tokenizer as tokenizer_module
 from deepen_ext.members.gguf.pre_tokenizers import SPLIT_RULES
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
+from deepen_ext.members.hf.gguf_conversion import converted_folder
 from deepen_ext.text.vocabulary import Vocabulary
 
 TEXTS = [
@@ -208,6 +210,39 @@ def test_the_second_time_it_comes_from_the_cache(
     assert kept.added_tokens_decoder == built.added_tokens_decoder
     assert kept.chat_template == built.chat_template == TEMPLATE
     assert kept.name_or_path == built.name_or_path == "tiny"
+
+
+def cached(folder: Path) -> list[Path]:
+    return [path.parent for path in (folder / "assets").rglob("tokenizer.json")]
+
+
+@pytest.mark.parametrize("damage", ["no tokenizer.json", "no tokenizer_config.json", "cut", "a list"])
+def test_a_damaged_one_in_the_cache_is_made_again(convert: Convert, tmp_path: Path, damage: str) -> None:
+    made = convert(*SMALLEST, "gpt-2").to_str()
+    (folder,) = cached(tmp_path)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if damage == "cut":
+        (folder / "tokenizer.json").write_bytes(whole["tokenizer.json"][:-100])
+    elif damage == "a list":
+        (folder / "tokenizer_config.json").write_text("[]")
+    else:
+        (folder / damage.removeprefix("no ")).unlink()
+    with pytest.warns(UserWarning, match="made: its tokenizer in the cache is damaged, and is made again"):
+        assert convert(*SMALLEST, "gpt-2").to_str() == made
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_another_transformers_makes_it_anew(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one version made may be refused where another's is not; the same holds for whole models."""
+    convert(*SMALLEST, "gpt-2")
+    before, model = cached(tmp_path), converted_folder("0" * 64, "made")
+    monkeypatch.setattr(tokenizer_module, "version", lambda package: f"{package} 6.0", raising=False)
+    convert(*SMALLEST, "gpt-2")
+    after = cached(tmp_path)
+    assert (len(before), len(after)) == (1, 2)
+    assert converted_folder("0" * 64, "made") != model
 
 
 def test_a_cache_that_cannot_be_written_to(convert: Convert, tmp_path: Path) -> None:

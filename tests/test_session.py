@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from deepen_ext.members.hf import forwards as forwards_module
 from deepen_ext.members.hf import session as module
 from deepen_ext.members.hf.bytes_needed import estimate_bytes
 from deepen_ext.members.hf.kv_cache import LaneCache, cache_bytes
+from deepen_ext.members.hf.load import member_of
 from deepen_ext.members.member import Member
 
 TEXT = Path(__file__).read_text()
@@ -704,6 +706,61 @@ class TestMemory:
         assert memory.available_bytes(torch.device("cpu")) == 70 * 1024
 
 
+LONG, SHORT = [1.0, 2.0, 4.0, 8.0], [1.0] * 4
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": LONG, "short_factor": SHORT}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+CHANGING = {  # rotary positions that have other frequencies in texts of more than 16 tokens
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "sliding_window": None},
+    "llama": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+}
+
+
+@pytest.mark.parametrize("family", CHANGING)
+class TestChangingRotaryPositions:
+    """Up to the limit they are those of any shorter text, and no text may go on beyond."""
+
+    @pytest.fixture
+    def member(self, tiny, tiny_smollm2: Member, family: str) -> Member:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            model = tiny(family, **CHANGING[family]).model
+            made = member_of(model, tiny_smollm2.tokenizer, family)
+        assert made.context_length == 16
+        lowered = [str(one.message) for one in said if "its config says" in str(one.message)]
+        assert len(lowered) == (family == "phi3")  # llama's config says 16 itself
+        return made
+
+    def test_the_text_is_that_of_transformers_up_to_the_limit(self, member: Member) -> None:
+        session, ids = open_session(member), ids_of(member, 6)
+        expected = member.model.generate(
+            torch.tensor([ids]), max_length=16, min_length=16, do_sample=False, pad_token_id=0
+        )[0].tolist()
+        while len(ids) < 16:
+            logits = sync(session, {0: ids})
+            assert_fresh(member, {0: ids}, logits)
+            ids = [*ids, int(logits[0].argmax())]
+        assert ids == expected
+        assert_fresh(member, {0: ids}, sync(session, {0: ids}))
+
+    def test_several_texts_and_rollbacks(self, member: Member) -> None:
+        session, ids = open_session(member, lanes=3), ids_of(member, 30)
+        for targets in ({0: ids[:16], 1: ids[5:9], 2: ids[2:17]}, {0: ids[:7], 1: ids[5:21], 2: ids[2:18]}):
+            assert_fresh(member, targets, sync(session, targets))
+
+    def test_beyond_the_limit_is_an_error(self, member: Member) -> None:
+        ids = ids_of(member, 18)
+        with torch.inference_mode():
+            begun = member.model(torch.tensor([ids[:14]]), use_cache=True).past_key_values
+            on = member.model(torch.tensor([ids[14:]]), past_key_values=begun).logits[0, -1]
+        apart = (on - fresh_logits(member, ids, [18])[0]).abs().max()
+        assert apart > 0.05  # what a text in pieces would get
+        with pytest.raises(InputError, match="18 tokens exceed its context of 16"):
+            sync(open_session(member), {0: ids})
+        for longer in (17, None):
+            with pytest.raises(ModelError, match=f"^{member.name}: its rotary .* with context_length=16"):
+                open_session(changed(member, context_length=longer))
+
+
 class TestBadInput:
     def test_bad_ids(self, tiny_smollm2: Member) -> None:
         short = changed(tiny_smollm2, context_length=10)
@@ -739,11 +796,6 @@ class TestBadInput:
         [
             ("bloom", {"n_layer": 1, "n_head": 4}, "takes no position_ids"),
             ("llama4_text", {"attention_chunk_size": 16, "num_local_experts": 2}, "has chunked attention"),
-            (
-                "llama",
-                {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-                "'dynamic', which depend on the longest",
-            ),
             ("llama", {"attn_implementation": "flex_attention"}, "has attention 'flex_attention'; load it"),
         ],
     )

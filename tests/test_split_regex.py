@@ -161,11 +161,23 @@ def test_any_regex(seed: int) -> None:
         "(?=a)",
         "a|",
         "(?x:a)",
+        "(" * 300 + "a" + ")" * 300,  # too deep to be walked by recursion
+        "(?=" * 33 + "a" + ")" * 33 + "a",
+        "a" + "+" * 2000,
+        "a" * 2001,  # each atom is looked at with each other
     ],
 )
 def test_not_understood(pattern: str) -> None:
     with pytest.raises(NotUnderstood):
         SplitRegex(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(?:" * 32 + "a" + "){1}{1}{1}" * 32, "a" * 2000])
+def test_the_longest_and_deepest_that_is_understood(pattern: str) -> None:
+    regex = SplitRegex(pattern)
+    assert regex.begins("a")
+    assert regex.alone("a") == (len(pattern) < 2000)
+    assert not regex.begins("b")
 
 
 def test_case_folds_into_several_characters() -> None:

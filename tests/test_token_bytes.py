@@ -72,6 +72,16 @@ def test_an_ordinary_token_beyond_a_gap_has_text() -> None:
     assert vocabulary.tokens[400] == b"ab"
 
 
+def test_a_token_without_text_beyond_the_rows_is_no_id() -> None:
+    """Nothing gives it, and nobody walks over the billions of ids before it."""
+    tokenizer = byte_level(vocab={**ALPHABET, "": 4_000_000_000})
+    vocabulary = Vocabulary.from_tokenizer(tokenizer, 300, name="gap")
+    assert vocabulary.id_bound == vocabulary.vocab_size == 300
+    assert vocabulary.decode(vocabulary.encode("a b")) == b"a b"
+    with pytest.raises(ModelError, match="gap: its tokenizer has the id 4000000000, beyond any vocabulary"):
+        Vocabulary.from_tokenizer(tokenizer, name="gap")
+
+
 @pytest.mark.parametrize("added", [{"<tag>": False}, {"<pad>": True, "<tag>": False}])
 def test_a_token_of_text_beyond_the_rows_is_refused(added: dict[str, bool]) -> None:
     tokenizer = byte_level(added)

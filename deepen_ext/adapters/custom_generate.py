@@ -20,7 +20,7 @@ from deepen_ext.adapters.prompt_texts import AssistantsPrompts, check_not_empty
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.prompts import Messages, Prompt
-from deepen_ext.decoding.setting_rules import SAMPLING, callables, stop_list
+from deepen_ext.decoding.setting_rules import SAMPLING, callables, flat_ids, stop_list
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.errors import InputError
 from deepen_ext.members.chat import WithoutTemplate
@@ -68,7 +68,7 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
                 criteria.append(StopStringCriteria(main.tokenizer, stops))
             settings = Settings.read(
                 main,
-                _settings_for_rows(generation_config, input_ids.shape[1]),
+                _settings_for_rows(generation_config, input_ids.shape[1], model.generation_config),
                 logits_processor=given["logits_processor"],
                 stopping_criteria=criteria,
                 prefix_allowed_tokens_fn=given.get("prefix_allowed_tokens_fn"),
@@ -148,7 +148,9 @@ def _check_call(main: Member, model: Any, given: dict[str, Any], model_inputs: d
         raise InputError("custom_generate fuses already; leave DeepenLogitsProcessor out")
 
 
-def _settings_for_rows(prepared: GenerationConfig, padded_length: int) -> GenerationConfig:
+def _settings_for_rows(
+    prepared: GenerationConfig, padded_length: int, models_own: GenerationConfig
+) -> GenerationConfig:
     """The settings as `generate` prepared them for rows padded to one length, for rows without padding."""
     config = copy.deepcopy(prepared)
     assert config.max_length is not None
@@ -158,6 +160,9 @@ def _settings_for_rows(prepared: GenerationConfig, padded_length: int) -> Genera
     config.max_length = config.min_length = None
     config.num_return_sequences = None  # `generate` has repeated the rows
     config.return_dict_in_generate = None
+    if set(flat_ids(config.eos_token_id)) == set(flat_ids(models_own.eos_token_id)):
+        # Nobody asked for others. The main model's own may be more: its config and tokenizer name some too.
+        config.eos_token_id = None
     if not config.do_sample:
         for name in SAMPLING:  # what a model's generation_config.json says about sampling
             setattr(config, name, None)

@@ -136,7 +136,9 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         """The assistants, having read these ids."""
         rows: list[list[int]] = ids.tolist()
         self._find_prompts(rows, generate_call())
-        rows = [self._without_end(row) for row in rows]
+        # What is a prompt only `generate` knows for certain; its prompts all have one length.
+        prompt = 0 if self._call is None else self._call.prompts.shape[1]
+        rows = [self._without_end(row, prompt) for row in rows]
         seen, self._seen = self._seen, []  # should this fail, the next call begins anew
         if self._assistants is None or len(seen) != len(rows):
             self.close()
@@ -221,10 +223,13 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         start = next((i for i, token in enumerate(ids) if token != self._pad), len(ids))
         return [i >= start for i in range(len(ids))]
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        """The ids without what follows the end of a row: of EOS and padding at its end the first is kept."""
+    def _without_end(self, ids: list[int], prompt: int) -> list[int]:
+        """The ids without what follows the end of a row: of EOS and padding at its end the first is kept.
+
+        The first `prompt` ids are kept as they are: a chat's template may end a turn with several EOS ids.
+        """
         end = len(ids)
-        while end > 1 and ids[end - 1] in self._endings and ids[end - 2] in self._endings:
+        while end > prompt + 1 and ids[end - 1] in self._endings and ids[end - 2] in self._endings:
             end -= 1
         return ids[:end]
 

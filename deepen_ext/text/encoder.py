@@ -105,6 +105,7 @@ def build_encoder(tokenizer: Any, name: str, vocab_size: int | None = None) -> E
         # The tokens that there are, not all ids up to the bound: a damaged file may have one in the billions.
         every_id = sorted((i, token) for token, i in view.get_vocab(with_added_tokens=True).items())
         _refuse_beyond(((i, token) for i, token in every_id if token), size, name)
+        bound = size  # only tokens without text lie beyond, which nothing gives
     byte_ids = tuple(id_of_byte(view, kind, byte) for byte in range(256))
     special = {i for i, token in added.items() if token.special}
     special.update(getattr(tokenizer, "all_special_ids", ()))

@@ -50,8 +50,8 @@ class SplitRegex:
         """Parse it.
 
         Raises:
-            NotUnderstood: the regex looks left (look-behind, `\\b`, `^`), refers back, or matches the empty
-                text.
+            NotUnderstood: the regex looks left (look-behind, `\\b`, `^`), refers back, matches the empty
+                text, or is longer or deeper than any of a real tokenizer.
         """
         self._root, self._atoms = parse(pattern)
         if can_be_left_out(self._root, looks=True):

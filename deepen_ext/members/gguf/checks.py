@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import write_failure
-from deepen_ext.members.gguf.header import Damaged, Header, read_header
+from deepen_ext.members.gguf.header import Damaged, Header, read_header, read_whole_numbers
 
 TOKENS, CHAT_TEMPLATE = "tokenizer.ggml.tokens", "tokenizer.chat_template"
 # Settings that count something that the file's tensors have; no tensor has as many elements along a side.
-_SIZES = ("_length", "_count", "_count_kv", "vocab_size", "_size", ".dimension_count", "_rank")
+_SIZES = (
+    *("_length", "_count", "_count_kv", "vocab_size", "_size", ".dimension_count", "_rank"),
+    *(".conv_kernel", ".l_cache"),  # of Mamba and LFM2: the width of a convolution
+)
 _NO_SIZES = ("context_length", "original_context_length")  # of positions: nothing is allocated by them
+_MOST_LAYERS = 4096  # a size may be a list, with a number for each layer
 
 
 def check_gguf(path: Path, *, weights: bool) -> Header:
@@ -40,7 +43,7 @@ def check_gguf(path: Path, *, weights: bool) -> Header:
             "llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf"
         )
     if weights:
-        _check_settings(header.settings, {name: tensor.shape for name, tensor in header.tensors.items()})
+        _check_settings(path, header)
     return header
 
 
@@ -72,21 +75,22 @@ def failures_of_reading(path: Path, doing: str, advice: str) -> Iterator[None]:
         raise ModelError(f"{path}: {doing}, {type(error).__name__}: {lines[0]}. {advice}") from error
 
 
-def _check_settings(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_settings(path: Path, header: Header) -> None:
     """Layers are built by these numbers before any weight is read."""
+    settings, shapes = header.settings, {name: tensor.shape for name, tensor in header.tensors.items()}
     if not shapes:
         raise Damaged("it has no weights")
     architecture = settings["general.architecture"]
     widest = max(side for shape in shapes.values() for side in shape)
     blocks = {name.split(".")[1] for name in shapes if name.startswith(("blk.", "enc.", "dec."))}
-    for key, value in settings.items():
-        if not key.startswith(f"{architecture}.") or not isinstance(value, int):
-            continue
+    for key in settings:
         last = key.removeprefix(f"{architecture}.")
-        counts = last.endswith(_SIZES) and last.rpartition(".")[2] not in _NO_SIZES
-        right = 0 < value <= len(blocks) + 1 if last == "block_count" else not counts or 0 <= value <= widest
-        if not right:
-            raise Damaged(f"{key} is {value}, which its tensors do not have")
+        if last == key or not last.endswith(_SIZES) or last.rpartition(".")[2] in _NO_SIZES:
+            continue
+        least, most = (1, len(blocks) + 1) if last == "block_count" else (0, widest)
+        for value in _sizes(path, header, key):
+            if not least <= value <= most:
+                raise Damaged(f"{key} is {value}, which its tensors do not have")
     width = settings.get(f"{architecture}.embedding_length")
     embedding = shapes.get("token_embd.weight")
     if embedding is not None and isinstance(width, int) and width not in embedding:
@@ -97,3 +101,15 @@ def _check_settings(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     vocabulary = settings.get(TOKENS)
     if embedding is not None and isinstance(vocabulary, tuple) and vocabulary[0] > embedding[-1]:
         raise Damaged(f"it has {vocabulary[0]} tokens and {embedding[-1]} token embeddings")
+
+
+def _sizes(path: Path, header: Header, key: str) -> tuple[int, ...]:
+    """The whole numbers of a setting. transformers takes a list of one for the number in it."""
+    value = header.settings[key]
+    if isinstance(value, int):
+        return (value,)
+    if key not in header.lists:
+        return ()
+    if header.lists[key].length > _MOST_LAYERS:
+        raise Damaged(f"{key} has {header.lists[key].length} values, more than any model has layers")
+    return read_whole_numbers(path, header.lists[key])

@@ -102,6 +102,17 @@ def read_texts(path: Path, texts: List) -> Iterator[bytes]:
             at = end
 
 
+def read_whole_numbers(path: Path, numbers: List) -> tuple[int, ...]:
+    """A list of whole numbers that `read_header` has walked over; () where it is one of something else."""
+    form = _SCALARS.get(numbers.kind, "f")
+    if form in "fd?":
+        return ()
+    with path.open("rb") as file:
+        file.seek(numbers.begin)
+        packed = struct.Struct(f"<{numbers.length}{form}")
+        return packed.unpack(file.read(packed.size))
+
+
 class _Reader:
     """Walks the header; every step is checked against the file's size before it is made."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,15 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _USER_DEFINED, _UNUSED = 4, 5  # kinds of tokens, of llama.cpp's
-REVISION = "3"  # goes into the cache key: raise it when the rules of the conversion change
+_REVISION = "3"  # goes into the cache key: raise it when the rules of the conversion change
+
+
+def conversion() -> str:
+    """What made a tokenizer, for the cache key: these rules and the version of transformers they correct.
+
+    Another version may read a file otherwise: of Gemma's, transformers 5.17 makes one that is refused.
+    """
+    return f"{_REVISION}-transformers-{version('transformers')}"
 
 
 def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
@@ -51,24 +61,33 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
         # Hashing the weights of a large model too would take minutes at every start.
         with path.open("rb") as file:
             digest = hashlib.sha256(file.read(header.settings_end)).hexdigest()
+    template = header.settings.get(CHAT_TEMPLATE)
     try:
-        folder = cache_dir("gguf-tokenizers", f"revision-{REVISION}") / digest[:32]
-        if not folder.is_dir():
-            with kept_in(folder.parent), locked(folder):
-                if not folder.is_dir():  # it may have come while we waited
-                    with _reading(path):
-                        built: PreTrainedTokenizerFast = _built(path, header.settings)
-                    with atomic_directory(folder) as temporary:
-                        built.save_pretrained(temporary)
-                    built.name_or_path = name
-                    return built
+        folder = cache_dir("gguf-tokenizers", f"revision-{conversion()}") / digest[:32]
+        found = _kept(folder, name, template)
+        if not isinstance(found, Exception):
+            return found
+        with kept_in(folder.parent), locked(folder):
+            found = _kept(folder, name, template)  # another process may have made it while we waited
+            if not isinstance(found, Exception):
+                return found
+            if folder.is_dir():
+                warnings.warn(
+                    f"{name}: its tokenizer in the cache is damaged, and is made again: {folder}, "
+                    f"{type(found).__name__}",
+                    stacklevel=2,
+                )
+                shutil.rmtree(folder)
+            with _reading(path):
+                built: PreTrainedTokenizerFast = _built(path, header.settings)
+            with atomic_directory(folder) as temporary:
+                built.save_pretrained(temporary)
     except Unwritable as error:
         warnings.warn(f"{name}: its tokenizer is not kept for the next run: {error}", stacklevel=2)
         with _reading(path):
             built = _built(path, header.settings)
-        built.name_or_path = name
-        return built
-    return _kept(folder, name, header.settings.get(CHAT_TEMPLATE))
+    built.name_or_path = name
+    return built
 
 
 def _check_roles(settings: Mapping[str, Any]) -> None:
@@ -84,18 +103,24 @@ def _check_roles(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _kept(folder: Path, name: str, chat_template: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer in a folder of the cache.
+def _kept(folder: Path, name: str, chat_template: str | None) -> PreTrainedTokenizerFast | Exception:
+    """The tokenizer in a folder of the cache; what was raised where there is none, or a damaged one.
 
     Not by `from_pretrained`, which parses the file twice more: for Gemma's that is another second.
     """
     from transformers import PreTrainedTokenizerFast
 
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    roles = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_file=str(folder / "tokenizer.json"), name_or_path=name, chat_template=chat_template, **roles
-    )
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        roles = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(folder / "tokenizer.json"),
+            name_or_path=name,
+            chat_template=chat_template,
+            **roles,
+        )
+    except Exception as error:  # a damaged file is known by what breaks first, in whatever library
+        return error
 
 
 def _reading(path: Path) -> AbstractContextManager[None]:

@@ -189,7 +189,8 @@ def _inside(model: PreTrainedModel, key: str) -> bool:
             # Layers beyond the config's number, but for those that predict further tokens at once.
             config = model.config.get_text_config()
             further = getattr(config, "num_nextn_predict_layers", None) or 0
-            return int(parts[deepest]) >= len(modules[owner]) + further
+            # A tensor of the list itself, and of no layer, is one that the model has no place for.
+            return not parts[deepest].isdecimal() or int(parts[deepest]) >= len(modules[owner]) + further
         return True
     return False
 

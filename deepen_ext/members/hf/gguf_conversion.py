@@ -21,8 +21,7 @@ from deepen_ext.members import embedded
 from deepen_ext.members.gguf.checks import failures_of_reading
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.header import Damaged, read_header
-from deepen_ext.members.gguf.tokenizer import REVISION as TOKENIZER_REVISION
-from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
+from deepen_ext.members.gguf.tokenizer import conversion, load_gguf_tokenizer
 from deepen_ext.members.hf.checkpoint import check_weights
 from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.hf.quiet import quiet
@@ -32,10 +31,11 @@ _COMPUTED = re.compile(r"rot_embd|inv_freq")  # the model computes them itself
 
 
 def converted_folder(sha256: str, name: str) -> Path:
-    """Where the conversion of the GGUF file with this hash lives; it is whole if it exists."""
-    return cache_dir("models", f"{sha256[:32]}-{_REVISION}.{TOKENIZER_REVISION}") / re.sub(
-        r"[^\w.-]", "-", name
-    )
+    """Where the conversion of the GGUF file with this hash lives; it is whole if it exists.
+
+    Another version of transformers converts it anew: it may read weights or settings otherwise.
+    """
+    return cache_dir("models", f"{sha256[:32]}-{_REVISION}.{conversion()}") / re.sub(r"[^\w.-]", "-", name)
 
 
 def convert_gguf(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from deepen_ext.members.hf.gguf_conversion import convert_embedded, convert_gguf
 from deepen_ext.members.hf.loaded_model import inner_model
 from deepen_ext.members.hf.placement import home
 from deepen_ext.members.hf.quiet import no_bars, quiet
+from deepen_ext.members.hf.rotary import steady_positions
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
 from deepen_ext.members.load_options import LoadOptions
 from deepen_ext.members.member import Member
@@ -88,7 +90,7 @@ def member_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
     size = int(weight.shape[0] if weight is not None else inner.config.get_text_config().vocab_size)
     return Member(
         name=name,
-        backend=HFBackend(name, model, size, _context_length(model), home(model), model.dtype),
+        backend=HFBackend(name, model, size, _context_length(model, name), home(model), model.dtype),
         tokenizer=tokenizer,
         vocabulary=Vocabulary.from_tokenizer(tokenizer, size, name=name),
         eos_ids=_eos_ids(model, tokenizer, size),
@@ -198,9 +200,17 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: i
     return tuple(sorted(i for i in found if 0 <= i < rows))
 
 
-def _context_length(model: PreTrainedModel) -> int | None:
-    for config in (model.config.get_text_config(), model.config):
-        value = getattr(config, "max_position_embeddings", None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+def _context_length(model: PreTrainedModel, name: str) -> int | None:
+    """What the config says, but no more than the rotary positions keep their frequencies for (`rotary`)."""
+    text = model.config.get_text_config()
+    values = (getattr(config, "max_position_embeddings", None) for config in (text, model.config))
+    said = next((value for value in values if isinstance(value, int) and value > 0), None)
+    steady = steady_positions(text)
+    if steady is None or (said is not None and said <= steady):
+        return said
+    warnings.warn(
+        f"{name}: texts can have {steady} tokens, not the {said} that its config says: beyond them its "
+        "rotary positions have other frequencies, by which all of the text would have to be read again",
+        stacklevel=2,
+    )
+    return steady

@@ -20,7 +20,8 @@ class LoadedModel:
         name: the member's, for errors.
         model: may stand in a wrapper (`inner_model`), and its linear layers may be quantised.
         vocab_size: number of logits it gives (may exceed the number of tokens).
-        context_length: largest number of positions; None where the config does not say.
+        context_length: largest number of positions; None where the config does not say. No more than those
+            up to which rotary positions stay the same (`rotary`): no session is opened for more.
         device: the model's.
         dtype: of its weights and logits.
     """

@@ -24,17 +24,12 @@ def check_batches(loaded: LoadedModel, windows: Sequence[int | None]) -> None:
     config = model.config.get_text_config()
     implementation = getattr(config, "_attn_implementation", None)
     types = getattr(config, "layer_types", None) or []
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = rope.values() if rope and all(isinstance(part, dict) for part in rope.values()) else [rope]
-    changing = {part.get("rope_type") for part in ropes} & {"dynamic", "longrope"}
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         reason = "takes no position_ids"
     elif implementation not in ("sdpa", attention.NAME, "eager"):
         reason = f"has attention '{implementation}'; load it with attn_implementation='sdpa'"
     elif "chunked_attention" in types:
         reason = "has chunked attention"
-    elif changing:
-        reason = f"has rotary positions of type '{changing.pop()}', which depend on the longest sequence"
     elif len(windows) > 1 and not _takes_a_mask_by_layer_type(model):
         reason = "has layers with different windows but takes one mask for all"
     else:

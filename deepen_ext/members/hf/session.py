@@ -23,6 +23,7 @@ from deepen_ext.members.hf.loaded_model import LoadedModel, inner_model
 from deepen_ext.members.hf.masks import check_batches
 from deepen_ext.members.hf.placement import is_spread, layer_devices
 from deepen_ext.members.hf.rooms import leave_room, take_room
+from deepen_ext.members.hf.rotary import check_steady, steady_positions
 from deepen_ext.members.hf.unread import Unread, write_unread
 
 READ_BLOCK = 64  # positions of a block of logits (see `read_end`): 67 MB for 262,144 tokens in float32
@@ -45,10 +46,12 @@ class HFSession(Closing):
             capacity: expected tokens of a text. More may come.
 
         Raises:
-            ModelError: the model's cache cannot be rolled back by tokens, or with two or more lanes, the
-                model cannot run texts of different lengths in one forward.
+            ModelError: the model's cache cannot be rolled back by tokens; its rotary positions change within
+                the context (`rotary`); or with two or more lanes, the model cannot run texts of different
+                lengths in one forward.
         """
         lanes = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
+        check_steady(loaded)
         self._loaded = loaded
         share_heads(inner_model(loaded.model))
         self._room = take_room(loaded, lanes, capacity)
@@ -283,4 +286,6 @@ def _on_fixed_buffers(loaded: LoadedModel, cache: LaneCache) -> bool:
         if cache.lanes > 1:
             raise
         return False
+    if steady_positions(inner_model(loaded.model).config.get_text_config()) is not None:
+        return False  # such a model asks the device for the largest position, which no captured step can
     return loaded.device.type == "cuda" and not is_spread(loaded.model)
