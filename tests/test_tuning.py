@@ -19,6 +19,7 @@ from deepen_ext.commands.cli import app
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
+from deepen_ext.fusers.weights import check_weights
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
@@ -129,9 +130,22 @@ class TestSearch:
         found = search(Space(3, ()).default(0), Space(3, ()), {}, self.valley(lowest))
         assert found.main == 1
         assert found.source == "grid"
-        assert sum(found.weights) == pytest.approx(1, abs=1e-3)
+        assert sum(found.weights) == pytest.approx(1, abs=1e-9)
         assert found.weights == pytest.approx(lowest.weights, abs=0.07)
         assert found.recipe is found.learning_rate is found.temperature is None
+
+    @pytest.mark.parametrize("members", [3, 6])
+    def test_all_weights_are_those_of_an_ensemble(self, members: int) -> None:
+        """Uniform weights such as 1/3 have no end; what is made of them must sum to 1 all the same."""
+        space = Space(members, ())
+        for leader in range(members):
+            lowest = [0.2 / (members - 1)] * members
+            lowest[leader] = 0.8
+            bits = self.valley(Configuration(leader, tuple(lowest)))
+            search(space.default(leader), space, {}, bits)
+            assert len(self.asked) > 10
+            for one in self.asked:
+                check_weights(one.ordered_weights(), members)  # raises for 0.9999
 
     def test_one_recipe_only(self) -> None:
         space = Space(2, ("bytes",))

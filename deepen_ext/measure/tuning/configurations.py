@@ -22,6 +22,7 @@ TEMPERATURES: Mapping[str, tuple[float, ...]] = {"calibrated": (10.0, 20.0, 40.0
 CONFIDENCES = (0.0, 0.25, 0.5, 1.0)
 WEIGHT_STEPS = (0.2, 0.1)  # of the grid, the coarse one first
 _LEAST_WEIGHT = 0.05  # a member that counts less is better left out
+_DIGITS = 12  # of a weight on the grid: 0.1 + 0.2 is 0.3, and not a second configuration beside it
 # How far from the best, in standard errors of the paired difference, a simpler configuration may be.
 TOLERANCE = 1.0
 
@@ -150,8 +151,8 @@ def _shifts(start: Configuration, giver: int, taker: int, step: float) -> Iterat
     """Weight handed from one member to another, step by step."""
     weights = list(start.weights)
     while weights[giver] - step >= _LEAST_WEIGHT - 1e-9:
-        weights[giver] = round(weights[giver] - step, 4)
-        weights[taker] = round(weights[taker] + step, 4)
+        weights[giver] = round(weights[giver] - step, _DIGITS)
+        weights[taker] = round(weights[taker] + step, _DIGITS)
         yield replace(start, weights=tuple(weights), source="grid")
 
 
