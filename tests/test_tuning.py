@@ -16,6 +16,7 @@ import transformers
 from typer.testing import CliRunner
 
 from deepen_ext.commands.cli import app
+from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
@@ -27,6 +28,7 @@ from deepen_ext.measure.tuning.configurations import (
     OutOfTime,
     Space,
     choose,
+    from_likelihood,
     paired_difference,
     proportional,
     rounded,
@@ -225,6 +227,26 @@ class TestChoice:
         assert proportional([]) is None
         assert sum(rounded([1 / 3] * 3)) == pytest.approx(1, abs=1e-12)
         assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
+
+    def test_weights_from_likelihood_are_those_of_one_item(self) -> None:
+        """Of 200 short answers, members that are nearly alike count nearly alike: no item is read in a row."""
+        bits = [[2.23 * 15] * 200, [2.33 * 15] * 200]
+        found = from_likelihood(bits, sharpness=1 / 16)
+        odds = math.exp(0.1 * 15 * math.log(2) / 16)
+        assert found == pytest.approx((odds / (1 + odds), 1 / (1 + odds)), abs=1e-3)
+        assert from_likelihood(bits[::-1], sharpness=1 / 16) == found[::-1]
+        # The geometric mean of what `prompt_weights` gives for each item, as the prompt.
+        several = [[20.0, 70.0, 3.0], [50.0, 40.0, 8.0]]
+        each = []
+        for pair in zip(*several, strict=True):
+            scores = [PromptScore([9], [-one * math.log(2)]) for one in pair]
+            each.append(prompt_weights(scores, [0.5, 0.5], 1 / 16))
+        means = [math.prod(own) ** (1 / 3) for own in zip(*each, strict=True)]
+        by_hand = [one / sum(means) for one in means]
+        assert from_likelihood(several, sharpness=1 / 16) == pytest.approx(by_hand, abs=1e-3)
+        # Who finds an item impossible counts for nothing, unless all do.
+        assert from_likelihood([[1.0, math.inf], [9.0, 9.0]], sharpness=1 / 16) == (0.0, 1.0)
+        assert from_likelihood([[math.inf], [math.inf]], sharpness=1 / 16) is None
 
     def test_the_defaults_are_the_ensembles(self) -> None:
         settings = FusionSettings()

@@ -180,6 +180,27 @@ def proportional(scores: Sequence[float]) -> tuple[float, ...] | None:
     return rounded([score / total for score in scores]) if total > 0 else None
 
 
+def from_likelihood(bits: Sequence[Sequence[float]], sharpness: float) -> tuple[float, ...] | None:
+    """Weights by the rule for prompts, of a mean item; None where every member finds some item impossible.
+
+        w_i = exp(-sharpness N_i) / sum,    N_i the member's mean nats of an item
+
+    That is the geometric mean of the weights that the rule gives for each item by itself, from equal ones.
+    The nats of all items together would be a prompt that nobody reads: of 200 short answers all weight would
+    go to the member that is a little better.
+
+    Args:
+        bits: of each member, those of each item.
+        sharpness: for each nat.
+    """
+    nats = [math.log(2) * sum(own) / len(own) for own in bits]
+    best = min(nats)
+    if math.isinf(best):
+        return None
+    raised = [math.exp(-sharpness * (one - best)) for one in nats]
+    return rounded([one / sum(raised) for one in raised])
+
+
 def rounded(weights: Sequence[float]) -> tuple[float, ...]:
     """Three decimals, as a preset can show them; still summing to 1."""
     short = [round(weight, 3) for weight in weights]

@@ -16,12 +16,14 @@ from typing import Any
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FuseFunction, fuser_class
+from deepen_ext.fusers.settings import SHARPNESS
 from deepen_ext.ground.numbers import real_number
 from deepen_ext.measure.tuning.configurations import (
     Configuration,
     OutOfTime,
     Space,
     choose,
+    from_likelihood,
     paired_difference,
     proportional,
     search,
@@ -209,9 +211,8 @@ def tune(
     work = Measurements(list(members), dev, space, fuser, minutes * 60, progress or (lambda _: None))
     work.read()
     accuracy, answered = work.accuracy()
-    informed = {"likelihood": work.likelihood_weights()}
-    if (adapted := proportional(accuracy)) is not None:
-        informed = {"accuracy": adapted, **informed}
+    found = {"accuracy": proportional(accuracy), "likelihood": from_likelihood(work.alone, SHARPNESS)}
+    informed = {source: weights for source, weights in found.items() if weights is not None}
     uniform = [space.default(main) for main in range(len(members))]
     start = min(uniform, key=lambda one: sum(work.tried[one]))
     finished = True
