@@ -18,6 +18,7 @@ from deepen_ext.commands.console import LINE_SECONDS, exit_codes, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     check_likelihood,
+    check_names_differ,
     ensemble_keywords,
     load_ensemble,
     named_members,
@@ -227,11 +228,9 @@ def _configurations(
 
     named = zip(base.names, base.members, strict=True) if singles else ()
     found: dict[str, Ensemble | Poll] = {name: Ensemble([member], fuser="single") for name, member in named}
-    for settings in fused:
-        one = base.variant(**settings)
-        if one.method in found:
-            raise InputError(f"two of the fusers are called {one.method}; name each once")
-        found[one.method] = one
+    variants = [base.variant(**settings) for settings in fused]
+    check_names_differ([*found, *(one.method for one in variants)])  # "auto" has a name now
+    found |= {one.method: one for one in variants}
     if polled:
         found[_VOTE] = Poll(tuple(base.names))
     return found
