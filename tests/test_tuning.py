@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from deepen_ext.measure.tuning.configurations import (
     search,
 )
 from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.dev_measurements import Measurements
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
@@ -229,7 +231,7 @@ class TestChoice:
         assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
 
     def test_weights_from_likelihood_are_those_of_one_item(self) -> None:
-        """Of 200 short answers, members that are nearly alike count nearly alike: no item is read in a row."""
+        """Of 200 short answers, members that are nearly alike count nearly alike."""
         bits = [[2.23 * 15] * 200, [2.33 * 15] * 200]
         found = from_likelihood(bits, sharpness=1 / 16)
         odds = math.exp(0.1 * 15 * math.log(2) / 16)
@@ -408,12 +410,27 @@ class TestTune:
         assert {one.source for one in tuning.tried} >= {"uniform", "likelihood", "grid"}
         assert all(one.main in (0, 1) and sum(one.weights) == pytest.approx(1) for one in tuning.tried)
 
+    def test_an_item_that_is_impossible_whatever_is_chosen(
+        self, smollm2: Member, gemma: Member, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dev = DevSet.from_task("nq", data, 2)
+        monkeypatch.setattr(
+            Measurements,
+            "_bits",
+            lambda self, reading, ensemble, one: math.inf if reading.text == dev.items[1].text else 8.0,
+        )
+        text = re.escape(repr(dev.items[1].text))
+        with pytest.raises(InputError, match=f"some dev item has probability 0, such as {text}, so they"):
+            tune([smollm2, gemma], dev, fuser="union-topk")
+
     def test_wrong_input(self, smollm2: Member, gemma: Member, data: Path) -> None:
         dev = DevSet.from_task("nq", data, 2)
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
             tune([smollm2], dev)
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
             tune([smollm2, gemma], dev, fuser="single")
+        with pytest.raises(InputError, match=r"fuser='auto' .* name the one to tune, such as deepen"):
+            tune([smollm2, gemma], dev, fuser="auto")
         for minutes in (0, -1, math.inf, math.nan):
             with pytest.raises(InputError, match="choose a budget above 0"):
                 tune([smollm2, gemma], dev, minutes=minutes)
@@ -430,6 +447,9 @@ def opened_files() -> Iterator[list[str]]:
     )
     yield seen
     listening = False
+
+
+NOWHERE = ["--model", "/no/such", "--model", "/no/other"]  # told of last, when models are loaded
 
 
 class TestCommand:
@@ -475,6 +495,9 @@ class TestCommand:
             (["--demo", "--task", "nq", "--data", "DATA", "--out", "DATA"], "is a folder; name a file"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "mean"], "fuser 'mean'"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "deepen:best"], "recipe is 'best'"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "auto"], "fuser='auto' stands for"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "spans"], "no likelihood to tune by"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "draw"], "likelihood of union-vocab"),
             (["--task", "nq", "--data", "DATA"], "name the models with --model"),
             (["--model", "a", "--task", "nq", "--data", "DATA"], "a model alone has nothing to tune"),
         ],

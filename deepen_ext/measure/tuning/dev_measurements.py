@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers import FuseFunction
 from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.likelihood.text_reading import TextReading
@@ -75,6 +76,21 @@ class Measurements:
             self.say(f"Reading dev items, {number} of {len(self.dev.items)}")
             self._read(item, time_it=number & (number - 1) == 0)
         self._readings[-1].release()  # every row that a configuration can ask for is known now
+
+    def check_possible(self) -> None:
+        """That the configurations can be compared: of those that were tried, one has all items possible.
+
+        Raises:
+            InputError: none has, so all have infinitely many bits.
+        """
+        if any(math.isfinite(sum(bits)) for bits in self.tried.values()):
+            return
+        item = next(iter(self.tried.values())).index(math.inf)
+        raise InputError(
+            "with every configuration that was tried some dev item has probability 0, such as "
+            f"{shown(self._readings[item].text)}, so they cannot be compared; leave such items out, or tune "
+            "another fuser"
+        )
 
     def _spent(self) -> float:
         """Seconds of the budget."""
