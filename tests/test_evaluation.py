@@ -327,6 +327,9 @@ def test_what_cannot_be_evaluated(
         evaluate({}, "triviaqa", data, out=tmp_path)
     with pytest.raises(InputError, match="batch size is 0"):
         evaluate(ensembles, "triviaqa", data, out=tmp_path, batch_size=0)
+    spans = {"spans": ensembles["average"].variant(fuser="spans")}
+    with pytest.raises(InputError, match="there is no likelihood"):
+        evaluate(spans, "arc_challenge", data, out=tmp_path, scoring="likelihood")
     twins = {"a b": ensembles["average"], "a?b": ensembles["average"]}
     with pytest.raises(InputError, match="would have the same file"):
         evaluate(twins, "triviaqa", data, out=tmp_path)
