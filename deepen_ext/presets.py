@@ -34,7 +34,7 @@ from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
 from deepen_ext.members.names_in_files import name_for_file, name_from_file, path_for_file
-from deepen_ext.space.recipes import check_recipe
+from deepen_ext.space.recipes import DEFAULT_RECIPE, check_recipe
 
 # Settings that a file may have, each with an example of its value.
 _SETTINGS = {one.name: one.metadata["preset"] for one in fields(FusionSettings) if "preset" in one.metadata}
@@ -86,7 +86,7 @@ class Preset:
 
         Raises:
             InputError: a fuser that there is not; one that is code (module:function) in the file and not
-                among the options.
+                among the options; options that name two recipes.
         """
         options = {key: value for key, value in options.items() if value is not None}
         found = self.given | options
@@ -96,8 +96,11 @@ class Preset:
                 f"the preset's fuser {shown(own)} is code, which a file cannot choose; if you trust it, "
                 f"name it yourself with --fuser {own}, or in Python with preset.settings(fuser={own!r})"
             )
+        _check_one_recipe(options)
         if "fuser" in found:
             found["fuser"], recipe = parse_fuser(found["fuser"], found.get("recipe", ""))
+            if "fuser" not in options:
+                recipe = options.get("recipe", recipe)
             if recipe:
                 found["recipe"] = recipe
         own_recipe = recipe_of(own) or self.given.get("recipe")  # it may stand behind the fuser: deepen:bytes
@@ -145,8 +148,17 @@ def load_preset(path: str | Path) -> Preset:
             _check_setting(key, value, len(members))
         except InputError as error:
             raise wrong(key, str(error)) from None
-    if given.get("recipe") == "bytes" and "relative_temperature" in given:
-        raise wrong("relative_temperature", "the bytes recipe has no temperature; take this line out")
+    try:
+        _check_one_recipe(given)
+    except InputError as error:
+        raise wrong("recipe", str(error)) from None
+    recipe = recipe_of(given.get("fuser", "")) or given.get("recipe", DEFAULT_RECIPE)
+    if recipe == "bytes" and "relative_temperature" in given:
+        raise wrong(
+            "relative_temperature",
+            "the bytes recipe has no temperature; take this line out, or name another recipe, such as "
+            "recipe: calibrated",
+        )
     if not isinstance(measured := values.get("measured", {}), dict):
         raise wrong("measured", f"measured is {shown(measured)}; give keys and values, or leave it out")
     try:
@@ -250,6 +262,16 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
     elif key == "on_failure":
         check_on_failure(value)
+
+
+def _check_one_recipe(given: Mapping[str, Any]) -> None:
+    """Raise InputError where the fuser has a recipe behind its name, and another one stands beside it."""
+    fuser, recipe = given.get("fuser"), given.get("recipe")
+    behind = recipe_of(fuser) if isinstance(fuser, str) else None
+    if behind is not None and recipe is not None and behind != recipe:
+        raise InputError(
+            f"fuser {shown(fuser)} and recipe {shown(recipe)} contradict each other; keep one of them"
+        )
 
 
 def _read_loading(loading: dict[str, Any], members: list[str], file: Path) -> dict[str, Any]:

@@ -388,7 +388,7 @@ def facts(tiny_smollm2: Member, tiny_gemma: Member) -> tuple[MemberFacts, Member
             "worth fusing",
             "0.950 bits a byte, 0.050 ± 0.010 fewer than A",
         ),
-        ((0.05, 0.01, False), (0.09, 0.01, True), "worth fusing", "Better, at 0.910: B as the main model"),
+        ((0.05, 0.01, False), (0.09, 0.01, True), "worth fusing", "Better than as named, at 0.910: B as"),
         (
             (0.00, 0.01, False),
             (0.05, 0.01, True),
@@ -398,8 +398,17 @@ def facts(tiny_smollm2: Member, tiny_gemma: Member) -> tuple[MemberFacts, Member
         ((0.05, 0.04, False), (0.01, 0.04, False), "little to gain", "0.050 ± 0.040 fewer than A alone"),
         ((0.005, 0.001, False), (0.0, 0.001, False), "little to gain", "0.005 ± 0.001 fewer"),
         ((-0.01, 0.02, False), (-0.02, 0.02, False), "little to gain", "0.010 ± 0.020 more"),
-        ((-0.04, 0.04, False), (0.03, 0.02, True), "little to gain", "Better, at 0.970: B as the main model"),
-        ((-0.05, 0.01, False), (-0.02, 0.02, False), "not worth fusing", "Use A alone"),
+        ((-0.04, 0.04, False), (0.03, 0.02, True), "little to gain", "Better than as named, at 0.970: B as"),
+        ((-0.05, 0.01, False), (-0.02, 0.02, False), "not worth fusing", "Use A alone."),
+        # Better than as named, and worse than A alone, which the advice is.
+        ((-0.10, 0.02, False), (-0.05, 0.02, True), "not worth fusing", "Use A alone."),
+        (
+            (-0.10, 0.02, False),
+            (0.009, 0.002, True),
+            "not worth fusing",
+            "Use A alone. A little better still, at 0.991: B as the main model and weights of 0.5 for A and "
+            "0.5 for B.",
+        ),
     ],
 )
 def test_verdicts(
@@ -415,7 +424,7 @@ def test_verdicts(
     ]
     verdict = give_verdict(facts, fused, [], None)
     assert verdict.outcome == outcome
-    assert says in verdict.text
+    assert verdict.text.endswith(says) if says.endswith(".") else says in verdict.text
 
 
 def test_wrong_input(tiny_smollm2: Member) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from sessions import changed
 from typer.testing import CliRunner
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from deepen_ext import Ensemble, InputError
 from deepen_ext.commands import evaluate as command
 from deepen_ext.commands.cli import app
-from deepen_ext.measure.evaluation.headers import Header, configuration_header, make_header
+from deepen_ext.measure.evaluation.headers import Header, check_same, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Progress, prepare
 from deepen_ext.measure.evaluation.records import (
     ItemRecord,
@@ -326,6 +327,9 @@ def test_what_cannot_be_evaluated(
         evaluate({}, "triviaqa", data, out=tmp_path)
     with pytest.raises(InputError, match="batch size is 0"):
         evaluate(ensembles, "triviaqa", data, out=tmp_path, batch_size=0)
+    spans = {"spans": ensembles["average"].variant(fuser="spans")}
+    with pytest.raises(InputError, match="there is no likelihood"):
+        evaluate(spans, "arc_challenge", data, out=tmp_path, scoring="likelihood")
     twins = {"a b": ensembles["average"], "a?b": ensembles["average"]}
     with pytest.raises(InputError, match="would have the same file"):
         evaluate(twins, "triviaqa", data, out=tmp_path)
@@ -404,6 +408,23 @@ def test_the_header_tells_configurations_apart(
     # What a variant was made from is no part of what it is.
     by_way_of_deepen = fused.variant(fuser="union-topk")
     assert header(by_way_of_deepen) == header(Ensemble([smollm2, gemma], fuser="union-topk", recipe="bytes"))
+
+
+def test_functions_of_one_name_are_two_configurations(ensembles: dict[str, Ensemble]) -> None:
+    """`--fuser a:fuse` and then `--fuser b:fuse` into one folder: the second run must not show the first."""
+
+    def header(module: str) -> Header:
+        def fuse(logits: torch.Tensor, said: object, weights: torch.Tensor) -> torch.Tensor:
+            return logits
+
+        fuse.__module__, fuse.__qualname__ = module, "fuse"
+        one = ensembles["average"].variant(fuser=fuse)
+        return make_header({}, configuration_header("fuse", one, certified_skip=False, share_forwards=True))
+
+    assert header("a") == header("a")
+    with pytest.raises(InputError, match=r"configuration\.fuser\.function is .a:fuse. there and .b:fuse."):
+        check_same(Path("file"), header("a"), header("b"))
+    assert header("a")["configuration"]["method"] == "fuse"  # what tables call it
 
 
 # Records and summaries, without models

@@ -154,3 +154,19 @@ class TestCommand:
             done = run("nll", *options)
             assert done.returncode == 2
             assert message in done.stderr
+
+    def test_two_fusers_of_one_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The second would be measured under the name of both; said before a model is loaded."""
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in ("first_of_two", "second_of_two"):
+            (tmp_path / f"{name}.py").write_text("def fuse(logits, said, weights):\n    return logits\n")
+        text = tmp_path / "text"
+        text.write_text("some text")
+        models = ["--model", "/no/such", "--model", "/no/other", "--text", str(text)]
+        for one, other, called in (
+            ("first_of_two:fuse", "second_of_two:fuse", "fuse"),
+            ("deepen", "deepen:bytes", "deepen:bytes"),
+        ):
+            done = run("nll", *models, "--fuser", one, "--fuser", other)
+            assert done.returncode == 2
+            assert f"two of the fusers are called {called}; name each once" in done.stderr

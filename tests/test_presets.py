@@ -153,6 +153,19 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         "recipe": "paper",
         "relative_temperature": 90.0,
     }
+    # A recipe given beside the fuser comes before the one behind the fuser of the file.
+    preset = load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: deepen:bytes\n"))
+    assert preset.settings(recipe="paper") == {"fuser": "deepen", "recipe": "paper"}
+    preset = load_preset(preset_file(tmp_path, "members: [a, b]\nrecipe: paper\n"))
+    assert preset.settings(fuser="deepen:bytes") == {"fuser": "deepen", "recipe": "bytes"}
+    # Twice the same is no contradiction.
+    assert preset.settings(fuser="deepen:bytes", recipe="bytes") == {"fuser": "deepen", "recipe": "bytes"}
+    for given in (Preset(DEMO), preset):
+        with pytest.raises(InputError, match="fuser 'deepen:bytes' and recipe 'calibrated' contradict each"):
+            given.settings(fuser="deepen:bytes", recipe="calibrated")
+    behind = "members: [a, b]\nfuser: deepen:calibrated\nrelative_temperature: 20\n"
+    preset = load_preset(preset_file(tmp_path, behind))
+    assert preset.settings()["relative_temperature"] == 20
     with pytest.raises(InputError, match="fuser 'avrage'"):
         load_preset(preset_file(tmp_path, "members: [a, b]\nfuser: avrage\n")).settings()
 
@@ -208,6 +221,15 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
         (
             "members: [a, b]\nrecipe: bytes\nrelative_temperature: 40\n",
             "line 3: the bytes recipe has no temp",
+        ),
+        (
+            "members: [a, b]\nrelative_temperature: 20\nfuser: deepen\n",
+            "line 2: the bytes recipe has no temperature; take this line out, or name another recipe",
+        ),
+        ("members: [a, b]\nfuser: deepen:bytes\nrelative_temperature: 40\n", "line 3: the bytes recipe has"),
+        (
+            "members: [a, b]\nfuser: deepen:bytes\nrecipe: calibrated\n",
+            "line 3: fuser 'deepen:bytes' and recipe 'calibrated' contradict each other; keep one of them",
         ),
         ("members: [a, b]\nfuser: 3\n", "line 2: fuser is 3; give a fuser's name"),
         ("members: [a, b]\nmeasured: yes\n", "line 2: measured is True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,11 @@ import transformers
 from typer.testing import CliRunner
 
 from deepen_ext.commands.cli import app
+from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
+from deepen_ext.fusers.weights import check_weights
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
@@ -26,12 +29,14 @@ from deepen_ext.measure.tuning.configurations import (
     OutOfTime,
     Space,
     choose,
+    from_likelihood,
     paired_difference,
     proportional,
     rounded,
     search,
 )
 from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.dev_measurements import Measurements
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
@@ -129,9 +134,22 @@ class TestSearch:
         found = search(Space(3, ()).default(0), Space(3, ()), {}, self.valley(lowest))
         assert found.main == 1
         assert found.source == "grid"
-        assert sum(found.weights) == pytest.approx(1, abs=1e-3)
+        assert sum(found.weights) == pytest.approx(1, abs=1e-9)
         assert found.weights == pytest.approx(lowest.weights, abs=0.07)
         assert found.recipe is found.learning_rate is found.temperature is None
+
+    @pytest.mark.parametrize("members", [3, 6])
+    def test_all_weights_are_those_of_an_ensemble(self, members: int) -> None:
+        """Uniform weights such as 1/3 have no end; what is made of them must sum to 1 all the same."""
+        space = Space(members, ())
+        for leader in range(members):
+            lowest = [0.2 / (members - 1)] * members
+            lowest[leader] = 0.8
+            bits = self.valley(Configuration(leader, tuple(lowest)))
+            search(space.default(leader), space, {}, bits)
+            assert len(self.asked) > 10
+            for one in self.asked:
+                check_weights(one.ordered_weights(), members)  # raises for 0.9999
 
     def test_one_recipe_only(self) -> None:
         space = Space(2, ("bytes",))
@@ -211,6 +229,26 @@ class TestChoice:
         assert proportional([]) is None
         assert sum(rounded([1 / 3] * 3)) == pytest.approx(1, abs=1e-12)
         assert rounded([1 / 3] * 3) == (0.334, 0.333, 0.333)
+
+    def test_weights_from_likelihood_are_those_of_one_item(self) -> None:
+        """Of 200 short answers, members that are nearly alike count nearly alike."""
+        bits = [[2.23 * 15] * 200, [2.33 * 15] * 200]
+        found = from_likelihood(bits, sharpness=1 / 16)
+        odds = math.exp(0.1 * 15 * math.log(2) / 16)
+        assert found == pytest.approx((odds / (1 + odds), 1 / (1 + odds)), abs=1e-3)
+        assert from_likelihood(bits[::-1], sharpness=1 / 16) == found[::-1]
+        # The geometric mean of what `prompt_weights` gives for each item, as the prompt.
+        several = [[20.0, 70.0, 3.0], [50.0, 40.0, 8.0]]
+        each = []
+        for pair in zip(*several, strict=True):
+            scores = [PromptScore([9], [-one * math.log(2)]) for one in pair]
+            each.append(prompt_weights(scores, [0.5, 0.5], 1 / 16))
+        means = [math.prod(own) ** (1 / 3) for own in zip(*each, strict=True)]
+        by_hand = [one / sum(means) for one in means]
+        assert from_likelihood(several, sharpness=1 / 16) == pytest.approx(by_hand, abs=1e-3)
+        # Who finds an item impossible counts for nothing, unless all do.
+        assert from_likelihood([[1.0, math.inf], [9.0, 9.0]], sharpness=1 / 16) == (0.0, 1.0)
+        assert from_likelihood([[math.inf], [math.inf]], sharpness=1 / 16) is None
 
     def test_the_defaults_are_the_ensembles(self) -> None:
         settings = FusionSettings()
@@ -372,12 +410,27 @@ class TestTune:
         assert {one.source for one in tuning.tried} >= {"uniform", "likelihood", "grid"}
         assert all(one.main in (0, 1) and sum(one.weights) == pytest.approx(1) for one in tuning.tried)
 
+    def test_an_item_that_is_impossible_whatever_is_chosen(
+        self, smollm2: Member, gemma: Member, data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        dev = DevSet.from_task("nq", data, 2)
+        monkeypatch.setattr(
+            Measurements,
+            "_bits",
+            lambda self, reading, ensemble, one: math.inf if reading.text == dev.items[1].text else 8.0,
+        )
+        text = re.escape(repr(dev.items[1].text))
+        with pytest.raises(InputError, match=f"some dev item has probability 0, such as {text}, so they"):
+            tune([smollm2, gemma], dev, fuser="union-topk")
+
     def test_wrong_input(self, smollm2: Member, gemma: Member, data: Path) -> None:
         dev = DevSet.from_task("nq", data, 2)
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
             tune([smollm2], dev)
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
             tune([smollm2, gemma], dev, fuser="single")
+        with pytest.raises(InputError, match=r"fuser='auto' .* name the one to tune, such as deepen"):
+            tune([smollm2, gemma], dev, fuser="auto")
         for minutes in (0, -1, math.inf, math.nan):
             with pytest.raises(InputError, match="choose a budget above 0"):
                 tune([smollm2, gemma], dev, minutes=minutes)
@@ -394,6 +447,9 @@ def opened_files() -> Iterator[list[str]]:
     )
     yield seen
     listening = False
+
+
+NOWHERE = ["--model", "/no/such", "--model", "/no/other"]  # told of last, when models are loaded
 
 
 class TestCommand:
@@ -439,6 +495,9 @@ class TestCommand:
             (["--demo", "--task", "nq", "--data", "DATA", "--out", "DATA"], "is a folder; name a file"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "mean"], "fuser 'mean'"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "deepen:best"], "recipe is 'best'"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "auto"], "fuser='auto' stands for"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "spans"], "no likelihood to tune by"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "draw"], "likelihood of union-vocab"),
             (["--task", "nq", "--data", "DATA"], "name the models with --model"),
             (["--model", "a", "--task", "nq", "--data", "DATA"], "a model alone has nothing to tune"),
         ],

@@ -236,6 +236,21 @@ def test_polls_that_are_refused(
         evaluate({**ensembles, "poll": Poll(voters)}, "triviaqa", data, out=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fuser", "votes", "message"),
+    [("draw", 1, "'draw' is a way to sample, .* give votes=2"), ("spans", 2, "'spans' .* leave out votes")],
+)
+def test_fusers_that_do_not_go_with_votes_are_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble | Poll], fuser: str, votes: int, message: str
+) -> None:
+    average = ensembles["average"]
+    assert isinstance(average, Ensemble)
+    some = {"a": ensembles["a"], fuser: average.variant(fuser=fuser)}
+    with pytest.raises(InputError, match=message):
+        evaluate(some, "triviaqa", data, out=tmp_path, votes=votes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_of_other_votes_is_refused(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble | Poll]
 ) -> None:
@@ -277,6 +292,8 @@ def test_a_line_without_its_votes_is_refused(
     [
         (["--votes", "0"], "--votes"),
         (["--temperature", "0.5"], "error: temperature: one text an item is written greedily"),
+        (["--fuser", "average", "--fuser", "draw"], "error: fuser='draw' is a way to sample, and one text"),
+        (["--fuser", "spans", "--votes", "3"], "error: fuser='spans' writes the most probable words, and"),
         (["--fuser", "vote", "--no-singles"], "error: --fuser vote: the models' own answers vote"),
     ],
 )

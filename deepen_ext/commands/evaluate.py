@@ -18,6 +18,7 @@ from deepen_ext.commands.console import LINE_SECONDS, exit_codes, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     check_likelihood,
+    check_names_differ,
     ensemble_keywords,
     load_ensemble,
     named_members,
@@ -137,7 +138,9 @@ def evaluate(
     A run that was ended, however that happened, goes on where it ended when the same command is given again.
     """
     with exit_codes(debug):
+        from deepen_ext.fusers import fuser_class
         from deepen_ext.measure.evaluation.jobs import prepare, tasks_of
+        from deepen_ext.measure.evaluation.limits import check_fuser
         from deepen_ext.measure.evaluation.votes import Votes
         from deepen_ext.members.source import absolute_name
 
@@ -164,9 +167,10 @@ def evaluate(
         fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser and not polled
         first = "single" if alone else next(iter(fuser), None)
-        configurations = partial(
-            _configurations, fused=[] if alone or only_polled else fused, singles=singles, polled=polled
-        )
+        fused = [] if alone or only_polled else fused
+        for kind in (fuser_class(one["fuser"]) for one in fused if one["fuser"] != "auto"):
+            check_fuser(kind, scoring is Scoring.likelihood, drawn)
+        configurations = partial(_configurations, fused=fused, singles=singles, polled=polled)
         ensembles: Ensembles | Callable[[], Ensembles]
         whole = options.OnFailureName.stop  # whatever a preset says: what is measured is the whole ensemble
         chosen = (first, weight, recipe, learning_rate, whole)
@@ -227,11 +231,9 @@ def _configurations(
 
     named = zip(base.names, base.members, strict=True) if singles else ()
     found: dict[str, Ensemble | Poll] = {name: Ensemble([member], fuser="single") for name, member in named}
-    for settings in fused:
-        one = base.variant(**settings)
-        if one.method in found:
-            raise InputError(f"two of the fusers are called {one.method}; name each once")
-        found[one.method] = one
+    variants = [base.variant(**settings) for settings in fused]
+    check_names_differ([*found, *(one.method for one in variants)])  # "auto" has a name now
+    found |= {one.method: one for one in variants}
     if polled:
         found[_VOTE] = Poll(tuple(base.names))
     return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -160,14 +161,31 @@ def ways_of_fusing(
     """What each --fuser sets of an ensemble; where none is given, the preset's or the default.
 
     Raises:
-        InputError: a fuser that there is not.
+        InputError: a fuser that there is not; two that results would call by one name.
     """
-    from deepen_ext.fusers import FusionSettings
+    from deepen_ext.fusers import FusionSettings, method_name
 
     defaults = {key: getattr(FusionSettings, key) for key in ("fuser", "recipe", "relative_temperature")}
     given: Sequence[str | None] = fusers or [None]
     ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in given]
-    return [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]
+    ways = [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]
+    check_names_differ(
+        one["fuser"] if one["fuser"] == "auto" else method_name(one["fuser"], one["recipe"]) for one in ways
+    )
+    return ways
+
+
+def check_names_differ(methods: Iterable[str]) -> None:
+    """That results can tell the fusers apart.
+
+    Raises:
+        InputError: two are called alike.
+    """
+    counts = Counter(methods)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise InputError(
+            f"two of the fusers are called {twice[0]}; name each once, and give functions names of their own"
+        )
 
 
 def writes_alone(fuser: str) -> bool:

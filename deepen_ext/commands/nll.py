@@ -15,6 +15,7 @@ from deepen_ext.commands.console import exit_codes, progress, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     check_likelihood,
+    check_names_differ,
     load_ensemble,
     named_members,
     ways_of_fusing,
@@ -72,6 +73,7 @@ def nll(
             from deepen_ext.measure.likelihood.scoring import score_texts
 
             variants = [base.variant(**settings) for settings in ways]
+            check_names_differ(one.method for one in variants)  # "auto" has a name now
             ensembles = {one.method: one for one in variants}
             scores = score_texts(cut, ensembles, progress=say)
         if plot is not None:

@@ -65,7 +65,8 @@ TunedFuser = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help=f"Whose settings are chosen: deepen by default. Or {FUSER_NAMES}, or module:function.",
+        help=f"Whose settings are chosen: deepen by default. Or {FUSER_NAMES.partition(', draw')[0]}, or "
+        "module:function.",
         show_default=False,
     ),
 ]

@@ -10,7 +10,7 @@ import typer
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
-from deepen_ext.commands.loading import named_members, writes_alone
+from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
 from deepen_ext.plots.output_file import check_output_file
 from deepen_ext.space.recipes import RECIPES, check_recipe
@@ -68,13 +68,11 @@ def tune(
             raise InputError(f"--out {out} is a folder; name a file, such as {out / 'preset.yaml'}")
         check_output_file("--plot", plot)
         named = named_members(model, demo).members
-        if len(named) < 2 or (fuser is not None and writes_alone(fuser)):
-            raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
         with progress() as say:
             say("Starting")
-            from deepen_ext.fusers import fuser_class, parse_fuser
+            from deepen_ext.fusers import parse_fuser
             from deepen_ext.measure.tuning.dev_items import DevSet
-            from deepen_ext.measure.tuning.fit_gate import check_gate_fuser
+            from deepen_ext.measure.tuning.tune import check_tunable
             from deepen_ext.measure.tuning.tune import tune as tune_members
             from deepen_ext.members.loading import load_members
             from deepen_ext.presets import write_preset
@@ -83,8 +81,7 @@ def tune(
             way, recipe = parse_fuser(spec, "")
             if recipe:
                 check_recipe(recipe)
-            if gate:
-                check_gate_fuser(fuser_class(way))
+            check_tunable(way, len(named), gate)
             if text is not None:
                 dev = DevSet.from_text(text, limit)
             else:

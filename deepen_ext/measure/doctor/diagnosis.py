@@ -243,9 +243,8 @@ def give_verdict(
         return Verdict("not worth fusing", f"Not worth fusing: these members cannot be fused. {obstacle}.")
     named = next(one for one in fused if one.as_named)
     first = min(fused, key=lambda one: one.bits_per_byte)
-    hint = ""
-    if first.beats_named:
-        hint = f" Better, at {first.bits_per_byte:.3f}: {_setting(first, members)}."
+    found = f", at {first.bits_per_byte:.3f}: {_setting(first, members)}."
+    hint = f" Better than as named{found}" if first.beats_named else ""
     enough = WORTHWHILE * best.bits_per_byte
     if named.gains and named.gain >= enough:
         return Verdict("worth fusing", f"Worth fusing: {_measured(named, best)}.{hint}")
@@ -255,7 +254,9 @@ def give_verdict(
             "worth fusing", f"{text} As named it is {named.bits_per_byte:.3f}, {_compared(named)}."
         )
     if named.harms:
-        text = f"Not worth fusing: {_measured(named, best)}. Use {best.name} alone.{hint}"
+        text = f"Not worth fusing: {_measured(named, best)}. Use {best.name} alone."
+        if hint and first.gain > 0:  # or it would be better than as named, and worse than what is advised
+            text += f" A little better still{found}"
         return Verdict("not worth fusing", text)
     return Verdict("little to gain", f"Little to gain: {_measured(named, best)}.{hint}")
 

@@ -58,6 +58,8 @@ def configuration_header(
         for key, value in sorted(vars(ensemble.fuser).items())
         if isinstance(value, bool | int | float | str)
     }
+    if function := vars(ensemble.fuser).get("_function"):  # of a `FunctionFuser`: its name may be another's
+        fuser["function"] = f"{function.__module__}:{ensemble.method}"
     if ensemble.fuser.first_end_needs_all:
         fuser["first_end_needs_all"] = True
     if ensemble.fuser.uses_recipe and isinstance(ensemble.fuser.rule, Disagreement):

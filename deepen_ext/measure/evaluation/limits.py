@@ -1,13 +1,38 @@
-"""What an evaluation can be seen to lack before anything is run: context for a prompt, memory for a batch."""
+"""What an evaluation can be seen to lack before anything is run: a fitting fuser, context, memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import Fuser
+from deepen_ext.fusers.spans import NO_DISTRIBUTION
 from deepen_ext.measure.evaluation.jobs import Job
+from deepen_ext.measure.evaluation.votes import Votes
 from deepen_ext.members.member import Member
 from deepen_ext.members.memory import find_shortage
+
+
+def check_fuser(kind: type[Fuser], by_likelihood: bool, votes: Votes | None) -> None:
+    """Check that a fuser can answer: by likelihood, by one greedy text, or by sampled texts that vote.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if by_likelihood:
+        if kind.spans:
+            raise InputError(NO_DISTRIBUTION)
+        return
+    if kind.draws and votes is None:
+        raise InputError(
+            f"fuser='{kind.name}' is a way to sample, and one text an item is written greedily; give votes=2 "
+            "or more (--votes), or use fuser='union-vocab', whose average it samples from"
+        )
+    if kind.spans and votes is not None:
+        raise InputError(
+            f"fuser='{kind.name}' writes the most probable words, and texts that vote are sampled; leave out "
+            "votes (--votes), or use another fuser"
+        )
 
 
 def check_contexts(job: Job, members: Sequence[Member]) -> None:

@@ -103,9 +103,9 @@ def evaluate(
         The summary of all that the folder holds.
 
     Raises:
-        InputError: see `prepare`; no ensembles, one with on_failure="continue", a setting out of range, a
-            prompt that does not fit a member's context, batches that do not fit the memory, files of a run
-            with other settings.
+        InputError: see `prepare`; no ensembles, one with on_failure="continue" or with a fuser that cannot
+            answer so (see `limits.check_fuser`), a setting out of range, a prompt that does not fit a
+            member's context, batches that do not fit the memory, files of a run with other settings.
         ModelError: a member's forward pass failed or it was lost, all replicas are lost, or the disk is full.
             What is done is kept.
     """
@@ -148,6 +148,7 @@ def _run(
     for job in jobs:
         if isinstance(job.task, ChoiceTask):
             _refuse_by_likelihood("a vote", polls)
+        writers.check_fusers(job)
         writers.check_contexts(job)
         if fresh or not _is_done(folder, job, names):
             writers.check_memory(job)

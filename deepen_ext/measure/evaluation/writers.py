@@ -16,7 +16,7 @@ from deepen_ext.measure.evaluation.choice_scores import score_choices
 from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, configuration_header
 from deepen_ext.measure.evaluation.jobs import Job
-from deepen_ext.measure.evaluation.limits import check_contexts, check_memory
+from deepen_ext.measure.evaluation.limits import check_contexts, check_fuser, check_memory
 from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, Record
 from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.evaluation.votes import Poll, Votes, counted
@@ -58,6 +58,10 @@ class Writers(Protocol):
 
     def headers(self) -> dict[str, Header]:
         """Of each that writes or scores, its part of a file's header."""
+        ...
+
+    def check_fusers(self, job: Job) -> None:
+        """See `limits.check_fuser`."""
         ...
 
     def check_contexts(self, job: Job) -> None:
@@ -108,6 +112,10 @@ class WritersHere:
             )
             for name, one in self._writing.items()
         }
+
+    def check_fusers(self, job: Job) -> None:  # noqa: D102
+        for one in self._writing.values():
+            check_fuser(type(one.fuser), isinstance(job.task, ChoiceTask), self._way.votes)
 
     def check_contexts(self, job: Job) -> None:  # noqa: D102
         check_contexts(job, self._members())
@@ -160,6 +168,9 @@ class WritersInReplicas:
     def headers(self) -> dict[str, Header]:  # noqa: D102
         found: dict[str, Header] = self._pool.ask(WritersHere.headers)
         return found
+
+    def check_fusers(self, job: Job) -> None:  # noqa: D102
+        self._pool.ask(WritersHere.check_fusers, job)
 
     def check_contexts(self, job: Job) -> None:  # noqa: D102
         self._pool.ask(WritersHere.check_contexts, job)

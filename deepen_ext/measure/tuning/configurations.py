@@ -22,6 +22,7 @@ TEMPERATURES: Mapping[str, tuple[float, ...]] = {"calibrated": (10.0, 20.0, 40.0
 CONFIDENCES = (0.0, 0.25, 0.5, 1.0)
 WEIGHT_STEPS = (0.2, 0.1)  # of the grid, the coarse one first
 _LEAST_WEIGHT = 0.05  # a member that counts less is better left out
+_DIGITS = 12  # of a weight on the grid: 0.1 + 0.2 is 0.3, and not a second configuration beside it
 # How far from the best, in standard errors of the paired difference, a simpler configuration may be.
 TOLERANCE = 1.0
 
@@ -150,8 +151,8 @@ def _shifts(start: Configuration, giver: int, taker: int, step: float) -> Iterat
     """Weight handed from one member to another, step by step."""
     weights = list(start.weights)
     while weights[giver] - step >= _LEAST_WEIGHT - 1e-9:
-        weights[giver] = round(weights[giver] - step, 4)
-        weights[taker] = round(weights[taker] + step, 4)
+        weights[giver] = round(weights[giver] - step, _DIGITS)
+        weights[taker] = round(weights[taker] + step, _DIGITS)
         yield replace(start, weights=tuple(weights), source="grid")
 
 
@@ -177,6 +178,27 @@ def proportional(scores: Sequence[float]) -> tuple[float, ...] | None:
     """Weights proportional to scores that are not negative (DeePEn-Adapt); None where all are 0."""
     total = sum(scores)
     return rounded([score / total for score in scores]) if total > 0 else None
+
+
+def from_likelihood(bits: Sequence[Sequence[float]], sharpness: float) -> tuple[float, ...] | None:
+    """Weights by the rule for prompts, of a mean item; None where every member finds some item impossible.
+
+        w_i = exp(-sharpness N_i) / sum,    N_i the member's mean nats of an item
+
+    That is the geometric mean of the weights that the rule gives for each item by itself, from equal ones.
+    The nats of all items together would be a prompt that nobody reads: of 200 short answers all weight would
+    go to the member that is a little better.
+
+    Args:
+        bits: of each member, those of each item.
+        sharpness: for each nat.
+    """
+    nats = [math.log(2) * sum(own) / len(own) for own in bits]
+    best = min(nats)
+    if math.isinf(best):
+        return None
+    raised = [math.exp(-sharpness * (one - best)) for one in nats]
+    return rounded([one / sum(raised) for one in raised])
 
 
 def rounded(weights: Sequence[float]) -> tuple[float, ...]:

@@ -9,13 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deepen_ext.decoding.prompt_weights import PromptScore, prompt_weights
 from deepen_ext.ensemble import Ensemble
+from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers import FuseFunction
-from deepen_ext.fusers.settings import SHARPNESS
 from deepen_ext.measure.evaluation.tasks import Item, Task
 from deepen_ext.measure.likelihood.text_reading import TextReading
-from deepen_ext.measure.tuning.configurations import Configuration, OutOfTime, Space, rounded
+from deepen_ext.measure.tuning.configurations import Configuration, OutOfTime, Space
 from deepen_ext.measure.tuning.dev_items import DevItem, DevSet
 from deepen_ext.measure.tuning.fit_gate import NO_GATE, FittedGate, GateEvidence, fit_gate
 from deepen_ext.members.loading import Progress
@@ -78,6 +77,21 @@ class Measurements:
             self._read(item, time_it=number & (number - 1) == 0)
         self._readings[-1].release()  # every row that a configuration can ask for is known now
 
+    def check_possible(self) -> None:
+        """That the configurations can be compared: of those that were tried, one has all items possible.
+
+        Raises:
+            InputError: none has, so all have infinitely many bits.
+        """
+        if any(math.isfinite(sum(bits)) for bits in self.tried.values()):
+            return
+        item = next(iter(self.tried.values())).index(math.inf)
+        raise InputError(
+            "with every configuration that was tried some dev item has probability 0, such as "
+            f"{shown(self._readings[item].text)}, so they cannot be compared; leave such items out, or tune "
+            "another fuser"
+        )
+
     def _spent(self) -> float:
         """Seconds of the budget."""
         return time.monotonic() - self._began
@@ -113,11 +127,6 @@ class Measurements:
 
     def _memory(self) -> int:
         return min(available_bytes(device) for device in {one.device for one in self.members})
-
-    def likelihood_weights(self) -> tuple[float, ...]:
-        """Weights from each member's own likelihood of the items, by the rule for prompts."""
-        scores = [PromptScore([sum(self.sizes)], [-sum(bits) * math.log(2)]) for bits in self.alone]
-        return rounded(prompt_weights(scores, self.space.default(0).weights, SHARPNESS))
 
     def accuracy(self) -> tuple[list[float], int]:
         """Of each member the share of items it answers right, and of how many: as many as time allows."""

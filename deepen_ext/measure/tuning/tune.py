@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import FuseFunction, fuser_class
+from deepen_ext.fusers import FuseFunction, Fuser, fuser_class
+from deepen_ext.fusers.settings import SHARPNESS
 from deepen_ext.ground.numbers import real_number
 from deepen_ext.measure.tuning.configurations import (
     Configuration,
     OutOfTime,
     Space,
     choose,
+    from_likelihood,
     paired_difference,
     proportional,
     search,
@@ -159,6 +161,33 @@ class Tuning:
         }
 
 
+def check_tunable(fuser: str | FuseFunction, members: int, gate: bool) -> type[Fuser]:
+    """The class of a fuser whose settings can be chosen; seen before models are loaded.
+
+    Args:
+        fuser: as `tune` takes it.
+        members: how many.
+        gate: whether a gate is to be fitted.
+
+    Raises:
+        InputError: see `tune`.
+    """
+    if fuser == "auto":
+        raise InputError("fuser='auto' stands for one of several; name the one to tune, such as deepen")
+    kind = fuser_class(fuser)
+    if members < 2 or kind.fewest_members < 2:
+        raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
+    if gate:
+        check_gate_fuser(kind)
+    if kind.spans:
+        raise InputError(f"fuser='{kind.name}' has no likelihood to tune by; tune another fuser")
+    if kind.draws:
+        raise InputError(
+            f"fuser='{kind.name}' has the likelihood of union-vocab; tune that, and use its weights"
+        )
+    return kind
+
+
 def tune(
     members: Sequence[Member],
     dev: DevSet,
@@ -186,32 +215,21 @@ def tune(
         progress: called with a line of text as each stage goes on.
 
     Raises:
-        InputError: fewer than two members, a fuser of the main model alone, a gate for a fuser that cannot
-            have a fitted one, no time; an item that exceeds a
-            member's context; and what `Ensemble` raises.
+        InputError: fewer than two members; "auto", a fuser of the main model alone, one that writes words or
+            draws members; a gate for a fuser that cannot have a fitted one; no time; an item that exceeds a
+            member's context; items that have probability 0 whatever is tried; and what `Ensemble` raises.
         ModelError: a member's forward pass failed.
     """
     minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
-    kind = fuser_class(fuser)
-    if len(members) < 2 or kind.fewest_members < 2:
-        raise InputError("a model alone has nothing to tune; name two or more, and a fuser of theirs")
-    if gate:
-        check_gate_fuser(kind)
-    if kind.spans:
-        raise InputError(f"fuser='{kind.name}' has no likelihood to tune by; tune another fuser")
-    if kind.draws:
-        raise InputError(
-            f"fuser='{kind.name}' has the likelihood of union-vocab; tune that, and use its weights"
-        )
+    kind = check_tunable(fuser, len(members), gate)
     if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
     space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())
     work = Measurements(list(members), dev, space, fuser, minutes * 60, progress or (lambda _: None))
     work.read()
     accuracy, answered = work.accuracy()
-    informed = {"likelihood": work.likelihood_weights()}
-    if (adapted := proportional(accuracy)) is not None:
-        informed = {"accuracy": adapted, **informed}
+    found = {"accuracy": proportional(accuracy), "likelihood": from_likelihood(work.alone, SHARPNESS)}
+    informed = {source: weights for source, weights in found.items() if weights is not None}
     uniform = [space.default(main) for main in range(len(members))]
     start = min(uniform, key=lambda one: sum(work.tried[one]))
     finished = True
@@ -219,6 +237,7 @@ def tune(
         search(start, space, informed, work.measure)
     except OutOfTime:
         finished = False
+    work.check_possible()
     chosen = choose(work.tried, space, work.sizes)
     fitted = work.gate(chosen) if gate else None
     work.save_rows()
