@@ -11,7 +11,7 @@ import pytest
 import torch
 from losing_backend import backend_of
 from tiny_models import PROSE
-from told import LOUD, SECONDS, Told, counted, losing_members, submit
+from told import LOUD, SECONDS, Told, counted, submit
 from transformers import LogitsProcessor
 
 from deepen_ext import Ensemble
@@ -21,11 +21,6 @@ from deepen_ext.serving.engine import Busy, Engine, UnknownModel
 from deepen_ext.serving.refusals import Closed
 from deepen_ext.serving.requests import Ended, Failed, Prompted, Request
 from deepen_ext.serving.running import Running
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
-    return losing_members(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from losing_backend import backend_of
 from running import until
 from tiny_models import PROSE
-from told import LOUD, Told, counted, losing_members, submit
+from told import LOUD, Told, counted, submit
 
 from deepen_ext import Ensemble
 from deepen_ext.decoding.kept_lanes import KeptLanes
@@ -24,11 +24,6 @@ from deepen_ext.serving.engine import Engine
 from deepen_ext.serving.requests import Ended, Failed, Prompted
 
 CHUNK = 7
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
-    return losing_members(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
