@@ -28,7 +28,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # its types are a package of their own
 
 from deepen_ext.errors import InputError, shown
-from deepen_ext.fusers.make import parse_fuser, recipe_of
+from deepen_ext.fusers.make import FUSERS, parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings, check_on_failure
 from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
@@ -152,7 +152,8 @@ def load_preset(path: str | Path) -> Preset:
         _check_one_recipe(given)
     except InputError as error:
         raise wrong("recipe", str(error)) from None
-    recipe = recipe_of(given.get("fuser", "")) or given.get("recipe", DEFAULT_RECIPE)
+    fuser = given.get("fuser", "")
+    recipe = recipe_of(fuser) or given.get("recipe", DEFAULT_RECIPE if _uses_recipe(fuser) else None)
     if recipe == "bytes" and "relative_temperature" in given:
         raise wrong(
             "relative_temperature",
@@ -262,6 +263,11 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
     elif key == "on_failure":
         check_on_failure(value)
+
+
+def _uses_recipe(fuser: str) -> bool:
+    """Whether a fuser has relative maps, as the default has, which "auto" stands for too."""
+    return fuser in ("", "auto") or (fuser in FUSERS and FUSERS[fuser].uses_recipe)
 
 
 def _check_one_recipe(given: Mapping[str, Any]) -> None:

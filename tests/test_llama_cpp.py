@@ -257,6 +257,24 @@ class TestCaches:
             said = session.ask(targets, 5).wait().clone()
         assert_says(backend, said, list(targets.values()))
 
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])
+    def test_texts_that_have_gone_take_no_memory_beside_others(self, tmp_path: Path, family: str) -> None:
+        """No more than `bytes_needed` says of those that are there."""
+        backend = tiny(tmp_path, family)
+        short, long = ids_of(40, 2), ids_of(1500)
+        with backend.open(32, 64) as session:
+            session.ask({0: long}, 5)
+            session.set_aside(0, forget=True)
+            for used in (2, 3, 5, 9, 17, 32):  # a long text's room, once for each, would be too much
+                said = session.ask(dict.fromkeys(range(used), short), 5).wait().clone()
+                most = max(backend.bytes_needed(32, 256, used).values(), default=0)
+                assert sum(session.bytes_held.values()) <= max(most, backend.cache_bytes(2048))
+            for lane in range(32):
+                session.set_aside(lane, forget=True)
+            again = session.ask({0: long}, 5).wait().clone()
+            assert sum(session.bytes_held.values()) <= backend.cache_bytes(4096)
+        assert_says(backend, joined([said, again]), [short] * 32 + [long])
+
     @pytest.mark.parametrize("family", ["llama", "gemma3", "mamba"])
     def test_prompts_that_begin_alike_are_read_once(self, tmp_path: Path, family: str) -> None:
         backend = tiny(tmp_path, family)

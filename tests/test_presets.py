@@ -163,6 +163,10 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
     for given in (Preset(DEMO), preset):
         with pytest.raises(InputError, match="fuser 'deepen:bytes' and recipe 'calibrated' contradict each"):
             given.settings(fuser="deepen:bytes", recipe="calibrated")
+    preset = load_preset(
+        preset_file(tmp_path, "members: [a, b]\nfuser: union-vocab\nrelative_temperature: 20\n")
+    )
+    assert preset.settings()["fuser"] == "union-vocab"  # it has no recipe at all
     behind = "members: [a, b]\nfuser: deepen:calibrated\nrelative_temperature: 20\n"
     preset = load_preset(preset_file(tmp_path, behind))
     assert preset.settings()["relative_temperature"] == 20

@@ -19,6 +19,11 @@ class KeptLanes:
     def __iter__(self) -> Iterator[int]:
         return iter(self._ids)
 
+    @property
+    def lengths(self) -> list[list[int]]:
+        """Of each lane that is kept, how many tokens each member has there."""
+        return [list(map(len, ids)) for ids in self._ids.values()]
+
     def keep(self, lane: int, ids: list[list[int]]) -> int | None:
         """The lane's text has ended. Returns the lane that is kept no longer for it, if there is one."""
         self._ids[lane] = ids

@@ -16,11 +16,16 @@ class NoRoom(InputError):
 
     Attributes:
         why: the same without advice.
+        advice: what to do.
     """
 
     def __init__(self, why: str, advice: str) -> None:
-        super().__init__(f"{why}; {advice}")
+        super().__init__(why, advice)  # both of them: so that it can be pickled
         self.why = why
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.advice}"
 
 
 def check_main_model(team: Team, settings: Settings) -> None:
@@ -77,6 +82,7 @@ def check_lengths(
     at_once: int,
     held: Held | None,
     used: int | None = None,
+    kept: Sequence[Sequence[int]] = (),
 ) -> None:
     """That every prompt with its new tokens fits every member's context, and the batch the memory.
 
@@ -87,12 +93,13 @@ def check_lengths(
         at_once: how many texts are written side by side.
         held: bytes by device that sessions of a member with so many lanes hold already.
         used: how many of the lanes hold states; None for all.
+        kept: of each lane that holds a text which has ended, how many tokens each member has there.
 
     Raises:
         NoRoom: the memory does not hold them.
         InputError: a text exceeds a context, or gives a member no tokens at all.
     """
-    longest = [0] * len(team.members)
+    longest = [max(lengths) for lengths in zip(*kept, strict=True)] or [0] * len(team.members)
     for number, text in texts.items():
         new, lengths = text.new_tokens, [text.prompt_length, *tokens[number]]
         for i, (member, length) in enumerate(zip(team.members, lengths, strict=True)):

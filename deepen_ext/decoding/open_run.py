@@ -147,7 +147,13 @@ class OpenRun(Cycles):
         self._lengths[number] = self._assistants.texts[number].tokens()
         try:
             check_lengths(
-                self._team, self._texts, self._lengths, self._lane_count, self._bytes_of, self._most_used()
+                self._team,
+                self._texts,
+                self._lengths,
+                self._lane_count,
+                self._bytes_of,
+                self._most_used(),
+                self._kept.lengths,
             )
         except BaseException:
             self._schedule.withdraw(number)

@@ -202,7 +202,9 @@ class Engine(Closing):
                 busy = [run for run in list(self._runs.values()) if run.busy]
                 for run in busy:
                     self._count(run.step(beside=len(busy) > 1))
-                self._close_idle(lambda run: run.stale or monotonic() - run.used > _IDLE_SECONDS)
+                self._close_idle(
+                    lambda run: run.stale if run.lost else monotonic() - run.used > _IDLE_SECONDS
+                )
                 self._note()
                 if busy:
                     continue
@@ -241,7 +243,7 @@ class Engine(Closing):
             run = None
         if run is not None and not run.free:
             return False
-        if run is None and len(self._runs) >= _MOST_RUNS and not self._close_idle(lambda _: True):
+        if run is None and len(self._runs) >= _MOST_RUNS and not self._close_oldest():
             return False
         try:
             if run is None:
@@ -250,7 +252,7 @@ class Engine(Closing):
             run.add(waiting)
         except Exception as error:
             if isinstance(error, NoRoom):
-                if self._close_idle(lambda other: other is not run and other.bytes_held > 0):
+                if self._close_idle(lambda other: other.bytes_held > 0):  # its own run too: it keeps texts
                     return self._joined(waiting)
                 if any(other.busy for other in self._runs.values()):
                     return False  # the memory is others' now
@@ -278,6 +280,12 @@ class Engine(Closing):
             sum(run.reading for run in runs),
             sum(run.bytes_held for run in runs),
         )
+
+    def _close_oldest(self) -> bool:
+        """Free the caches of the run that has had no text for longest; returns whether there was one."""
+        idle = [run for run in self._runs.values() if not run.busy]
+        oldest = min(idle, key=lambda run: run.used, default=None)
+        return oldest is not None and self._close_idle(lambda run: run is oldest)
 
     def _close_idle(self, chosen: Callable[[Running], bool]) -> bool:
         """Free the caches of the runs without texts that are chosen; returns whether there were any."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,9 @@ from deepen_ext.serving.candidates import read_prompt, scored
 from deepen_ext.serving.requests import Ended, Failed, Listener, Piece, Request, Scored
 
 LOG = logging.getLogger("deepen_ext.serving")
-_WITHOUT_SECONDS = 30.0  # so long texts do without a member that was lost; then it is asked again
+# So long texts do without a member that was lost; then it is asked again. Or so many times as long as it took
+# to find out, where that is more: nobody's text goes on while a server that hangs is waited for.
+_WITHOUT_SECONDS, _WITHOUT_TIMES = 30.0, 10.0
 
 
 @dataclass(eq=False)
@@ -124,7 +127,7 @@ class Running:
         )
         self.used = monotonic()
         self.broken = False
-        self._lost_at: float | None = None
+        self._stale_at = math.inf
 
     @property
     def busy(self) -> bool:
@@ -132,9 +135,14 @@ class Running:
         return bool(self._requests)
 
     @property
+    def lost(self) -> bool:
+        """Whether a member is out. Without texts it stays all the same, lest the member is asked too soon."""
+        return self._stale_at < math.inf
+
+    @property
     def stale(self) -> bool:
         """Whether a member is out that another run would ask again."""
-        return self._lost_at is not None and monotonic() - self._lost_at > _WITHOUT_SECONDS
+        return monotonic() > self._stale_at
 
     @property
     def free(self) -> int:
@@ -187,8 +195,9 @@ class Running:
             if waiting.cancelled:
                 self._run.cancel(number)
         written = self._run.step(beside=beside)
-        if self._run.lost and self._lost_at is None:
-            self._lost_at = self.used
+        if self._run.lost and not self.lost:
+            now = monotonic()
+            self._stale_at = now + max(_WITHOUT_SECONDS, _WITHOUT_TIMES * (now - self.used))
             LOG.warning("texts go on without %s, which was lost", ", ".join(self._run.lost))
         for one in written:
             scored_, record = self._observer.of(one.number)

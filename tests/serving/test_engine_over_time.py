@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from deepen_ext.serving import engine as engines
 from deepen_ext.serving import running as runs
 from deepen_ext.serving.engine import Engine
 from deepen_ext.serving.requests import Ended, Failed, Prompted
+from deepen_ext.serving.running import Running
 
 CHUNK = 7
 
@@ -51,6 +53,7 @@ class TestALostAssistant:
         self, engine: Engine, members: list[Member], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         backend = backend_of(members[1])
+        monkeypatch.setattr(runs, "_WITHOUT_TIMES", 0.0)
         alone = ended(submit(engine, decoding={"max_new_tokens": 8}))
         assert not alone.lost
         long = submit(engine, decoding={"max_new_tokens": 300}).begun()
@@ -59,7 +62,10 @@ class TestALostAssistant:
         assert later.lost == {"assistant": 0}
         assert later.changed_tokens == 0
         backend.arm(None)
-        monkeypatch.setattr(runs, "_WITHOUT_SECONDS", 0.0)
+        passed = runs.monotonic
+        monkeypatch.setattr(runs, "monotonic", lambda: passed() + 29)
+        assert ended(submit(engine, decoding={"max_new_tokens": 8})).lost == {"assistant": 0}
+        monkeypatch.setattr(runs, "monotonic", lambda: passed() + 60)
         again = ended(submit(engine, decoding={"max_new_tokens": 8}))  # while the long text goes on
         assert again == alone
         assert backend.calls
@@ -68,12 +74,38 @@ class TestALostAssistant:
     def test_a_run_without_it_is_not_kept(
         self, engine: Engine, members: list[Member], monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(runs, "_WITHOUT_SECONDS", 0.1)
         backend_of(members[1]).arm(0)
         assert ended(submit(engine, decoding={"max_new_tokens": 2})).lost
         backend_of(members[1]).arm(None)
-        assert engine.load.bytes_held
-        monkeypatch.setattr(runs, "_WITHOUT_SECONDS", 0.0)
         assert until(lambda: not engine.load.bytes_held)
+
+    def test_one_that_hangs_is_not_asked_again_at_once(
+        self, engine: Engine, members: list[Member], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every text waits while a server's time limit runs out."""
+        backend = backend_of(members[1])
+        clock = [0.0]
+        now = runs.monotonic
+        monkeypatch.setattr(runs, "monotonic", lambda: now() + clock[0])
+        step = OpenRun.step
+
+        def slow_step(run: OpenRun, **given: Any) -> Any:
+            lost = bool(run.lost)
+            written = step(run, **given)
+            clock[0] += 60 if run.lost and not lost else 0
+            return written
+
+        monkeypatch.setattr(OpenRun, "step", slow_step)
+        backend.arm(0)
+        for waited in (0, 500):
+            clock[0] += waited
+            assert ended(submit(engine, decoding={"max_new_tokens": 2})).lost
+        assert clock[0] == 560  # it was lost once, and asked no more
+        clock[0] += 200
+        assert ended(submit(engine, decoding={"max_new_tokens": 2})).lost
+        assert clock[0] == 820
+        backend.arm(None)
 
 
 class TestALongPrompt:
@@ -158,6 +190,37 @@ class TestMemory:
             most = max(most, len(engine._runs))
         assert [ended(one).completion_tokens for one in told] == [20] * len(fusers)
         assert most == 2
+
+    def test_the_oldest_idle_run_makes_room(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(engines, "_MOST_RUNS", 2)
+        fusers = ("average", "union-topk", "union-vocab")
+        for one in fusers:
+            ended(submit(engine, fusion={"fuser": one}, decoding={"max_new_tokens": 1}))
+        left = [run._ensemble.method for run in engine._runs.values()]
+        assert left == ["union-topk", "union-vocab"]
+
+    def test_a_text_that_has_ended_gives_its_memory_up(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a run keeps for texts that begin alike is not in the way of one that does not."""
+        ended(submit(engine, model="main", prompt=PROSE[:300], decoding={"max_new_tokens": 1}))
+        closed: list[Running] = []
+        close = Running.close
+
+        def noted(run: Running) -> None:
+            close(run)
+            closed.append(run)
+
+        monkeypatch.setattr(Running, "close", noted)
+        asks = threading.get_ident()
+        free = lambda _: 1 << 40 if threading.get_ident() == asks or closed else 0  # noqa: E731
+        monkeypatch.setattr("deepen_ext.members.memory.available_bytes", free)
+        told = submit(engine, model="main", prompt="So" + PROSE[:350], decoding={"max_new_tokens": 30})
+        assert ended(told).completion_tokens == 30
+
+    def test_it_can_be_sent_to_another_process(self) -> None:
+        error = pickle.loads(pickle.dumps(NoRoom("it needs 3 GB", "take less")))
+        assert (str(error), error.why) == ("it needs 3 GB; take less", "it needs 3 GB")
 
 
 class TestFaultsOfOurs:

@@ -169,7 +169,8 @@ class LlamaSession(Closing):
 
         A cache that is too small is replaced by a larger one, to which the lanes' states are moved; so is one
         whose buffer would have to grow while somebody still looks at it. Lanes that no text has used have no
-        room in it: fresh memory can take seconds a gigabyte, and no text goes on meanwhile.
+        room in it: fresh memory can take seconds a gigabyte, and no text goes on meanwhile. Nor is there room
+        for lanes, or for the length of texts, that there were once: `bytes_needed` does not count them.
         """
         self._keep_known()
         old = self._context
@@ -181,7 +182,7 @@ class LlamaSession(Closing):
         expected = {lane: max(length, self._capacity) for lane, length in lengths.items()}
         sequences, cells = self._needed(expected)
         if old is not None:
-            sequences, cells = max(sequences, old.sequences), self._grown(old.room, cells)
+            cells = cells if sequences > old.sequences else self._grown(old.room, cells)
         self._context = self._loaded.new_context(sequences, cells)
         if old is None:
             return
