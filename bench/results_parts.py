@@ -116,15 +116,16 @@ def _rule_cell(measure: Measure, method: str) -> str:
     verdicts = [points_verdict(paired) for _, paired in found]
     counts = f"{verdicts.count('gain')}, {verdicts.count('harm')} of {len(found)}"
     of_default = [paired["difference"] for _, paired in comparisons(measure.scores, DEFAULT)]
-    there = [_default_there(measure, ensemble, method) for ensemble, _ in found]
+    known = [_default_there(measure, ensemble, method) for ensemble, _ in found]
+    there = [one for one in known if one is not None]
     beside = ""
-    if of_default and None not in there and _mean(there) != _mean(of_default):
+    if of_default and len(there) == len(found) and _mean(there) != _mean(of_default):
         beside = f"; default {_mean(there)}"
     return f"{_mean([paired['difference'] for _, paired in found])} ({counts}{beside})"
 
 
-def _mean(differences: Sequence[float | None]) -> str:
-    return signed(sum(100 * (one or 0.0) for one in differences) / len(differences), 1)
+def _mean(differences: Sequence[float]) -> str:
+    return signed(sum(100 * one for one in differences) / len(differences), 1)
 
 
 def _default_there(measure: Measure, ensemble: str, method: str) -> float | None:

@@ -48,10 +48,8 @@ Weights = Annotated[
     ),
 ]
 # The names in `deepen_ext.fusers.FUSERS`, whose import would load torch; "single" fuses nothing.
-FUSER_NAMES = (
-    "deepen, deepen:RECIPE, average, union-topk, union-vocab, follow, product, consistent, draw (with "
-    "sampling), spans"
-)
+_TUNABLE_NAMES = "deepen, deepen:RECIPE, average, union-topk, union-vocab, follow, product, consistent"
+FUSER_NAMES = f"{_TUNABLE_NAMES}, draw (with sampling), spans"
 FuserSpec = Annotated[
     str | None,
     typer.Option(
@@ -65,8 +63,7 @@ TunedFuser = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help=f"Whose settings are chosen: deepen by default. Or {FUSER_NAMES.partition(', draw')[0]}, or "
-        "module:function.",
+        help=f"Whose settings are chosen: deepen by default. Or {_TUNABLE_NAMES}, or module:function.",
         show_default=False,
     ),
 ]

@@ -95,7 +95,7 @@ class DeepenFuser(Fuser):
         """One fusion step; see `Fuser.fuse`."""
         main, *assistants = said
         rows = needed_rows(self.maps[main.member], main, self.min_probability)
-        return self._fused(logits, main.topk, rows, assistants, weights)[1]
+        return self._search(logits, main.topk, rows, assistants, weights)[1]
 
     def logprobs(self, said: Sequence[Said], weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """See `Fuser.logprobs`. Only candidates move: the step runs over a vocabulary of them alone."""
@@ -111,7 +111,7 @@ class DeepenFuser(Fuser):
             values=every.values[ids],
             rest=None if every.rest is None else every.rest[ids],
         )
-        fused = self._fused(logits, main.topk._replace(ids=numbers.int()), own, assistants, weights)[
+        fused = self._search(logits, main.topk._replace(ids=numbers.int()), own, assistants, weights)[
             0
         ].double()
         # What no candidate has keeps its logits.
@@ -121,29 +121,6 @@ class DeepenFuser(Fuser):
         moved = fused.gather(1, same.int().argmax(dim=1, keepdim=True))[:, 0]
         return torch.where(same.any(dim=1), moved, main.logits_at(rows, tokens)) - total
 
-    def _fused(
-        self,
-        logits: torch.Tensor,
-        candidates: TopK,
-        rows: RelativeRows,
-        assistants: Sequence[Said],
-        weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_search`, but where a rule of weighing leaves the main model alone its logits stay as they are.
-
-        A search without a gradient would still move the candidates, by weight decay and rounding noise.
-        """
-        alone = None if self.rule is None else (weights[:, 1:] == 0).all(dim=1)
-        if alone is None or (alone.device.type == "cpu" and not bool(alone.any())):
-            return self._search(logits, candidates, rows, assistants, weights)
-        # On CUDA a row without a softmax may have any ids: it is refused when its token is read.
-        ids = candidates.ids.long().clamp(0, logits.shape[1] - 1)
-        before = logits.gather(1, ids)
-        fused, chosen = self._search(logits, candidates, rows, assistants, weights)
-        logits.scatter_(1, ids, torch.where(alone[:, None], before, logits.gather(1, ids)))
-        fused = torch.where(alone[:, None], before.float(), fused)
-        return fused, torch.where(alone, candidates.ids[:, 0], chosen)
-
     def _search(
         self,
         logits: torch.Tensor,
@@ -152,12 +129,23 @@ class DeepenFuser(Fuser):
         assistants: Sequence[Said],
         weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`ops.fuse` with the main model's logits, candidates and relative rows."""
+        """`ops.fuse` with the main model's logits, candidates and relative rows.
+
+        Where a rule of weighing leaves the main model alone its logits stay as they are. A search without a
+        gradient would still move the candidates, by weight decay and rounding noise.
+        """
         heard = [
             ops.FuseInput(one.topk, needed_rows(self.maps[one.member], one, self.min_probability))
             for one in assistants
         ]
-        return ops.fuse(
+        alone = None if self.rule is None else (weights[:, 1:] == 0).all(dim=1)
+        if alone is not None and alone.device.type == "cpu" and not bool(alone.any()):
+            alone = None  # on CUDA to look would be to wait
+        if alone is not None:
+            # On CUDA a row without a softmax may have any ids: it is refused when its token is read.
+            ids = candidates.ids.long().clamp(0, logits.shape[1] - 1)
+            before = logits.gather(1, ids)
+        fused, chosen = ops.fuse(
             logits,
             [ops.FuseInput(candidates, rows), *heard],
             weights,
@@ -166,6 +154,11 @@ class DeepenFuser(Fuser):
             min_probability=self.min_probability,
             log_probs=self.log_probs,
         )
+        if alone is None:
+            return fused, chosen
+        logits.scatter_(1, ids, torch.where(alone[:, None], before, logits.gather(1, ids)))
+        fused = torch.where(alone[:, None], before.float(), fused)
+        return fused, torch.where(alone, candidates.ids[:, 0], chosen)
 
 
 def check_maps(maps: Sequence[RelativeMap]) -> None:

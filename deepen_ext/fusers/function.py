@@ -63,7 +63,7 @@ class FunctionFuser(MappedFuser):
             common: candidates, rule, names: see `Fuser`.
         """
         super().__init__(vocab_sizes, bridge, device, **common)
-        self._function = function
+        self.function = function
 
     @classmethod
     def make(cls, given: Ingredients) -> FunctionFuser:
@@ -79,7 +79,7 @@ class FunctionFuser(MappedFuser):
             InputError: the function gives something else than logits of the same shape.
         """
         forbidden = logits == -torch.inf  # cannot be written: not by the function's leave either
-        given = self._function(logits, [replace(one, to_main=self._on_main) for one in said], weights)
+        given = self.function(logits, [replace(one, to_main=self._on_main) for one in said], weights)
         if not isinstance(given, torch.Tensor) or given.shape != logits.shape:
             what = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise InputError(f"the fuser gave {what}; it must return logits of shape {list(logits.shape)}")

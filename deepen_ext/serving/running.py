@@ -28,8 +28,8 @@ from deepen_ext.serving.candidates import read_prompt, scored
 from deepen_ext.serving.requests import Ended, Failed, Listener, Piece, Request, Scored
 
 LOG = logging.getLogger("deepen_ext.serving")
-# So long texts do without a member that was lost; then it is asked again. Or so many times as long as it took
-# to find out, where that is more: nobody's text goes on while a server that hangs is waited for.
+# Seconds after which a member that was lost is asked again. A server that hangs holds up every text until its
+# time limit, so the pause is at least ten times what that took.
 _WITHOUT_SECONDS, _WITHOUT_TIMES = 30.0, 10.0
 
 
@@ -136,7 +136,7 @@ class Running:
 
     @property
     def lost(self) -> bool:
-        """Whether a member is out. Without texts it stays all the same, lest the member is asked too soon."""
+        """Whether a member is out. Such a run is kept without texts, too: a new one would ask it too soon."""
         return self._stale_at < math.inf
 
     @property

@@ -11,7 +11,7 @@ import pytest
 import torch
 from losing_backend import backend_of
 from tiny_models import PROSE
-from told import LOUD, SECONDS, Told, counted, submit
+from told import LOUD, SECONDS, Told, closed_runs, counted, submit
 from transformers import LogitsProcessor
 
 from deepen_ext import Ensemble
@@ -209,14 +209,7 @@ class TestOneThatCannotBegin:
         submit(engine, model="default", decoding={"max_new_tokens": 2}).wait()
         while engine.load.running > 1:
             threading.Event().wait(0.01)
-        closed: list[Running] = []
-        close = Running.close
-
-        def noted(run: Running) -> None:
-            close(run)
-            closed.append(run)
-
-        monkeypatch.setattr(Running, "close", noted)
+        closed = closed_runs(monkeypatch)
         monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda _: len(closed) << 40)
         found = submit(engine, model="main", decoding={"max_new_tokens": 3}).wait()
         assert len(found.ids) == 3

@@ -11,7 +11,7 @@ import pytest
 from losing_backend import backend_of
 from running import until
 from tiny_models import PROSE
-from told import LOUD, Told, counted, submit
+from told import LOUD, Told, closed_runs, counted, submit
 
 from deepen_ext import Ensemble
 from deepen_ext.decoding.kept_lanes import KeptLanes
@@ -23,7 +23,6 @@ from deepen_ext.serving import engine as engines
 from deepen_ext.serving import running as runs
 from deepen_ext.serving.engine import Engine
 from deepen_ext.serving.requests import Ended, Failed, Prompted
-from deepen_ext.serving.running import Running
 
 CHUNK = 7
 
@@ -184,9 +183,7 @@ class TestMemory:
         fusers = ("average", "union-topk", "union-vocab", "product")
         told = [submit(engine, fusion={"fuser": one}, decoding={"max_new_tokens": 20}) for one in fusers]
         most = 0
-        while not all(isinstance(one.last, Ended) for one in told if one.events) or not all(
-            one.events for one in told
-        ):
+        while not all(one.events and isinstance(one.last, Ended | Failed) for one in told):
             most = max(most, len(engine._runs))
         assert [ended(one).completion_tokens for one in told] == [20] * len(fusers)
         assert most == 2
@@ -204,14 +201,7 @@ class TestMemory:
     ) -> None:
         """What a run keeps for texts that begin alike is not in the way of one that does not."""
         ended(submit(engine, model="main", prompt=PROSE[:300], decoding={"max_new_tokens": 1}))
-        closed: list[Running] = []
-        close = Running.close
-
-        def noted(run: Running) -> None:
-            close(run)
-            closed.append(run)
-
-        monkeypatch.setattr(Running, "close", noted)
+        closed = closed_runs(monkeypatch)
         asks = threading.get_ident()
         free = lambda _: 1 << 40 if threading.get_ident() == asks or closed else 0  # noqa: E731
         monkeypatch.setattr("deepen_ext.members.memory.available_bytes", free)

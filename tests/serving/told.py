@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from losing_backend import losing
 from tiny_models import PROSE, one_byte_tokens, save_model, tiny_reader
 
@@ -13,6 +14,7 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.serving.engine import Engine
 from deepen_ext.serving.requests import Ended, Event, Failed, Piece, Request
+from deepen_ext.serving.running import Running
 
 SECONDS = 60
 LOUD: dict[str, Any] = {"learning_rate": 1.0, "cache": False}
@@ -70,6 +72,19 @@ def losing_members(folder: Path) -> list[Member]:
         saved = save_model(folder / name, one_byte_tokens(), seed=i)
         found.append(losing(tiny_reader(load_member(saved), name, PROSE[300 * i : 300 * i + 1200], seed=i)))
     return found
+
+
+def closed_runs(monkeypatch: pytest.MonkeyPatch) -> list[Running]:
+    """The runs of engines that are closed from now on."""
+    closed: list[Running] = []
+    close = Running.close
+
+    def noted(run: Running) -> None:
+        close(run)
+        closed.append(run)
+
+    monkeypatch.setattr(Running, "close", noted)
+    return closed
 
 
 def counted(member: Member) -> list[int]:

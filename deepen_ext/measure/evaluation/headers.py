@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deepen_ext import __version__
 from deepen_ext.decoding.prompt_weights import LEAST_WEIGHT, PROMPT_TOKENS
 from deepen_ext.errors import InputError
+from deepen_ext.fusers.function import FunctionFuser
 from deepen_ext.fusers.weighing.disagreement import Disagreement
 from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.tasks import Item, Task
@@ -58,8 +59,8 @@ def configuration_header(
         for key, value in sorted(vars(ensemble.fuser).items())
         if isinstance(value, bool | int | float | str)
     }
-    if function := vars(ensemble.fuser).get("_function"):  # of a `FunctionFuser`: its name may be another's
-        fuser["function"] = f"{function.__module__}:{ensemble.method}"
+    if isinstance(ensemble.fuser, FunctionFuser):  # its name may be another function's
+        fuser["function"] = f"{ensemble.fuser.function.__module__}:{ensemble.method}"
     if ensemble.fuser.first_end_needs_all:
         fuser["first_end_needs_all"] = True
     if ensemble.fuser.uses_recipe and isinstance(ensemble.fuser.rule, Disagreement):

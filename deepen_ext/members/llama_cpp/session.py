@@ -169,8 +169,8 @@ class LlamaSession(Closing):
 
         A cache that is too small is replaced by a larger one, to which the lanes' states are moved; so is one
         whose buffer would have to grow while somebody still looks at it. Lanes that no text has used have no
-        room in it: fresh memory can take seconds a gigabyte, and no text goes on meanwhile. Nor is there room
-        for lanes, or for the length of texts, that there were once: `bytes_needed` does not count them.
+        room in it: fresh memory can take seconds a gigabyte, and no text goes on meanwhile. With more lanes,
+        each gets the room that texts need now, not what a longer one needed once: `bytes_needed` counts so.
         """
         self._keep_known()
         old = self._context
