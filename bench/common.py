@@ -206,6 +206,12 @@ def check_equal(what: str, ours: torch.Tensor, baseline: torch.Tensor, tolerance
     return f"{what}: largest difference {off:.1e}, allowed {tolerance:.0e}"
 
 
+def error_line(error: BaseException) -> str:
+    """What a result has of an error."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300].rstrip(": ")
+
+
 def resident(key: str = "VmRSS") -> float:
     """Megabytes (10^6 bytes) of a field of /proc/self/status."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

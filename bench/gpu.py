@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import time
 import warnings
@@ -402,29 +403,36 @@ def run(bench: Bench) -> None:
     for vocab, batch, dtype, name in topk_cases():
         if dtype == torch.float32 and batch in (1, 32):
             title = f"torch.compile beside {name}"
-            bench.case(title, partial(time_compiled_topk, bench, vocab, batch, dtype, name), seconds=30)
+            compiled = partial(time_compiled_topk, bench, vocab, batch, dtype, name)
+            bench.case(title, compiled, seconds=30, beside=name)
     for name in reversed(PAIRS):
         step = f"whole fusion step, {name}, k {K}, m {ENTRIES}, T {STEPS}, B 1"
         for dense in (PAPER_ANCHORS, PAIRS[name][2]):
             title = f"the paper of {dense:,} anchors beside {step}"
-            bench.case(title, partial(time_paper, bench, partial(pair_of, name), dense, step), seconds=45)
+            paper = partial(time_paper, bench, partial(pair_of, name), dense, step)
+            bench.case(title, paper, seconds=45, beside=step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--minutes", type=float, default=7.0, help="nothing runs that would end after these")
-    parser.add_argument("--only", default="", help="a regular expression: the cases to run")
+    parser.add_argument("--only", type=re.compile, default="", help="a regular expression: the cases to run")
     options = parser.parse_args()
     if not _core.cuda_compiled() or not torch.cuda.is_available():
         parser.exit(3, "bench/gpu.py needs a CUDA device and a build with the CUDA part (make gpu-build)\n")
 
+    file = options.results / f"{file_stem()}.json"
+    if options.only.pattern and file.is_file():
+        parser.error(
+            f"{file} has the figures of another run, and those of some cases would take their place; name "
+            "another folder with --results"
+        )
     start = time.perf_counter()
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # advice on the baselines, many lines each
     torch.backends.cuda.matmul.allow_tf32 = False
     rate = bandwidth()
     card = torch.cuda.get_device_properties(0)
-    file = options.results / f"{file_stem()}.json"
     flush = torch.zeros(card.L2_cache_size // 2, dtype=torch.float32, device=DEVICE)
     ends_at = start + 60 * options.minutes
     bench = Bench(file, gpu_environment(rate), rate, flush, ends_at, options.only)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Figure, environment, percentile, spread, write_json
+from common import Figure, environment, error_line, percentile, spread, write_json
 
 DEVICE = "cuda:0"
 IN_GRAPH = 20  # calls in the graph of a warm figure
@@ -129,14 +129,16 @@ class Bench:
     bytes_a_second: float
     flush: torch.Tensor  # twice the L2 cache; read, so that no dirty line is written back while we time
     ends_at: float  # of time.perf_counter
-    only: str = ""  # a regular expression: the cases to run
+    only: str | re.Pattern[str] = ""  # a regular expression: the cases to run
     group: str = "gpu"  # what the file has the figures under
     figures: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def case(self, name: str, run: Callable[[], None], seconds: float = 0.0) -> None:
+    def case(self, name: str, run: Callable[[], None], seconds: float = 0.0, beside: str = "") -> None:
         """Run it if `seconds` are left; a failure is written down and the next case runs.
+
+        `beside` names the figures that the case times a baseline of. Without them it is left out.
 
         Raises:
             RuntimeError: the device is lost after a failure; what was measured is on disk.
@@ -147,14 +149,22 @@ class Bench:
             self.skipped.append(name)
             self.write()
             return
+        if beside and not self._of(beside):
+            self.skipped.append(f"{name}: no figure of ours to stand beside")
+            self.write()
+            return
         try:
             run()
-        except (AssertionError, RuntimeError) as error:
-            self.failed.append(f"{name}: {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # of any kind: a card is lent for minutes, and the other cases need them
+            self.failed.append(f"{name}: {error_line(error)}")
             print(f"FAILED {self.failed[-1]}", flush=True)
             self.write()
             pause()  # raises again if the device is lost
         self.write()
+
+    def _of(self, name: str) -> list[Figure]:
+        """The figures of a case, each way of it."""
+        return [one for one in self.figures if one.name.startswith(f"{name}, ")]
 
     def keep(self, figure: Figure) -> None:
         """Say it, and write it down at once."""
@@ -215,7 +225,7 @@ class Bench:
 
     def beside(self, name: str, baseline: Baseline) -> None:
         """A baseline of figures that are there: the first one stands in them, others beside them."""
-        ours = [one for one in self.figures if one.name.startswith(f"{name}, ")]
+        ours = self._of(name)
         own = {one.name: one for one in ours}  # a figure with a baseline keeps it
         for figure in own.values():
             made = _beside(figure, baseline)

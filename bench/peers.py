@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment, machine_name, write_json
+from common import ROOT, environment, error_line, machine_name, write_json
 
 RESULTS = ROOT / "bench" / "results" / "peers"
 PAIRS = ("S+Q", "S+G")
@@ -169,7 +169,7 @@ def _in_a_process(name: str, job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _child(name: str, job: dict[str, Any], rows: Path) -> None:
-    from peers_setup import Job, error_line
+    from peers_setup import Job
 
     program = PROGRAMS[name]
     paths = {key: value and Path(value) for key, value in job.items() if key in ("data", "checkout")}

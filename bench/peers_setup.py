@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import PROMPTS, resident, start_of_peak
+from common import PROMPTS, error_line, resident, start_of_peak
 from compare_setup import MODELS, letters_of
 
 from deepen_ext.measure.evaluation.tasks import TASKS
@@ -172,11 +172,6 @@ def attempt(row: Row, part: str, measure: Callable[[], Any]) -> None:
         row[part] = measure()
     except Exception as error:  # a peer's code can fail in any way, and its line is the result then
         row.setdefault("errors", {})[part] = error_line(error)
-
-
-def error_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300].rstrip(": ")
 
 
 class Memory:

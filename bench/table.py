@@ -108,8 +108,9 @@ def _gpu_section(result: dict[str, Any]) -> str:
         ]
     if decoding := result["figures"].get("decode"):
         lines += ["", *_decode_table("greedy decoding, models of 7B size", decoding)]
-    if result["skipped"]:
-        lines += ["", "Not measured: " + "; ".join(result["skipped"]) + "."]
+    for what, cases in (("Not measured", result["skipped"]), ("Failed", result["failed"])):
+        if cases:
+            lines += ["", f"{what}: {'; '.join(cases)}."]
     return "\n".join(lines)
 
 

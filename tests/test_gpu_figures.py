@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))  # at the end: its conftest must not come before this folder's
 
 import common  # noqa: E402
+import gpu  # noqa: E402
+import gpu_clock  # noqa: E402
 import gpu_decode  # noqa: E402
 import table  # noqa: E402
 from common import Figure  # noqa: E402
 from gpu_clock import Baseline, Bench  # noqa: E402
+
+from deepen_ext import InputError  # noqa: E402
 
 
 def bench(file: Path, **settings: Any) -> Bench:
@@ -81,6 +88,120 @@ def test_a_figure_has_its_budget_once_whatever_stands_beside_it(tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("\nCUDA error\nmore"), "RuntimeError: CUDA error"),
+        (TypeError("no such argument"), "TypeError: no such argument"),
+        (InputError("no such file"), "InputError: no such file"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_case_that_fails_in_any_way_is_written_down_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr(gpu_clock, "pause", lambda: None)
+    kept = bench(tmp_path / "card.json")
+
+    def fail() -> None:
+        raise error
+
+    kept.case("first", fail)
+    kept.case("second", lambda: kept.keep(step()))
+    assert json.loads(kept.file.read_text(encoding="utf-8"))["failed"] == [f"first: {said}"]
+    assert len(written(kept.file)) == 1
+
+
+def test_a_baseline_is_not_timed_where_there_is_nothing_to_put_it_beside(tmp_path: Path) -> None:
+    kept = bench(tmp_path / "card.json")
+    kept.keep(step())
+    ran = []
+    for name in ("step", "other step"):
+        kept.case(f"the paper beside {name}", lambda name=name: ran.append(name), beside=name)  # type: ignore[misc]
+    assert ran == ["step"]
+    skipped = json.loads(kept.file.read_text(encoding="utf-8"))["skipped"]
+    assert skipped == ["the paper beside other step: no figure of ours to stand beside"]
+
+
+def test_some_cases_do_not_replace_a_file_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu._core, "cuda_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "file_stem", lambda: "card")
+    monkeypatch.setattr(gpu, "bandwidth", lambda: pytest.fail("the device was asked"))
+    (tmp_path / "card.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "paper", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "card.json has the figures of another run" in capsys.readouterr().err
+
+
+@pytest.fixture
+def without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call once on the CPU, where a card would be timed; pairs of small vocabularies."""
+
+    def once(call: Callable[[], object], *_: object, **__: object) -> list[float]:
+        call()
+        return [1.0] * 5
+
+    for module in (gpu, gpu_clock):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+        monkeypatch.setattr(module, "pause", lambda: None)
+        monkeypatch.setattr(module, "graph_of", lambda call, calls=1: SimpleNamespace(replay=call))
+        for name in ("events", "in_a_graph", "plain"):
+            monkeypatch.setattr(module, name, once)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 10**9))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(gpu, "BATCHES", (1, 2))
+    monkeypatch.setattr(gpu, "PAPER_ANCHORS", 300)
+    small = {
+        "32k + 32k": (3000, 2000, 900),
+        "49k + 262k": (2000, 2500, 1000),
+        "128k + 152k": (2600, 3500, 1000),
+    }
+    assert set(small) == set(gpu.PAIRS)
+    monkeypatch.setattr(gpu, "PAIRS", small)
+    rows = gpu.time_relative_rows
+    monkeypatch.setattr(gpu, "time_relative_rows", lambda kept, *sizes: rows(kept, 64, 3000, 1000, sizes[-1]))
+
+
+@pytest.mark.slow
+def test_every_case_of_a_card_runs_over_small_vocabularies_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_a_card: None
+) -> None:
+    stored = {"anchors": torch.tensor(1000)}
+    for i, top in enumerate(torch.softmax(torch.randn(4, vocab), dim=1).topk(128) for vocab in (2000, 2500)):
+        stored |= {f"ids{i}": top.indices.int(), f"probs{i}": top.values}
+        stored[f"columns{i}"] = torch.arange(32, dtype=torch.int32).expand(4, 128, 32).contiguous()
+        stored[f"values{i}"] = torch.full((4, 128, 32), 0.9 / 32).half()
+        stored[f"rest{i}"] = torch.full((4, 128), 0.1)
+    save_file(stored, tmp_path / "rows.safetensors")
+    real = load_file(gpu.DEMO_ROWS)
+    assert {name: (one.dtype, one.shape) for name, one in stored.items()} == {
+        name: (one.dtype, one.shape) for name, one in real.items()
+    }
+    monkeypatch.setattr(gpu, "DEMO_ROWS", tmp_path / "rows.safetensors")
+    kept = bench(tmp_path / "card.json")
+    kept.flush = torch.zeros(9)
+    gpu.run(kept)
+    assert kept.failed == []
+    assert kept.skipped == []
+    timed = {one.name.split(",")[0] for one in kept.figures}
+    assert timed > {
+        "topk_softmax",
+        "relative_rows",
+        "inverse_search",
+        "fuse after top-k",
+        "whole fusion step",
+    }
+
+
+def test_the_stored_rows_are_of_the_pair_they_are_put_into() -> None:
+    assert int(load_file(gpu.DEMO_ROWS)["anchors"]) == gpu.PAIRS["49k + 262k"][2]
+
+
 def test_the_table_has_one_row_for_a_figure_and_a_table_for_decoding() -> None:
     twice = [step(budget="at most 50 µs", met=True).as_dict(), step(baseline="eager").as_dict()]
     decode = [Figure("greedy decoding, two models", 21.0, "ms", (20.0, 22.0), 9, note="fusion 1 %").as_dict()]
@@ -93,6 +214,7 @@ def test_the_table_has_one_row_for_a_figure_and_a_table_for_decoding() -> None:
         "date": "2026-01-01T00:00",
         "figures": {"gpu": twice},
         "skipped": [],
+        "failed": [],
     }
     assert table._section(result).count("step, warm L2") == 1
     result["figures"] = {"decode": decode}

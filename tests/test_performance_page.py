@@ -77,7 +77,8 @@ def results(tmp_path: Path) -> Path:
         "machine": {"gpu": {"name": "Card", "multiprocessors": 1, "l2_mb": 1.0, "bandwidth_gb_s": 1}},
         "versions": versions,
         "figures": {"gpu": [figure("step, warm L2", 40.0, budget="at most 50 µs", met=True)]},
-        "skipped": [],
+        "skipped": ["slow step"],
+        "failed": ["other step: RuntimeError: why"],
     }
     beside = {"baseline": "the same without drafts", "baseline_value": 200.0, "ratio": 0.6}
     drafts = {
@@ -124,6 +125,7 @@ def test_a_page_of_small_results(results: Path, docs: Path) -> None:
     assert page.startswith("before\n<!-- bench:begin -->\n**Card**")
     assert page.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in page
+    assert "\n\nNot measured: slow step.\n\nFailed: other step: RuntimeError: why.\n\n" in page
     assert "| prose, context 256, batch 1 | 120 ms a token (115 to 125) |" in page
     assert page.count("![") == 1  # neither the card nor the drafts have such figures
     _, pair, larger = page.partition("**Some CPU, 2 cores** (avx2), drafts, 2 threads")[2].split(
