@@ -190,11 +190,11 @@ def main() -> None:
     found["versions"]["llama.cpp"] = load_library().name
     target = options.json or ROOT / "bench" / "results" / f"backends-{speed_file(found)}"
     count, scored, prompts = (1, 150, 12) if options.quick else (options.texts, 1500, options.prompts)
-    content = {
-        "differences": differences(options.data, count, scored),
-        "repeatability": repeatability(options.data, prompts),
-    }
-    write_json(target, {**content, "environment": found})
+    content: dict[str, Any] = {"environment": found}
+    content["differences"] = differences(options.data, count, scored)
+    write_json(target, content)  # an interruption loses the other part alone
+    content["repeatability"] = repeatability(options.data, prompts)
+    write_json(target, content)
     say(f"wrote {target}")
 
 

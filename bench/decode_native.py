@@ -57,6 +57,7 @@ def run(options: Any) -> None:
 
     say("three members, in a process of their own")
     raw["trio"] = _trio(options)
+    write()
     pair = load_native(PAIR, options.threads)
     raw["single"] = _single(pair, options)
     write()

@@ -35,7 +35,8 @@ from drafts_runs import QUICK, Bench, Size
 def identity(result: dict[str, Any]) -> tuple[Any, ...]:
     """What has to be the same where parts of several runs stand in one file."""
     machine = result["machine"]
-    return result["commit"], result["quick"], result["threads"], machine["cpu"], machine["isa"]
+    own = (result["commit"], result["quick"], result["threads"])
+    return *own, *(machine[one] for one in ("cpu", "cores", "isa")), result["versions"]
 
 
 def kept(target: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options.steps)))
         return
+    found = environment()
+    target = options.results / speed_file(found)
     figures = []
     for model in MODELS:
         for way in WAYS:
@@ -110,9 +112,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(figures[-1], ensure_ascii=False), flush=True)
-    found = environment()
-    target = options.results / speed_file(found)
-    write_json(target, {**found, "prompt": PROMPT, "context": CONTEXT, "figures": figures})
+            write_json(target, {**found, "prompt": PROMPT, "context": CONTEXT, "figures": figures})
     print(f"wrote {target}")
 
 

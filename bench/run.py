@@ -1,4 +1,7 @@
-"""Runs every benchmark and writes bench/results/<machine>.json; bench/table.py then writes the page."""
+"""Runs every benchmark and writes bench/results/<machine>.json; bench/table.py then writes the page.
+
+The file is written after each benchmark: one that fails, or an interruption, loses its own figures alone.
+"""
 
 from __future__ import annotations
 
@@ -45,29 +48,23 @@ def main() -> None:
     options = parser.parse_args()
 
     found = environment()
+    target = options.results / speed_file(found)
+    of_decode = ("--repetitions", str(options.repetitions), "--new-tokens", str(options.new_tokens))
+    figures: dict[str, Any] = {}
+    raw: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        figures = {"operations": _operations(folder)}
-        decode = _script(
-            folder,
-            "decode",
-            "--repetitions",
-            str(options.repetitions),
-            "--new-tokens",
-            str(options.new_tokens),
-        )
-        memory = _script(folder, "memory")
+        figures["operations"] = _operations(folder)
+        for name, given in (("decode", of_decode), ("memory", ())):
+            write_json(target, {**found, "figures": figures, "raw": raw})
+            made = _script(folder, name, *given)
+            figures[name], raw[name] = made["figures"], made["raw"]
+    write_json(target, {**found, "figures": figures, "raw": raw})
+    print(f"wrote {target}")
     native = ["--backend", "llama.cpp", "--results", str(options.results)]  # it writes a file of its own
     _run([str(BENCH / "decode.py"), *native])
     drafts = options.results / f"{Path(speed_file(found)).stem}-drafts.json"  # this too
     _run([str(BENCH / "drafts.py"), "--json", str(drafts)])
-    figures["decode"] = decode["figures"]
-    figures["memory"] = memory["figures"]
-    target = options.results / speed_file(found)
-    write_json(
-        target, {**found, "figures": figures, "raw": {"decode": decode["raw"], "memory": memory["raw"]}}
-    )
-    print(f"wrote {target}")
     missed = [one["name"] for group in figures.values() for one in group if one.get("met") is False]
     if missed:
         print("over budget: " + "; ".join(missed))

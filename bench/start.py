@@ -124,6 +124,7 @@ def main() -> None:
         for backend in BACKENDS:
             raw[backend]["command"].append(command(backend))
             raw[backend]["stages"].append(stages(backend))
+            write_json(target, {"start": raw, "environment": found})
     for backend in BACKENDS:
         if not options.without_first:
             raw[backend]["very first"] = very_first(backend)
