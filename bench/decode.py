@@ -2,9 +2,10 @@
 
 The ensembles have the default settings; the certified skip is the search's, so it is timed with
 `fuser="deepen"`, beside the same without it. Everything is greedy, without drafts (bench/drafts.py times
-those), and in one process with the same threads; what is compared alternates. Times a token leave out the
-step that reads the prompt, on both sides; the time to the first token is that step. Rows that are computed
-on demand, the `calibrated` recipe's, are timed once by themselves, cold: the cache folder is empty.
+those), and in one process with the same threads. What is compared alternates, but for the authors' way,
+which is timed after ours, and the batches, each timed once. Times a token leave out the step that reads the
+prompt, on both sides; the time to the first token is that step. Rows that are computed on demand, the
+`calibrated` recipe's, are timed once by themselves, cold: the cache folder is empty.
 
 `--backend llama.cpp` measures the members there instead (`decode_native`), and writes a file of its own into
 bench/results/.
@@ -264,7 +265,8 @@ def figures(found: dict[str, Any]) -> list[Figure]:
                 ratio_of="baseline / ours",
                 budget="" if budget is None else f"at least {budget:.0f} times faster",
                 met=None if budget is None else theirs / statistics.median(ours) >= budget,
-                note=f"every {AUTHORS_EVERY}th of {prose['new_tokens']} tokens; no fusion in the baseline",
+                note=f"every {AUTHORS_EVERY}th of {prose['new_tokens']} tokens, timed after ours; no fusion in "
+                "the baseline",
             )
         )
     few_shot = found["few-shot"]

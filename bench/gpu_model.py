@@ -116,7 +116,7 @@ def cases(card: Card) -> list[tuple[str, list[Kernel]]]:
 
 
 def measured(results: Path, card: str) -> dict[str, float]:
-    """Microseconds by name, of the newest file of that card; none where there is no file."""
+    """Microseconds by name, of that card's files; none where there is no file."""
     found: dict[str, float] = {}
     for file in sorted(results.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Tests that need a CUDA device: all are marked `gpu`, left out of `make test` and run by `make gpu-test`.
 
-They need torch, pytest, transformers (for sessions) and the package alone: no network, no embedded models.
+They need torch, pytest, transformers (for sessions), the package and what built it (nvcc, cmake and ninja:
+libdeepen is built for this card, in the time of the first test that uses it): no network, no embedded models.
 Random weights have the shapes of real ones.
 """
 
