@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, percentile, speed_file, write_json
+from common import ROOT, check_data, environment, percentile, speed_file, write_json
 from compare_likelihood import Text, texts
 from decode_parts import say
 
@@ -183,6 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick and options.json is None:
         parser.error("--quick needs --json: its figures are no results")
+    check_data(parser, options.data)
 
     from deepen_ext.members.llama_cpp.library import load_library
 

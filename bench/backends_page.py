@@ -82,6 +82,7 @@ def repeatability(result: dict[str, Any]) -> str:
 
 
 def start(result: dict[str, Any]) -> str:
+    has_first = any("very first" in found for found in result["start"].values())
     rows = []
     for backend, found in result["start"].items():
         runs, stages = found["command"], found["stages"]
@@ -91,6 +92,7 @@ def start(result: dict[str, Any]) -> str:
 
         split = " + ".join(f"{middle(stages, stage):.1f}" for stage in STAGES)
         first = found.get("very first")
+        shown = "" if first is None else f"{first['first_token']:.1f} s, {first['peak']:,.0f} MB"
         rows.append(
             [
                 backend,
@@ -98,17 +100,18 @@ def start(result: dict[str, Any]) -> str:
                 split,
                 f"{middle(runs, 'end'):.1f} s",
                 f"{middle(runs, 'peak'):,.0f} MB",
-                "" if first is None else f"{first['first_token']:.1f} s, {first['peak']:,.0f} MB",
+                *([shown] if has_first else []),
             ]
         )
     columns = ["backend", "to the first token", f"of it, in seconds: {' + '.join(STAGES)}", "to the end"]
-    columns += ["memory at its peak", "the very first start"]
+    columns += ["memory at its peak", *(["the very first start"] if has_first else [])]
     runs = min(len(one["command"]) for one in result["start"].values())
     more = (
         f"The command of `make demo`, packages fetched; medians, runs in fresh processes: {runs}. The split "
-        "is of runs of its own. Memory is the resident set, mapped files included. At the very first start "
-        "the cache has nothing but the GGUF files."
+        "is of runs of its own. Memory is the resident set, mapped files included."
     )
+    if has_first:
+        more += " At the very first start the cache has nothing but the GGUF files."
     return f"{head(result['environment'], more)}\n\n{table(columns, rows)}"
 
 

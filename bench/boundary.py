@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, TIMED, environment, machine_name, percentile, write_json
+from common import ROOT, TIMED, check_data, environment, machine_name, percentile, write_json
 from transformers import DynamicCache
 
 from deepen_ext import Ensemble, ops
@@ -284,6 +284,7 @@ def main() -> None:
     parser.add_argument("--leading", action="store_true", help="larger assistants; see above")
     parser.add_argument("--output", type=Path, help="default: under bench/results/boundary")
     options = parser.parse_args()
+    check_data(parser, options.data)
 
     found = environment()
     pairs, settings = (LEADING, {}) if options.leading else (PAIRS, TIMED)

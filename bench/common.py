@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -212,12 +213,19 @@ def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300].rstrip(": ")
 
 
-def resident(key: str = "VmRSS") -> float:
-    """Megabytes (10^6 bytes) of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+def check_data(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Refuse a folder without the benchmarks, before anything is loaded."""
+    if not (folder / "gsm8k" / "dev.jsonl").is_file():
+        parser.error(f"{folder} has no gsm8k/dev.jsonl; name the folder of the benchmarks with --data")
+
+
+def resident(key: str = "VmRSS", process: int | str = "self") -> float:
+    """Megabytes (10^6 bytes) of a field of /proc/PROCESS/status."""
+    status = Path(f"/proc/{process}/status")
+    for line in status.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(f"/proc/self/status has no {key}")
+    raise RuntimeError(f"{status} has no {key}")
 
 
 def start_of_peak() -> float:

@@ -27,6 +27,7 @@ from common import (
     TIMED,
     Figure,
     again_with_an_empty_cache,
+    check_data,
     compared,
     percentile,
     resident,
@@ -265,8 +266,8 @@ def figures(found: dict[str, Any]) -> list[Figure]:
                 ratio_of="baseline / ours",
                 budget="" if budget is None else f"at least {budget:.0f} times faster",
                 met=None if budget is None else theirs / statistics.median(ours) >= budget,
-                note=f"every {AUTHORS_EVERY}th of {prose['new_tokens']} tokens, timed after ours; no fusion in "
-                "the baseline",
+                note=f"every {AUTHORS_EVERY}th of {prose['new_tokens']} tokens, timed after ours; no fusion "
+                "in the baseline",
             )
         )
     few_shot = found["few-shot"]
@@ -347,8 +348,7 @@ def main() -> None:
         return
     if options.quick:
         parser.error("--quick is for --backend llama.cpp")
-    if not (options.data / "gsm8k" / "dev.jsonl").is_file():
-        parser.error(f"{options.data} has no gsm8k/dev.jsonl; name the folder of the benchmarks with --data")
+    check_data(parser, options.data)
     if options.members is None:
         from deepen_ext.members.hf.gguf_conversion import convert_embedded
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, speed_file, write_json
+from common import ROOT, check_data, environment, speed_file, write_json
 from decode_parts import say
 from drafts_figures import figures
 from drafts_parts import PARTS
@@ -63,8 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick and options.json is None:
         parser.error("--quick needs --json: its figures are no results")
-    if not (options.data / "gsm8k" / "dev.jsonl").is_file():
-        parser.error(f"{options.data} has no gsm8k/dev.jsonl; name the folder of the benchmarks with --data")
+    check_data(parser, options.data)
 
     from deepen_ext.members.llama_cpp.library import load_library
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment, error_line, machine_name, write_json
+from common import ROOT, check_data, environment, error_line, machine_name, write_json
 
 RESULTS = ROOT / "bench" / "results" / "peers"
 PAIRS = ("S+Q", "S+G")
@@ -94,6 +94,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it runs")
     parser.add_argument("--output", type=Path, help="file; default: bench/results/peers/<machine>.json")
     options = parser.parse_args(arguments)
+    check_data(parser, options.data)
     checkouts: dict[str, Path | None] = {"deepen-ext": None}
     for one in PROGRAMS.values():
         path = getattr(options, one.name, None)

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from common import LONG_TEXT, PROMPTS, ROOT, environment, percentile, speed_file, write_json
-from servers import resident_of, server
+from common import LONG_TEXT, PROMPTS, ROOT, environment, percentile, resident, speed_file, write_json
+from servers import server
 
 BUDGET = 0.9  # of the batch's tokens a second
 _ALONE = 8  # prompts that are also written one by one: batches in llama.cpp change last digits, and near-ties
@@ -210,7 +210,7 @@ async def memory(address: str, pid: int, options: argparse.Namespace) -> dict[st
                 await stream(client, prompt, 8, drop_after=2 if number % 10 == 0 else 0)
                 done += 1
                 if done % max(options.requests // 20, 1) == 0:
-                    rss.append((done, resident_of(pid)))
+                    rss.append((done, resident(process=pid)))
 
         await asyncio.gather(*(some() for _ in range(16)))
     quarter = len(rss) // 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -36,9 +35,3 @@ def server(*options: str, lanes: int) -> Iterator[tuple[str, int]]:
             print(f"the server's exit code is {process.returncode}; see {log}", file=sys.stderr)
         else:
             log.unlink()
-
-
-def resident_of(pid: int) -> float:
-    """Megabytes (10^6 bytes)."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from common import LONG_TEXT, PROMPTS, ROOT, environment, speed_file, write_json
-from servers import resident_of, server
+from common import LONG_TEXT, PROMPTS, ROOT, environment, resident, speed_file, write_json
+from servers import server
 
 Job = Callable[[], str]
 # Where the pieces of a stream are counted, drafts are off: with them a piece is what was accepted, and how
@@ -157,7 +157,7 @@ def noted(pid: int) -> dict[str, float]:
     """Resident megabytes (10^6 bytes), open files and threads of a process."""
     folder = Path(f"/proc/{pid}")
     return {
-        "rss, MB": resident_of(pid),
+        "rss, MB": resident(process=pid),
         "open files": len(list((folder / "fd").iterdir())),
         "threads": len(list((folder / "task").iterdir())),
     }

@@ -103,6 +103,17 @@ def test_the_tables_of_small_results(results: Path, docs: Path) -> None:
     assert page("backends_page.py", *given, "--check").returncode == 1
 
 
+def test_a_start_without_the_very_first_has_no_column_for_it(results: Path, docs: Path) -> None:
+    file = results / "start-some.json"
+    found = json.loads(file.read_text())
+    del found["start"]["llama.cpp"]["very first"]
+    file.write_text(json.dumps(found))
+    assert page("backends_page.py", "--results", results, "--docs", docs).returncode == 0
+    text = (docs / "backends.md").read_text()
+    assert "| llama.cpp | 8.0 s | 1.0 + 2.0 + 4.0 | 20.0 s | 1,234 MB |\n" in text
+    assert "very first" not in text
+
+
 def test_a_page_without_results_says_so(tmp_path: Path, docs: Path) -> None:
     assert page("backends_page.py", "--results", tmp_path / "none", "--docs", docs).returncode == 0
     text = (docs / "backends.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -85,9 +86,14 @@ def test_decode_in_llama_cpp_keeps_the_three_members(tmp_path: Path, monkeypatch
 
 
 def test_backends_keeps_the_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "dev.jsonl").touch()
+    results = tmp_path / "results"
+    results.mkdir()
     monkeypatch.setattr(backends, "differences", lambda *_: {"SmolLM2": {}})
     monkeypatch.setattr(backends, "repeatability", interrupted)
-    found = left_by(backends.main, tmp_path, monkeypatch, "--json", str(tmp_path / "found.json"))
+    options = ("--data", str(tmp_path), "--json", str(results / "found.json"))
+    found = left_by(backends.main, results, monkeypatch, *options)
     assert found["differences"] == {"SmolLM2": {}}
 
 
@@ -104,6 +110,18 @@ def test_start_keeps_each_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(start, "stages", once({"loading": 1.0}))
     found = left_by(start.main, tmp_path, monkeypatch, "--json", str(tmp_path / "found.json"))
     assert found["start"]["llama.cpp"] == {"command": [{"end": 1.0}], "stages": [{"loading": 1.0}]}
+
+
+@pytest.mark.parametrize("script", ["backends", "boundary", "decode", "drafts", "peers"])
+def test_a_wrong_folder_of_data_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: str
+) -> None:
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "environment", interrupted, raising=False)
+    monkeypatch.setattr(sys, "argv", [script, "--data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert f"{tmp_path} has no gsm8k/dev.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["commit", "threads", "cores", "torch"])

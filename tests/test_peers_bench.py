@@ -47,24 +47,24 @@ def checkout(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_checkout_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        peers.parse(["--data", str(tmp_path), "--unite", str(tmp_path)])
+        peers.parse(["--data", str(data), "--unite", str(data)])
     said = capsys.readouterr().err
     assert "no checkout of starrYYxuan/UniTE" in said
     assert "unite2.py" in said
     assert "git clone" in said
 
 
-def test_no_peer_at_all_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_peer_at_all_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        peers.parse(["--data", str(tmp_path)])
+        peers.parse(["--data", str(data)])
     assert "give --byte-sampler, --unite or both" in capsys.readouterr().err
 
 
-def test_the_checkouts_that_are_named_run_after_us(tmp_path: Path) -> None:
+def test_the_checkouts_that_are_named_run_after_us(data: Path, tmp_path: Path) -> None:
     path = checkout(tmp_path, "byte-sampler")
-    options, found = peers.parse(["--data", str(tmp_path), "--byte-sampler", str(path), "--quick"])
+    options, found = peers.parse(["--data", str(data), "--byte-sampler", str(path), "--quick"])
     assert found == {"deepen-ext": None, "byte-sampler": path}
     assert options.items == 2
 
