@@ -101,7 +101,7 @@ FUZZ_ROUNDS ?= 2000
 fuzz: $(INSTALLED)  ## libFuzzer, ASan, UBSan, TSan and random Python calls: FUZZ_CALLS=1e7, FUZZ_SCALE=20, FUZZ_ROUNDS=2000
 	PYTHONPATH=tests $(PY) tests/fuzz/run.py --calls $(FUZZ_CALLS) --scale $(FUZZ_SCALE) --rounds $(FUZZ_ROUNDS)
 
-bench: $(INSTALLED)  ## time everything, write bench/results/*.json and docs/performance.md
+bench: $(INSTALLED)  ## time operations, decoding, memory, drafts: bench/results/*.json and docs/performance.md
 	$(PY) bench/run.py
 	$(PY) bench/table.py
 

@@ -151,7 +151,7 @@ def time_relative_rows(bench: Bench, count: int, vocab: int, anchors: int, name:
         lambda: torch.ops.deepen_ext.relative_rows(*arguments),
         moved=2 * DIM * (count + anchors) + count * (8 * ENTRIES + 8) + 12 * anchors,
         equality=equality,
-        baselines=[Baseline("torch matmul (float32) + softmax + topk", events(eager, 20))],
+        baselines=[Baseline("torch matmul (float32) + softmax + topk, eager", events(eager, 20))],
         note=f"{2e-9 * count * anchors * DIM:.0f} GFLOP of similarity",
     )
 
@@ -343,13 +343,13 @@ def time_paper(bench: Bench, made: Callable[[], Pair], anchors: int, name: str) 
 
     check_equal("the paper by formula and by autograd", _dense_step(*logits, *matrices), paper(), 2e-2)
     least = 200 if pair.name == "49k + 262k" and anchors == PAPER_ANCHORS else None
-    bench.beside(name, Baseline(f"{title}, autograd, eager", plain(paper, 3, 1), least))
+    bench.beside(name, Baseline(f"{title}, autograd, eager, wall clock", plain(paper, 3, 1), least))
     if anchors == PAPER_ANCHORS:
         torch._dynamo.reset()
         compiled = torch.compile(_dense_step, dynamic=False)
         compiled(*logits, *matrices)
         times = plain(lambda: compiled(*logits, *matrices), 5, 2)
-        bench.beside(name, Baseline(f"{title}, gradient by formula, torch.compile", times))
+        bench.beside(name, Baseline(f"{title}, gradient by formula, torch.compile, wall clock", times))
 
 
 Given = tuple[Pair, Callable[[int], list[torch.Tensor]]]  # what fuses, and logits of a batch
