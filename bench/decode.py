@@ -333,21 +333,19 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="llama.cpp: one text of the pair, and the three members, alone"
     )
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="llama.cpp: of a forward pass"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=ROOT / "bench" / "results", help="llama.cpp: folder of the results"
-    )
+    parser.add_argument("--threads", type=int, help="llama.cpp: of a forward pass; default: torch's")
+    parser.add_argument("--results", type=Path, help="llama.cpp: folder; default: bench/results")
     parser.add_argument("--members", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.repetitions is None:
         options.repetitions = 3 if options.quick else 5
     if options.backend == "llama.cpp":
+        options.threads = options.threads or torch.get_num_threads()
+        options.results = options.results or ROOT / "bench" / "results"
         decode_native.run(options)
         return
-    if options.quick:
-        parser.error("--quick is for --backend llama.cpp")
+    if options.quick or options.threads or options.results:
+        parser.error("--quick, --threads and --results are for --backend llama.cpp")
     check_data(parser, options.data)
     if options.members is None:
         from deepen_ext.members.hf.gguf_conversion import convert_embedded

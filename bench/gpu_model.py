@@ -115,24 +115,26 @@ def cases(card: Card) -> list[tuple[str, list[Kernel]]]:
     ]
 
 
-def measured(results: Path, card: str) -> dict[str, float]:
-    """Microseconds by name, of that card's files; none where there is no file."""
-    found: dict[str, float] = {}
+def measured(results: Path, card: str) -> dict[str, tuple[float, str]]:
+    """Microseconds and their commit by name, of that card's files; none where there is no file."""
+    found: dict[str, tuple[float, str]] = {}
     for file in sorted(results.glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         if card not in content.get("machine", {}).get("gpu", {}).get("name", ""):
             continue
         figures = [one for group in content["figures"].values() for one in group]
-        found |= {one["name"]: one["value"] for one in figures if one["unit"] == "µs"}
+        commit = content["commit"][:10]
+        found |= {one["name"]: (one["value"], commit) for one in figures if one["unit"] == "µs"}
     return found
 
 
-def _beside(estimate: float, value: float | None) -> str:
-    return f"{estimate:.1f} | " + ("" if value is None else f"{value:.1f}, {value / estimate:.1f} ×")
+def _beside(estimate: float, value: tuple[float, str] | None) -> str:
+    return f"{estimate:.1f} | " + ("" if value is None else f"{value[0]:.1f}, {value[0] / estimate:.1f} ×")
 
 
-def table(card: Card, found: dict[str, float]) -> str:
-    files = "measured, and its ratio to the model" if found else "nothing measured yet"
+def table(card: Card, found: dict[str, tuple[float, str]]) -> str:
+    commits = " and ".join(dict.fromkeys(commit for _, commit in found.values()))
+    files = f"measured at {commits}, and its ratio to the model" if found else "nothing measured yet"
     lines = [
         f"**{card.name}**, microseconds in a CUDA graph; {files}.",
         "",

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))  # at the end: its conftest must not come before this folder's
 
 import backends  # noqa: E402
+import decode  # noqa: E402
 import decode_native  # noqa: E402
 import drafts  # noqa: E402
 import quantised_members  # noqa: E402
@@ -122,6 +123,17 @@ def test_a_wrong_folder_of_data_is_refused_before_anything_is_loaded(
     with pytest.raises(SystemExit):
         module.main()
     assert f"{tmp_path} has no gsm8k/dev.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--quick", "--threads=1", "--results=there"])
+def test_decode_refuses_what_it_would_leave_unread(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.setattr(decode, "again_with_an_empty_cache", interrupted)
+    monkeypatch.setattr(sys, "argv", ["decode", option])
+    with pytest.raises(SystemExit):
+        decode.main()
+    assert "are for --backend llama.cpp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("other", ["commit", "threads", "cores", "torch"])

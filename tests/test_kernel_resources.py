@@ -110,7 +110,11 @@ class TestModel:
         ]
         for file, card, scale in (("a.json", "NVIDIA A100", 2), ("h.json", "NVIDIA H100 80GB HBM3", 1)):
             group = [one | {"value": scale * one["value"]} for one in figures]
-            content = {"machine": {"gpu": {"name": card}}, "figures": {"gpu": group}}
+            content = {
+                "machine": {"gpu": {"name": card}},
+                "figures": {"gpu": group},
+                "commit": f"of {file}, cut",
+            }
             (tmp_path / file).write_text(json.dumps(content))
         found = gpu_model.measured(tmp_path, "H100")
         (line,) = [
@@ -118,6 +122,7 @@ class TestModel:
             for one in gpu_model.table(gpu_model.CARDS["H100"], found).splitlines()
             if f"| {name} |" in one
         ]
+        assert "measured at of h.json," in gpu_model.table(gpu_model.CARDS["H100"], found)
         cells = line.split("|")
         assert cells[4].strip().startswith("12.3, ")
         assert cells[6].strip().startswith("56.8, ")
