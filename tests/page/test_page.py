@@ -33,6 +33,7 @@ HOSTILE = [
     "مرحبا بالعالم",
     "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301",
     "a\tb\r\n\n  c",
+    "\U000e0041\u2800\ufff9",
     "\ud800",  # half of a character, as JSON may hold it
 ]
 
@@ -189,6 +190,56 @@ class TestStream:
         ended(page)
         assert "fuser" not in server.requests[0][1]
 
+    def test_sampling_against_the_fusion(self, page: Page, server: StandIn, records: Records) -> None:
+        """The fusion preferred another token, and the draw gave the main model's: it was not "kept"."""
+        record = next(one for one in records if one["fused"][0]["id"] != one["main_choice"]["id"])
+        server.texts["pair"] = [{**record, "token": record["main_choice"], "draft": None}]
+        write(page, server)
+        assert token(page, 0).get_attribute("class") == "t drawn"
+
+    def test_parts_of_characters(self, page: Page, server: StandIn, records: Records) -> None:
+        """All show as U+FFFD; what they are is in their bytes."""
+
+        def part(number: int, data: str) -> dict[str, Any]:
+            return {"id": number, "text": "\ufffd", "bytes": data, "probability": 0.3}
+
+        def record(assistant: dict[str, Any]) -> dict[str, Any]:
+            tops = [[part(1, "f09f")], [assistant]]
+            both = [
+                {**member, "top": top} for member, top in zip(records[0]["members"], tops, strict=True)
+            ]
+            own = {"token": tops[0][0], "main_choice": tops[0][0], "fused": tops[0], "members": both}
+            return {**records[0], **own, "text": "", "draft": None}
+
+        whole = {"id": 3, "text": "🙂", "probability": 0.3}
+        server.texts["pair"] = [record(one) for one in (part(2, "e6"), part(2, "f09f99"), whole)]
+        write(page, server)
+        kinds = [token(page, i).get_attribute("class") for i in range(3)]
+        assert kinds == ["t kept empty", "t agreed empty", "t agreed empty"]
+        token(page, 0).hover()
+        labels = page.locator("#inspected td .label").all_inner_texts()
+        assert labels[:2] == ["\ufffd f09f", "\ufffd e6"]
+
+    def test_a_lost_member_is_told(self, page: Page, server: StandIn, records: Records) -> None:
+        server.texts["pair"] = [*records[:3], {**records[3], "lost": ["bytes"]}]
+        write(page, server)
+        assert "\u2068bytes\u2069 lost" in page.locator(".answer .status").inner_text()
+
+    @pytest.mark.parametrize("secure", [True, False])
+    def test_copy(self, page: Page, server: StandIn, records: Records, secure: bool) -> None:
+        if not secure:  # as over plain HTTP from another machine
+            page.add_init_script("delete Navigator.prototype.clipboard")
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        write(page, server)
+        assert page.evaluate("'clipboard' in navigator") == secure
+        page.evaluate("addEventListener('copy', () => { window.taken = document.activeElement.value; })")
+        page.click("text=Copy")
+        page.wait_for_selector("text=Copied")
+        taken = page.evaluate("navigator.clipboard?.readText() ?? window.taken")
+        assert taken == text_of(records)
+        page.wait_for_selector("text=/^Copy$/")
+        assert page.evaluate("document.activeElement.textContent") == "Copy"
+
     def test_stop_keeps_what_was_written(self, page: Page, server: StandIn, records: Records) -> None:
         with held_up(server, 20):
             open_page(page, server)
@@ -344,10 +395,43 @@ class TestInspector:
         page.locator(".legend button[data-key^=changed]").first.click()
         assert other.evaluate(opacity) == "1"
 
+    def test_one_of_many_members_alone(self, page: Page, server: StandIn, records: Records) -> None:
+        """Ten assistants, so colours come again: the tokens that the ninth changed, also while they come."""
+        index = changed(records)[0]
+        main, other = records[index]["members"]
+        names = [f"assistant {i}" for i in range(1, 11)]
+        made = [{**records[index], "members": [main, {**other, "name": name}]} for name in names]
+        server.texts["pair"] = [*made, *made]
+        with held_up(server, 10):
+            open_page(page, server)
+            start(page)
+            page.wait_for_selector("[data-i='9']")
+            page.get_by_role("button", name="changed by assistant 9").click()
+        ended(page)
+        opacities = [token(page, i).evaluate("one => getComputedStyle(one).opacity") for i in range(20)]
+        assert [i for i, one in enumerate(opacities) if one == "1"] == [8, 18]
+
+    def test_a_step_that_took_no_time(self, page: Page, server: StandIn, records: Records) -> None:
+        server.texts["pair"] = [{**records[0], "ms": {"members": {"words": 0, "bytes": 0}}}]
+        write(page, server)
+        token(page, 0).hover()
+        widths = "all => all.map(one => one.style.width)"
+        assert page.locator("#inspected .times .bar i").evaluate_all(widths) == ["0%", "0%"]
+
+    def test_the_selected_token_in_the_systems_own_colours(
+        self, page: Page, server: StandIn, records: Records
+    ) -> None:
+        page.emulate_media(forced_colors="active")
+        write(page, server)
+        token(page, 3).click()
+        ground = "one => getComputedStyle(one).backgroundColor"
+        assert token(page, 3).evaluate(ground) != page.locator(".answer").evaluate(ground)
+        page.emulate_media(forced_colors="none")
+
     def test_why_the_assistants_sat_out(self, page: Page, server: StandIn, records: Records) -> None:
         one = {**records[0], "members": records[0]["members"][:1]}
         one["token"] = one["main_choice"]
-        reasons = ["settled", "gated", "boundary", "unfinished character", "something new"]
+        reasons = ["settled", "gated", "boundary", "unfinished character", "something new", "constructor"]
         server.texts["pair"] = [records[0], *({**one, "not_asked": reason} for reason in reasons)]
         write(page, server)
         said = []
@@ -360,6 +444,7 @@ class TestInspector:
         assert "longer one" in said[2]
         assert "whole characters" in said[3]
         assert "something new" in said[4]
+        assert "alone: constructor." in said[5]
         assert [token(page, i).get_attribute("class").split()[1] for i in (1, 2)] == ["settled", "satout"]
 
 
@@ -410,6 +495,14 @@ class TestFailures:
         assert page.locator(".answer .status").first.inner_text().startswith("cut off, 20 tokens")
         token(page, 3).hover()
         assert page.locator("#inspected .place").count() == 1
+
+    def test_a_record_that_is_none(self, page: Page, server: StandIn, records: Records) -> None:
+        """The connection is not blamed."""
+        nothing = {"choices": [{"text": "x"}], "deepen": {}}
+        server.after = lambda handler, sent: sent == 20 and handler.send(nothing) is None
+        write(page, server)
+        assert "The page failed here: " in page.locator(".answer .problem").inner_text()
+        assert shown(page) == text_of(records[:20])
 
     def test_a_connection_that_is_reset(self, page: Page, server: StandIn, records: Records) -> None:
         def after(handler: Handler, sent: int) -> bool:
@@ -516,6 +609,7 @@ class TestHostileText:
             page.keyboard.press("ArrowRight")
         assert labels[:4] == HOSTILE[:4]
         assert labels[5] == "U+202EevilU+2066"  # nothing that turns the text around goes unseen
+        assert labels[9] == "U+E0041U+2800U+FFF9"
         page.keyboard.press("Escape")
         # A line of Arabic runs from the right; the title beside it does not.
         assert (

@@ -138,10 +138,11 @@ const LIVE = {
       if (signal.aborted) end = "stopped";
       else {
         end = "cut off";
-        answer.problem.textContent = error.message;
+        const isServers = error instanceof ServerProblem;
+        answer.problem.textContent = isServers ? error.message : `The page failed here: ${error.message}`;
         answer.problem.hidden = false;
         if (error.status === 401 || error.status === 403) this.askForKey();
-        if (!(error instanceof ServerProblem)) console.error(error);
+        if (!isServers) console.error(error);
       }
     }
     answer.root.classList.remove("writing");
@@ -154,6 +155,7 @@ function takeChunk(answer, state, chunk) {
   const choice = chunk.choices?.[0];
   if (!choice) return;
   const text = choice.text ?? choice.delta?.content ?? "";
+  for (const name of Object.keys(choice.lost ?? {})) answer.lost.add(name);
   if (choice.finish_reason) state.reason = choice.finish_reason;
   if (chunk.deepen) {
     state.tokens++;
@@ -165,9 +167,7 @@ function takeChunk(answer, state, chunk) {
 
 function progress(answer, state) {
   if (!state.tokens) return "";
-  const words = [`${state.tokens} tokens`];
-  const changed = answer.changed();
-  if (answer.memberNames().length > 1) words.push(`${changed} changed`);
+  const words = [answer.summary(state.tokens)];
   const seconds = (state.last - state.first) / 1000;
   const rate = (state.tokens - 1) / seconds;
   if (state.tokens > 1 && seconds > 0) words.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);

@@ -53,7 +53,9 @@ async function* eventsOf(body) {
   let data = [];
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(() => {
+        throw new ServerProblem(0, "The connection was lost. What was written stays.");
+      });
       if (done) return;
       const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
@@ -91,9 +93,8 @@ async function streamText(path, body, key, signal, take) {
     }
   } catch (error) {
     if (done) return;
-    if (signal.aborted || error instanceof ServerProblem) throw error;
-    const what = error instanceof SyntaxError ? "The server sent what is no JSON" : "The connection was lost";
-    throw new ServerProblem(0, `${what}. What was written stays.`);
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new ServerProblem(0, "The server sent what is no JSON. What was written stays.");
   }
   if (!done) throw new ServerProblem(0, "The connection ended before the text did. What was written stays.");
 }
