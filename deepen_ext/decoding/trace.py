@@ -45,10 +45,10 @@ class Trace:
     ``main_choice`` (``id`` and ``text``; ``bytes`` in hexadecimal too, where these are no whole characters);
     ``text``, the characters that the token completed ("" while one is unfinished); ``not_asked``, why the
     assistants had no say (null where they had); ``members``, of those that spoke ``name``, ``weight`` (scaled
-    to those present) and ``top``, their most probable tokens with probabilities; ``fused``, the same after the
-    fusion, before processors and warpers; ``draft``, what became of a token that was written ahead: "stood", "replaced" or "settled" (null where
-    none was); ``lost``, the names of the members that were lost before (`on_failure="continue"`); and ``ms``,
-    the step's milliseconds by stage, which its tokens share.
+    to those present) and ``top``, their most probable tokens with probabilities; ``fused``, the same after
+    the fusion, before processors and warpers; ``draft``, what became of a token that was written ahead:
+    "stood", "replaced" or "settled" (null where none was); ``lost``, the names of the members that were lost
+    before (`on_failure="continue"`); and ``ms``, the step's milliseconds by stage, which its tokens share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:

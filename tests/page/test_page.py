@@ -205,9 +205,7 @@ class TestStream:
 
         def record(assistant: dict[str, Any]) -> dict[str, Any]:
             tops = [[part(1, "f09f")], [assistant]]
-            both = [
-                {**member, "top": top} for member, top in zip(records[0]["members"], tops, strict=True)
-            ]
+            both = [{**member, "top": top} for member, top in zip(records[0]["members"], tops, strict=True)]
             own = {"token": tops[0][0], "main_choice": tops[0][0], "fused": tops[0], "members": both}
             return {**records[0], **own, "text": "", "draft": None}
 

@@ -92,9 +92,15 @@ def test_a_record_has_the_text_that_its_token_completed(pair: Ensemble) -> None:
         (json.dumps(RECORD | {"lost": [1]}), "line 2: its lost is no list of names"),
         (json.dumps(RECORD | {"lost": 1}), "line 2: its lost is no list of names"),
         (json.dumps(RECORD | {"lost": "one"}), "line 2: its lost is no list of names"),
-        (json.dumps(RECORD | {"token": {"id": 5, "text": "\ufffd", "bytes": 9}}), "token: bytes is 9, not a text"),
+        (
+            json.dumps(RECORD | {"token": {"id": 5, "text": "\ufffd", "bytes": 9}}),
+            "token: bytes is 9, not a text",
+        ),
         (json.dumps(RECORD | {"ms": {"members": {}, "fusion": None}}), "ms: fusion is None, not a finite"),
-        (json.dumps(RECORD | {"ms": {"members": {"\x1b[2J": ""}}}), r"members: '\\x1b\[2J' is '', not a finite"),
+        (
+            json.dumps(RECORD | {"ms": {"members": {"\x1b[2J": ""}}}),
+            r"members: '\\x1b\[2J' is '', not a finite",
+        ),
         (json.dumps(RECORD).replace("0.9", "9" * 400), r"probability is 9{40}\.\.\., not a finite number"),
         (json.dumps(RECORD).replace("0.9", "NaN"), "members, number 2: top, number 1: probability is nan"),
         (json.dumps(RECORD).replace("0.9", '"<b>"'), "probability is '<b>', not a finite number"),
@@ -168,7 +174,7 @@ def test_records_from_a_program(trace: Path) -> None:
     with pytest.raises(InputError, match="record 2: it has no row"):
         trace_html([RECORD, {}])
     for more in (math.nan, object()):  # in a part that the page does not look at
-        with pytest.raises(InputError, match="record 2 has what JSON cannot: .*; leave it out"):
+        with pytest.raises(InputError, match=r"record 2 has what JSON cannot: .*; leave it out"):
             trace_html([RECORD, RECORD | {"more": more}])
 
 
