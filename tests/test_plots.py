@@ -112,7 +112,7 @@ def test_who_needs_fewer_bits() -> None:
     picture = likelihood_plot(scores, list(scores.fused)).svg()
     texts, verdicts = read(picture)
     assert {"less the best member's", "less the main model's"} <= set(texts)
-    assert sorted(verdicts) == sorted(["single"] * 5 + ["gain"] * 3 + ["none"] * 3)
+    assert sorted(verdicts) == sorted(["single"] * 5 + ["gain"] * 3 + ["none"] + ["harm"] * 2)
 
 
 def test_eval(models: list[str], data: Path, tmp_path: Path) -> None:
@@ -364,11 +364,11 @@ def test_tuning_where_uniform_weights_give_probability_0() -> None:
 def test_no_dot_where_all_give_the_sample_probability_0() -> None:
     both = [
         Fused("one", (0.5, 0.5), None, True, math.inf, gain, error, False)
-        for gain, error in ((math.nan, None), (0.2, 0.01))
+        for gain, error in ((math.nan, None), (0.2, 0.01), (-math.inf, None))
     ]
     found: Any = SimpleNamespace(fused=both, best_single=SimpleNamespace(name="two"))
     _, verdicts = read(next(doctor_plots(found)).svg())
-    assert verdicts == ["gain"]
+    assert verdicts == ["gain", "harm"]
 
 
 def test_bounds_hold_what_is_finite() -> None:

@@ -35,6 +35,7 @@ class Answer {
     this.title.id = `${this.id}-title`;
     this.root.setAttribute("aria-labelledby", this.title.id);
     this.text.setAttribute("aria-labelledby", this.title.id);
+    this.copy.setAttribute("aria-describedby", this.title.id);
     this.line = null;
     this.listen();
   }
