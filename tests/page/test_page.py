@@ -17,7 +17,7 @@ from stand_in import Handler, StandIn
 from deepen_ext.serving.page import trace_html
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
 pytestmark = pytest.mark.slow
 Records = list[dict[str, Any]]
@@ -453,6 +453,7 @@ class TestFailures:
             (500, {}, "The server could not answer (500). It says: <b>broken</b>"),
             (400, {}, "The server could not answer (400). It says: <b>broken</b>"),
             (503, {}, "The server takes no requests now. Start again a little later."),
+            (503, {"Retry_After": "Wed, 21 Oct 2026 07:28:00 GMT"}, "Start again a little later."),
         ]
         open_page(page, server)
         for status, headers, said in cases:
@@ -535,6 +536,33 @@ class TestFailures:
         page.click("[name=start]")
         ended(page)
         assert "asks for a key" in page.locator(".answer .problem").inner_text()
+
+    def test_an_answer_to_an_earlier_key(self, page: Page, server: StandIn) -> None:
+        """That comes after the one to the key that is right."""
+        server.key = "secret"
+        page.goto(server.url)
+        page.wait_for_selector("[name=key]:visible")
+        held: list[Route] = []
+        page.route("**/v1/models", lambda route: route.continue_() if held else held.append(route))
+        page.fill("[name=key]", "wrong")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("#notice", state="hidden")
+        page.fill("[name=key]", "secret")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("[name=start]:enabled")
+        with page.expect_response("**/v1/models") as late:
+            held[0].continue_()
+        assert late.value.status == 401
+        late.value.finished()
+        page.evaluate("new Promise((done) => setTimeout(done, 100))")
+        assert not page.locator("#notice").is_visible()
+
+    @pytest.mark.parametrize("body", ["<html>log in</html>", "{}", "null", '{"data": 1}'])
+    def test_a_list_of_models_that_is_none(self, page: Page, server: StandIn, body: str) -> None:
+        page.route("**/v1/models", lambda route: route.fulfill(body=body))
+        page.goto(server.url)
+        page.wait_for_selector("#notice:visible")
+        assert "no deepen-ext serve" in page.locator("#notice").inner_text()
 
     def test_a_server_that_has_gone(self, page: Page, server: StandIn) -> None:
         open_page(page, server)

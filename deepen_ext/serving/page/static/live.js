@@ -7,6 +7,7 @@ const LIVE = {
   keyBox: document.getElementById("key-box"),
   alone: new Set(), // models that are a member alone
   running: null, // aborts what is being written
+  listings: 0, // how often the models were asked for
 
   field(name) {
     return this.form.elements[name];
@@ -36,15 +37,17 @@ const LIVE = {
 
   async listModels() {
     this.notice.hidden = true;
+    const listing = ++this.listings;
     try {
       const models = await readModels(this.key());
+      if (listing !== this.listings) return; // asked again meanwhile, perhaps with another key
       this.alone = new Set(models.filter((one) => one.deepen?.kind === "member").map((one) => one.id));
       this.offer("model", models);
       this.offer("beside", models, new Option("nobody", ""));
       this.field("start").disabled = false;
       this.chosen();
     } catch (error) {
-      this.tell(error);
+      if (listing === this.listings) this.tell(error);
     }
   },
 
