@@ -65,7 +65,7 @@ lint: $(INSTALLED)  ## ruff, mypy --strict and bandit on the package, the folder
 pytest: $(INSTALLED)
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 	@command -v chromium >/dev/null || echo "make test: NO chromium ON PATH, so the page was not tried in a browser" \
-	  "(tests/page/test_page.py); install Debian's chromium" >&2
+	  "(tests/page/); install Debian's chromium" >&2
 
 kills: $(INSTALLED)  ## kill -9 at random moments of every write, KILLS=1000 times each (long)
 	$(PY) tests/faults/kills.py --kills $(or $(KILLS),1000)

@@ -10,7 +10,10 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -18,11 +21,17 @@ from command_line import ROOT, run
 from tiny_models import PROSE, one_byte_tokens, save_model
 
 from deepen_ext.errors import InputError
+from deepen_ext.measure.doctor.diagnosis import Fused
 from deepen_ext.measure.likelihood.scoring import Scores
 from deepen_ext.measure.likelihood.token_likelihoods import BLOCK, TokenLikelihoods
+from deepen_ext.measure.tuning.configurations import Configuration, Space
+from deepen_ext.measure.tuning.tune import Tuning
 from deepen_ext.plots import output_file
 from deepen_ext.plots.chart import Bar, Column, Dot, Group, Row, bar_plot, bounds, dot_plot, run_plot
+from deepen_ext.plots.doctor import doctor_plots
 from deepen_ext.plots.likelihood import likelihood_plot
+from deepen_ext.plots.picture import text_width
+from deepen_ext.plots.tuning import tuning_plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 ENDLESS = Dot(math.inf, math.inf, math.inf, "none")
@@ -103,7 +112,7 @@ def test_who_needs_fewer_bits() -> None:
     picture = likelihood_plot(scores, list(scores.fused)).svg()
     texts, verdicts = read(picture)
     assert {"less the best member's", "less the main model's"} <= set(texts)
-    assert sorted(verdicts) == sorted(["single"] * 5 + ["gain"] * 3 + ["none"] * 3)
+    assert sorted(verdicts) == sorted(["single"] * 5 + ["gain"] * 3 + ["none"] + ["harm"] * 2)
 
 
 def test_eval(models: list[str], data: Path, tmp_path: Path) -> None:
@@ -292,6 +301,74 @@ def test_dots_bars_and_hostile_names() -> None:
     texts, verdicts = read(run_plot("run", "", "tries", run_of, [("alone", 0.8)]).svg())
     assert verdicts == ["none", "none", "gain"]
     assert "alone" in texts
+
+
+def test_long_names_end_before_the_panel() -> None:
+    names = ["QWEN-MMLU-WWW/" * 20, "a" * 45, "通义千问" * 12, "short"]
+    rows = [Row(name, [Dot(1.0, 0.5, 1.5, "gain")], strong=True) for name in names]
+    bars = [Bar(name, 1.0, "gain") for name in names]
+    for title in ("title", "通义千问 ".join(names[:3])):
+        for picture in (
+            dot_plot(title, "", [Column("points", -2, 2)], [Group("group", rows)]),
+            bar_plot(title, "", "", [("group", bars)], unit="ms"),
+        ):
+            left = picture.figure.axes[0].get_position().x0 * picture.width
+            shown = {one.get_text(): one for one in picture.figure.texts}
+            labels = [
+                text
+                for text, one in shown.items()
+                if one.get_position()[0] * picture.width == pytest.approx(22)
+            ]
+            assert "short" in labels
+            assert len(labels) == 4
+            assert labels[0].startswith("…")
+            for text in labels:
+                assert 22 + text_width(text, strong=True) < left
+            assert 12 + text_width(title, strong=True, size=14) < picture.width
+
+
+def test_a_run_with_infinite_and_near_values() -> None:
+    run_of = [Dot(0.80001, 0.80001, 0.80001, "gain"), ENDLESS, Dot(0.80002, 0.80002, 0.80002, "none")]
+    lines = [("high", 0.80002), ("endless", math.inf), ("low", 0.8), ("too", math.inf), ("near", 0.800019)]
+    picture = run_plot("run", "", "tries", run_of, lines)
+    texts, _ = read(picture.svg())
+    assert {"endless ↑", "too ↑", "0.8000100"} <= set(texts)  # no factor or offset beside the scale
+    panel = picture.figure.axes[0]
+    places = {one.get_text(): one.xy[1] for one in panel.texts}
+    assert sorted(places, key=places.__getitem__) == ["low", "near", "high", "endless ↑", "too ↑"]
+    heights = sorted(360 * panel.get_position().height * place for place in places.values())
+    assert heights[-1] <= 360 * panel.get_position().height + 1e-6
+    assert all(above - below > 13.9 for below, above in pairwise(heights))
+    (arrow,) = [one for one in panel.lines if one.get_marker() == "^"]
+    assert arrow.get_transform() == panel.get_xaxis_transform()
+
+
+def test_tuning_where_uniform_weights_give_probability_0() -> None:
+    space = Space(2, ())
+    one, other = space.default(0), space.default(1)
+    worse, best = Configuration(0, (0.4, 0.6)), Configuration(0, (0.3, 0.7))
+    tried = {
+        one: (math.inf, 10.0),
+        other: (math.inf, 12.0),
+        worse: (10.0, math.inf),
+        best: (10.0, 11.0),
+    }
+    alone = ((20.0, 30.0), (math.inf, 10.0))
+    found = Tuning(space, ("one", "two"), ("", ""), (10, 10), alone, (), 0, tried, best, True)
+    texts, verdicts = read(tuning_plot(found).svg())
+    assert verdicts == ["none", "none", "none", "gain"]
+    assert {"one alone", "two alone ↑"} <= set(texts)
+    assert any(one.endswith("Arrows: an item has probability 0.") for one in texts)
+
+
+def test_no_dot_where_all_give_the_sample_probability_0() -> None:
+    both = [
+        Fused("one", (0.5, 0.5), None, True, math.inf, gain, error, False)
+        for gain, error in ((math.nan, None), (0.2, 0.01), (-math.inf, None))
+    ]
+    found: Any = SimpleNamespace(fused=both, best_single=SimpleNamespace(name="two"))
+    _, verdicts = read(next(doctor_plots(found)).svg())
+    assert verdicts == ["gain", "harm"]
 
 
 def test_bounds_hold_what_is_finite() -> None:

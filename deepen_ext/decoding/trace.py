@@ -42,13 +42,13 @@ class Trace:
     """Makes a record of every token and gives it to a function, or writes it as a line of JSON.
 
     A record has ``row`` (the text's number) and ``position`` (of the token among its new ones); ``token`` and
-    ``main_choice`` (``id`` and ``text``); ``text``, the characters that the token completed ("" while one is
-    unfinished); ``not_asked``, why the assistants had no say (null where they had);
-    ``members``, of those that spoke ``name``, ``weight`` (scaled to those present) and ``top``, their most
-    probable tokens with probabilities; ``fused``, the same after the fusion, before processors and warpers;
-    ``draft``, what became of a token that was written ahead: "stood", "replaced" or "settled" (null where
-    none was); ``lost``, the names of the members that were lost before (`on_failure="continue"`); and ``ms``,
-    the step's milliseconds by stage, which its tokens share.
+    ``main_choice`` (``id`` and ``text``; ``bytes`` in hexadecimal too, where these are no whole characters);
+    ``text``, the characters that the token completed ("" while one is unfinished); ``not_asked``, why the
+    assistants had no say (null where they had); ``members``, of those that spoke ``name``, ``weight`` (scaled
+    to those present) and ``top``, their most probable tokens with probabilities; ``fused``, the same after
+    the fusion, before processors and warpers; ``draft``, what became of a token that was written ahead:
+    "stood", "replaced" or "settled" (null where none was); ``lost``, the names of the members that were lost
+    before (`on_failure="continue"`); and ``ms``, the step's milliseconds by stage, which its tokens share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
@@ -143,6 +143,8 @@ def _candidates(team: Team, member: int, ids: Sequence[int], probs: Sequence[flo
 
 
 def _token(team: Team, member: int, token: int) -> dict[str, Any]:
-    """Id and text; a special token has none, part of a character shows as U+FFFD."""
-    text = team.members[member].vocabulary.bytes_of(token).decode(errors="replace")
-    return {"id": token, "text": text}
+    """Id and text; a special token has none, part of a character shows as U+FFFD, beside the bytes."""
+    data = team.members[member].vocabulary.bytes_of(token)
+    text = data.decode(errors="replace")
+    found = {"id": token, "text": text}
+    return found if text.encode() == data else found | {"bytes": data.hex()}

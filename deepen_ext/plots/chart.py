@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from deepen_ext.plots.picture import BACK, CHARACTER, GAIN, HARM, NEITHER, QUIET, SIZE, TEXT, Picture, plain
+from deepen_ext.plots.picture import (
+    BACK,
+    CHARACTER,
+    GAIN,
+    HARM,
+    NEITHER,
+    QUIET,
+    SIZE,
+    TEXT,
+    Picture,
+    plain,
+    text_width,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +117,7 @@ def dot_plot(title: str, explanation: str, columns: Sequence[Column], groups: Se
         picture.write(12, y + 20, group.title, strong=True)
         y += _GROUP
         for row in group.rows:
-            label = _short(row.label, labels - 30)
+            label = _short(row.label, labels - 30, strong=row.strong)
             picture.write(22, y + 12, label, quiet=not row.strong, strong=row.strong)
             for panel, column, dot in zip(panels, columns, row.dots, strict=True):
                 if dot is not None:
@@ -138,7 +151,8 @@ def bar_plot(
             patch.set_gid(f"bar-{len(panel.patches)}-{bar.verdict}")
             if bar.low is not None and bar.high is not None:
                 panel.plot([bar.low, bar.high], [middle, middle], color=TEXT, linewidth=1)
-            picture.write(22, y + 12, _short(bar.label, labels - 30), quiet=not own, strong=own)
+            label = _short(bar.label, labels - 30, strong=own)
+            picture.write(22, y + 12, label, quiet=not own, strong=own)
             digits = 0 if bar.value >= 10 else 1 if bar.value >= 1 else 2
             picture.write(labels + _BARS + 10, y + 12, f"{bar.value:.{digits}f} {unit}", quiet=True)
             y += _ROW
@@ -148,23 +162,36 @@ def bar_plot(
 def run_plot(
     title: str, explanation: str, across: str, dots: Sequence[Dot], lines: Sequence[tuple[str, float]]
 ) -> Picture:
-    """Dots in the order of a run, over dashed lines at other values, with their names."""
-    width, height = 720, 360
-    picture = Picture(title, explanation, width, height)
-    panel = picture.panel(64, 60, width - 64 - 190, height - 60 - 52)
+    """Dots in the order of a run, over dashed lines at other values, with their names.
+
+    Infinity is an arrow at the upper edge.
+    """
+    width, tall = 720, 248
+    picture = Picture(title, explanation, width, 60 + tall + 52)
+    panel = picture.panel(64, 60, width - 64 - 190, tall)
     panel.set_xlim(0, len(dots) + 1)
     panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     panel.yaxis.set_visible(True)
+    panel.ticklabel_format(axis="y", useOffset=False)
     panel.set_xlabel(across, fontsize=SIZE, color=QUIET)
     for i, dot in enumerate(dots, start=1):
-        _mark(panel, dot, [i], [dot.value], [i, i], [dot.low, dot.high])
-    for name, value in lines:
-        panel.axhline(value, color=QUIET, linewidth=1, dashes=(3, 2))
+        if math.isfinite(dot.value):
+            _mark(panel, dot, [i], [dot.value], [i, i], [dot.low, dot.high])
+        else:
+            _mark(panel, dot, [i], [1], [], [], "^", transform=panel.get_xaxis_transform())
+    for _, value in lines:
+        if math.isfinite(value):
+            panel.axhline(value, color=QUIET, linewidth=1, dashes=(3, 2))
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)
+    heights = [(min(value, high) - low) / (high - low) * tall for _, value in lines]
+    for (name, value), y in zip(lines, _apart(heights, 14, tall), strict=True):
+        arrow = "" if math.isfinite(value) else " ↑"
         panel.annotate(
-            plain(_short(name, 176)),
-            (1, value),
+            plain(_short(name, 162) + arrow),
+            (1, y / tall),
             xytext=(6, 0),
-            xycoords=("axes fraction", "data"),
+            xycoords="axes fraction",
             textcoords="offset points",
             verticalalignment="center",
             fontsize=SIZE,
@@ -205,14 +232,28 @@ def _mark(
     line_x: Sequence[float],
     line_y: Sequence[float],
     mark: str = "o",
+    **place: Any,
 ) -> None:
     colour = _COLOURS[dot.verdict]
     if all(map(math.isfinite, [*line_x, *line_y])):
         panel.plot(line_x, line_y, color=colour, linewidth=1.2)
     face = BACK if dot.verdict == "none" else colour
-    (drawn,) = panel.plot(x, y, mark, color=colour, markerfacecolor=face, markersize=5.2, clip_on=False)
+    (drawn,) = panel.plot(
+        x, y, mark, color=colour, markerfacecolor=face, markersize=5.2, clip_on=False, **place
+    )
     number = sum(len(one.lines) for one in panel.figure.axes)  # an id of an SVG is there once
     drawn.set_gid(f"dot-{number}-{dot.verdict}")
+
+
+def _apart(places: Sequence[float], least: float, most: float) -> list[float]:
+    """The places, moved as little as keeps them `least` apart, in their order, and not above `most`."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    found = list(places)
+    for below, here in pairwise(order):
+        found[here] = max(found[here], found[below] + least)
+    for i, here in enumerate(reversed(order)):
+        found[here] = min(found[here], most - i * least)
+    return found
 
 
 def _label_width(labels: Iterable[str]) -> float:
@@ -220,7 +261,11 @@ def _label_width(labels: Iterable[str]) -> float:
     return min(max([least, *(len(one) * CHARACTER + 50 for one in labels)]), most)
 
 
-def _short(text: str, width: float) -> str:
-    """The end of a text that is too long: names of models differ there."""
-    most = int(width / CHARACTER)
-    return text if len(text) <= most else "…" + text[1 - most :]
+def _short(text: str, width: float, *, strong: bool = False) -> str:
+    """The end of a text that is wider: names of models differ there."""
+    if text_width(text, strong=strong) <= width:
+        return text
+    kept = text[-int(width / 2) :]  # no letter is narrower than two pixels
+    while kept and text_width(f"…{kept}", strong=strong) > width:
+        kept = kept[1:]
+    return f"…{kept}"

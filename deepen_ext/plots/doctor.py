@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 
@@ -110,7 +111,10 @@ def _gains(found: Diagnosis) -> Picture:
     )
 
 
-def _dot(one: Fused) -> Dot:
+def _dot(one: Fused) -> Dot | None:
+    """None where there is no number: both give the text probability 0."""
+    if math.isnan(one.gain):
+        return None
     error = 2 * (one.gain_error or 0.0)
     return Dot(
         one.gain,

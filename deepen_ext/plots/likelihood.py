@@ -53,7 +53,8 @@ def _absolute(scores: Scores, name: str) -> Dot | None:
 def _relative(scores: Scores, method: str, single: str) -> Dot | None:
     found = scores.against(method, single).bits_per_byte
     verdict: Verdict = "none"
-    if found.error is not None and abs(found.value) > 2 * found.error:
+    sure = found.error is not None and abs(found.value) > 2 * found.error
+    if sure or math.isinf(found.value):  # one of the two gives the text probability 0
         verdict = "gain" if found.value < 0 else "harm"
     return _dot(found, verdict)
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 
 from deepen_ext.plots.output_file import write_file
 
@@ -53,8 +55,8 @@ class Picture:
     """
 
     def __init__(self, title: str, explanation: str, width: float, height: float, source: str = "") -> None:
-        words = max(len(explanation), len(source), len(title) * 1.3)
-        self.width = max(width, words * CHARACTER * 0.93 + 24)
+        words = max(text_width(title, strong=True, size=14), text_width(explanation), text_width(source))
+        self.width = max(width, words + 24)
         self.height = height
         self.title, self.explanation = title, explanation
         self.figure = Figure(figsize=(self.width * _PIXEL, height * _PIXEL), facecolor=BACK)
@@ -127,6 +129,15 @@ class Picture:
             warnings.simplefilter("ignore")  # matplotlib's font lacks a glyph: that of the reader may have it
             self.figure.savefig(content, format=kind, dpi=192, metadata=undated)
         return content.getvalue()
+
+
+def text_width(text: str, *, strong: bool = False, size: float = 11) -> float:
+    """In pixels, by matplotlib's font; hardly any font of a reader's browser is wider."""
+    font = FontProperties(family=[_FONT], weight="bold" if strong else "normal", size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `_rendered`
+        width: float = text_to_path.get_text_width_height_descent(plain(text), font, False)[0]
+    return width
 
 
 def plain(text: str) -> str:

@@ -15,10 +15,16 @@ def tuning_plot(tuning: Tuning) -> Picture:
 
     Lines are two standard errors of the paired difference against uniform weights.
     """
-    alone = zip(tuning.names, tuning.alone_bits_per_byte(), strict=True)
+    alone = list(zip(tuning.names, tuning.alone_bits_per_byte(), strict=True))
+    values = [*map(tuning.bits_per_byte, tuning.tried), *(value for _, value in alone)]
+    explanation = [
+        "Lower is better. Blue: chosen. Lines: two standard errors of the difference to uniform weights."
+    ]
+    if not all(map(math.isfinite, values)):
+        explanation.append("Arrows: an item has probability 0.")
     return run_plot(
         "Bits a byte of the items that were read, by configuration",
-        "Lower is better. Blue: chosen. Lines: two standard errors of the difference to uniform weights.",
+        " ".join(explanation),
         "configurations, in the order they were tried",
         [_dot(tuning, one) for one in tuning.tried],
         [(f"{name} alone", value) for name, value in alone],

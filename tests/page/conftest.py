@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from page_driver import Records
 from stand_in import StandIn
 from tiny_models import PROSE, one_byte_tokens, save_model, tiny_reader
 from tokenizers import Tokenizer, pre_tokenizers
@@ -29,7 +30,6 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-Records = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")  # its event loop would be in the way of other tests'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -62,6 +63,27 @@ def test_a_trace_becomes_a_page(pair: Ensemble, tmp_path: Path) -> None:
     assert [one.name for one in page.parent.iterdir()] == ["page.html"]  # nothing temporary is left
 
 
+def test_parts_of_a_character_have_their_bytes(pair: Ensemble) -> None:
+    records: list[dict[str, Any]] = []
+    first, *_ = pair.members[0].vocabulary.encode("🙂")
+    pair.generate("The ", max_new_tokens=1, sequence_bias={(first,): 90.0}, trace=records.append)
+    assert records[0]["token"] == {"id": first, "text": "\ufffd", "bytes": "f0"}
+    assert records[0]["main_choice"].keys() == {"id", "text"}
+
+
+def test_the_records_fields_are_documented(pair: Ensemble) -> None:
+    records: list[dict[str, Any]] = []
+    pair.generate("The ", max_new_tokens=1, trace=records.append)
+    section = (
+        (ROOT / "docs" / "page.md")
+        .read_text(encoding="utf-8")
+        .split("## What a record has")[1]
+        .split("##")[0]
+    )
+    named = set(re.findall(r"`(\w+)`", section))
+    assert records[0].keys() | records[0]["ms"].keys() | records[0]["members"][0].keys() <= named
+
+
 def test_a_record_has_the_text_that_its_token_completed(pair: Ensemble) -> None:
     records: list[dict[str, Any]] = []
     written = pair.generate("The 🙂", max_new_tokens=24, draft=3, trace=records.append)
@@ -79,7 +101,20 @@ def test_a_record_has_the_text_that_its_token_completed(pair: Ensemble) -> None:
         (json.dumps(RECORD | {"members": []}), "line 2: it has no members"),
         (json.dumps(RECORD | {"members": "x" * 99}), r"line 2: members is 'x{39}\.\.\., not a list"),
         (json.dumps(RECORD | {"draft": "won"}), "line 2: its draft is 'won'"),
+        (json.dumps(RECORD | {"draft": "w" * 99}), r"line 2: its draft is 'w{39}\.\.\.;"),
         (json.dumps(RECORD | {"lost": [1]}), "line 2: its lost is no list of names"),
+        (json.dumps(RECORD | {"lost": 1}), "line 2: its lost is no list of names"),
+        (json.dumps(RECORD | {"lost": "one"}), "line 2: its lost is no list of names"),
+        (
+            json.dumps(RECORD | {"token": {"id": 5, "text": "\ufffd", "bytes": 9}}),
+            "token: bytes is 9, not a text",
+        ),
+        (json.dumps(RECORD | {"ms": {"members": {}, "fusion": None}}), "ms: fusion is None, not a finite"),
+        (
+            json.dumps(RECORD | {"ms": {"members": {"\x1b[2J": ""}}}),
+            r"members: '\\x1b\[2J' is '', not a finite",
+        ),
+        (json.dumps(RECORD).replace("0.9", "9" * 400), r"probability is 9{40}\.\.\., not a finite number"),
         (json.dumps(RECORD).replace("0.9", "NaN"), "members, number 2: top, number 1: probability is nan"),
         (json.dumps(RECORD).replace("0.9", '"<b>"'), "probability is '<b>', not a finite number"),
         (json.dumps({k: v for k, v in RECORD.items() if k != "not_asked"}), "line 2: it has no not_asked"),
@@ -151,6 +186,9 @@ def test_records_from_a_program(trace: Path) -> None:
     assert "<!--" not in page
     with pytest.raises(InputError, match="record 2: it has no row"):
         trace_html([RECORD, {}])
+    for more in (math.nan, object()):  # in a part that the page does not look at
+        with pytest.raises(InputError, match=r"record 2 has what JSON cannot: .*; leave it out"):
+            trace_html([RECORD, RECORD | {"more": more}])
 
 
 def test_the_command_loads_no_torch(trace: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -207,7 +208,7 @@ class Diagnosis:
 
 def is_sure(difference: float, error: float | None) -> bool:
     """Whether a difference is above 0 beyond the error."""
-    return error is not None and difference > SURE * error
+    return difference == math.inf or (error is not None and difference > SURE * error)
 
 
 def with_error(value: float, error: float | None) -> str:

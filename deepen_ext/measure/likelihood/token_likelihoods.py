@@ -88,9 +88,13 @@ def ratio(amounts: Sequence[float], sizes: Sequence[float]) -> Estimate:
     Args:
         amounts: of each block.
         sizes: of each block, in whatever the estimate is for each of.
+
+    Returns:
+        The mean is NaN where one block has infinity and another one minus infinity.
     """
     total, count = math.fsum(sizes), len(sizes)
-    value = math.fsum(amounts) / total
+    is_open = math.inf in amounts and -math.inf in amounts  # `fsum` raises ValueError
+    value = math.nan if is_open else math.fsum(amounts) / total
     if count < 2 or not math.isfinite(value):
         return Estimate(value, None)
     squares = math.fsum((a - value * size) ** 2 for a, size in zip(amounts, sizes, strict=True))

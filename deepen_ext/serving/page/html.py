@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from deepen_ext.errors import InputError
 from deepen_ext.serving.page.trace_file import check_record
 
 # In the order in which they are read: a later one uses what an earlier one has.
@@ -37,12 +38,20 @@ def trace_html(records: Iterable[Mapping[str, Any]], *, title: str = "trace") ->
     Raises:
         InputError: what is no such record; the message says which and why.
     """
-    checked = [check_record(record, f"record {number}") for number, record in enumerate(records, start=1)]
-    # Inside of a script element, "</script" and "<!--" would mean something to HTML. All in ASCII: half of a
-    # surrogate pair cannot be written as UTF-8.
-    data = json.dumps(checked, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    element = f'<script type="application/json" id="trace">{data}</script>'
+    data = ",".join(_json(record, f"record {number}") for number, record in enumerate(records, start=1))
+    # Inside of a script element, "</script" and "<!--" would mean something to HTML.
+    data = data.replace("<", "\\u003c")
+    element = f'<script type="application/json" id="trace">[{data}]</script>'
     return _page(title=f"{title} · deepen-ext", subtitle=title, connect="'none'", kind="traced", data=element)
+
+
+def _json(record: Mapping[str, Any], where: str) -> str:
+    """All in ASCII: half of a surrogate pair cannot be written as UTF-8."""
+    checked = check_record(record, where)
+    try:
+        return json.dumps(checked, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:  # of what the page does not look at
+        raise InputError(f"{where} has what JSON cannot: {error}; leave it out") from error
 
 
 def _page(*, title: str, subtitle: str, connect: str, kind: str, form: str = "", data: str = "") -> str:

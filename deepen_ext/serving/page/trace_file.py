@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 
 _FATES = (None, "stood", "replaced", "settled")
 
@@ -54,14 +54,12 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
     one.count("row")
     one.count("position")
     for name in ("token", "main_choice"):
-        token = one.part(name)
-        token.count("id")
-        token.text("text")
+        one.part(name).token()
     for name in ("not_asked", "text"):
         if one.has(name):
             one.text(name)
     if one.has("draft") and record["draft"] not in _FATES:
-        raise InputError(f"{where}: its draft is {record['draft']!r}; {_ONE_OF_OURS}")
+        raise InputError(f"{where}: its draft is {shown(record['draft'], 43)}; {_ONE_OF_OURS}")
     if "not_asked" not in record:
         raise InputError(f"{where}: it has no not_asked; {_ONE_OF_OURS}")
     members = one.parts("members")
@@ -73,14 +71,14 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
         member.candidates("top")
     one.candidates("fused")
     ms = one.part("ms")
-    spent = ms.part("members")
-    for name in spent.value:
-        spent.number(name)
+    ms.part("members").numbers()
     for name in ("fusion", "sampling", "handoff"):
-        if ms.has(name):
+        if name in ms.value:
             ms.number(name)
-    if one.has("lost") and not all(isinstance(name, str) for name in one.value["lost"]):
-        raise InputError(f"{where}: its lost is no list of names; {_ONE_OF_OURS}")
+    if one.has("lost"):
+        lost = one.value["lost"]
+        if not isinstance(lost, list) or not all(isinstance(name, str) for name in lost):
+            raise InputError(f"{where}: its lost is no list of names; {_ONE_OF_OURS}")
     return dict(one.value)
 
 
@@ -139,19 +137,34 @@ class _Part:
             raise self._wrong(name, "a whole number")
 
     def number(self, name: str) -> None:
-        found = self.value.get(name)
-        if not isinstance(found, (int, float)) or isinstance(found, bool) or not math.isfinite(found):
+        if not _is_finite(self.value.get(name)):
             raise self._wrong(name, "a finite number")
+
+    def numbers(self) -> None:
+        for name, found in self.value.items():
+            if not _is_finite(found):
+                what = f"{shown(name, 43)} is {shown(found, 43)}"
+                raise InputError(f"{self._where}: {what}, not a finite number; {_ONE_OF_OURS}")
 
     def candidates(self, name: str) -> None:
         for one in self.parts(name):
-            one.count("id")
-            one.text("text")
+            one.token()
             one.number("probability")
+
+    def token(self) -> None:
+        self.count("id")
+        self.text("text")
+        if "bytes" in self.value:
+            self.text("bytes")
 
     def _wrong(self, name: str, kind: str) -> InputError:
         if name not in self.value:
             return InputError(f"{self._where}: it has no {name}; {_ONE_OF_OURS}")
-        found = repr(self.value[name])
-        shown = found if len(found) <= 40 else f"{found[:40]}..."
-        return InputError(f"{self._where}: {name} is {shown}, not {kind}; {_ONE_OF_OURS}")
+        found = shown(self.value[name], 43)
+        return InputError(f"{self._where}: {name} is {found}, not {kind}; {_ONE_OF_OURS}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a browser can read, which has no integers beyond the largest float."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max

@@ -13,6 +13,8 @@ class Answer {
     this.drawn = () => {}; // called after each batch
     this.counts = new Map();
     this.names = new Set();
+    this.lost = new Set(); // members' names
+    this.only = null; // the key of the kind that is shown alone
     this.current = -1;
     this.frame = 0;
     this.text = make("div", "text");
@@ -27,12 +29,13 @@ class Answer {
     this.legend = make("div", "legend");
     this.copy = make("button", "quiet", "Copy");
     this.copy.type = "button";
-    this.copy.addEventListener("click", () => navigator.clipboard?.writeText(this.plainText()));
+    this.copy.addEventListener("click", () => this.copyText());
     const head = make("header", "", this.title, this.copy, this.status);
     this.root = make("article", "answer", head, this.legend, this.text, this.problem);
     this.title.id = `${this.id}-title`;
     this.root.setAttribute("aria-labelledby", this.title.id);
     this.text.setAttribute("aria-labelledby", this.title.id);
+    this.copy.setAttribute("aria-describedby", this.title.id);
     this.line = null;
     this.listen();
   }
@@ -42,10 +45,12 @@ class Answer {
       memberIndex(one.name); // the main model comes first, and has the first colour
       this.names.add(one.name);
     }
+    for (const name of record.lost ?? []) this.lost.add(name);
     const decided = verdict(record);
-    this.count(decided.kind, decided.by);
-    if (isDrafted(record)) this.count(record.draft, null);
-    this.waiting.push({ record, text, decided });
+    const keys = [MEMBER_KINDS.includes(decided.kind) ? `${decided.kind} ${decided.by}` : decided.kind];
+    if (isDrafted(record)) keys.push(record.draft);
+    for (const key of keys) this.counts.set(key, (this.counts.get(key) ?? 0) + 1);
+    this.waiting.push({ record, text, decided, keys });
     if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
   }
 
@@ -57,6 +62,24 @@ class Answer {
 
   plainText() {
     return [...this.tokens, ...this.waiting].map((one) => one.text).join("") + (this.rest?.textContent ?? "");
+  }
+
+  async copyText() {
+    const copied = await navigator.clipboard?.writeText(this.plainText()).then(() => true, () => false);
+    this.copy.textContent = copied || this.copySelected() ? "Copied" : "Could not copy";
+    setTimeout(() => { this.copy.textContent = "Copy"; }, 2000);
+  }
+
+  // Over plain HTTP, from another machine, browsers have no navigator.clipboard.
+  copySelected() {
+    const area = make("textarea", "unseen");
+    area.value = this.plainText();
+    this.copy.after(area);
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    this.copy.focus();
+    return copied;
   }
 
   memberNames() {
@@ -76,10 +99,10 @@ class Answer {
   }
 
   append(token) {
-    const { record, text, decided } = token;
+    const { record, text, decided, keys } = token;
     const index = this.tokens.push(token) - 1;
     const by = decided.by === null ? "" : ` m${decided.by % 8}`;
-    const className = `t ${decided.kind}${by}${isDrafted(record) ? ` ${record.draft}` : ""}`;
+    const className = `t ${decided.kind}${by}${isDrafted(record) ? ` ${record.draft}` : ""}${keys.includes(this.only) ? " shown" : ""}`;
     const lines = text.split("\n");
     this.parts.push(lines.map((piece, at) => {
       if (at > 0 || !this.line) this.line = this.text.appendChild(make("div", "line"));
@@ -94,15 +117,17 @@ class Answer {
     this.parts[index][0].id = `${this.id}-${index}`;
   }
 
-  count(kind, by) {
-    const key = MEMBER_KINDS.includes(kind) ? `${kind} ${by}` : kind;
-    this.counts.set(key, (this.counts.get(key) ?? 0) + 1);
-  }
-
   changed() {
     let sum = 0;
     for (const [key, count] of this.counts) if (/^(changed|joint)/.test(key)) sum += count;
     return sum;
+  }
+
+  summary(tokens) {
+    const words = [`${tokens} tokens`];
+    if (this.names.size > 1) words.push(`${this.changed()} changed`);
+    for (const name of this.lost) words.push(`\u2068${name}\u2069 lost`); // isolated: a name may run from the right
+    return words.join(", ");
   }
 
   // One button for each kind that occurs; made once, then only its count changes.
@@ -137,7 +162,11 @@ class Answer {
   single(button) {
     const on = button.getAttribute("aria-pressed") !== "true";
     for (const one of this.legend.children) one.setAttribute("aria-pressed", String(on && one === button));
-    this.text.className = on ? `text only only-${button.dataset.key.replace(" ", "-m")}` : "text";
+    this.only = on ? button.dataset.key : null;
+    this.text.classList.toggle("only", on);
+    this.tokens.forEach(({ keys }, i) => {
+      for (const part of this.parts[i]) part.classList.toggle("shown", keys.includes(this.only));
+    });
   }
 
   listen() {

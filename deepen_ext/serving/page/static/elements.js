@@ -8,11 +8,12 @@ function make(tag, className, ...children) {
 }
 
 // Spaces at the ends, line breaks and characters without a shape of their own.
-const INVISIBLE = /^ +| +$|[\u0000-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0]/gu;
+const INVISIBLE =
+  /^ +| +$|[\p{Control}\p{Default_Ignorable_Code_Point}\u2028\u2029\u2800\ufff9-\ufffb]|(?! )\p{Space_Separator}/gu;
 const NAMES = { "\n": "↵", "\t": "⇥", "\r": "␍" };
 
-// The characters of a token in a label: nothing in it is invisible, and it turns nothing around beside it.
-function label(text) {
+// A token in a label: nothing in it is invisible, and it turns nothing around beside it.
+function label({ text, bytes }) {
   const made = make("bdi", "label");
   if (text === "") {
     made.append(make("span", "sign", "no text"));
@@ -21,12 +22,13 @@ function label(text) {
   let end = 0;
   for (const found of text.matchAll(INVISIBLE)) {
     const one = found[0];
-    const code = one.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+    const code = one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
     const sign = one[0] === " " ? "·".repeat(one.length) : NAMES[one] ?? `U+${code}`;
     made.append(text.slice(end, found.index), make("span", "sign", sign));
     end = found.index + one.length;
   }
   made.append(text.slice(end));
+  if (bytes) made.append(make("span", "sign", ` ${bytes}`)); // a part of a character: U+FFFD tells it from no other
   return made;
 }
 

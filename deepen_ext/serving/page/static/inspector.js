@@ -11,19 +11,20 @@ const inspector = {
     this.shown = [answer, index];
     const { record, text, decided } = answer.tokens[index];
     const told = explanation(record, decided);
+    const seen = record.token.text ? record.token : { text };
     const place = `token ${index + 1} of ${answer.tokens.length}`;
     const by = decided.by === null ? "" : ` m${decided.by % 8}`;
     const sentence = make("p", "verdict");
     for (const part of told) {
-      sentence.append(typeof part === "string" ? part : part.name ? make("bdi", "", part.text) : label(part.text));
+      sentence.append(typeof part === "string" ? part : part.name ? make("bdi", "", part.text) : label(part));
     }
     this.body.replaceChildren(
-      make("p", `token ${decided.kind}${by}`, label(record.token.text || text)),
+      make("p", `token ${decided.kind}${by}`, label(seen)),
       make("p", "place", `${place}, id ${record.token.id}`),
       sentence,
       weights(record.members),
       ...record.members.map((one, at) => {
-        const written = (found) => (at === 0 ? found.id === record.token.id : speaksFor(record, found.text));
+        const written = (found) => (at === 0 ? found.id === record.token.id : speaksFor(record, found));
         return candidates(memberLabel(one.name), one.top, written, one.weight);
       }),
       ...silent(answer, record),
@@ -32,7 +33,7 @@ const inspector = {
     );
     this.root.classList.add("open");
     document.body.classList.add("inspecting");
-    if (aloud) this.spoken.textContent = spokenWords(record, text, told, place);
+    if (aloud) this.spoken.textContent = spokenWords(seen, told, place);
   },
 
   close() {
@@ -44,9 +45,9 @@ const inspector = {
   },
 };
 
-function spokenWords(record, text, told, place) {
-  const words = told.map((part) => (typeof part === "string" ? part : label(part.text).textContent));
-  return `${label(record.token.text || text).textContent}. ${words.join("")} ${place}`;
+function spokenWords(token, told, place) {
+  const words = told.map((part) => (typeof part === "string" ? part : label(part).textContent));
+  return `${label(token).textContent}. ${words.join("")} ${place}`;
 }
 
 // One bar of all members' shares.
@@ -66,7 +67,7 @@ function candidates(title, top, written, weight) {
   const head = make("h3", "", title);
   if (weight !== null) head.append(make("span", "weight", `weight ${percent(weight)}`));
   const rows = top.map((one) => {
-    const row = make("tr", "", make("td", "", label(one.text)), make("td", "", bar(one.probability)));
+    const row = make("tr", "", make("td", "", label(one)), make("td", "", bar(one.probability)));
     row.append(make("td", "", percent(one.probability)));
     if (written(one)) row.className = "written";
     return row;
@@ -93,7 +94,7 @@ function times(answer, index) {
   const tokens = answer.stepTokens(index);
   const lines = rows.map(([name, spent]) => {
     const colour = typeof name === "string" ? "" : name.className.replace("member ", "");
-    return make("tr", colour, make("td", "", name), make("td", "", bar(spent / total)), make("td", "", milliseconds(spent)));
+    return make("tr", colour, make("td", "", name), make("td", "", bar(total > 0 ? spent / total : 0)), make("td", "", milliseconds(spent)));
   });
   const shared = tokens > 1 ? `, which gave ${tokens} tokens` : "";
   const head = make("h3", "", "time", make("span", "weight", `${milliseconds(total)} ms in this step${shared}`));

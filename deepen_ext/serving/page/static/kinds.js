@@ -23,6 +23,7 @@ const KINDS = {
 
 // Values of `not_asked`: `Reason` in deepen_ext/decoding/places.py.
 const REASONS = {
+  __proto__: null,
   settled: "no assistant could have changed it, by the certificate",
   gated: "the main model was sure enough for the confidence gate",
   "unfinished character": "a character was unfinished, and assistants read whole characters",
@@ -33,19 +34,25 @@ const REASONS = {
   lost: "no assistant was left",
 };
 
+// A token's bytes in hexadecimal. Parts of characters have them in the record: their text is U+FFFD, whichever they are.
+function bytesOf(token) {
+  if (token.bytes) return token.bytes;
+  return Array.from(new TextEncoder().encode(token.text), (one) => one.toString(16).padStart(2, "0")).join("");
+}
+
 // Whether an assistant's candidate speaks for the token. Vocabularies differ: " Antarctica" of an assistant
 // speaks for " Ant" of a main model that has no such token. One that the main model has itself speaks for that.
 function speaksFor(record, candidate) {
-  const text = record.token.text;
-  if (candidate === text) return true;
-  const isMains = [...record.members[0].top, ...record.fused].some((one) => one.text === candidate);
-  return text.trim() !== "" && candidate.startsWith(text) && !isMains;
+  const [written, said] = [bytesOf(record.token), bytesOf(candidate)];
+  if (said === written) return true;
+  if (record.token.text.trim() === "" || !said.startsWith(written)) return false;
+  return ![...record.members[0].top, ...record.fused].some((one) => bytesOf(one) === said);
 }
 
 // How much a member's candidates speak for the token.
 function supportOf(record, member) {
   let sum = 0;
-  for (const one of member.top) if (speaksFor(record, one.text)) sum += one.probability;
+  for (const one of member.top) if (speaksFor(record, one)) sum += one.probability;
   return sum * member.weight;
 }
 
@@ -58,11 +65,11 @@ function verdict(record) {
     if (record.not_asked === null) return { kind: "own", by: main ? memberIndex(main.name) : null };
     return { kind: record.not_asked === "settled" ? "settled" : "satout", by: null };
   }
+  if (record.fused.length && record.fused[0].id !== record.token.id) return { kind: "drawn", by: null };
   if (isMainChoice) {
-    const all = assistants.every((one) => !one.top.length || speaksFor(record, one.top[0].text));
+    const all = assistants.every((one) => !one.top.length || speaksFor(record, one.top[0]));
     return { kind: all ? "agreed" : "kept", by: null };
   }
-  if (record.fused.length && record.fused[0].id !== record.token.id) return { kind: "drawn", by: null };
   let best = null;
   let most = 0;
   for (const one of assistants) {
@@ -72,7 +79,7 @@ function verdict(record) {
   return best ? { kind: "changed", by: memberIndex(best.name) } : { kind: "joint", by: null };
 }
 
-// A sentence about the token, as parts: strings, and {text} for what a model wrote.
+// A sentence about the token, as parts: strings, tokens, and {text, name} for names.
 function explanation(record, { kind, by }) {
   const told = [];
   if (kind === "own") told.push("Written by this model alone.");
@@ -83,7 +90,7 @@ function explanation(record, { kind, by }) {
   else if (kind === "drawn") told.push("Sampling or a rule took it, not the most probable token. ");
   else told.push("By the main model alone: ", REASONS[record.not_asked] ?? record.not_asked, ".");
   if (record.token.id !== record.main_choice.id) {
-    told.push("The main model alone would have written ", { text: record.main_choice.text }, ".");
+    told.push("The main model alone would have written ", record.main_choice, ".");
   }
   if (record.draft === "stood") told.push(" It was written ahead, and stood.");
   if (record.draft === "replaced") told.push(" Another token had been written ahead here.");

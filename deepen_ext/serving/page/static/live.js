@@ -7,6 +7,7 @@ const LIVE = {
   keyBox: document.getElementById("key-box"),
   alone: new Set(), // models that are a member alone
   running: null, // aborts what is being written
+  listings: 0, // how often the models were asked for
 
   field(name) {
     return this.form.elements[name];
@@ -36,15 +37,17 @@ const LIVE = {
 
   async listModels() {
     this.notice.hidden = true;
+    const listing = ++this.listings;
     try {
       const models = await readModels(this.key());
+      if (listing !== this.listings) return; // asked again meanwhile, perhaps with another key
       this.alone = new Set(models.filter((one) => one.deepen?.kind === "member").map((one) => one.id));
       this.offer("model", models);
       this.offer("beside", models, new Option("nobody", ""));
       this.field("start").disabled = false;
       this.chosen();
     } catch (error) {
-      this.tell(error);
+      if (listing === this.listings) this.tell(error);
     }
   },
 
@@ -138,10 +141,11 @@ const LIVE = {
       if (signal.aborted) end = "stopped";
       else {
         end = "cut off";
-        answer.problem.textContent = error.message;
+        const isServers = error instanceof ServerProblem;
+        answer.problem.textContent = isServers ? error.message : `The page failed here: ${error.message}`;
         answer.problem.hidden = false;
         if (error.status === 401 || error.status === 403) this.askForKey();
-        if (!(error instanceof ServerProblem)) console.error(error);
+        if (!isServers) console.error(error);
       }
     }
     answer.root.classList.remove("writing");
@@ -154,6 +158,7 @@ function takeChunk(answer, state, chunk) {
   const choice = chunk.choices?.[0];
   if (!choice) return;
   const text = choice.text ?? choice.delta?.content ?? "";
+  for (const name of Object.keys(choice.lost ?? {})) answer.lost.add(name);
   if (choice.finish_reason) state.reason = choice.finish_reason;
   if (chunk.deepen) {
     state.tokens++;
@@ -165,9 +170,7 @@ function takeChunk(answer, state, chunk) {
 
 function progress(answer, state) {
   if (!state.tokens) return "";
-  const words = [`${state.tokens} tokens`];
-  const changed = answer.changed();
-  if (answer.memberNames().length > 1) words.push(`${changed} changed`);
+  const words = [answer.summary(state.tokens)];
   const seconds = (state.last - state.first) / 1000;
   const rate = (state.tokens - 1) / seconds;
   if (state.tokens > 1 && seconds > 0) words.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);

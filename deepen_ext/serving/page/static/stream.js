@@ -24,7 +24,7 @@ async function problemOf(response) {
   } catch {
     // no JSON: what it says is shown as it is
   }
-  const after = response.headers.get("Retry-After");
+  const after = /^\d+$/.exec(response.headers.get("Retry-After")); // it may be a date
   const plain = {
     401: "The server asks for a key: fill in the field Key, then start again.",
     403: "The server does not take this key: fill in another one, then start again.",
@@ -43,7 +43,9 @@ async function readModels(key) {
     throw new ServerProblem(0, "The server cannot be reached. Is deepen-ext serve still running?");
   }
   if (!response.ok) throw await problemOf(response);
-  return (await response.json()).data;
+  const data = (await response.json().catch(() => null))?.data;
+  if (!Array.isArray(data)) throw new ServerProblem(0, "What answers at v1/models is no deepen-ext serve: it lists no models.");
+  return data;
 }
 
 // The data of each event, as soon as its last line is there.
@@ -53,7 +55,9 @@ async function* eventsOf(body) {
   let data = [];
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch(() => {
+        throw new ServerProblem(0, "The connection was lost. What was written stays.");
+      });
       if (done) return;
       const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
@@ -91,9 +95,8 @@ async function streamText(path, body, key, signal, take) {
     }
   } catch (error) {
     if (done) return;
-    if (signal.aborted || error instanceof ServerProblem) throw error;
-    const what = error instanceof SyntaxError ? "The server sent what is no JSON" : "The connection was lost";
-    throw new ServerProblem(0, `${what}. What was written stays.`);
+    if (!(error instanceof SyntaxError)) throw error;
+    throw new ServerProblem(0, "The server sent what is no JSON. What was written stays.");
   }
   if (!done) throw new ServerProblem(0, "The connection ended before the text did. What was written stays.");
 }

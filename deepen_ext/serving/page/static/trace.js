@@ -12,7 +12,7 @@ function showTrace(records) {
     const answer = new Answer(rows.length > 1 ? `Text ${row + 1}` : "Text");
     answers.append(answer.root);
     for (const record of byRow.get(row)) answer.add(record, record.text ?? record.token.text);
-    answer.status.textContent = `${byRow.get(row).length} tokens, ${answer.changed()} changed`;
+    answer.status.textContent = answer.summary(byRow.get(row).length);
   }
 }
 
