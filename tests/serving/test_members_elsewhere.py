@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import ASSISTANT, PROMPT, Running, serving
+from running import ASSISTANT, MAIN, PROMPT, Running, serving
 
 from deepen_ext import Ensemble
+from deepen_ext.errors import ModelError
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
@@ -72,3 +73,12 @@ def test_a_member_that_is_served_with_a_key(
         by_http = Ensemble([pair.members[0], member], fuser="deepen")
         assert by_http.generate(PROMPT, max_new_tokens=4).text == pair.generate(PROMPT, max_new_tokens=4).text
         member.backend.close()  # type: ignore[attr-defined]
+
+
+def test_an_address_of_no_single_member(served: Running, tiny_gemma_dir: Path) -> None:
+    """Of the server as a whole, and of a member that it has not: what to name is in the error."""
+    with pytest.raises(ModelError, match=f"3 models .*; name one of its members: {served.url}/members/") as error:
+        load_member(served.url, tokenizer=str(tiny_gemma_dir))
+    assert str(error.value).endswith(f"/members/{MAIN} or {served.url}/members/{ASSISTANT}")
+    with pytest.raises(ModelError, match=rf"there is no member 'nobody'; there are {MAIN}, {ASSISTANT}"):
+        load_member(f"{served.url}/members/nobody", tokenizer=str(tiny_gemma_dir))
