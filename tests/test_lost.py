@@ -116,7 +116,9 @@ class TestStop:
         message = str(caught.value)
         assert message.startswith("first: gone at ")
         assert "'continue'" in message
-        told = f". {len(written.token_ids)} tokens were written before: they are in this error's `generations`"
+        told = (
+            f". {len(written.token_ids)} tokens were written before: they are in this error's `generations`"
+        )
         assert message.endswith(told if written.token_ids else "without an assistant that is lost")
         assert write(ensembles(0, 2)).text  # the others are as they were
 

@@ -174,7 +174,8 @@ def show(scores: Scores, methods: Sequence[str]) -> None:
     console = Console()
     console.print(absolute, "", relative, sep="\n")
     console.print(
-        f"\n{every[0].nbytes:,} bytes. Below 0 fusing is better; of the members alone {best} the best. {errors}",
+        f"\n{every[0].nbytes:,} bytes. Below 0 fusing is better; of the members alone {best} the best. "
+        f"{errors}",
         style="dim",
         highlight=False,
         markup=False,

@@ -77,7 +77,9 @@ def test_a_member_that_is_served_with_a_key(
 
 def test_an_address_of_no_single_member(served: Running, tiny_gemma_dir: Path) -> None:
     """Of the server as a whole, and of a member that it has not: what to name is in the error."""
-    with pytest.raises(ModelError, match=f"3 models .*; name one of its members: {served.url}/members/") as error:
+    with pytest.raises(
+        ModelError, match=f"3 models .*; name one of its members: {served.url}/members/"
+    ) as error:
         load_member(served.url, tokenizer=str(tiny_gemma_dir))
     assert str(error.value).endswith(f"/members/{MAIN} or {served.url}/members/{ASSISTANT}")
     with pytest.raises(ModelError, match=rf"there is no member 'nobody'; there are {MAIN}, {ASSISTANT}"):
