@@ -84,3 +84,15 @@ def test_an_address_of_no_single_member(served: Running, tiny_gemma_dir: Path) -
     assert str(error.value).endswith(f"/members/{MAIN} or {served.url}/members/{ASSISTANT}")
     with pytest.raises(ModelError, match=rf"there is no member 'nobody'; there are {MAIN}, {ASSISTANT}"):
         load_member(f"{served.url}/members/nobody", tokenizer=str(tiny_gemma_dir))
+
+
+def test_the_address_of_a_server_of_one_model(pair: Ensemble, tiny_gemma_dir: Path) -> None:
+    """Its ensemble of one is a model too, and has no address of a member's."""
+    with serving({"deepen": Ensemble(pair.members[1:], fuser="single")}) as running:
+        with pytest.raises(ModelError, match="2 models") as error:
+            load_member(running.url, tokenizer=str(tiny_gemma_dir))
+        assert str(error.value).endswith(f"name one of its members: {running.url}/members/{ASSISTANT}")
+        member = load_member(f"{running.url}/members/{ASSISTANT}", tokenizer=str(tiny_gemma_dir))
+        by_http = Ensemble([pair.members[0], member], fuser="deepen")
+        assert by_http.generate(PROMPT, max_new_tokens=4).text == pair.generate(PROMPT, max_new_tokens=4).text
+        member.backend.close()  # type: ignore[attr-defined]

@@ -140,7 +140,7 @@ def _ids(tokens: Sequence[str]) -> list[int]:
 
 def _single(client: Client, models: Sequence[Mapping[str, Any]]) -> str:
     """What to do about several models: of a server of ours each member has an address of its own."""
-    members = [one["id"] for one in models if (one.get("deepen") or {}).get("kind") == "member"]
+    members = [one["id"] for one in models if (one.get("deepen") or {}).get("members") == [one["id"]]]
     if not members:
         return "start one with a single model for this member"
     return "name one of its members: " + " or ".join(f"{client.address}/members/{one}" for one in members)
