@@ -5,6 +5,7 @@ Tiny models with real tokenizers; the demo pair itself where `demo_pair` is."""
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -546,6 +547,22 @@ class TestCustomGenerate:
         given = {**inputs(pair, SHORT), "max_new_tokens": 4} | settings
         with pytest.raises(InputError, match=message):
             main.generate(**given, custom_generate=pair.custom_generate)
+
+    def test_one_chat_for_two_prompts(self, pair, main):
+        """Here and in the logits processor; the texts of one prompt may share its chat."""
+        chat = {"messages": CHAT, "without_template": "plain"}
+        settings = {"max_new_tokens": 2, "do_sample": True}
+        two = {one: row.repeat(2, 1) for one, row in inputs(pair, SHORT).items()}
+        other = {**two, "input_ids": two["input_ids"].clone()}
+        other["input_ids"][1, 0] += 1
+        for given, refused in ((two, False), (other, True)):
+            with pytest.raises(InputError, match="prompts 0 and 1 differ") if refused else nullcontext():
+                main.generate(**given, **settings, custom_generate=pair.custom_generate, **chat)
+            with (
+                DeepenLogitsProcessor(pair, **chat) as fuse,
+                pytest.raises(InputError, match="prompts 0 and 1 differ") if refused else nullcontext(),
+            ):
+                main.generate(**given, **settings, logits_processor=[fuse])
 
     def test_the_main_model_alone_may_call_it(self, pair):
         with pytest.raises(InputError, match="belongs to tiny-smollm2"):

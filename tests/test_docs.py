@@ -18,6 +18,7 @@ from tiny_models import one_byte_tokens, save_model
 from deepen_ext import Ensemble
 from deepen_ext.commands.cli import app
 from deepen_ext.decoding import settings as decoding_settings
+from deepen_ext.fusers.make import FUSERS
 from deepen_ext.measure.evaluation.tasks import TASKS
 from deepen_ext.members import loading
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
@@ -87,6 +88,24 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 def test_files_are_looked_for_at_all() -> None:
     assert len(list(named_files(ROOT / "docs" / "architecture.md"))) > 40
+
+
+@pytest.mark.parametrize("page", ["usage.md", "glossary.md"])
+def test_every_fuser_is_named(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert len(FUSERS) > 5
+    assert [name for name in FUSERS if not re.search(f'["`]{name}["`]', text)] == []
+
+
+def test_a_record_of_a_trace_is_described(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    """The table of the page has each of its keys, and no other; it names those of its parts."""
+    records: list[dict[str, Any]] = []
+    Ensemble([tiny_smollm2, tiny_gemma]).generate("The", max_new_tokens=2, trace=records.append)
+    section = (ROOT / "docs/page.md").read_text(encoding="utf-8").split("## A record")[1].split("\n## ")[0]
+    named = {key for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for key in row.split(", ")}
+    assert named == {f"`{key}`" for key in records[0]}
+    parts = records[0]["ms"].keys() | records[0]["members"][0].keys()
+    assert parts <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_every_page_is_in_the_readme() -> None:

@@ -19,7 +19,9 @@ from deepen_ext.fusers import (
     UnionTopkFuser,
     parse_fuser,
 )
+from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
+from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -297,6 +299,13 @@ class TestFunction:
         want = ensemble.variant(fuser="union-vocab").fuser.step([said[0], said[1][[0, 2]]], **given)
         torch.testing.assert_close(step.logits, want.logits)
         assert not torch.equal(step.logits[0], said[0][0])
+
+    def test_on_main_in_a_class(self, smollm2, gemma, said) -> None:
+        """Who makes a class of a function is told what stands in its place."""
+        fuser = Ensemble([smollm2, gemma], fuser="union-vocab").fuser
+        one = fuser.part(0, Distribution(smollm2.name, smollm2.vocab_size, 8, said[0]))
+        with pytest.raises(InputError, match=r"make the class a MappedFuser, with mapped\(one\)"):
+            Said(0, smollm2.name, one.topk, one, None).on_main()
 
     @pytest.mark.parametrize(
         ("given", "message"),

@@ -138,6 +138,17 @@ class TestCommand:
                 against = scores.against(one["method"], single).bits_per_byte
                 assert one[key]["bits_per_byte"]["value"] == pytest.approx(against.value, abs=1e-4)
 
+    def test_short_text(self, tiny_smollm2_dir: Path, tmp_path: Path) -> None:
+        """One block has no standard error, and the footnote says so."""
+        bytes_dir = save_model(tmp_path / "bytes", one_byte_tokens(), seed=1)
+        options = ("--model", str(tiny_smollm2_dir), "--model", str(bytes_dir), "--fuser", "average")
+        for text, has in ((TEXT[:100], False), (TEXT, True)):
+            done = run("nll", *options, "--text", "-", stdin=text.encode())
+            assert done.returncode == 0, done.stderr
+            shown = " ".join(done.stdout.split())
+            assert ("±: standard error between blocks" in shown, "±" in shown) == (has, has)
+            assert ("No standard errors: they take two blocks of 128 bytes" in shown) == (not has)
+
     def test_wrong_input(self, tmp_path: Path) -> None:
         """Said before a model is loaded."""
         latin = tmp_path / "latin.txt"

@@ -223,6 +223,7 @@ class TestLost:
                 list(stream)
         assert time.monotonic() - began < 20
         assert caught.value.member == "tiny-2"
+        assert str(caught.value).count("on_failure") == 1
         written = stream.result.text
         assert len(written) > 2
         assert expected.startswith(written[: len(expected)])

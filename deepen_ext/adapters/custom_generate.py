@@ -76,6 +76,7 @@ def custom_generate(ensemble: Ensemble) -> Callable[..., Any]:
             )
             rows = _unmasked(input_ids, model_inputs.get("attention_mask"))
             prompts = AssistantsPrompts(ensemble.members, messages, without_template)
+            prompts.check(rows)
             run = Run(
                 ensemble.team,
                 [Prompt(ids, *prompts.read(row, len(rows), ids)) for row, ids in enumerate(rows)],

@@ -213,7 +213,10 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
             prompts = rows
             kept = [self._by_pad_id(ids) for ids in rows]
         found = [_RowPrompt(*one) for one in zip(prompts, kept, strict=True)]
-        check_not_empty([prompt.own(prompt.ids) for prompt in found])
+        own = [prompt.own(prompt.ids) for prompt in found]
+        check_not_empty(own)
+        if call is not None:
+            self._prompts.check(own)
         if found != self._prompts_of:
             self._weights.clear()
             self._seen = [[] for _ in self._seen]  # no row goes on from what it was

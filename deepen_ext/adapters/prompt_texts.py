@@ -29,6 +29,25 @@ class AssistantsPrompts:
                 chat_texts(self._assistants, chat, without_template=without_template) for chat in chats
             ]
 
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """That texts which share a chat, as beams do, have one prompt.
+
+        Args:
+            prompts: the main model's ids of each text, without padding.
+
+        Raises:
+            InputError: a chat is that of two prompts.
+        """
+        if self._chats is None or len(prompts) % len(self._chats):  # `read` refuses the latter
+            return
+        share = len(prompts) // len(self._chats)
+        for i, prompt in enumerate(prompts):
+            if list(prompt) != list(prompts[i - i % share]):
+                raise InputError(
+                    f"prompts {i - i % share} and {i} differ, but `messages` has one chat for both; give a "
+                    "list of chats, one for each"
+                )
+
     def read(
         self, i: int, count: int, prompt: Sequence[int], later: Sequence[int] = ()
     ) -> tuple[list[PromptText], bytes]:

@@ -165,11 +165,17 @@ def show(scores: Scores, methods: Sequence[str]) -> None:
             name, *(_text(scores.against(name, single).bits_per_byte, "+.4f") for single in singles)
         )
     best = "the main model is" if scores.best_single == scores.main else f"{scores.best_single} is"
+    every = [scores.score(name) for name in (*scores.alone, *methods)]
+    errors = (
+        "No standard errors: they take two blocks of 128 bytes, and no token of probability 0."
+        if all(one.bits_per_byte.error is None for one in every)
+        else "±: standard error between blocks, of differences in pairs of blocks."
+    )
     console = Console()
     console.print(absolute, "", relative, sep="\n")
     console.print(
-        f"\n{scores.score(scores.main).nbytes:,} bytes. Below 0 fusing is better; of the members alone "
-        f"{best} the best. ±: standard error between blocks, of differences in pairs of blocks.",
+        f"\n{every[0].nbytes:,} bytes. Below 0 fusing is better; of the members alone {best} the best. "
+        f"{errors}",
         style="dim",
         highlight=False,
         markup=False,

@@ -31,8 +31,8 @@ Models = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Hub name, local folder, .gguf file or demo:NAME, with an adapter BASE@ADAPTER; the main model "
-        "first. Repeat it.",
+        help="Hub name, local folder, .gguf file, demo:NAME or a server's http://host:port; with an adapter "
+        "BASE@ADAPTER. The main model first. Repeat it.",
     ),
 ]
 Demo = Annotated[

@@ -90,9 +90,5 @@ class Losses:
         written = self._results()
         tokens = sum(len(one.token_ids) for one in written)
         of_texts = f" of {len(written)} texts" if len(written) > 1 else ""
-        return MemberLost(
-            error.member,
-            f"{error.why}; {why}. {tokens} tokens{of_texts} were written before: they are in this error's "
-            "`generations`",
-            written,
-        )
+        before = f". {tokens} tokens{of_texts} were written before: they are in this error's `generations`"
+        return MemberLost(error.member, f"{error.why}; {why}{before if tokens else ''}", written)

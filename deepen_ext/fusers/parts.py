@@ -120,8 +120,15 @@ class Said:
         A token that the main model does not have counts for the main model's token that its text begins with.
         What has no such token is left out, so a row may sum to less than 1. Rows it says nothing of are 0.
         The first call looks all of the member's tokens up: some seconds for a large vocabulary.
+
+        Raises:
+            InputError: in a `Fuser` of its own class, which is a `MappedFuser` instead.
         """
-        assert self.to_main is not None, "only what a function as fuser is given knows the way"
+        if self.to_main is None:
+            raise InputError(
+                "on_main is for a function as fuser; make the class a MappedFuser, with mapped(one) of an "
+                "assistant and probabilities() of the main model"
+            )
         return self.to_main(self)
 
     def logits_at(self, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

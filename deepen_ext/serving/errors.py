@@ -151,15 +151,31 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     if first["type"] == "json_invalid":
         return refused(f"the body is no JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
-    path = [one for one in first["loc"] if one != "body"]
+    path = _fields(first)
     if not path:
         return refused("send a JSON object, with the header content-type: application/json")
     name = str(path[0])
     if first["type"] == "extra_forbidden":
         return refused(f"{_place(path)} is not supported; leave it out", param=shown_name(name))
-    same = [one for one in errors if [part for part in one["loc"] if part != "body"][:1] == path[:1]]
+    # Behind a field that is no list, pydantic puts the names of its kinds, such as "constrained-str".
+    head = path[:2] if len(path) > 1 and isinstance(path[1], int) else path[:1]
+    same = [one for one in errors if _fields(one)[: len(head)] == head]
     why = dict.fromkeys(_words(str(one["msg"])) for one in same)
-    return refused(f"{_place(path[:1])}: {'; or '.join(why)}", param=shown_name(name))
+    place = _shared([_fields(one) for one in same]) if len(head) == 2 else head
+    return refused(f"{_place(place)}: {'; or '.join(why)}", param=shown_name(name))
+
+
+def _fields(error: Mapping[str, Any]) -> list[Any]:
+    """Where in the body an error is."""
+    return [one for one in error["loc"] if one != "body"]
+
+
+def _shared(paths: Sequence[list[Any]]) -> list[Any]:
+    """What all paths begin with."""
+    length = 0
+    while all(length < len(one) and one[length] == paths[0][length] for one in paths):
+        length += 1
+    return paths[0][:length]
 
 
 def shown_name(name: str) -> str:

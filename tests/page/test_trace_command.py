@@ -71,19 +71,6 @@ def test_parts_of_a_character_have_their_bytes(pair: Ensemble) -> None:
     assert records[0]["main_choice"].keys() == {"id", "text"}
 
 
-def test_the_records_fields_are_documented(pair: Ensemble) -> None:
-    records: list[dict[str, Any]] = []
-    pair.generate("The ", max_new_tokens=1, trace=records.append)
-    section = (
-        (ROOT / "docs" / "page.md")
-        .read_text(encoding="utf-8")
-        .split("## What a record has")[1]
-        .split("##")[0]
-    )
-    named = set(re.findall(r"`(\w+)`", section))
-    assert records[0].keys() | records[0]["ms"].keys() | records[0]["members"][0].keys() <= named
-
-
 def test_a_record_has_the_text_that_its_token_completed(pair: Ensemble) -> None:
     records: list[dict[str, Any]] = []
     written = pair.generate("The 🙂", max_new_tokens=24, draft=3, trace=records.append)

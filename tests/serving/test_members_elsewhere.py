@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running import ASSISTANT, PROMPT, Running, serving
+from running import ASSISTANT, MAIN, PROMPT, Running, serving
 
 from deepen_ext import Ensemble
+from deepen_ext.errors import ModelError
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
@@ -69,6 +70,29 @@ def test_a_member_that_is_served_with_a_key(
     with serving({"deepen": pair}, key="a-key") as running:
         address = f"{running.url}/members/{ASSISTANT}/v1"
         member = load_member(address, tokenizer=str(tiny_gemma_dir), api_key="env:MEMBER_KEY")
+        by_http = Ensemble([pair.members[0], member], fuser="deepen")
+        assert by_http.generate(PROMPT, max_new_tokens=4).text == pair.generate(PROMPT, max_new_tokens=4).text
+        member.backend.close()  # type: ignore[attr-defined]
+
+
+def test_an_address_of_no_single_member(served: Running, tiny_gemma_dir: Path) -> None:
+    """Of the server as a whole, and of a member that it has not: what to name is in the error."""
+    with pytest.raises(
+        ModelError, match=f"3 models .*; name one of its members: {served.url}/members/"
+    ) as error:
+        load_member(served.url, tokenizer=str(tiny_gemma_dir))
+    assert str(error.value).endswith(f"/members/{MAIN} or {served.url}/members/{ASSISTANT}")
+    with pytest.raises(ModelError, match=rf"there is no member 'nobody'; there are {MAIN}, {ASSISTANT}"):
+        load_member(f"{served.url}/members/nobody", tokenizer=str(tiny_gemma_dir))
+
+
+def test_the_address_of_a_server_of_one_model(pair: Ensemble, tiny_gemma_dir: Path) -> None:
+    """Its ensemble of one is a model too, and has no address of a member's."""
+    with serving({"deepen": Ensemble(pair.members[1:], fuser="single")}) as running:
+        with pytest.raises(ModelError, match="2 models") as error:
+            load_member(running.url, tokenizer=str(tiny_gemma_dir))
+        assert str(error.value).endswith(f"name one of its members: {running.url}/members/{ASSISTANT}")
+        member = load_member(f"{running.url}/members/{ASSISTANT}", tokenizer=str(tiny_gemma_dir))
         by_http = Ensemble([pair.members[0], member], fuser="deepen")
         assert by_http.generate(PROMPT, max_new_tokens=4).text == pair.generate(PROMPT, max_new_tokens=4).text
         member.backend.close()  # type: ignore[attr-defined]

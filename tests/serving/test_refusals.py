@@ -88,6 +88,22 @@ def test_a_400_names_the_field(served: Running, path: str, more: dict[str, Any],
 
 
 @pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([{"role": "tool", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": "x"}, {"role": "user", "content": None}], "messages[1].content"),
+        ([{"role": "user", "content": [IMAGE]}, {"role": "tool"}], "messages[0].content"),
+        (["x"], "messages[0]"),
+        ("x", "messages"),
+    ],
+)
+def test_a_400_says_which_message(served: Running, messages: Any, place: str) -> None:
+    error = served.refused(CHATS, {**CHAT, "messages": messages})
+    assert error["message"].startswith(f"{place}: ")
+    assert error["param"] == "messages"
+
+
+@pytest.mark.parametrize(
     ("more", "words"),
     [
         ({"prompt": "word " * 20000}, "context"),

@@ -93,7 +93,4 @@ class RemoteMember:
         return bool(ray.wait([reference], timeout=0)[0])
 
     def _lost(self, why: str) -> MemberLost:
-        return MemberLost(
-            self.name,
-            f"{why}; load the ensemble anew, or let the others go on without it (on_failure='continue')",
-        )
+        return MemberLost(self.name, f"{why}; load the ensemble anew")

@@ -23,6 +23,7 @@ from deepen_ext.members.http.protocols.base import (
 from deepen_ext.members.http.protocols.llama_cpp import SURELY
 from deepen_ext.members.http.rows import BadRow, Row
 
+MODELS = "/v1/models"
 _MARK = "token_id:"
 
 
@@ -39,15 +40,14 @@ class OpenAIProtocol(Protocol):
         Raises:
             ModelError: the server has several models.
         """
-        found = answered(lambda: client.get("/v1/models"))
+        found = answered(lambda: client.get(MODELS))
         if not isinstance(found, dict) or not found.get("data"):
             return None
         models = [one for one in found["data"] if not one.get("parent")]
         if len(models) != 1:
             names = ", ".join(str(one.get("id")) for one in models)
             raise ModelError(
-                f"{client.address}: the server has {len(models)} models ({names}); start one with a single "
-                "model for this member"
+                f"{client.address}: the server has {len(models)} models ({names}); {_single(client, models)}"
             )
         (model,) = models
         version = answered(lambda: client.get("/version"))
@@ -136,3 +136,11 @@ def _ids(tokens: Sequence[str]) -> list[int]:
     if not all(one.startswith(_MARK) for one in tokens):
         raise BadRow("gave tokens as texts, not as ids (return_tokens_as_token_ids)")
     return [int(one.removeprefix(_MARK)) for one in tokens]
+
+
+def _single(client: Client, models: Sequence[Mapping[str, Any]]) -> str:
+    """What to do about several models: of a server of ours each member has an address of its own."""
+    members = [one["id"] for one in models if (one.get("deepen") or {}).get("members") == [one["id"]]]
+    if not members:
+        return "start one with a single model for this member"
+    return "name one of its members: " + " or ".join(f"{client.address}/members/{one}" for one in members)
