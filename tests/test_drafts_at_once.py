@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 7},
     "a seed for each": {"do_sample": True, "temperature": 0.7, "seed": [3, 4, 3, 5]},
     "suppressed": {"suppress_tokens": [260, 28, 338]},
-    "processors for the verification": {"repetition_penalty": 1.3},
+    "processors for the verification": {"suppress_tokens": [260], "repetition_penalty": 1.3},
 }
 
 
