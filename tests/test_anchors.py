@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError
-from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.anchors import Anchors, PrefixColumns, first_token, shared_anchors
 from deepen_ext.text.vocabulary import Vocabulary
 
 SMOL_EOS, GEMMA_EOS, QWEN_EOS = (2, 0), (1, 106), (151645, 151643)
@@ -32,7 +32,7 @@ def qwen(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def pair(smol: Vocabulary, gem: Vocabulary) -> Anchors:
-    return shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS])
+    return shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=46_146)  # as many as they share
 
 
 def tiny(words: list[str], name: str) -> Vocabulary:
@@ -124,8 +124,8 @@ def test_an_eos_token_with_text_keeps_its_role() -> None:
 
 
 def test_bad_input(smol: Vocabulary, gem: Vocabulary) -> None:
-    with pytest.raises(InputError, match="smol, gem share only 46146 tokens, and at least 50000"):
-        shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=50_000)
+    with pytest.raises(InputError, match="smol, gem share only 46146 tokens, and at least 46147"):
+        shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=46_147)
     with pytest.raises(InputError, match="two or more"):
         shared_anchors([smol], [SMOL_EOS])
     with pytest.raises(InputError, match=r"smol: EOS ids \[49152\] are outside"):
@@ -179,6 +179,13 @@ def test_anchors_and_specials(pair: Anchors, smol: Vocabulary, gem: Vocabulary) 
         assert prefix.column(1, int(pair.token_ids[1][column])) == column
     assert prefix.column(1, 1) == prefix.column(1, 106) == pair.eos_column
     assert prefix.column(1, 0) == prefix.column(0, 3) == -1  # <pad>, <repo_name>
+
+
+def test_a_byte_that_a_tokenizer_drops_is_no_beginning(smol: Vocabulary) -> None:
+    lost = bytes([min(smol.lost_bytes)])
+    assert smol.encode((lost + b" straw").decode()) == smol.encode(" straw")
+    assert first_token(smol, b" straw") == smol.encode(" straw")[0]
+    assert first_token(smol, lost + b" straw") is None
 
 
 def test_rules_of_prefix_columns() -> None:
