@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError
 from deepen_ext.space.anchors import Anchors, PrefixColumns, first_token, shared_anchors
+from deepen_ext.space.relative_map import RelativeMap
+from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
 from deepen_ext.text.vocabulary import Vocabulary
 
 SMOL_EOS, GEMMA_EOS, QWEN_EOS = (2, 0), (1, 106), (151645, 151643)
@@ -47,7 +49,7 @@ def tiny(words: list[str], name: str) -> Vocabulary:
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(one, special=True) for one in ("</s>", "<pad>")])
     return Vocabulary.from_tokenizer(tokenizer, name=name)
 
 
@@ -204,3 +206,33 @@ def test_rules_of_prefix_columns() -> None:
     assert column(main, b"xyz") == anchor_x
     assert column(assistant, b"abz") == anchor_ab  # main writes ab, z
     assert column(assistant, b"xq") == anchor_x
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_relative_rows_by_bytes(member: int) -> None:
+    """Of the bytes recipe, then of the calibrated one, where anchors have their similarity row."""
+    vocabularies = [tiny(["abcd", "xyz"], "main"), tiny(["ab", "cd", "xq", "abz"], "assistant")]
+    own = vocabularies[member]
+    (eos,), (pad,) = own.encode("</s>"), own.encode("<pad>")
+    anchors = shared_anchors(vocabularies, [one.encode("</s>") for one in vocabularies])
+    prefix = PrefixColumns(anchors, vocabularies)
+    columns = torch.tensor([prefix.column(member, token) for token in range(own.vocab_size)])
+    by_bytes = torch.zeros(own.vocab_size, len(anchors))
+    by_bytes[columns >= 0, columns[columns >= 0]] = 1
+    by_bytes[pad] = 1 / len(anchors)  # it says nothing
+    assert columns[pad] == -1
+    assert columns[eos] == anchors.eos_column
+    found = RelativeMap.from_source(PrefixRows(anchors, prefix, member)).to_dense()
+    torch.testing.assert_close(found, by_bytes)
+
+    embedding = torch.randn(own.vocab_size, 6)
+    similarity = SimilarityRows(embedding, anchors.token_ids[member], temperature=3, entries=5)
+    by_similarity = RelativeMap.from_source(similarity).to_dense()
+    is_anchor = anchors.columns[member] >= 0
+    of_bytes = ~is_anchor & (columns >= 0)
+    of_bytes[eos] = True
+    assert of_bytes.sum() > 2
+    want = torch.where(of_bytes[:, None], by_bytes, by_similarity)
+    found = RelativeMap.from_source(PrefixRows(anchors, prefix, member, similarity)).to_dense()
+    torch.testing.assert_close(found, want)
+    assert (by_similarity - by_bytes).abs().amax(dim=1).min() > 0.01
