@@ -237,7 +237,7 @@ def places_written(pace: Pace, length: int | None = None, **draft: Any) -> int:
 
 
 def learn(pace: Pace, places: Sequence[tuple[bool, int, int | None]], drafter: int = MAIN) -> None:
-    """A cycle of one text: of each place, whether it was open, the token written there, and the one on offer."""
+    """A cycle of one text: of each place, whether it was open, the token written, and the one on offer."""
     draft: Any = [
         SimpleNamespace(
             margin=0.9, offered=offered, own=None, token=7, place=SimpleNamespace(text=0, is_open=is_open)
@@ -249,7 +249,7 @@ def learn(pace: Pace, places: Sequence[tuple[bool, int, int | None]], drafter: i
         for i, (one, (_, token, _)) in enumerate(zip(draft, places, strict=True))
     ]
     step: Any = SimpleNamespace(fused=SimpleNamespace(logits=torch.zeros(1, 1), parts=[None]), members_ms={})
-    pace._team.main = SimpleNamespace(vocabulary=SimpleNamespace(bytes_of=lambda token: b"x"))  # type: ignore[misc]
+    pace._team.main = SimpleNamespace(vocabulary=SimpleNamespace(bytes_of=lambda token: b"x"))
     pace.learn(Ahead({0: draft}, drafter), step, accepted, verified_ms=1.0, cycle_ms=1.0)
 
 

@@ -86,7 +86,7 @@ class TestAverage:
         for weight, one, relative in zip(weights[1:], logits[1:], maps[1:], strict=True):
             want[:, anchor_ids] += weight * (torch.softmax(one.double(), -1) @ relative.to_dense().double())
         assert (want - torch.softmax(logits[0].double(), -1)).abs().max() > 0.01
-        assert all(one.rows.rest[one.table.known].mean() > 0.2 for one in maps[1:])  # not the 12 entries alone
+        assert all(one.rows.rest[one.table.known].mean() > 0.2 for one in maps[1:])  # beside the entries
         torch.testing.assert_close(step.logits.double().exp(), want, atol=1e-6, rtol=1e-4)
         assert torch.equal(step.chosen.long(), want.argmax(-1))
 
@@ -203,9 +203,9 @@ class TestMapped:
     def spread(self, smollm2, gemma, said) -> list[torch.Tensor]:
         """The two distributions over SmolLM2's tokens; one token is impossible for SmolLM2."""
         said[0][:, smollm2.vocabulary.encode("\n")[0]] = -torch.inf
-        table = TokenBridge(
-            [smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids]
-        ).table(1, 0)
+        table = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids]).table(
+            1, 0
+        )
         main, other = (one.double().softmax(-1) for one in said)
         return [main, torch.zeros_like(main).index_add_(1, table[table >= 0], other[:, table >= 0])]
 
@@ -215,7 +215,7 @@ class TestMapped:
         step = fuser.step(said, [0.6, 0.4])
         want = (0.6 * main.log() + 0.4 * (other + 1e-4 * main).log()).log_softmax(-1)
         forbidden = main == 0
-        assert 0.5 < float(other[1, forbidden[1]].sum())  # what Gemma says there is lost
+        assert float(other[1, forbidden[1]].sum()) > 0.5  # what Gemma says there is lost
         assert int((other[~forbidden] < 1e-5 * main[~forbidden]).sum()) > 100  # of which the floor is most
         found = step.logits.double().log_softmax(-1)
         assert bool((found[forbidden] == -torch.inf).all())

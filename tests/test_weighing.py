@@ -54,7 +54,6 @@ def nats(texts: dict[str, float]) -> float:
     return -math.fsum(one * math.log(one) for one in texts.values())
 
 
-
 def test_margin(smollm2: Member, gemma: Member) -> None:
     said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, OTHER]])
     weights = Margin().weigh(torch.tensor([[0.5, 0.5], [0.8, 0.2]]), said)
