@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and set(DEMO_PAIR).intersection(item.fixturenames):
             item.add_marker("slow")
+
+
+def pytest_runtest_setup() -> None:
+    """Inputs drawn without a seed are the same whatever ran before."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rows_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Relative rows that earlier runs, maybe of other code, left in the user's cache are not read."""
+    from huggingface_hub.constants import HF_ASSETS_CACHE
+
+    from deepen_ext.ground.cache_folder import cache_dir
+
+    own = tmp_path_factory.mktemp("rows")
+
+    def folder(*parts: str) -> Path:
+        found = cache_dir(*parts)
+        return own if Path(HF_ASSETS_CACHE) in found.parents else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepen_ext.space.member_maps.cache_dir", folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the maps of this module's ensembles are kept: what other modules computed is not found."""
+    folder = tmp_path_factory.mktemp("rows")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *_: folder)
+        yield folder
 
 
 def _demo_folder(name: str) -> Path:

@@ -1,8 +1,8 @@
-"""Sessions as tests use them: the logits themselves, and members with another model."""
+"""Sessions as tests use them: the logits themselves, members with another model, tokens that are forced."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 from unittest.mock import patch
@@ -36,6 +36,18 @@ def changed(member: Member, **changes: Any) -> Member:
     """The member with something else about its model: ``model``, ``context_length``, ``name``, ..."""
     backend = replace(member.backend, **changes)
     return replace(member, name=backend.name, backend=backend)
+
+
+def forcing(tokens: Iterable[int]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A logits processor that leaves these tokens no choice, one after the other."""
+    left = iter(tokens)
+
+    def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, next(left)] = 0
+        return forced
+
+    return force
 
 
 class OnFixedBuffers(HFBackend):

@@ -9,7 +9,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError
-from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
+from deepen_ext.space.anchors import Anchors, PrefixColumns, first_token, shared_anchors
+from deepen_ext.space.relative_map import RelativeMap
+from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
 from deepen_ext.text.vocabulary import Vocabulary
 
 SMOL_EOS, GEMMA_EOS, QWEN_EOS = (2, 0), (1, 106), (151645, 151643)
@@ -32,7 +34,7 @@ def qwen(tokenizers: dict[str, PreTrainedTokenizerBase]) -> Vocabulary:
 
 @pytest.fixture(scope="module")
 def pair(smol: Vocabulary, gem: Vocabulary) -> Anchors:
-    return shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS])
+    return shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=46_146)  # as many as they share
 
 
 def tiny(words: list[str], name: str) -> Vocabulary:
@@ -47,7 +49,7 @@ def tiny(words: list[str], name: str) -> Vocabulary:
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.add_special_tokens([AddedToken(one, special=True) for one in ("</s>", "<pad>")])
     return Vocabulary.from_tokenizer(tokenizer, name=name)
 
 
@@ -124,8 +126,8 @@ def test_an_eos_token_with_text_keeps_its_role() -> None:
 
 
 def test_bad_input(smol: Vocabulary, gem: Vocabulary) -> None:
-    with pytest.raises(InputError, match="smol, gem share only 46146 tokens, and at least 50000"):
-        shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=50_000)
+    with pytest.raises(InputError, match="smol, gem share only 46146 tokens, and at least 46147"):
+        shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS], minimum=46_147)
     with pytest.raises(InputError, match="two or more"):
         shared_anchors([smol], [SMOL_EOS])
     with pytest.raises(InputError, match=r"smol: EOS ids \[49152\] are outside"):
@@ -181,6 +183,13 @@ def test_anchors_and_specials(pair: Anchors, smol: Vocabulary, gem: Vocabulary) 
     assert prefix.column(1, 0) == prefix.column(0, 3) == -1  # <pad>, <repo_name>
 
 
+def test_a_byte_that_a_tokenizer_drops_is_no_beginning(smol: Vocabulary) -> None:
+    lost = bytes([min(smol.lost_bytes)])
+    assert smol.encode((lost + b" straw").decode()) == smol.encode(" straw")
+    assert first_token(smol, b" straw") == smol.encode(" straw")[0]
+    assert first_token(smol, lost + b" straw") is None
+
+
 def test_rules_of_prefix_columns() -> None:
     main = tiny(["abcd", "xyz"], "main")  # of its own: abc, abcd, xy, xyz
     assistant = tiny(["ab", "cd", "xq", "abz"], "assistant")
@@ -197,3 +206,33 @@ def test_rules_of_prefix_columns() -> None:
     assert column(main, b"xyz") == anchor_x
     assert column(assistant, b"abz") == anchor_ab  # main writes ab, z
     assert column(assistant, b"xq") == anchor_x
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_relative_rows_by_bytes(member: int) -> None:
+    """Of the bytes recipe, then of the calibrated one, where anchors have their similarity row."""
+    vocabularies = [tiny(["abcd", "xyz"], "main"), tiny(["ab", "cd", "xq", "abz"], "assistant")]
+    own = vocabularies[member]
+    (eos,), (pad,) = own.encode("</s>"), own.encode("<pad>")
+    anchors = shared_anchors(vocabularies, [one.encode("</s>") for one in vocabularies])
+    prefix = PrefixColumns(anchors, vocabularies)
+    columns = torch.tensor([prefix.column(member, token) for token in range(own.vocab_size)])
+    by_bytes = torch.zeros(own.vocab_size, len(anchors))
+    by_bytes[columns >= 0, columns[columns >= 0]] = 1
+    by_bytes[pad] = 1 / len(anchors)  # it says nothing
+    assert columns[pad] == -1
+    assert columns[eos] == anchors.eos_column
+    found = RelativeMap.from_source(PrefixRows(anchors, prefix, member)).to_dense()
+    torch.testing.assert_close(found, by_bytes)
+
+    embedding = torch.randn(own.vocab_size, 6)
+    similarity = SimilarityRows(embedding, anchors.token_ids[member], temperature=3, entries=5)
+    by_similarity = RelativeMap.from_source(similarity).to_dense()
+    is_anchor = anchors.columns[member] >= 0
+    of_bytes = ~is_anchor & (columns >= 0)
+    of_bytes[eos] = True
+    assert of_bytes.sum() > 2
+    want = torch.where(of_bytes[:, None], by_bytes, by_similarity)
+    found = RelativeMap.from_source(PrefixRows(anchors, prefix, member, similarity)).to_dense()
+    torch.testing.assert_close(found, want)
+    assert (by_similarity - by_bytes).abs().amax(dim=1).min() > 0.01

@@ -130,8 +130,8 @@ class TestSoundness:
             certificate = plain(learning_rate, steps, log_probs=log_probs)
             main_choice = logits.argmax(dim=-1)
             sure = settled(certificate, logits)
-            top = ops.topk_softmax(logits, 20)
-            assert torch.equal(sure, settled(certificate, logits, top=top))
+            for k in (20, 1):  # one alone does not say how far the second is
+                assert torch.equal(sure, settled(certificate, logits, top=ops.topk_softmax(logits, k)))
             for share, min_probability in ((1.0, 0.0), (0.9, 0.0), (1.0, 0.2)):
                 fused = against(
                     logits,
@@ -203,6 +203,27 @@ class TestSoundness:
         assert settled(plain(0.15, 5), logits)  # a log-probability near 0 does not decay
         logits[0, 9] = lowest - 0.1
         assert settled(certificate, logits)
+
+
+class TestLimits:
+    @pytest.mark.parametrize("log_probs", [True, False])
+    def test_rounding_makes_them_no_narrower(self, log_probs):
+        """Beside the same in float64, of logits that a step of float32 moves as far as some searches do."""
+        random = torch.Generator().manual_seed(2)
+        logits = torch.rand(200, VOCAB, generator=random) * 4000 - 2000
+        first, probability = logits.amax(dim=1, keepdim=True), torch.rand(200, 1, generator=random)
+        lower, upper = SearchBound.of(0.15, 5, log_probs=log_probs).limits(logits, first, probability)
+        decay, reach = movement(0.15, 5)
+        z, c = logits.double(), first.double() - probability.double().log() if log_probs else 0.0
+        more = 5e-5 * reach  # half of what is added for the moments
+        lowest = (decay * (z - c) - reach - more + c).minimum(z)  # a token that is no candidate stays
+        highest = (decay * (z - c) + reach + more + c).maximum(z)
+        assert (lowest == z).any()
+        assert (highest == z).any() == (not log_probs)  # log-probabilities decay upwards
+        assert (lower <= lowest).all()
+        assert (upper >= highest).all()
+        assert (lowest - lower).max() < 0.01
+        assert (upper - highest).max() < 0.01
 
 
 class TestTightness:
@@ -307,8 +328,9 @@ class TestProcessors:
             {"watermarking_config": {"bias": 2.0}},
             {"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3]},
             {"logits_processor": [lambda ids, scores: scores]},
+            {"suppress_tokens": [12], "logits_processor": [lambda ids, scores: scores]},
         ],
-        ids=lambda settings: next(iter(settings)),
+        ids="+".join,
     )
     def test_off_where_it_cannot_be_proved(self, tiny_main, settings):
         logits = torch.zeros(1, tiny_main.vocab_size)

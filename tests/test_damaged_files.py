@@ -179,6 +179,19 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, Any], dict[str, A
     return lambda facts, tensors: tensors.update({name: tensors[name].to(dtype)})
 
 
+def unused(facts: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """An entry in the middle, whose share goes to the rest: the row still sums to 1."""
+    tensors["rest"][3] += tensors["values"][3, 2]
+    tensors["columns"][3, 2] = -1
+
+
+def wider(facts: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """31 entries for 30 anchors, most of them unused."""
+    facts["entries"] = 31
+    for name, unused in (("columns", -1), ("values", 0)):
+        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 25), value=unused)
+
+
 FORGED = {
     "a column beyond the anchors": put("columns", 3, 2, 30),
     "a column far beyond": put("columns", 3, 2, 2**31 - 1),
@@ -186,7 +199,7 @@ FORGED = {
     "a column twice": lambda facts, tensors: put("columns", 3, 2, int(tensors["columns"][3, 1]))(
         facts, tensors
     ),
-    "a column after an unused entry": put("columns", 3, 2, -1),
+    "a column after an unused entry": unused,
     "NaN": put("values", 3, 2, float("nan")),
     "a negative value": put("values", 3, 2, -0.1),
     "an infinite value": put("values", 3, 2, float("inf")),
@@ -220,6 +233,7 @@ FORGED = {
     "no anchors": fact(anchors=0),
     "huge anchors": fact(anchors=10**30),
     "entries of other rows": fact(entries=7),
+    "more entries than anchors": wider,
     "negative entries": fact(entries=-6),
     "a source of numbers": fact(source=3),
     "an unknown recipe": fact(recipe="bytes"),
@@ -235,12 +249,51 @@ FORGED = {
 }
 
 
+# What each is refused for: another check that fails as well would hide that one is missing.
+WHY = {
+    "a column is out of range": ("a column beyond the anchors", "a column far beyond", "a column below -1"),
+    "a row names a column twice": ("a column twice",),
+    "a column stands after an unused entry": ("a column after an unused entry",),
+    "a value is negative or no number": ("NaN", "a negative value"),
+    "a row does not sum to 1": ("an infinite value", "a row that sums to more"),
+    "a rest is not between 0 and 1": ("a huge rest", "a rest of NaN"),
+    "a token is out of range": ("a token beyond", "a token below 0"),
+    "its tokens are not in order": ("a token twice",),
+    "values is F(16|64)": ("values as float16", "values as float64"),
+    "tokens is I64": ("tokens as int64",),
+    "rest is BOOL": ("rest as bool",),
+    "its tensors are columns, tokens, values": ("rest missing",),
+    "its tensors are missing": ("every tensor missing",),
+    "its tensors are columns, matrix, rest": ("a tensor more",),
+    r"values is F32 \[40, 5\]": ("fewer values",),
+    r"rest is F32 \[30\]": ("fewer rows",),
+    r"columns is I32 \[240\]": ("rows flat",),
+    r"columns is I32 \[0, \d+\]": ("no rows, wide",),
+    r"matrix is F32 \[3, 1\]": ("a matrix of other sizes",),
+    "vocab_size is": ("a huge vocabulary", "a vocabulary of text", "a vocabulary of truth"),
+    "it has 40 rows of 39 tokens": ("a vocabulary below its rows",),
+    "anchors is": ("no anchors", "huge anchors"),
+    r"columns is I32 \[40, 6\]; expected I32 \[40, 7\]": ("entries of other rows",),
+    "entries is": ("more entries than anchors", "negative entries"),
+    "source is 3": ("a source of numbers",),
+    "recipe is": ("an unknown recipe", "a recipe without temperature"),
+    "temperature is": ("a temperature of NaN", "a temperature below 0"),
+    "its facts are not vocab_size": ("a fact more", "a fact missing", "facts of a list"),
+    "its facts are no JSON": ("facts that are no JSON", "facts without end", "facts of huge digits"),
+}
+
+
 class TestMap:
-    @pytest.mark.parametrize("name", FORGED)
-    def test_wrong_content_with_a_right_checksum(self, saved_map: Path, tmp_path: Path, name: str) -> None:
+    @pytest.mark.parametrize(("name", "why"), [(name, why) for why, names in WHY.items() for name in names])
+    def test_wrong_content_with_a_right_checksum(
+        self, saved_map: Path, tmp_path: Path, name: str, why: str
+    ) -> None:
         forged = rewritten(saved_map, tmp_path / "forged.safetensors", FORGED[name])
-        with pytest.raises(ModelError, match=r"forged\.safetensors is damaged .*; delete it"):
+        with pytest.raises(ModelError, match=rf"forged\.safetensors is damaged \({why}.*\); delete it"):
             RelativeMap.load(forged)
+
+    def test_each_is_refused_for_something(self) -> None:
+        assert sorted(name for names in WHY.values() for name in names) == sorted(FORGED)
 
     def test_nothing_changed_is_no_damage(self, saved_map: Path, tmp_path: Path) -> None:
         same = rewritten(saved_map, tmp_path / "same.safetensors", lambda facts, tensors: None)

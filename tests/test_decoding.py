@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from sessions import changed, sync
+from sessions import changed, forcing, sync
 from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from deepen_ext import Ensemble, InputError, ModelError
@@ -37,21 +37,12 @@ SUMS = [
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    """An assets cache of this module's own: nothing computed elsewhere is found there."""
-    folder = tmp_path_factory.mktemp("assets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_smollm2, tiny_gemma, assets):
+def pair(tiny_smollm2, tiny_gemma, rows_folder):
     return Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen", learning_rate=0.3)
 
 
 @pytest.fixture(scope="module")
-def demo_pair(smollm2, gemma, assets):
+def demo_pair(smollm2, gemma, rows_folder):
     return Ensemble([smollm2, gemma])
 
 
@@ -434,14 +425,9 @@ class TestTransformersSettings:
         spelled = main.encode(" a🫠b")
         part = [i for i in spelled if main.bytes_of(i)[-1:] > b"\x7f"]
         assert len(part) > 1
-        left = iter(spelled)
-
-        def force(ids, scores):
-            forced = torch.full_like(scores, -float("inf"))
-            forced[:, next(left)] = 0
-            return forced
-
-        result = pair.generate("Hi", max_new_tokens=20, stop_strings="a🫠", logits_processor=[force])
+        result = pair.generate(
+            "Hi", max_new_tokens=20, stop_strings="a🫠", logits_processor=[forcing(spelled)]
+        )
         assert result.finish_reason == "stop_string"
         assert result.text == " a🫠"
 

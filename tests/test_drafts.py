@@ -19,7 +19,7 @@ from tiny_models import AWKWARD
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.drafts.draft_settings import LONGEST, LOOKUP, MAIN, DraftSettings
 from deepen_ext.decoding.drafts.lookup import PromptLookup
-from deepen_ext.decoding.drafts.pace import Pace, Plan
+from deepen_ext.decoding.drafts.pace import Pace, Plan, begins_alike
 from deepen_ext.decoding.generation import Timings
 from deepen_ext.decoding.observed.acceptance import Acceptance
 from deepen_ext.decoding.observed.costs import Costs
@@ -236,6 +236,31 @@ def places_written(pace: Pace, length: int | None = None, **draft: Any) -> int:
     return next(n for n in range(1, 100) if not pace.goes_on(draft_of(n, **draft), [0], length))
 
 
+def learn(pace: Pace, places: Sequence[tuple[bool, int, int | None]], drafter: int = MAIN) -> None:
+    """A cycle of one text: of each place, whether it was open, the token written, and the one on offer."""
+    draft: Any = [
+        SimpleNamespace(
+            margin=0.9, offered=offered, own=None, token=7, place=SimpleNamespace(text=0, is_open=is_open)
+        )
+        for is_open, _, offered in places
+    ]
+    accepted: Any = [
+        SimpleNamespace(proposal=one, token=token, row=i)
+        for i, (one, (_, token, _)) in enumerate(zip(draft, places, strict=True))
+    ]
+    step: Any = SimpleNamespace(fused=SimpleNamespace(logits=torch.zeros(1, 1), parts=[None]), members_ms={})
+    pace._team.main = SimpleNamespace(vocabulary=SimpleNamespace(bytes_of=lambda token: b"x"))
+    pace.learn(Ahead({0: draft}, drafter), step, accepted, verified_ms=1.0, cycle_ms=1.0)
+
+
+def test_texts_that_may_go_on_alike() -> None:
+    assert begins_alike(b" straw", b" strawberries")
+    assert begins_alike(b" strawberries", b" straw")
+    assert not begins_alike(b" straw", b" strong")
+    assert not begins_alike(b" straw", b"")  # a special token
+    assert not begins_alike(b"", b"")
+
+
 class TestPace:
     def test_drafts_that_never_pay(self) -> None:
         dear = history_of(write=10, read=10, more=12, agrees=True)
@@ -244,6 +269,13 @@ class TestPace:
         assert places_written(pace_of(wrong)) == 1
         free = history_of(write=10, read=0.2, more=0, agrees=True)
         assert places_written(pace_of(free), margin=0.6) == 1  # there is nothing to save
+        for read, pays in ((0.5, False), (2, True)):  # by less than a tenth, and by more
+            little = history_of(write=10, read=read, more=0, agrees=True)
+            assert (places_written(pace_of(little)) > 1) == pays
+        rarely = history_of(write=10, read=40, more=0, agrees=True)
+        assert places_written(pace_of(rarely)) > 1
+        rarely.opened = (0.1, 10.0)  # of a hundred tokens, one that an assistant could change
+        assert places_written(pace_of(rarely)) == 1
 
     def test_drafts_that_always_pay(self) -> None:
         pace = pace_of(history_of(write=10, read=40, more=0, agrees=True))
@@ -285,6 +317,8 @@ class TestPace:
         looking._longest[LOOKUP] = 8
         assert looking.plan(1, [6]) == Plan(LOOKUP, 6)
         assert looking.plan(1, [0]) == Plan(MAIN, None)
+        assert looking.plan(10, [1] * 10) == Plan(LOOKUP, 1)
+        assert looking.plan(10, [1] + [0] * 9) == Plan(MAIN, None)  # the others get one token each
         assert pace_of(history, (MAIN, LOOKUP, 1)).plan(1, [8]).drafter == LOOKUP  # its tokens cost nothing
         # What it would have written stood; what it wrote did not.
         for _ in range(40):
@@ -292,6 +326,23 @@ class TestPace:
         assert by_member.plan(1, []) == Plan(MAIN, None)
         history.forget_offers(500)
         assert by_member.plan(1, []).drafter == 1
+        # What it said while it wrote it need not read again.
+        dear = history_of(write=40, read=30, more=0, agrees=True)
+        assert pace_of(dear, (1,)).plan(1, []) == Plan(1, 1)
+
+    def test_what_others_offer_grows_while_it_stands(self) -> None:
+        pace = pace_of(history_of(write=10, read=10, more=1, agrees=True), (1,))
+        lengths = []
+        for stood in ([True], [True] * 2, [True] * 4, [True] * 8, [True] * 3 + [False] * 2, [False]):
+            learn(pace, [(True, 7, 7 if one else 8) for one in stood], drafter=1)
+            lengths.append(pace._longest[1])
+        assert lengths == [2, 4, 8, 8, 3, 1]
+
+    def test_what_nobody_was_asked_about_is_read_with_the_next_draft(self) -> None:
+        pace = pace_of(history_of(write=10, read=10, more=1, agrees=True))
+        for asked, width in (([False, False], 3), ([False], 4), ([False, True, False], 2), ([True], 1)):
+            learn(pace, [(one, 7, None) for one in asked])
+            assert pace._width(draft_of(1)) == width
 
     def test_another_drafter_is_left_where_it_is_not(self) -> None:
         wrong = history_of(write=40, read=4, more=0, agrees=False)

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 7},
     "a seed for each": {"do_sample": True, "temperature": 0.7, "seed": [3, 4, 3, 5]},
     "suppressed": {"suppress_tokens": [260, 28, 338]},
-    "processors for the verification": {"repetition_penalty": 1.3},
+    "processors for the verification": {"suppress_tokens": [260], "repetition_penalty": 1.3},
 }
 
 
@@ -245,17 +245,22 @@ class TestPace:
     @pytest.mark.parametrize("share", [0.3, 0.7, 0.9, 0.97])
     def test_the_least_time_a_token(self, share: float) -> None:
         """Where reading several tokens costs what one does."""
-        read = dict.fromkeys(range(1, 10), 12.0)
-        history = self.history(8.0, read, share)
-        a = history.accepted(MAIN).mean
-        assert abs(a - share) < 0.1
+        history = self.history(8.0, dict.fromkeys(range(1, 10), 12.0), share)
+        assert abs(history.accepted(MAIN).mean - share) < 0.1
+        plan = self.pace(history).plan(1, [])
+        assert plan == self.least(history, 8.0, 12.1, 1.0)
+        assert (plan.length > 0) == (share > 0.5)
+
+    @staticmethod
+    def least(history: History, write: float, read: float, asked: float) -> Plan:
+        """By the formula, where assistants are asked about this share of the tokens."""
+        a = 1 - asked * (1 - history.accepted(MAIN).mean)
         rates = [
-            ((g + 1) * 8.0 + 12.0 + 0.1) / sum(a**i for i in range(g + 1)) for g in range(MOST_OFFERED + 1)
+            ((g + 1) * write + read * (1 - (1 - asked) ** (g + 1))) / sum(a**i for i in range(g + 1))
+            for g in range(MOST_OFFERED + 1)
         ]
         best = min(range(len(rates)), key=rates.__getitem__)
-        plan = self.pace(history).plan(1, [])
-        assert plan == Plan(MAIN, best if rates[best] < _CLEARLY * rates[0] else 0)
-        assert (plan.length > 0) == (share > 0.5)
+        return Plan(MAIN, best if rates[best] < _CLEARLY * rates[0] else 0)
 
     def test_none_where_reading_costs_by_the_token(self) -> None:
         history = self.history(8.0, {width: 10.0 * width for width in range(1, 10)}, 0.9)
@@ -271,6 +276,14 @@ class TestPace:
         assert self.pace(history).plan(1, []).length == 1
         history.opened = (30.0, 100.0)
         assert self.pace(history).plan(1, []).length == 0
+        lengths = set()
+        for write in (0.5, 1.0, 2.0, 3.0):
+            history = self.history(write, dict.fromkeys(range(1, 10), 12.0), 0.6)
+            history.opened = (50.0, 100.0)
+            plan = self.pace(history).plan(1, [])
+            assert plan == self.least(history, write, 12.1, 0.5)
+            lengths.add(plan.length)
+        assert len(lengths) > 2
 
     def test_widths_are_tried_by_and_by(self) -> None:
         """What was never measured is tried, not more than twice as wide as what was."""

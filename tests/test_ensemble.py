@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sessions import changed
+from sessions import changed, forcing
 
 from deepen_ext import Ensemble, InputError, RelativeMap, load_members
 from deepen_ext.space.anchors import shared_anchors
@@ -21,21 +21,12 @@ LONG = (
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """An assets cache of this module's own: nothing computed elsewhere is found there."""
-    folder = tmp_path_factory.mktemp("assets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deepen_ext.space.member_maps.cache_dir", lambda *parts: folder.joinpath(*parts))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def pair(smollm2, gemma, cache):
+def pair(smollm2, gemma, rows_folder):
     return Ensemble([smollm2, gemma])
 
 
 @pytest.fixture(scope="module")
-def tiny_pair(tiny_smollm2, tiny_gemma, cache):
+def tiny_pair(tiny_smollm2, tiny_gemma, rows_folder):
     return Ensemble([tiny_smollm2, tiny_gemma])
 
 
@@ -50,18 +41,6 @@ def main_alone(member, prompt: str, count: int) -> list[int]:
         pad_token_id=member.eos_ids[0],
     )
     return output[0, ids.shape[1] :].tolist()
-
-
-def forcing(tokens):
-    """A logits processor that leaves these tokens no choice."""
-    left = iter(tokens)
-
-    def force(ids, scores):
-        forced = torch.full_like(scores, -float("inf"))
-        forced[:, next(left)] = 0
-        return forced
-
-    return force
 
 
 class TestGenerate:
@@ -83,28 +62,28 @@ class TestGenerate:
         first = next(i for i, (a, b) in enumerate(zip(fused.token_ids, alone, strict=True)) if a != b)
         assert pair.generate(LONG, max_new_tokens=first + 1).changed_tokens == 1
 
-    def test_all_weight_on_the_main_model_is_the_main_model(self, smollm2, gemma, cache):
+    def test_all_weight_on_the_main_model_is_the_main_model(self, smollm2, gemma):
         result = Ensemble([smollm2, gemma], weights=[1, 0]).generate(LONG, max_new_tokens=24)
         assert result.token_ids == main_alone(smollm2, LONG, 24)
         assert result.changed_tokens == 0
 
-    def test_twins_agree_with_themselves(self, smollm2, cache):
+    def test_twins_agree_with_themselves(self, smollm2):
         """A model fused with itself changes nothing: both say the same in relative space."""
         result = Ensemble([smollm2, smollm2], recipe="bytes").generate(LONG, max_new_tokens=16)
         assert result.token_ids == main_alone(smollm2, LONG, 16)
         assert len(set(result.timings.members_ms)) == 2
 
     @pytest.mark.parametrize("recipe", ["bytes", "paper"])
-    def test_other_recipes(self, smollm2, gemma, cache, recipe):
+    def test_other_recipes(self, smollm2, gemma, recipe):
         result = Ensemble([smollm2, gemma], recipe=recipe).generate(PROMPT, max_new_tokens=8)
         assert "Paris" in result.text
 
-    def test_gemma_may_be_the_main_model(self, smollm2, gemma, cache):
+    def test_gemma_may_be_the_main_model(self, smollm2, gemma):
         result = Ensemble([gemma, smollm2], recipe="bytes").generate(PROMPT, max_new_tokens=12)
         assert "Paris" in result.text
         assert gemma.vocabulary.decode(result.token_ids).decode() == result.text
 
-    def test_three_members(self, smollm2, gemma, cache):
+    def test_three_members(self, smollm2, gemma):
         trio = Ensemble([smollm2, gemma, smollm2], recipe="bytes", weights=[0.4, 0.4, 0.2])
         assert "Paris" in trio.generate(PROMPT, max_new_tokens=8).text
 
@@ -172,7 +151,7 @@ class TestGenerate:
 
 
 class TestEnding:
-    def test_eos(self, smollm2, gemma, cache):
+    def test_eos(self, smollm2, gemma):
         chat = "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
         result = Ensemble([smollm2, gemma], weights=[0.9, 0.1], recipe="bytes").generate(
             chat, max_new_tokens=32
@@ -198,7 +177,7 @@ class TestEnding:
         shorter = pair.members[0].vocabulary.decode(result.token_ids[:-1]).decode()
         assert not any(one in shorter for one in stops)
 
-    def test_an_assistant_that_runs_out_of_context(self, smollm2, gemma, cache):
+    def test_an_assistant_that_runs_out_of_context(self, smollm2, gemma):
         """Its tokens may be more than main's: the text so far is returned, not lost."""
         spelled = gemma.vocabulary.encode("日本語の文章は長いです")
         assert len(smollm2.vocabulary.encode("日本語の文章は長いです")) > 2 * len(spelled)
@@ -243,7 +222,7 @@ class TestRepeatable:
 
 
 class TestRowsOnDisk:
-    def test_a_second_run_computes_none(self, tiny_smollm2, tiny_gemma, cache):
+    def test_a_second_run_computes_none(self, tiny_smollm2, tiny_gemma, rows_folder):
         first = Ensemble([tiny_smollm2, tiny_gemma], recipe="calibrated", relative_temperature=21)
         asked = {"max_new_tokens": 8, "draft": 0}  # how far "auto" writes ahead depends on the time
         text = first.generate(PROMPT, **asked).text
@@ -255,10 +234,10 @@ class TestRowsOnDisk:
         third = Ensemble([tiny_smollm2, tiny_gemma], recipe="calibrated", relative_temperature=22)
         assert third.maps[0].rows_known == 0
 
-    def test_a_damaged_file_is_reported_and_rebuilt(self, tiny_smollm2, tiny_gemma, cache):
+    def test_a_damaged_file_is_reported_and_rebuilt(self, tiny_smollm2, tiny_gemma, rows_folder):
         first = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes", candidates=64)
         text = first.generate(PROMPT, max_new_tokens=4).text
-        files = [cache / "relative-maps" / "rows" / f"{one.fingerprint}.safetensors" for one in first.maps]
+        files = [rows_folder / f"{one.fingerprint}.safetensors" for one in first.maps]
         for file in files:
             data = bytearray(file.read_bytes())
             data[-5] ^= 0xFF
@@ -271,7 +250,7 @@ class TestRowsOnDisk:
         assert third.maps[0].rows_known == second.maps[0].rows_known
 
     def test_rows_that_cannot_be_kept_do_not_cost_the_text(
-        self, tiny_smollm2, tiny_gemma, cache, monkeypatch
+        self, tiny_smollm2, tiny_gemma, rows_folder, monkeypatch
     ):
         def full(self, path):
             raise OSError(28, "No space left on device")
@@ -305,7 +284,7 @@ class TestBadInput:
         with pytest.raises(InputError, match=message):
             pair.generate(**({"prompt": PROMPT} | arguments))
 
-    def test_context_of_an_assistant(self, smollm2, gemma, cache):
+    def test_context_of_an_assistant(self, smollm2, gemma):
         short = changed(gemma, context_length=20, name="short-gemma")
         with pytest.raises(InputError, match="short-gemma: the prompt's 6 tokens and 15 new ones exceed"):
             Ensemble([smollm2, short], recipe="bytes").generate(PROMPT, max_new_tokens=15)
@@ -325,7 +304,7 @@ class TestBadInput:
             ({"min_probability": 1.0}, "min_probability is 1"),
         ],
     )
-    def test_settings(self, smollm2, gemma, cache, settings, message):
+    def test_settings(self, smollm2, gemma, settings, message):
         with pytest.raises(InputError, match=message):
             Ensemble([smollm2, gemma], **settings)
 
@@ -375,7 +354,7 @@ class TestBadInput:
         with pytest.raises(InputError, match="3 weights for 2 members"):
             Ensemble.from_pretrained(["no/such", "no/where"], weights=[0.5, 0.3, 0.2])
 
-    def test_nan_logits_name_the_member(self, smollm2, gemma, cache):
+    def test_nan_logits_name_the_member(self, smollm2, gemma):
         ensemble = Ensemble([smollm2, gemma], recipe="bytes")
         hook = gemma.model.lm_head.register_forward_hook(lambda _m, _i, output: output * float("nan"))
         try:

@@ -175,9 +175,12 @@ def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(
     """Ctrl-C in this process, with the models that the tests have loaded already."""
     monkeypatch.setattr(command, "load_ensemble", lambda *_, **__: ensembles["deepen:bytes"])
 
+    ended = threading.Event()
+
     def press() -> None:
         while items_on_disk(tmp_path) < 4:
-            time.sleep(0.005)
+            if ended.wait(0.005):
+                return
         os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.signal(
@@ -189,6 +192,7 @@ def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(
         options = ["--data", str(data), "--json", str(tmp_path), "--batch-size", "2", "--demo", "--fresh"]
         done = CliRunner().invoke(app, ["eval", "--task", "triviaqa", "--recipe", "bytes", *options])
     finally:
+        ended.set()
         finger.join()
         signal.signal(signal.SIGINT, handler)
     assert done.exit_code == 130

@@ -159,6 +159,9 @@ def test_a_gate_leaves_the_first_token_to_all(torn: Ensemble) -> None:
     given = torn.generate(PROMPT, max_new_tokens=TOKENS, confidence_gate=1e-6)
     assert given.token_ids[:1] == torn.generate(PROMPT, max_new_tokens=1).token_ids
     assert given.timings.gated == given.timings.tokens - 1
+    # Of a sampled text nobody knows what the main model alone would draw, but only its first token counts.
+    sampled = torn.generate(PROMPT, max_new_tokens=TOKENS, do_sample=True, seed=3, confidence_gate=1e-6)
+    assert sampled.timings.gated == sampled.timings.tokens - 1 > 0
 
 
 @pytest.mark.parametrize("skip", [{"certified_skip": True}, {"confidence_gate": 1e-6}], ids=str)

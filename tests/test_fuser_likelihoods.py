@@ -174,7 +174,9 @@ def test_union_vocab_in_float64(
 def tiny_fusers(candidates: int) -> list[Fuser]:
     """Of three vocabularies of some hundred tokens, in relative maps with rows for all."""
     maps = [
-        RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120), entries=12)
+        RelativeMap.from_embedding(
+            random_embedding(v, 16, seed=v), torch.arange(120), temperature=4, entries=12
+        )
         for v in (300, 400, 350)
     ]
     dense = [RelativeMap.from_dense(one.to_dense()) for one in maps]

@@ -77,7 +77,9 @@ class TestAverage:
     def test_is_the_weighted_sum_of_dense_relative_representations(self) -> None:
         logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1), random_logits(2, 350, seed=2)]
         maps = [
-            RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120), entries=12)
+            RelativeMap.from_embedding(
+                random_embedding(v, 16, seed=v), torch.arange(120), temperature=4, entries=12
+            )
             for v in (300, 400, 350)
         ]
         anchor_ids, weights = torch.randperm(300)[:120], [0.5, 0.3, 0.2]
@@ -86,6 +88,7 @@ class TestAverage:
         for weight, one, relative in zip(weights[1:], logits[1:], maps[1:], strict=True):
             want[:, anchor_ids] += weight * (torch.softmax(one.double(), -1) @ relative.to_dense().double())
         assert (want - torch.softmax(logits[0].double(), -1)).abs().max() > 0.01
+        assert all(one.rows.rest[one.table.known].mean() > 0.2 for one in maps[1:])  # beside the entries
         torch.testing.assert_close(step.logits.double().exp(), want, atol=1e-6, rtol=1e-4)
         assert torch.equal(step.chosen.long(), want.argmax(-1))
 
@@ -107,13 +110,21 @@ class TestAverage:
             torch.testing.assert_close(step.logits[row : row + 1], alone.logits)
 
     def test_improbable_tokens_go_to_the_tail(self) -> None:
+        """The tail is shared evenly. The most probable token counts however improbable it is."""
         logits = [random_logits(2, 300, seed=0), random_logits(2, 400, seed=1)]
+        logits[1][1] *= 0.01
         maps = [
             RelativeMap.from_embedding(random_embedding(v, 16, seed=v), torch.arange(120)) for v in (300, 400)
         ]
         step = AverageFuser(maps, torch.arange(120), min_probability=0.01).step(logits, [0.5, 0.5])
-        assert 0 < maps[1].rows_known < 128
-        torch.testing.assert_close(step.logits.exp().sum(-1), torch.ones(2), atol=1e-5, rtol=0)
+        assert 1 < maps[1].rows_known < 128
+        main, other = (one.double().softmax(-1) for one in logits)
+        counts = other >= 0.01
+        assert counts.sum(1).tolist()[1:] == [0] < counts.sum(1).tolist()[:1]
+        counts[1, other[1].argmax()] = True
+        tail = (other * ~counts).sum(1, keepdim=True) / 120
+        main[:, :120] += (other * counts) @ maps[1].to_dense().double() + tail
+        torch.testing.assert_close(step.logits.double().exp(), main / 2, atol=1e-6, rtol=1e-4)
 
     def test_dense_maps_are_refused(self) -> None:
         with pytest.raises(InputError, match="sparse rows"):
@@ -187,6 +198,49 @@ class TestUnionVocab:
         assert smollm2.vocabulary.bytes_of(found) == b"\xf0"
 
 
+class TestMapped:
+    """What is made of an assistant's distribution in the main model's tokens, in float64 by the table."""
+
+    @pytest.fixture
+    def spread(self, smollm2, gemma, said) -> list[torch.Tensor]:
+        """The two distributions over SmolLM2's tokens; one token is impossible for SmolLM2."""
+        said[0][:, smollm2.vocabulary.encode("\n")[0]] = -torch.inf
+        table = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids]).table(
+            1, 0
+        )
+        main, other = (one.double().softmax(-1) for one in said)
+        return [main, torch.zeros_like(main).index_add_(1, table[table >= 0], other[:, table >= 0])]
+
+    def test_product(self, smollm2, gemma, said, spread) -> None:
+        main, other = spread
+        fuser = Ensemble([smollm2, gemma], fuser="product").fuser
+        step = fuser.step(said, [0.6, 0.4])
+        want = (0.6 * main.log() + 0.4 * (other + 1e-4 * main).log()).log_softmax(-1)
+        forbidden = main == 0
+        assert float(other[1, forbidden[1]].sum()) > 0.5  # what Gemma says there is lost
+        assert int((other[~forbidden] < 1e-5 * main[~forbidden]).sum()) > 100  # of which the floor is most
+        found = step.logits.double().log_softmax(-1)
+        assert bool((found[forbidden] == -torch.inf).all())
+        torch.testing.assert_close(found[~forbidden], want[~forbidden], atol=2e-3, rtol=0)
+        assert torch.equal(step.chosen.long(), want.argmax(-1))
+        assert bool((fuser.step(said, [0.0, 1.0]).logits[forbidden] == -torch.inf).all())
+
+    def test_consistent(self, smollm2, gemma, said, spread) -> None:
+        """The mean is of who has a weight."""
+        main, other = spread
+        fuser = Ensemble([smollm2, gemma, gemma], fuser="consistent").fuser
+        step = fuser.step([*said, said[1]], [[0.5, 0.3, 0.2], [0.625, 0.375, 0.0], [0.625, 0.375, 0.0]])
+        for row, weights in enumerate(([0.5, 0.5], [0.625, 0.375], [0.625, 0.375])):
+            members = 3 if row == 0 else 2
+            mean = (main[row] + (members - 1) * other[row]) / members
+            near = ((-2 * (other[row] - mean).abs()).exp() - math.exp(-2)) / (1 - math.exp(-2))
+            want = weights[0] * main[row] + weights[1] * near * other[row]
+            assert float((near * other[row]).sum()) < 0.95
+            torch.testing.assert_close(
+                step.logits[row].double().softmax(-1), want / want.sum(), atol=1e-4, rtol=0
+            )
+
+
 def test_indents_of_python(gemma: Member) -> None:
     """They came out a space short: 11, 7 and 3."""
     qwen = load_member("demo:qwen2.5-coder-0.5b-instruct", backend="transformers")
@@ -226,7 +280,14 @@ class TestUnionTopk:
         return by_main
 
     def test_is_unite(self, smollm2, gemma, said) -> None:
+        """Also of two texts that are one token of SmolLM2, and of a special token, which is none of them."""
         members, weights = [smollm2, gemma], [0.6, 0.4]
+        special = next(i for i, one in enumerate(gemma.vocabulary.tokens) if one is None)
+        assert special not in gemma.eos_ids
+        assert first_token(smollm2, b" soiled") == first_token(smollm2, b" soil")
+        said[0][0, first_token(smollm2, b" soil")] = 24.0
+        for i, token in enumerate((first_token(gemma, b" soiled"), first_token(gemma, b" soil"), special)):
+            said[1][0, token] = 23.0 + i
         step = Ensemble(members, fuser="union-topk").fuser.step(said, weights)
         for row in range(3):
             try:
@@ -245,6 +306,12 @@ class TestUnionTopk:
             assert torch.equal(fused[rest], own[rest])
             assert int(step.chosen[row]) == max(want, key=want.__getitem__)
             assert (shares - torch.softmax(own[ids], 0)).abs().max() > 0.01
+
+    def test_what_a_member_without_weight_says_is_not_in_the_union(self, smollm2, gemma, said) -> None:
+        pair, three = (Ensemble([smollm2, *[gemma] * n], fuser="union-topk").fuser for n in (1, 2))
+        want = pair.step(said, [0.6, 0.4])
+        found = three.step([*said, said[1].roll(1, dims=0)], [0.6, 0.4, 0.0])
+        assert torch.equal(found.logits, want.logits)
 
 
 class TestSingle:

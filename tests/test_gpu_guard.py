@@ -13,13 +13,16 @@ pytestmark = pytest.mark.slow
 
 GPU = Path(__file__).parent / "gpu"
 
-# The device's answer is planted, because this runs without one: `torch.cuda.synchronize` raises from then on.
+# The device's answers are planted, because this runs without one: `synchronize` raises from then on. So is
+# torch, of which the guard needs no more, and which takes each of these processes seconds to import.
+TORCH = """
+class cuda:
+    is_initialized = staticmethod(lambda: True)
+    synchronize = staticmethod(lambda: None)
+"""
 CONFTEST = """
 import pytest, torch
 from guard import pytest_runtest_protocol
-
-torch.cuda.is_initialized = lambda: True
-torch.cuda.synchronize = lambda: None
 
 @pytest.fixture
 def spoil():
@@ -35,6 +38,7 @@ def spoil():
 
 
 def run(folder: Path, test: str, *arguments: str, seconds: str = "60") -> subprocess.CompletedProcess[str]:
+    (folder / "torch.py").write_text(TORCH)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_planted.py").write_text(f"import time\n\n{test}\n\ndef test_after():\n    pass\n")
     return subprocess.run(

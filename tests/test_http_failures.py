@@ -142,7 +142,7 @@ def lost(member: Member, why: str) -> Iterator[None]:
     began = time.monotonic()
     with pytest.raises(MemberLost, match=why) as caught:
         yield
-    assert time.monotonic() - began < LIMIT + 2
+    assert time.monotonic() - began < LIMIT + 20  # "drop by drop" would go on for minutes
     assert caught.value.member == member.name
     assert str(caught.value).startswith(f"{member.name}: the server http://127.0.0.1:")
 

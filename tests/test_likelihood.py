@@ -235,6 +235,16 @@ def ensembles(tiny_smollm2: Member, tiny_gemma: Member) -> dict[str, Ensemble]:
     }
 
 
+def test_a_text_that_names_what_stands_before_it(tiny_gemma: Member) -> None:
+    """It gets no second BOS, and the one it has is not scored."""
+    named, plain = (
+        readings_module.Reading(tiny_gemma, "", text) for text in ("<bos>Hello world", "Hello world")
+    )
+    assert named.ids == plain.ids
+    assert named.scored == plain.scored == tiny_gemma.vocabulary.encode("Hello world")
+    assert (named.begin, plain.begin) == (5, 0)
+
+
 class TestFused:
     """Ensembles, against the slow way."""
 
@@ -540,6 +550,7 @@ class TestBlocks:
         assert self.ONE.by_blocks(3) == pytest.approx([-3, -1 - 2 - 9 - 1 / 6, -3 / 6, -2 / 6])
         assert self.ONE.by_blocks(100) == pytest.approx([-16])
         assert self.ONE.tokens_by_blocks(5) == pytest.approx([2, 1 + 5 / 6, 1 / 6])
+        assert TokenLikelihoods([-1.0, -2.0], [4, 4], [], 4).by_blocks(4) == [-3]  # no bytes, at the end
         with pytest.raises(InputError, match="choose 1 or more"):
             self.ONE.by_blocks(0)
 
@@ -577,8 +588,12 @@ class TestPieces:
                 assert len(before) <= context
                 assert text[:begin].endswith(before)
                 assert before == before.rstrip()  # else its end would be scored again
+                inside = text[begin - len(before) - 1 : begin - len(before) + 1].strip()
+                words = len(before) < begin and any(map(str.isspace, before))
+                assert not words or len(inside) < 2  # the first of them is whole
                 assert len(piece) <= length or name == "whitespace" or length == 1
                 begin += len(piece)
+                assert 2 * len(piece) > length or begin == len(text)
             assert len(found) == 1 or length < len(text)
 
     def test_no_token_reaches_across_a_cut(self, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:

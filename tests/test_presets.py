@@ -274,6 +274,19 @@ def test_a_wrong_file_names_its_line_and_the_cure(tmp_path: Path, text: str, mes
     assert str(tmp_path / "preset.yaml") in str(raised.value)
 
 
+def test_the_longest_and_deepest_file(tmp_path: Path) -> None:
+    def written(size: int = 0, lists: int = 1) -> Path:
+        text = f"members: [a, b]\nmeasured: {{a: {'[' * lists}1{']' * lists}}}\n"
+        return preset_file(tmp_path, text + "#" * (size - len(text)))
+
+    assert load_preset(written(size=131_072)).members == ["a", "b"]
+    assert load_preset(written(lists=18)).members == ["a", "b"]  # in `measured`, in the file: 20 levels
+    with pytest.raises(InputError, match="longer than 131072 bytes"):
+        load_preset(written(size=131_073))
+    with pytest.raises(InputError, match="line 2: more than 20 levels"):
+        load_preset(written(lists=19))
+
+
 def test_code_that_a_file_names_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fuser_of_a_preset.py").write_text(

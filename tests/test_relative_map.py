@@ -69,6 +69,7 @@ class TestDense:
         matrix = torch.softmax(torch.randn(30, 12), dim=1)
         relative = RelativeMap.from_dense(matrix)
         assert relative.is_dense
+        assert relative.is_complete
         assert (relative.vocab_size, relative.anchors, relative.rows_known) == (30, 12, 30)
         assert torch.equal(relative.to_dense(), matrix)
 
@@ -79,6 +80,7 @@ class TestDense:
             (torch.empty(0, 5), "shape"),
             (torch.ones(4, 5, dtype=torch.float64) / 5, r"matrix.float\(\)"),
             (torch.ones(4, 5), "sum to 1; one is off by 4"),
+            (torch.full((4, 5), 0.2003), "sum to 1; one is off by 0.0015"),
             (torch.full((4, 5), float("nan")), "non-finite"),
             (torch.tensor([[1.5, -0.5]]), "negative"),
         ],

@@ -158,6 +158,7 @@ def test_any_regex(seed: int) -> None:
         r"(a)\1",
         "a*",
         "a?|b",
+        "a{1}?",  # once or not at all, to Oniguruma
         "(?=a)",
         "a|",
         "(?x:a)",
@@ -178,6 +179,23 @@ def test_the_longest_and_deepest_that_is_understood(pattern: str) -> None:
     assert regex.begins("a")
     assert regex.alone("a") == (len(pattern) < 2000)
     assert not regex.begins("b")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alone"),
+    [
+        ("a?a", True),
+        ("a?+a", False),  # it takes the only one, and does not give it back
+        ("(?>a?)a", False),
+        ("b?+a", True),
+        ("aa?", True),
+        ("a{2}", False),
+        ("a{0,2}b|a", True),
+        ("a(?=b)", False),
+    ],
+)
+def test_a_character_that_is_a_match_by_itself(pattern: str, alone: bool) -> None:
+    assert SplitRegex(pattern).alone("a") == alone
 
 
 def test_case_folds_into_several_characters() -> None:

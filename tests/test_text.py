@@ -24,7 +24,7 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import AutoTokenizer
 
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.text.characters import Utf8Stream
+from deepen_ext.text.characters import Utf8Stream, whole_characters
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
 
@@ -342,6 +342,13 @@ def test_utf8_stream(data: bytes) -> None:
     stream = Utf8Stream()
     text = "".join(stream.feed(data[i : i + 1]) for i in range(len(data)))
     assert (text + ("\ufffd" if stream.pending else "")) == data.decode("utf-8", "replace")
+
+
+def test_whole_characters() -> None:
+    assert whole_characters("aé€".encode()) == "aé€"
+    assert whole_characters("aé€".encode()[:-1]) == "aé"
+    assert whole_characters(b"a\xffb") == "a"  # nothing is left out of the middle
+    assert whole_characters(b"\x82") == ""
 
 
 def test_a_copied_utf8_stream_goes_its_own_way() -> None:

@@ -38,6 +38,7 @@ from deepen_ext.measure.tuning.configurations import (
 from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.dev_measurements import Measurements
 from deepen_ext.measure.tuning.tune import tune
+from deepen_ext.members.loading import load_members
 from deepen_ext.members.member import Member
 from deepen_ext.presets import Preset, load_preset
 from deepen_ext.space.recipes import RECIPES
@@ -344,7 +345,7 @@ def test_what_was_read_is_measured_again_without_the_caches(
 
 
 class TestTune:
-    """On the embedded pair."""
+    """On the embedded pair; on members of a few weights where any would do."""
 
     def test_a_swapped_pair_and_never_worse_than_uniform(
         self, smollm2: Member, gemma: Member, data: Path
@@ -376,21 +377,27 @@ class TestTune:
         assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
         assert preset.measured["bits_per_byte"]["chosen"] == pytest.approx(bits, abs=1e-5)
 
-    def test_recipe_and_temperature(self, smollm2: Member, gemma: Member, data: Path) -> None:
-        dev = DevSet.from_task("nq", data, 2)
-        tuning = tune([smollm2, gemma], dev, recipes=("calibrated",))
+    def test_recipe_and_temperature(self, one_byte_folders: list[Path], data: Path) -> None:
+        members, dev = load_members(one_byte_folders), DevSet.from_task("nq", data, 2)
+        for one in members:  # surer of their tokens, some of which are alike
+            one.model.get_output_embeddings().weight.data *= 20
+            one.model.get_input_embeddings().weight.data[:, 3:] *= 0.1
+        tuning = tune(members, dev, recipes=("calibrated",))
         assert {one.recipe for one in tuning.tried} == {"calibrated"}
         assert len({one.temperature for one in tuning.tried}) > 2
         assert len({one.learning_rate for one in tuning.tried}) > 2
         assert len({one.confidence for one in tuning.tried}) > 1
         hot = next(one for one in tuning.tried if one.temperature == 20)
         sure = next(one for one in tuning.tried if one.confidence)
-        for chosen in (hot, sure):
+        for chosen, setting in ((hot, "relative_temperature"), (sure, "confidence")):
             preset = replace(tuning, chosen=chosen).preset(DEMO, dev, "deepen")
             assert preset.settings()["relative_temperature"] == chosen.temperature
             assert preset.settings().get("confidence", 0) == chosen.confidence
             bits = tuning.bits_per_byte(chosen)
-            assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
+            assert remeasured(preset, dev, *members) == pytest.approx(bits, abs=1e-4)
+            others = {key: value for key, value in preset.given.items() if key != setting}
+            without = remeasured(replace(preset, given=others), dev, *members)
+            assert without != pytest.approx(bits, abs=2e-4)
 
     def test_no_time_for_a_search(self, smollm2: Member, gemma: Member, data: Path) -> None:
         tuning = tune([smollm2, gemma], DevSet.from_task("nq", data), minutes=1e-6, recipes=("bytes",))

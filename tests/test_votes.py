@@ -95,6 +95,7 @@ def test_one_record_of_several() -> None:
         return replace(one, **other)
 
     texts = [record("none"), record("It is 12."), record("so 18", finish_reason="length"), record("$18.00")]
+    texts[0] = replace(texts[0], timing=ItemTiming(1.0, 2.0, 3))  # a batch with fewer texts
     found = counted(task, item, texts)
     assert (found.index, found.output, found.answer, found.correct) == (3, "so 18", "18", True)
     assert (found.tokens, found.changed, found.finish_reason) == (20, 4, "length")
@@ -151,6 +152,7 @@ def test_members_answers_vote(data: Path, tmp_path: Path, ensembles: dict[str, E
     score = summary.tasks["triviaqa"].configurations["vote"]
     assert (score.method, score.votes, score.members) == ("vote", 2, ["tiny-smollm2", "tiny-other"])
     assert score.against_best_single is not None
+    assert summary.tasks["triviaqa"].configurations["three"].members == ["tiny-smollm2", "tiny-other"]
     # Of two greedy answers the main model's wins.
     assert [one.answer for one in records(tmp_path / "greedy", "vote")] == [
         one.answer for one in records(tmp_path / "greedy", "a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -47,6 +49,11 @@ UNSURE = {" Paris": 0.4, " London": 0.35, " Rome": 0.25}
 OTHER = {" London": 0.45, " Paris": 0.3, " Rome": 0.25}
 
 
+def nats(texts: dict[str, float]) -> float:
+    """The entropy of these probabilities."""
+    return -math.fsum(one * math.log(one) for one in texts.values())
+
+
 def test_margin(smollm2: Member, gemma: Member) -> None:
     said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, OTHER]])
     weights = Margin().weigh(torch.tensor([[0.5, 0.5], [0.8, 0.2]]), said)
@@ -72,14 +79,28 @@ def test_what_a_gate_sees(smollm2: Member, gemma: Member, bridge: TokenBridge) -
 
 
 def test_consistency_keeps_half_for_the_main_model(smollm2: Member, gemma: Member) -> None:
-    said = said_by([smollm2, gemma], [[SURE, UNSURE], [UNSURE, SURE]])
-    weights = Consistency().weigh(torch.full((2, 2), 0.5), said)
-    assert weights[0, 0] > 0.7
-    assert weights[1].tolist() == pytest.approx([0.5, 0.5])
+    certain = {" Paris": 0.999, " Rome": 0.001}
+    said = said_by([smollm2, gemma], [[SURE, UNSURE, certain], [UNSURE, SURE, SURE]])
+    weights = Consistency().weigh(torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.2, 0.8]]), said)
+    sure, unsure, most = (nats(one) for one in (SURE, UNSURE, certain))
+    assert weights[:, 0].tolist() == pytest.approx(
+        [unsure / (sure + unsure), 0.5, 0.2 * sure / (0.2 * sure + 0.8 * most)], abs=0.02
+    )
+    assert weights.sum(dim=1).tolist() == pytest.approx([1] * 3)
     torch.testing.assert_close(
         anchored(torch.tensor([[0.2, 0.6, 0.2], [0.0, 0.7, 0.3], [1.0, 0.0, 0.0]])),
         torch.tensor([[0.5, 0.375, 0.125], [0.0, 0.7, 0.3], [1.0, 0.0, 0.0]]),
     )
+
+
+def test_a_silent_member_is_no_measure_for_the_others(smollm2: Member, gemma: Member) -> None:
+    """Next to its certainty the weights of all others would be 0."""
+    said = said_by([smollm2, gemma, gemma], [[UNSURE], [OTHER], [{" Rome": 1.0}]])
+    found, want = (
+        Confidence(200.0).weigh(torch.tensor([[0.5, 0.5, 0.0][:count]]), said[:count]) for count in (3, 2)
+    )
+    assert found[0].tolist() == [*want[0].tolist(), 0]
+    assert want.sum() == pytest.approx(1)
 
 
 def test_disagreement(smollm2: Member, gemma: Member, bridge: TokenBridge) -> None:
@@ -87,6 +108,16 @@ def test_disagreement(smollm2: Member, gemma: Member, bridge: TokenBridge) -> No
     rows = [[UNSURE, UNSURE, UNSURE, SURE], [UNSURE, OTHER, {" London": 0.6, " Rome": 0.4}, OTHER]]
     weights = Disagreement(bridge).weigh(torch.full((4, 2), 0.5), said_by([smollm2, gemma], rows))
     assert weights.tolist() == [[1, 0], [0.5, 0.5], [1, 0], [1, 0]]
+
+
+def test_who_has_no_weight_neither_differs_nor_is_sure(smollm2: Member, gemma: Member) -> None:
+    """And where the main model has none, it does not write alone."""
+    members = [smollm2, gemma, gemma]
+    bridge = TokenBridge([one.vocabulary for one in members], [one.eos_ids for one in members])
+    rows = [[UNSURE] * 3, [OTHER, UNSURE, UNSURE], [SURE, OTHER, UNSURE]]
+    given = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.6, 0.4]])
+    weights = Disagreement(bridge).weigh(given, said_by(members, rows))
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 0.5, 0.0], [1, 0, 0], [0.0, 0.6, 0.4]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

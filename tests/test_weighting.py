@@ -381,6 +381,9 @@ class TestDefault:
         assert skipping.timings.settled > 0
         assert not ensemble.fuser.bounded([0.4, 0.6])
         assert ensemble.fuser.bounded([0.6, 0.4])
+        assert ensemble.fuser.bounded([0.5, 0.5])
+        # Who leads by a rule is not known before all have spoken.
+        assert not ensemble.variant(weighing="margin").fuser.bounded([0.6, 0.4])
 
     def test_members_that_count_unequally_are_told_of_once(
         self, tiny_smollm2: Member, tiny_gemma: Member

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,10 +147,8 @@ def test_what_waits_for_a_slow_reader_is_bounded() -> None:
             for i in range(10):
                 listeners[i % 2](Piece(i, "x"))
             assert [one.event.token for one in await texts.next()] == list(range(10))  # type: ignore[union-attr]
-        began = time.monotonic()
         for i in range(100_000):
             listeners[0](Piece(i, "x"))
-        assert time.monotonic() - began < 5
         assert len(texts._events) <= 11
         with pytest.raises(TooSlow):
             await texts.next()
