@@ -308,6 +308,10 @@ class TestDevItems:
                 DevSet.from_text(file)
         with pytest.raises(InputError, match="cannot be read"):
             DevSet.from_text(tmp_path / "none.txt")
+        lines = tmp_path / "dev.jsonl"
+        lines.write_text('{"question": "Who?"}\n', encoding="utf-8")
+        with pytest.raises(InputError, match="lines of JSON would be read as they stand"):
+            DevSet.from_text(lines)
 
 
 DEMO = ["demo:smollm2-135m-instruct", "demo:gemma-3-270m"]
@@ -491,6 +495,22 @@ class TestCommand:
         assert set(preset.measured) >= {"task", "split", "items", "bits_per_byte", "versions", "date"}
         assert preset.measured["bits_per_byte"]["single"].keys() == {"SmolLM2-135M-Instruct", "Gemma-3-270M"}
 
+    def test_what_was_found_is_shown_where_it_cannot_be_written(
+        self, one_byte_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> None:
+            raise InputError("the disk is full")
+
+        monkeypatch.setattr("deepen_ext.presets.write_preset", refuse)
+        text = tmp_path / "some.txt"
+        text.write_text("A text in which nothing much happens.", encoding="utf-8")
+        members = [one for folder in one_byte_folders for one in ("--model", folder)]
+        code, printed = self.run(*members, "--text", text, "--out", tmp_path / "new" / "preset.yaml")
+        assert code == 2
+        assert "the disk is full" in printed
+        assert "Bits a byte on 1 of 1 pieces of some.txt" in printed
+        assert not (tmp_path / "new").exists()
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -500,6 +520,10 @@ class TestCommand:
             (["--demo", "--text", "a.txt", "--data", "."], "--task and --data go together"),
             (["--demo", "--task", "piqa", "--data", "DATA"], "piqa has no dev split"),
             (["--demo", "--task", "nq", "--data", "DATA", "--out", "DATA"], "is a folder; name a file"),
+            (
+                ["--demo", "--task", "nq", "--data", "DATA", "--out", f"{__file__}/new/preset.yaml"],
+                f"there is no folder {__file__}; make it first",
+            ),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "mean"], "fuser 'mean'"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "deepen:best"], "recipe is 'best'"),
             ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "auto"], "fuser='auto' stands for"),

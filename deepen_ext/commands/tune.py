@@ -12,7 +12,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
-from deepen_ext.plots.output_file import check_output_file
+from deepen_ext.plots.output_file import check_output_file, check_place
 from deepen_ext.space.recipes import RECIPES, check_recipe
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def tune(
             raise InputError("say what to choose on: --task TASK with --data DIR, or --text FILE")
         if (task is None) != (data is None):
             raise InputError("--task and --data go together: the benchmark, and the folder it is in")
-        if out.is_dir():
-            raise InputError(f"--out {out} is a folder; name a file, such as {out / 'preset.yaml'}")
+        place = out.expanduser().absolute()  # its folder is made where it is missing
+        check_place("--out", place if place.is_dir() else _first_there(place.parent) / place.name)
         check_output_file("--plot", plot)
         named = named_members(model, demo).members
         with progress() as say:
@@ -99,14 +99,20 @@ def tune(
                 gate=gate,
                 progress=say,
             )
-        preset = tuning.preset(named, dev, spec, given)
-        write_preset(out, preset)
-        if plot is not None:
-            from deepen_ext.plots.tuning import tuning_plot
+        try:
+            write_preset(out, tuning.preset(named, dev, spec, given))
+            if plot is not None:
+                from deepen_ext.plots.tuning import tuning_plot
 
-            tuning_plot(tuning).save(plot)
-        _show(tuning, dev)
+                tuning_plot(tuning).save(plot)
+        finally:  # where a file cannot be written, too: it took minutes to find
+            _show(tuning, dev)
         write(f"Written to {out}; use it with --preset {out}\n")
+
+
+def _first_there(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return folder if folder.exists() else _first_there(folder.parent)
 
 
 def _show(tuning: Tuning, dev: DevSet) -> None:

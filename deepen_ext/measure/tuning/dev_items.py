@@ -67,11 +67,16 @@ class DevSet:
         """A text in pieces, each after what stands before it; with a limit so many, spread evenly.
 
         Raises:
-            InputError: no such file, not UTF-8, empty, or the file of a test split.
+            InputError: no such file, not UTF-8, empty, JSON Lines, or the file of a test split.
         """
         file = Path(path).expanduser()
         if file.name == "test.jsonl":
             raise InputError(f"{file} is a test split; settings are never chosen on one")
+        if file.suffix == ".jsonl":
+            raise InputError(
+                f"{file}: lines of JSON would be read as they stand, field names and quotes too; give the "
+                "texts alone, in a file of another name, or questions with answers by --task and --data"
+            )
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
