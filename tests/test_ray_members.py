@@ -255,7 +255,7 @@ class TestLost:
         wanted = texts(ensemble)
         free = tmp_path / "free"
         blocked = actor_of(ensemble).__ray_call__.remote(lambda _: until(free.exists, 120))
-        with pytest.raises(MemberLost, match="tiny-2: its actor gave no answer within 3 seconds"):
+        with pytest.raises(MemberLost, match="no answer within 3 seconds; when it is free"):
             ensemble.generate(PROMPTS[0])
         assert ray.wait([blocked], timeout=0) == ([], [blocked])
         free.touch()

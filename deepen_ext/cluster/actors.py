@@ -63,6 +63,10 @@ class Lost(Exception):
     """An actor gives no answer any more; the text says why, and is for the end of a message."""
 
 
+class TimeUp(Lost):
+    """It gave none in time; it may be at work still."""
+
+
 def start_actor(
     kind: type[Actor], placement: Placement, what: str, progress: Progress | None = None
 ) -> tuple[Any, Any]:
@@ -116,7 +120,8 @@ def get(reference: Any, seconds: float | None) -> Any:
     """What a call of an `answered` method gives, waited for.
 
     Raises:
-        Lost: the actor is gone, its method broke, or the time is up.
+        Lost: the actor is gone, or its method broke.
+        TimeUp: there was no answer in time.
         InputError, ModelError: the method raised it.
     """
     import ray
@@ -125,7 +130,7 @@ def get(reference: Any, seconds: float | None) -> Any:
     try:
         return opened(ray.get(reference, timeout=seconds))
     except GetTimeoutError as error:
-        raise Lost(f"its actor gave no answer within {seconds:g} seconds") from error
+        raise TimeUp(f"its actor gave no answer within {seconds:g} seconds") from error
     except RayError as error:
         raise Lost(reason(error)) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from deepen_ext.cluster.actors import Lost, get
+from deepen_ext.cluster.actors import Lost, TimeUp, get
 from deepen_ext.errors import MemberLost
 
 DEFAULT_SECONDS = 600.0  # of one call; the death of an actor is noticed at once, whatever this is
@@ -83,6 +83,9 @@ class RemoteMember:
         """
         try:
             return get(reference, self._seconds)
+        except TimeUp as error:
+            cure = "when it is free again the next text works; give it more time by `timeout`"
+            raise MemberLost(self.name, f"{error}; {cure}") from error
         except Lost as error:
             raise self._lost(str(error)) from error
 
