@@ -20,6 +20,9 @@ from deepen_ext.serving.shapes import Shape
 from deepen_ext.serving.writing import Part, Writing
 
 _LAST_WORDS = 1.0  # seconds for telling a client of an error in the middle of a stream
+# Ends of lines for many clients (Python's `splitlines`, httpx), though not of server-sent events. JSON escapes
+# the others by itself.
+_ENDS_OF_LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -277,4 +280,5 @@ async def _body(send: Send, data: bytes, *, more: bool) -> None:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_ENDS_OF_LINES)
+    return b"data: " + text.encode() + b"\n\n"
