@@ -283,6 +283,27 @@ def test_after_the_grace_texts_are_cut_off(pair: Ensemble) -> None:
         assert not running.thread.is_alive()
 
 
+def test_a_second_signal_ends_it_at_once(pair: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a stream is open, which closed listeners wait for since Python 3.12."""
+
+    async def as_in_python_3_12(_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("asyncio.base_events.Server.wait_closed", as_in_python_3_12)
+    crawling = Ensemble([slow(pair.members[0], 0.05), pair.members[1]], fuser="deepen")
+    with serving({"deepen": crawling}, grace=60) as running:
+        stream = iter(running.client().completions.create(stream=True, **{**COMPLETION, "max_tokens": 300}))
+        next(stream)
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert until(lambda: running.service.closing)
+        running.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        running.service.engine.close()
+
+
 def test_a_closing_server_refuses(pair: Ensemble) -> None:
     with serving({"deepen": pair}) as running:
         running.service.closing = True
