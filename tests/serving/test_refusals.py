@@ -172,6 +172,7 @@ def test_what_there_is_not(served: Running) -> None:
     assert served.ask("/members/nobody/v1/models")[0] == 404
     assert served.ask(f"/members/{MAIN}/v1/completions", {**COMPLETION, "model": "deepen"})[0] == 404
     assert served.ask(COMPLETIONS, method="PUT")[0] == 405
+    assert f"{COMPLETIONS}/" in served.refused(f"{COMPLETIONS}/", COMPLETION, 404)["message"]  # not sent on
 
 
 def test_models_are_listed(client: openai.OpenAI, served: Running, pair: Ensemble) -> None:
