@@ -104,7 +104,7 @@ class _OfEngine(Collector):
         gauges = {
             "running": (now.running, "Texts that are being written."),
             "reading": (now.reading, "Texts whose prompt is being read."),
-            "waiting": (now.waiting, "Requests in the queue."),
+            "waiting": (now.waiting, "Texts in the queue."),
             "cache_bytes": (now.bytes_held, "Bytes of the caches."),
         }
         for name, (value, text) in gauges.items():

@@ -52,6 +52,9 @@ class PatientProtocol(H11Protocol):
         self._clear()
         super().connection_lost(exc)
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """No word: Java's client asks every plain server for HTTP/2 in this way, and takes HTTP/1.1."""
+
     def _look(self) -> None:
         state = self.conn.their_state
         half_head = state is h11.IDLE and bool(self.conn.trailing_data[0])

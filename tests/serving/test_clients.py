@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -96,6 +97,19 @@ def test_half_requests(served: Running, monkeypatch: pytest.MonkeyPatch) -> None
     with served.raw() as garbage:
         garbage.sendall(b"\x16\x03\x01\x00\xa5 what\r\n\r\n")
         assert garbage.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_a_client_that_would_like_http_2(served: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """It gets HTTP/1.1, and the log no advice about WebSockets with each request."""
+    wish = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    try:
+        status, answer, _ = served.ask("/v1/completions", COMPLETION, **wish)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert status == 200, answer
+    assert "pgrade" not in caplog.text
 
 
 def test_50_mb_of_a_body(served: Running) -> None:

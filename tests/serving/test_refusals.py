@@ -194,6 +194,9 @@ def test_models_are_listed(client: openai.OpenAI, served: Running, pair: Ensembl
 def test_health_and_metrics(served: Running) -> None:
     status, answer, _ = served.ask("/health")
     assert (status, answer["status"]) == (200, "ok")
+    with served.raw() as connection:
+        connection.sendall(b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
     served.ask(COMPLETIONS, COMPLETION)
     served.ask(COMPLETIONS, {**COMPLETION, "suffix": "x"})
     served.ask("/v1/whatever", {})
