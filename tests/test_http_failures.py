@@ -214,6 +214,12 @@ def test_retry_after_is_waited_for(server: ModelServer, session: Session) -> Non
     assert pauses == [0.5]
 
 
+def test_nothing_may_compress_an_answer(server: ModelServer, session: Session) -> None:
+    """Which a proxy may where the request does not say."""
+    session.ask({0: [5, 6, 10]}, 5).wait()
+    assert server.headers["accept-encoding"] == "identity"
+
+
 def test_in_the_middle_of_a_text(server: ModelServer, served: Member, session: Session) -> None:
     ids = [5, 6]
     for _ in range(4):

@@ -151,7 +151,11 @@ class Client:
         """One try. An error of `_UNANSWERED`: the answer did not begin."""
         self._wire.set_deadline(deadline)
         address = self.address
-        headers = [(b"host", address.host_and_port.encode()), (b"accept", b"application/json")]
+        headers = [
+            (b"host", address.host_and_port.encode()),
+            (b"accept", b"application/json"),
+            (b"accept-encoding", b"identity"),  # without it a proxy may compress
+        ]
         if self._key is not None:
             headers.append((b"authorization", b"Bearer " + self._key.encode()))
         if body is not None:
