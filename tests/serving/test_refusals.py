@@ -334,7 +334,7 @@ def test_texts_without_an_end_are_counted_and_told(pair: Ensemble, caplog: pytes
     """A stream that fails has the status 200: nothing else shows an operator that it did."""
     members = [slow(pair.members[0], 0.02), losing(pair.members[1])]
     ensemble = Ensemble(members, fuser="deepen")
-    with caplog.at_level(logging.INFO), serving({"deepen": ensemble}, seconds=2.0) as running:
+    with caplog.at_level(logging.INFO), serving({"deepen": ensemble}, seconds=3.0) as running:
         long = {**COMPLETION, "max_tokens": 300}
 
         def counted(reason: str) -> bool:
