@@ -21,6 +21,7 @@ from http_servers import Handler, ModelServer
 from deepen_ext.errors import DeepenError, InputError, MemberLost
 from deepen_ext.members.backend import Session
 from deepen_ext.members.http import client
+from deepen_ext.members.http.address import read_address
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -114,6 +115,8 @@ FAULTS = {
     "drop by drop": (drop_by_drop, rf"not answered within {LIMIT:g} seconds"),
     "429": (status(429), r"refuses.*HTTP 429: out of luck"),
     "429, later than the limit": (status(429, Retry_After="50"), r"puts requests off \(HTTP 429\)"),
+    "429, not a number": (status(429, Retry_After="nan"), r"refuses.*HTTP 429: out of luck"),
+    "503, later than the limit": (status(503, Retry_After="50"), r"puts requests off \(HTTP 503\)"),
     "500": (status(500), r"refuses.*HTTP 500: out of luck.*log"),
     "503": (status(503), r"puts requests off \(HTTP 503\)"),
     "half an answer": (half, r"broke off in the middle of an answer, after \d+ bytes"),
@@ -172,7 +175,17 @@ def test_an_answer_that_cannot_be_used(
     assert len(session.ask({0: [5, 6, 7], 1: [8, 9]}, 5).wait()) == 2
 
 
-@pytest.mark.parametrize("fault", [cut_off, status(502), status(503), status(429, Retry_After="0")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        cut_off,
+        status(502),
+        status(503),
+        status(503, Retry_After="nan"),
+        status(503, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT"),
+        status(429, Retry_After="0"),
+    ],
+)
 def test_what_is_safe_is_asked_again(
     server: ModelServer, session: Session, fault: Callable[[Handler], bool]
 ) -> None:
@@ -188,6 +201,23 @@ def test_what_is_safe_is_asked_again(
     assert session.ask({0: [5, 6, 7, 8]}, 5).wait().topk.ids.shape == (1, 5)
     assert left == -1
     assert session.ask({0: [5, 6, 7]}, 5).wait().topk.ids.tolist() == wanted
+
+
+def test_retry_after_is_waited_for(server: ModelServer, session: Session) -> None:
+    """With 503 too, as a server says it that starts again or has no memory left."""
+    pauses = []
+    wait = session._backend.client._closed.wait  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session._backend.client._closed, "wait", lambda s: pauses.append(s) or wait(0))  # type: ignore[attr-defined, func-returns-value]
+        server.fault = lambda handler: not pauses and status(503, Retry_After="0.5")(handler)
+        session.ask({0: [5, 6, 7, 9]}, 5).wait()
+    assert pauses == [0.5]
+
+
+def test_nothing_may_compress_an_answer(server: ModelServer, session: Session) -> None:
+    """Which a proxy may where the request does not say."""
+    session.ask({0: [5, 6, 10]}, 5).wait()
+    assert server.headers["accept-encoding"] == "identity"
 
 
 def test_in_the_middle_of_a_text(server: ModelServer, served: Member, session: Session) -> None:
@@ -306,6 +336,7 @@ def test_a_thousand_faults_leave_nothing_behind(
         ("http://me:secret@localhost:1", {}, r"http://...@localhost: .*api_key=env:NAME"),
         ("http://localhost:1/?model=a", {}, "no address of a server; write http://host:port"),
         ("http://localhost:port", {}, "no address of a server"),
+        ("http://localhost:0", {}, "no address of a server"),
         ("http://", {}, "no address of a server"),
     ],
 )
@@ -314,6 +345,12 @@ def test_what_does_not_go_with_a_server(name: str, options: dict[str, Any], mess
     with pytest.raises(InputError, match=message) as raised:
         load_member(name, **options)
     assert "secret" not in str(raised.value)
+
+
+def test_a_path_is_sent_as_addresses_have_it() -> None:
+    """A space or an umlaut in a request's first line is no HTTP."""
+    assert read_address("http://[::1]:80/my models/Bär/v1").path == "/my%20models/B%C3%A4r"
+    assert read_address("http://x/members/a%232").path == "/members/a%232"
 
 
 class TestKeys:

@@ -64,14 +64,17 @@ def serve(
         int, typer.Option(min=1, help="Texts that may wait; more get a 429.", rich_help_panel=_PANEL)
     ] = 256,
     max_body: Annotated[
-        float, typer.Option(min=0.001, help="MiB of a request.", rich_help_panel=_PANEL)
+        float, typer.Option(min=0.001, max=1e6, help="MiB of a request.", rich_help_panel=_PANEL)
     ] = 4.0,
     time_limit: Annotated[
-        float, typer.Option(min=0, help="Seconds of a request; 0 for no limit.", rich_help_panel=_PANEL)
+        float,
+        typer.Option(min=0, max=1e6, help="Seconds of a request; 0 for no limit.", rich_help_panel=_PANEL),
     ] = 600.0,
     grace: Annotated[
         float,
-        typer.Option(min=0, help="Seconds that running texts have after SIGTERM.", rich_help_panel=_PANEL),
+        typer.Option(
+            min=0, max=1e6, help="Seconds that running texts have after SIGTERM.", rich_help_panel=_PANEL
+        ),
     ] = 30.0,
     without_template: Annotated[
         WithoutTemplate,

@@ -20,6 +20,9 @@ from deepen_ext.serving.shapes import Shape
 from deepen_ext.serving.writing import Part, Writing
 
 _LAST_WORDS = 1.0  # seconds for telling a client of an error in the middle of a stream
+# Many clients (httpx, Python's `splitlines`) end lines at these too, as server-sent events do not. The others
+# of that kind JSON escapes by itself.
+_ENDS_OF_LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Streaming:
     """What a stream has beside the text."""
 
     usage: bool = False
+
+
+# Why texts of a request have no end, as metrics have it.
+_REASONS = {"failed": "failed", "out of time": "timeout"}
 
 
 class Answer(Response):
@@ -69,6 +76,7 @@ class Answer(Response):
         self._failed: ApiError | None = None
         self._sent_head = False
         self._tokens = 0  # that came, of all texts
+        self._counted = 0  # texts whose end was counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -207,9 +215,10 @@ class Answer(Response):
                 else:
                     self._metrics.next_token(self._model, at - before)
             elif isinstance(event, Failed):
-                self._failed = from_deepen(event.error)
+                self._failed = from_deepen(event.error, self._shape.id)
             elif isinstance(event, Ended):
                 self._metrics.ended(self._model, event)
+                self._counted += 1
                 if event.finish_reason == "cancelled":
                     self._failed = shutting_down()
             if self._failed is not None:
@@ -229,6 +238,8 @@ class Answer(Response):
         seconds = perf_counter() - self._began
         if how == "done":
             self._metrics.whole(self._model, seconds)
+        left = len(self._writings) - self._counted
+        self._metrics.unfinished(self._model, left, _REASONS.get(how, "cancelled"))
         LOG.info(
             "%s %s: %s, %d of %d texts, %d tokens, %.2f s",
             self._shape.id,
@@ -277,4 +288,5 @@ async def _body(send: Send, data: bytes, *, more: bool) -> None:
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_ENDS_OF_LINES)
+    return b"data: " + text.encode() + b"\n\n"

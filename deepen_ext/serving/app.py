@@ -38,7 +38,10 @@ _OURS = ("Body", "Options", "Message", "Part", "Format")  # how names of our bod
 def make_app(service: Service) -> FastAPI:
     """The application of a service."""
     # Pages that show the schema would load scripts from elsewhere; the schema itself is at /openapi.json.
-    app = FastAPI(title="deepen-ext", version=__version__, docs_url=None, redoc_url=None)
+    # A slash more is another path: a redirection would name this server's http, behind a proxy's https too.
+    app = FastAPI(
+        title="deepen-ext", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.service = service
     app.include_router(MODEL_ROUTES)
     app.include_router(MODEL_ROUTES, prefix="/members/{member}", include_in_schema=False)

@@ -140,7 +140,7 @@ class Engine(Closing):
             if self._closing:
                 raise Closed("this server is about to end and takes no new requests")
             if len(self._waiting) >= self._most_waiting:
-                raise Busy(f"{len(self._waiting)} requests wait already", self._retry_after())
+                raise Busy(f"{len(self._waiting)} texts wait already", self._retry_after())
             self._waiting.append(waiting)
             self._changed.notify()
         return Ticket(waiting)

@@ -73,10 +73,14 @@ def refused(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param)
 
 
-def from_deepen(error: DeepenError) -> ApiError:
+def from_deepen(error: DeepenError, answer: str | None = None) -> ApiError:
     """What a client is told of an error of ours.
 
     The message of a model that failed may name files and addresses of this machine: it goes into the log.
+
+    Args:
+        error: what went wrong.
+        answer: the answer's id, by which its lines in the log are found.
     """
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), param="model", code="model_not_found")
@@ -86,14 +90,15 @@ def from_deepen(error: DeepenError) -> ApiError:
         return shutting_down()
     if isinstance(error, InputError):
         return ApiError(400, str(error))
-    LOG.error("%s: %s", type(error).__name__, error)
+    LOG.error("%s%s: %s", "" if answer is None else f"{answer} ", type(error).__name__, error)
     if isinstance(error, MemberLost):
         return ApiError(502, f"the member {error.member} gives no answer any more", code="member_lost")
     if isinstance(error, OutOfMemory):
         LOG.error("the server goes on; fewer texts are written at once with a smaller --lanes")
         why = f"the member {error.member} ran out of memory; send fewer texts at once, or shorter ones"
         return ApiError(503, why, code="out_of_memory", retry_after=10)
-    return ApiError(500, "the model failed; the server's log says how", code="model_failed")
+    where = "" if answer is None else f" at {answer}"
+    return ApiError(500, f"the model failed; the server's log says how{where}", code="model_failed")
 
 
 def shutting_down() -> ApiError:

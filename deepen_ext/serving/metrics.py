@@ -44,7 +44,7 @@ class Metrics:
         self._responses = counter("deepen_ext_http_responses", "Answers.", ("path", "status"))
         self._texts = counter("deepen_ext_texts", "Texts that ended.", ("model", "finish_reason"))
         self._prompt = counter("deepen_ext_model_prompt_tokens", "Tokens of prompts.", ("model",))
-        self._new = counter("deepen_ext_model_tokens", "Tokens written.", ("model",))
+        self._new = counter("deepen_ext_model_tokens", "Tokens written, of texts that ended.", ("model",))
         self._changed = counter(
             "deepen_ext_model_changed_tokens", "Of these, those that the assistants changed.", ("model",)
         )
@@ -85,6 +85,11 @@ class Metrics:
         self._new.labels(model).inc(text.completion_tokens)
         self._changed.labels(model).inc(text.changed_tokens)
 
+    def unfinished(self, model: str, texts: int, reason: str) -> None:
+        """A request is over, and these texts of it have no end."""
+        if texts:
+            self._texts.labels(model, reason).inc(texts)
+
     def whole(self, model: str, seconds: float) -> None:
         """A request has all of its texts."""
         self._whole.labels(model).observe(seconds)
@@ -99,7 +104,7 @@ class _OfEngine(Collector):
         gauges = {
             "running": (now.running, "Texts that are being written."),
             "reading": (now.reading, "Texts whose prompt is being read."),
-            "waiting": (now.waiting, "Requests in the queue."),
+            "waiting": (now.waiting, "Texts in the queue."),
             "cache_bytes": (now.bytes_held, "Bytes of the caches."),
         }
         for name, (value, text) in gauges.items():
@@ -123,9 +128,18 @@ class Counting:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
         async def counting(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 self._metrics.answered(scope["path"], message["status"])
             await send(message)
 
-        await self._app(scope, receive, counting)
+        try:
+            await self._app(scope, receive, counting)
+        except Exception:
+            if not begun:  # the framework answers it, outside of all middleware
+                self._metrics.answered(scope["path"], 500)
+            raise

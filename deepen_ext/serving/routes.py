@@ -116,6 +116,7 @@ async def version() -> dict[str, Any]:
     return {"version": __version__}
 
 
+@SERVER_ROUTES.head("/health", include_in_schema=False)  # as probes such as `wget --spider` ask
 @SERVER_ROUTES.get("/health", responses={503: RESPONSES[503]})
 async def health(response: Response, service: _Service) -> dict[str, Any]:
     """200 while requests are taken."""

@@ -23,6 +23,7 @@ _PATIENCE = 20.0
 # Seconds that a connection without a request is kept; clients of ours keep theirs for 60.
 _KEEP = 75
 _AFTER_GRACE = 2.0  # for what was cancelled to say so
+_LOOK = 0.2  # how often a server that is ending looks for a second signal
 
 
 class PatientProtocol(H11Protocol):
@@ -50,6 +51,9 @@ class PatientProtocol(H11Protocol):
         """The client has gone."""
         self._clear()
         super().connection_lost(exc)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """No word: Java's client asks every plain server for HTTP/2 in this way, and takes HTTP/1.1."""
 
     def _look(self) -> None:
         state = self.conn.their_state
@@ -163,7 +167,14 @@ class WebServer(uvicorn.Server):
         self.service.closing = True
         ending = threading.Thread(target=self.service.engine.close, args=(self.grace,), daemon=True)
         ending.start()
-        await super().shutdown(sockets)
+        leaving = asyncio.ensure_future(super().shutdown(sockets))
+        # Since Python 3.12 it waits for open connections after a second signal too; they are cancelled by the
+        # loop's end, which tells their clients.
+        while not leaving.done():
+            await asyncio.wait({leaving}, timeout=_LOOK)
+            if self.force_exit:
+                return
+        leaving.result()
         if not self.force_exit:
             await asyncio.get_running_loop().run_in_executor(None, ending.join, _AFTER_GRACE)
 

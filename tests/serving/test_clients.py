@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import resource
 import signal
@@ -96,6 +97,19 @@ def test_half_requests(served: Running, monkeypatch: pytest.MonkeyPatch) -> None
     with served.raw() as garbage:
         garbage.sendall(b"\x16\x03\x01\x00\xa5 what\r\n\r\n")
         assert garbage.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_a_client_that_would_like_http_2(served: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """It gets HTTP/1.1, and the log no advice about WebSockets with each request."""
+    wish = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "HTTP2-Settings": "AAMAAABk"}
+    logger = logging.getLogger("uvicorn.error")
+    logger.addHandler(caplog.handler)
+    try:
+        status, answer, _ = served.ask("/v1/completions", COMPLETION, **wish)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert status == 200, answer
+    assert "pgrade" not in caplog.text
 
 
 def test_50_mb_of_a_body(served: Running) -> None:
@@ -281,6 +295,27 @@ def test_after_the_grace_texts_are_cut_off(pair: Ensemble) -> None:
             list(stream)
         running.thread.join(10)
         assert not running.thread.is_alive()
+
+
+def test_a_second_signal_ends_it_at_once(pair: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a stream is open, which closed listeners wait for since Python 3.12."""
+
+    async def as_in_python_3_12(_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("asyncio.base_events.Server.wait_closed", as_in_python_3_12)
+    crawling = Ensemble([slow(pair.members[0], 0.05), pair.members[1]], fuser="deepen")
+    with serving({"deepen": crawling}, grace=60) as running:
+        stream = iter(running.client().completions.create(stream=True, **{**COMPLETION, "max_tokens": 300}))
+        next(stream)
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert until(lambda: running.service.closing)
+        running.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+        running.service.engine.close()
 
 
 def test_a_closing_server_refuses(pair: Ensemble) -> None:

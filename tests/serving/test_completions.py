@@ -72,6 +72,16 @@ def test_a_stream_ends_with_done(served: Running) -> None:
         json.loads(one.removeprefix("data: "))
 
 
+def test_each_event_is_one_line_for_every_client(served: Running) -> None:
+    """Some end lines where Python's `splitlines` does, in the middle of a text."""
+    prompt = "one\u2028two\u2029three\x85four\x0bfive"
+    body = {**GREEDY, "prompt": prompt, "echo": True, "stream": True, "max_tokens": 1}
+    lines = [one for one in served.ask("/v1/completions", body)[1].decode().splitlines() if one]
+    first, *_, last = [one.removeprefix("data: ") for one in lines]
+    assert json.loads(first)["choices"][0]["text"] == prompt
+    assert last == "[DONE]"
+
+
 def test_streams_have_whole_characters(client: openai.OpenAI, pair: Ensemble) -> None:
     prompt = "日本の首都は"
     expected = pair.generate(prompt, max_new_tokens=24, draft=0).text

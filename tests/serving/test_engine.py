@@ -274,7 +274,7 @@ class TestRefused:
             submit(engine, **long).begun()
             submit(engine, **long)
             submit(engine, **long)
-            with pytest.raises(Busy, match="2 requests wait already; try again in") as refused:
+            with pytest.raises(Busy, match="2 texts wait already; try again in") as refused:
                 submit(engine, **long)
             assert refused.value.retry_after >= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_an_address_of_no_single_member(served: Running, tiny_gemma_dir: Path) -
     assert str(error.value).endswith(f"/members/{MAIN} or {served.url}/members/{ASSISTANT}")
     with pytest.raises(ModelError, match=rf"there is no member 'nobody'; there are {MAIN}, {ASSISTANT}"):
         load_member(f"{served.url}/members/nobody", tokenizer=str(tiny_gemma_dir))
+
+
+def test_the_address_of_a_member_whose_name_is_no_path(pair: Ensemble, tiny_gemma_dir: Path) -> None:
+    """The error names it so that it can be taken as it stands."""
+    twins = [replace(pair.members[1], name="my model") for _ in range(2)]
+    with serving({"deepen": Ensemble(twins, fuser="average")}) as running:
+        with pytest.raises(ModelError) as error:
+            load_member(running.url, tokenizer=str(tiny_gemma_dir))
+        first, second = str(error.value).rsplit(": ", 1)[1].split(" or ")
+        assert (first, second) == tuple(f"{running.url}/members/my%20model{n}" for n in ("", "%232"))
+        member = load_member(second, tokenizer=str(tiny_gemma_dir))
+        assert member.name == "my model#2"
+        member.backend.close()  # type: ignore[attr-defined]
 
 
 def test_the_address_of_a_server_of_one_model(pair: Ensemble, tiny_gemma_dir: Path) -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import openai
 import pytest
+from losing_backend import backend_of, losing
 from running import ASSISTANT, MAIN, PROMPT, Running, serving, slow, until
 
 from deepen_ext import Ensemble
+from deepen_ext.errors import ModelError
+from deepen_ext.serving.errors import from_deepen
 from deepen_ext.serving.limits import Gate
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -172,6 +175,7 @@ def test_what_there_is_not(served: Running) -> None:
     assert served.ask("/members/nobody/v1/models")[0] == 404
     assert served.ask(f"/members/{MAIN}/v1/completions", {**COMPLETION, "model": "deepen"})[0] == 404
     assert served.ask(COMPLETIONS, method="PUT")[0] == 405
+    assert f"{COMPLETIONS}/" in served.refused(f"{COMPLETIONS}/", COMPLETION, 404)["message"]  # not sent on
 
 
 def test_models_are_listed(client: openai.OpenAI, served: Running, pair: Ensemble) -> None:
@@ -190,6 +194,9 @@ def test_models_are_listed(client: openai.OpenAI, served: Running, pair: Ensembl
 def test_health_and_metrics(served: Running) -> None:
     status, answer, _ = served.ask("/health")
     assert (status, answer["status"]) == (200, "ok")
+    with served.raw() as connection:
+        connection.sendall(b"HEAD /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
     served.ask(COMPLETIONS, COMPLETION)
     served.ask(COMPLETIONS, {**COMPLETION, "suffix": "x"})
     served.ask("/v1/whatever", {})
@@ -315,9 +322,46 @@ def test_an_error_of_the_server_tells_nothing(
         raise RuntimeError("/home/somebody/secret.py")
 
     monkeypatch.setattr("deepen_ext.serving.asking.completion", broken)
+    counted = f'deepen_ext_http_responses_total{{path="{COMPLETIONS}",status="500"}} 1.0'
+    assert counted not in served.ask("/metrics")[1].decode()
     error = served.refused(COMPLETIONS, COMPLETION, 500)
     assert "secret" not in json.dumps(error)
     assert "RuntimeError" in error["message"]
+    assert counted in served.ask("/metrics")[1].decode()
+
+
+def test_texts_without_an_end_are_counted_and_told(pair: Ensemble, caplog: pytest.LogCaptureFixture) -> None:
+    """A stream that fails has the status 200: nothing else shows an operator that it did."""
+    members = [slow(pair.members[0], 0.02), losing(pair.members[1])]
+    ensemble = Ensemble(members, fuser="deepen")
+    with caplog.at_level(logging.INFO), serving({"deepen": ensemble}, seconds=3.0) as running:
+        long = {**COMPLETION, "max_tokens": 300}
+
+        def counted(reason: str) -> bool:
+            series = f'deepen_ext_texts_total{{finish_reason="{reason}",model="deepen"}}'
+            return f"{series} 2.0" in running.ask("/metrics")[1].decode()
+
+        stream = running.client().completions.create(stream=True, n=2, **long)
+        next(iter(stream))
+        stream.close()
+        assert until(lambda: counted("cancelled"))
+        running.refused(COMPLETIONS, {**long, "n": 2}, 504)
+        assert until(lambda: counted("timeout"))
+        assert running.idle()
+        backend_of(members[1]).arm(5)
+        _, answer, _ = running.ask(COMPLETIONS, {**long, "n": 2, "stream": True})
+        assert '"code":"member_lost"' in answer.decode()
+        assert until(lambda: counted("failed"))
+        (line,) = re.findall(r"(cmpl-\w+) deepen: failed", caplog.text)
+        assert f"{line} MemberLost: " in caplog.text  # which text an error is of
+        assert line in answer.decode()
+
+
+def test_a_500_says_where_the_log_has_it(caplog: pytest.LogCaptureFixture) -> None:
+    error = from_deepen(ModelError("/home/somebody/model"), "cmpl-7")
+    assert (error.status, error.code) == (500, "model_failed")
+    assert error.message.endswith("the server's log says how at cmpl-7")
+    assert "cmpl-7 ModelError: /home/somebody/model" in caplog.text
 
 
 def test_busy(pair: Ensemble) -> None:

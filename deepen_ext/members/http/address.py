@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from deepen_ext.errors import InputError
 from deepen_ext.members.load_options import KEY_FORMS
 
 _PORTS = {"http": 80, "https": 443}
+_OF_PATHS = "/%:@!$&'()*+,;="  # signs that a path may have; of others their bytes are sent, as in %20
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def read_address(name: str) -> Address:
             f"{parts.scheme}://...@{parts.hostname}: an address with a user or a password; give the server's "
             f"key with api_key={KEY_FORMS}"
         )
-    if not parts.hostname or parts.query or parts.fragment:
+    if not parts.hostname or parts.query or parts.fragment or port == 0:
         raise InputError(f"{name}: no address of a server; write http://host:port, with a path if it has one")
-    path = parts.path.rstrip("/").removesuffix("/v1")
+    path = quote(parts.path.rstrip("/").removesuffix("/v1"), safe=_OF_PATHS)
     return Address(parts.scheme, parts.hostname, port or _PORTS[parts.scheme], path)
 
 

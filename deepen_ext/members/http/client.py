@@ -2,12 +2,13 @@
 
 Every request is a question without effects, so that asking again changes nothing. Asked again is what found
 no server, was cut off before an answer began, or was put off by the server (429 with Retry-After, 502, 503):
-a few times, and never past the request's time limit.
+a few times, not sooner than Retry-After says, and never past the request's time limit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -150,7 +151,11 @@ class Client:
         """One try. An error of `_UNANSWERED`: the answer did not begin."""
         self._wire.set_deadline(deadline)
         address = self.address
-        headers = [(b"host", address.host_and_port.encode()), (b"accept", b"application/json")]
+        headers = [
+            (b"host", address.host_and_port.encode()),
+            (b"accept", b"application/json"),
+            (b"accept-encoding", b"identity"),  # without it a proxy may compress
+        ]
         if self._key is not None:
             headers.append((b"authorization", b"Bearer " + self._key.encode()))
         if body is not None:
@@ -205,14 +210,15 @@ def _lower(headers: Any) -> dict[bytes, bytes]:
 
 def _put_off(reply: _Reply) -> float | None:
     """Seconds after which to ask again; None where the answer is not put off."""
-    if reply.status in (502, 503):
-        return 0.0
-    if reply.status == 429:
-        try:
-            return max(float(reply.headers[b"retry-after"]), 0.0)
-        except (KeyError, ValueError):
-            return None
-    return None
+    if reply.status not in (429, 502, 503):
+        return None
+    try:
+        later = float(reply.headers[b"retry-after"])
+    except (KeyError, ValueError):  # none, or a date
+        later = math.nan
+    if later >= 0:
+        return later
+    return None if reply.status == 429 else 0.0
 
 
 def _said(body: bytes) -> str:

@@ -6,8 +6,10 @@ has the id beside each token. A server that gives tokens as texts alone cannot b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.http.client import Client
@@ -140,7 +142,14 @@ def _ids(tokens: Sequence[str]) -> list[int]:
 
 def _single(client: Client, models: Sequence[Mapping[str, Any]]) -> str:
     """What to do about several models: of a server of ours each member has an address of its own."""
-    members = [one["id"] for one in models if (one.get("deepen") or {}).get("members") == [one["id"]]]
-    if not members:
+    ids = [str(one["id"]) for one in models if _is_member(one)]
+    if not ids:
         return "start one with a single model for this member"
-    return "name one of its members: " + " or ".join(f"{client.address}/members/{one}" for one in members)
+    addresses = (f"{client.address}/members/{quote(one, safe='')}" for one in ids)
+    return f"name one of its members: {' or '.join(addresses)}"
+
+
+def _is_member(model: Mapping[str, Any]) -> bool:
+    """Whether it is a member alone, of a server of ours; of two members of one name one is called NAME#2."""
+    name = re.sub(r"#\d+$", "", str(model["id"]))
+    return (model.get("deepen") or {}).get("members") in ([model["id"]], [name])
