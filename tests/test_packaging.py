@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pybind11
@@ -84,10 +86,34 @@ def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     package = tracked | {"deepen_ext/py.typed", "deepen_ext/_core.pyi", f"deepen_ext/_core{suffix}"}
     assert {name for name in names if ".dist-info/" not in name} == package
-    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    licences = {name.partition(".dist-info/licenses/")[2] for name in names} - {""}
+    assert licences == {"LICENSE", "csrc/bindings/LICENSE.pybind11"}
     # Tied to this interpreter and platform: the compiled core is.
     assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+
+
+def test_the_licence_of_pybind11_is_that_of_the_version_compiled_in() -> None:
+    """It asks for its text in all that is compiled from it."""
+    ours = (ROOT / "csrc" / "bindings" / "LICENSE.pybind11").read_text()
+    assert ours == metadata.distribution("pybind11").read_text("licenses/LICENSE")
+
+
+def test_the_source_distribution_holds_what_a_build_takes_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
+    """setuptools adds tests/test_*.py by itself, which cannot run without what is beside them."""
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.tar")
+    with tarfile.open(built) as archive:
+        names = {one.name.partition("/")[2] for one in archive if one.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in names if name.startswith("deepen_ext.egg-info/"))}
+    top = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"}
+    top |= {"constraints.txt", "pyproject.toml", "setup.py"}
+    folders = [path for name in ("csrc", "deepen_ext", "examples") for path in (source / name).rglob("*")]
+    assert names - made == top | {path.relative_to(source).as_posix() for path in folders if path.is_file()}
 
 
 def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
