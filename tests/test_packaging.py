@@ -195,7 +195,9 @@ def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
     assert {None, "portable"} <= seen
 
 
-def configure(folder: Path, switch: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def configure(
+    folder: Path, switch: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             tool("cmake"),
@@ -204,6 +206,7 @@ def configure(folder: Path, switch: str, **environment: str) -> subprocess.Compl
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DDEEPEN_CUDA={switch}",
+            *options,
         ],
         env={**os.environ, **environment},
         capture_output=True,
@@ -266,6 +269,12 @@ def test_auto_with_a_cuda_compiler_says_that_it_builds_for_it(tmp_path: Path) ->
     assert "CUDA part ON (DEEPEN_CUDA=AUTO, " in done.stdout
     assert "architectures 80-real" in done.stdout
     assert "cuda_device.cu" in (tmp_path / "compile_commands.json").read_text()
+
+
+def test_visual_c_is_refused(tmp_path: Path) -> None:
+    done = configure(tmp_path, "OFF", "-DMSVC=TRUE")  # as CMake sets it
+    assert done.returncode != 0
+    assert "Visual C++ cannot compile deepen-ext, which is for Linux" in " ".join(done.stderr.split())
 
 
 def test_an_unknown_cuda_switch_is_refused(tmp_path: Path) -> None:
