@@ -16,6 +16,9 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from deepen_ext.errors import InputError
+from deepen_ext.ground.one_distribution import check_one_distribution
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +175,15 @@ def test_two_distributions_in_one_folder_are_refused(wheel: Path, tmp_path: Path
     assert done.returncode == 1
     assert "InputError: deepen-ext and deepen-ext-cu13 are both installed in" in done.stderr
     assert "pip uninstall deepen-ext deepen-ext-cu13" in done.stderr
+
+
+def test_a_package_with_a_name_like_ours_is_none_of_ours(tmp_path: Path) -> None:
+    for name in ("deepen_ext-0.1.0", "deepen_ext_fusers-2.0", "deepen_ext_cuts-1.0"):
+        (tmp_path / f"{name}.dist-info").mkdir()
+    check_one_distribution(tmp_path)
+    (tmp_path / "deepen_ext_cu13-0.1.0.dist-info").mkdir()
+    with pytest.raises(InputError, match=r"^deepen-ext and deepen-ext-cu13 are both installed"):
+        check_one_distribution(tmp_path)
 
 
 def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
