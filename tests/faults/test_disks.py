@@ -21,7 +21,7 @@ from test_evaluation import file_header
 from deepen_ext import RelativeMap
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import DeepenError
-from deepen_ext.ground.cache_folder import atomic_write, sweep_temporaries, write_failure
+from deepen_ext.ground.cache_folder import atomic_directory, atomic_write, sweep_temporaries, write_failure
 from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
 from deepen_ext.plots.output_file import write_file
@@ -132,6 +132,32 @@ def test_no_right(tmp_path: Path, name: str) -> None:
     assert said.startswith("PermissionError" if name == "map" else "named"), said
     assert os.strerror(errno.EACCES) in said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush, refused = os.fsync, []
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_directory(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("new")
+    assert len(refused) == 3
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "new"
+
+    def nothing(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", nothing)
+    with pytest.raises(OSError, match="Invalid argument"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("newer")
+    assert (tmp_path / "file").read_text() == "new"
 
 
 def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
