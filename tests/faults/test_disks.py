@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import random_embedding
+from test_embedded import PARTS, assets, installed  # noqa: F401  (a fixture)
 from test_evaluation import file_header
 
 from deepen_ext import RelativeMap
@@ -24,6 +26,7 @@ from deepen_ext.errors import DeepenError
 from deepen_ext.ground.cache_folder import atomic_directory, atomic_write, sweep_temporaries, write_failure
 from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
+from deepen_ext.members import embedded as demo
 from deepen_ext.plots.output_file import write_file
 from deepen_ext.presets import Preset, load_preset, write_preset
 
@@ -132,6 +135,34 @@ def test_no_right(tmp_path: Path, name: str) -> None:
     assert said.startswith("PermissionError" if name == "map" else "named"), said
     assert os.strerror(errno.EACCES) in said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_linked_model_in_a_cache_of_another_user(
+    assets: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container whose cache was filled by root: nothing is left to write."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    installed(site, 1, PARTS[0])
+    parts = (("threefold-part1", "threefold_part1/part1.bin"),)
+    single = demo.Embedded("Single", "1.0", parts, hashlib.sha256(PARTS[0]).hexdigest())
+    monkeypatch.setitem(demo.MODELS, "single", single)
+    assert demo.gguf_file("single").is_symlink()
+    above = [one for one in tmp_path.parents if one.is_relative_to(tempfile.gettempdir())]
+    for folder in (tmp_path, *above):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    folders = [one for one in assets.rglob("*") if one.is_dir()]
+    for one in assets.rglob("*.lock"):
+        one.chmod(0o444)
+    for folder in folders:
+        folder.chmod(0o555)
+    said = _outcome(lambda: demo.gguf_file("single"), before=_without_rights)
+    for folder in folders:
+        folder.chmod(0o755)
+    assert said == "nothing"
 
 
 def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
