@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pybind11
 import pytest
+from packaging.version import Version
+from transformers.utils import import_utils
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.one_distribution import check_one_distribution
@@ -94,6 +97,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path)
     # Tied to this interpreter and platform: the compiled core is.
     assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+
+
+def test_a_package_that_transformers_runs_is_new_enough_for_it() -> None:
+    """transformers takes an older one for a package that is not installed."""
+    least = {
+        "accelerate": import_utils.ACCELERATE_MIN_VERSION,
+        "gguf": import_utils.GGUF_MIN_VERSION,
+        "torchao": import_utils.TORCHAO_MIN_VERSION,
+    }
+    text = (ROOT / "pyproject.toml").read_text()
+    ours = dict(re.findall(rf'"({"|".join(least)})>=([\d.]+)"', text))
+    assert ours.keys() == least.keys()
+    assert not [name for name in least if Version(ours[name]) < Version(least[name])]
 
 
 def test_the_licence_of_pybind11_is_that_of_the_version_compiled_in() -> None:
