@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import random_embedding
+from test_damaged_files import SECONDS, time_limit
 from test_embedded import PARTS, assets, installed  # noqa: F401  (a fixture)
 from test_evaluation import file_header
 
@@ -189,6 +190,16 @@ def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Invalid argument"), atomic_write(tmp_path / "file") as temporary:
         temporary.write_text("newer")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_pipe_in_the_place_of_a_temporary(tmp_path: Path) -> None:
+    """Put into a folder such as /tmp by somebody else: opening one waits for its other end."""
+    pipe = tmp_path / f".map.tmp-{'0f' * 16}"
+    os.mkfifo(pipe)
+    os.utime(pipe, (1, 1))
+    with time_limit(SECONDS):
+        sweep_temporaries(tmp_path)
+    assert not pipe.exists()
 
 
 def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
