@@ -19,6 +19,7 @@ import pytest
 from packaging.version import Version
 from transformers.utils import import_utils
 
+from deepen_ext import __version__
 from deepen_ext.errors import InputError
 from deepen_ext.ground.one_distribution import check_one_distribution
 
@@ -95,6 +96,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path)
     licences = {name.partition(".dist-info/licenses/")[2] for name in names} - {""}
     assert licences == {"LICENSE", "csrc/bindings/LICENSE.pybind11"}
     # Tied to this interpreter and platform: the compiled core is.
+    assert wheel.name.startswith(f"deepen_ext-{__version__}-")
     assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
 
