@@ -101,10 +101,11 @@ target_link_libraries(fuse_logits_c PRIVATE deepen::deepen)
 """
 
 
-def test_a_project_in_c_alone(prefix: Path, tmp_path: Path) -> None:
-    """The shared library needs nothing of a C++ compiler, as OpenMP's target would."""
+@pytest.mark.parametrize("options", [(), ("-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON",)])
+def test_a_project_in_c_alone(prefix: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The shared library needs neither a C++ compiler nor OpenMP's files."""
     (tmp_path / "CMakeLists.txt").write_text(C_ALONE)
-    folder = build_against(prefix, tmp_path, tmp_path / "build")
+    folder = build_against(prefix, tmp_path, tmp_path / "build", *options)
     done = subprocess.run([folder / "fuse_logits_c"], capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 
