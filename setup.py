@@ -21,6 +21,8 @@ from setuptools.errors import PlatformError
 ROOT = Path(__file__).resolve().parent
 # One build folder per interpreter, kept: a rebuild compiles only what was edited.
 BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+# What CMake takes from the environment when it configures a folder for the first time.
+TAKEN_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX")
 
 
 class CMakeBuild(build_ext):
@@ -40,10 +42,10 @@ class CMakeBuild(build_ext):
         ]
         if architectures := os.environ.get("DEEPEN_CUDA_ARCHITECTURES"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
-        # CMake caches its tools and never looks at them again. A folder configured with others (those of an
-        # isolated build are gone afterwards) starts over, which compiles everything.
-        compilers = [f"{name}={os.environ.get(name, '')}" for name in ("CC", "CXX", "CUDACXX")]
-        signature = "\n".join([*configure, *compilers])
+        # CMake caches its tools and flags and never looks at them again. A folder configured with others (the
+        # tools of an isolated build are gone afterwards) starts over, which compiles everything.
+        taken = [f"{name}={os.environ.get(name, '')}" for name in TAKEN_BY_CMAKE]
+        signature = "\n".join([*configure, *taken])
         stamp = BUILD / "configured-with.txt"
         if not stamp.is_file() or stamp.read_text() != signature:
             configure.append("--fresh")

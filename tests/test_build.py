@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import platform
 import re
 import shutil
@@ -129,6 +130,37 @@ def test_errors_name_no_folder_of_the_machine_that_built_the_core() -> None:
     for suffix in ("cc", "cu") if _core.cuda_compiled() else ("cc",):
         assert f"csrc/ops/topk_softmax.{suffix}".encode() in module
     assert str(ROOT).encode() not in module
+
+
+@pytest.mark.parametrize(
+    "variable", ["CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX", "DEEPEN_CUDA"]
+)
+def test_what_cmake_takes_once_from_the_environment_starts_a_build_over(
+    tmp_path: Path, variable: str
+) -> None:
+    """It would keep the first value without a word. A `cmake` that does nothing notes how it was called."""
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "cmake").write_text(
+        f'#!/bin/sh\n[ "$1" != -S ] || {{ mkdir -p "$4"; echo "$@" >>"{tmp_path}/calls"; }}\n'
+    )
+    (tools / "ninja").touch()
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    plain = {name: value for name, value in os.environ.items() if name != variable}
+    changed = plain | {variable: "OFF"}
+    for environment in (plain, plain, changed, changed):
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path / "out")],
+            cwd=tmp_path,
+            env=environment | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            check=True,
+        )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert ["--fresh" in call for call in calls] == [True, False, True, False]
 
 
 FEW_THREADS = """

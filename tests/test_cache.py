@@ -15,9 +15,9 @@ from test_models import leftovers, tiny_gguf  # noqa: F401  (a fixture)
 
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import ModelError
-from deepen_ext.ground.cache_folder import cache_dir, write_failure
+from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, locked, write_failure
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
-from deepen_ext.members.hf.gguf_conversion import convert_gguf
+from deepen_ext.members.hf.gguf_conversion import convert_gguf, converted_folder
 from deepen_ext.space.member_maps import MapSettings, MemberMaps
 
 WAY_OUT = r"HF_ASSETS_CACHE to another folder"
@@ -82,6 +82,20 @@ def test_other_errors_are_no_full_disk() -> None:
     assert write_failure(ValueError("x")) is None
     assert write_failure(OSError("no number")) is None
     assert write_failure(FileNotFoundError(errno.ENOENT, "gone")) is None
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../../x", "a" * 250, "字" * 83])
+def test_a_conversion_lies_below_the_hash_of_its_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file is called; and there is room in the name for what is written beside it."""
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path))
+    target = converted_folder("0" * 64, name)
+    assert target.resolve().parent == converted_folder("0" * 64, "x").resolve().parent
+    assert not target.exists()
+    with locked(target), atomic_directory(target):
+        pass
+    assert target.is_dir()
 
 
 def test_a_trace_on_a_full_disk() -> None:

@@ -169,8 +169,16 @@ def test_the_class_of_transformers_comes_before_code_of_the_folder(folder: Path,
     assert not marker.exists()
 
 
-def test_attention_from_the_hub_is_code(folder: Path) -> None:
-    change(folder / "config.json", attn_implementation="somebody/some-kernel")
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"attn_implementation": "somebody/some-kernel"},
+        {"model_type": "gemma3", "attn_implementation": {"text_config": "somebody/some-kernel"}},
+    ],
+    ids=["the model's", "its text model's"],
+)
+def test_attention_from_the_hub_is_code(folder: Path, named: dict[str, Any]) -> None:
+    change(folder / "config.json", **named)
     with pytest.raises(ModelError, match=r"attention from the hub \(somebody/some-kernel\)"):
         load_member(folder)
 

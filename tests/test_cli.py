@@ -27,6 +27,7 @@ from tiny_models import one_byte_tokens, save_model
 from deepen_ext import __version__, load_member
 from deepen_ext.commands import console
 from deepen_ext.commands.options import FUSER_NAMES
+from deepen_ext.errors import ModelError
 from deepen_ext.fusers import FUSERS
 from deepen_ext.fusers.weights import weights_by_size
 from deepen_ext.members import loading
@@ -82,6 +83,33 @@ def test_progress_in_a_log_has_a_line_now_and_then(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err.splitlines() == [
         "Reading dev items, 2 of 20", "Converting a", "Trying configuration 2"
     ]  # fmt: skip
+
+
+BRACKETS = "m[red] :fire:"  # to rich a colour and a picture
+
+
+def test_a_name_with_brackets_in_a_table(tiny_smollm2_dir: Path, tmp_path: Path) -> None:
+    named = tmp_path / BRACKETS
+    named.symlink_to(tiny_smollm2_dir)
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog.")
+    models = ["--model", str(tiny_smollm2_dir), "--model", str(named)]
+    done = run("nll", *models, "--text", str(tmp_path / "text"), "--fuser", "average")
+    assert done.returncode == 0, done.stderr
+    assert BRACKETS in done.stdout
+
+
+@pytest.mark.parametrize("message", [f"Loading {BRACKETS}", f"Note: {BRACKETS}"])
+def test_a_name_with_brackets_in_the_progress_of_a_terminal(monkeypatch, capsys, message: str) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with console.progress() as say:
+        say(message)
+    assert BRACKETS in capsys.readouterr().err
+
+
+def test_an_error_does_not_control_the_terminal(capsys) -> None:
+    with pytest.raises(typer.Exit), console.exit_codes(False):
+        raise ModelError("the server says: \x1b]0;title\x07\r\x9b2J\n\tgone")
+    assert capsys.readouterr().err == (r"error: the server says: \x1b]0;title\x07\x0d\x9b2J" + "\n\tgone\n")
 
 
 def test_help_does_not_load_torch() -> None:

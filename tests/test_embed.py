@@ -92,6 +92,24 @@ def test_the_examples_run_from_the_installed_tree(
     assert "cannot be used: it is no safetensors file" in done.stderr
 
 
+C_ALONE = f"""
+cmake_minimum_required(VERSION 3.22)
+project(alone LANGUAGES C)
+find_package(deepen REQUIRED)
+add_executable(fuse_logits_c "{ROOT / "examples" / "embed" / "fuse_logits.c"}")
+target_link_libraries(fuse_logits_c PRIVATE deepen::deepen)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON",)])
+def test_a_project_in_c_alone(prefix: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """The shared library needs neither a C++ compiler nor OpenMP's files."""
+    (tmp_path / "CMakeLists.txt").write_text(C_ALONE)
+    folder = build_against(prefix, tmp_path, tmp_path / "build", *options)
+    done = subprocess.run([folder / "fuse_logits_c"], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
 AARCH64 = (
     *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
     *("-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
@@ -151,6 +169,7 @@ def test_only_the_interface_is_exported(prefix: Path) -> None:
         ["readelf", "-d", str(library)], capture_output=True, text=True, check=True
     ).stdout
     assert "python" not in needed.lower()
+    assert f"[libdeepen.so.{ctypes.CDLL(str(library)).deepen_interface_version()}]" in needed
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

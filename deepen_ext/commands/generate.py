@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes, read_stdin, write
+from deepen_ext.commands.console import exit_codes, plain, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import load_ensemble, named_members
 from deepen_ext.errors import InputError, MemberLost
@@ -173,9 +173,7 @@ def _prompt(prompt: str | None) -> str:
 def _writer(prompt: str) -> Callable[[str], None]:
     """Text to standard output as it comes; on a terminal after the prompt, so that it reads on."""
     if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(prompt, style="dim", end="", markup=False, highlight=False, soft_wrap=True)
+        plain().print(prompt, style="dim", end="", soft_wrap=True)
     return write
 
 
@@ -219,8 +217,6 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
 
 
 def _summarise(ensemble: Ensemble, result: Generation) -> None:
-    from rich.console import Console
-
     main, *others = ensemble.names
     timings = result.timings
     line = (
@@ -235,4 +231,4 @@ def _summarise(ensemble: Ensemble, result: Generation) -> None:
     for name, position in result.lost.items():
         line += f"; without {name} from token {position} on"
     line += f"; run by {' and '.join(dict.fromkeys(result.backends))}"
-    Console(stderr=True).print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+    plain(stderr=True).print(line, style="dim", soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deepen_ext.commands import options
-from deepen_ext.commands.console import exit_codes, progress, read_stdin, write
+from deepen_ext.commands.console import exit_codes, plain, progress, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
     check_likelihood,
@@ -143,7 +143,6 @@ def _estimates(of: Score | Difference) -> dict[str, Any]:
 
 def show(scores: Scores, methods: Sequence[str]) -> None:
     """Two tables: everyone by itself, and what fusing gains over the main model and the best member."""
-    from rich.console import Console
     from rich.table import Table
 
     def table(*titles: str) -> Table:
@@ -171,14 +170,12 @@ def show(scores: Scores, methods: Sequence[str]) -> None:
         if all(one.bits_per_byte.error is None for one in every)
         else "±: standard error between blocks, of differences in pairs of blocks."
     )
-    console = Console()
+    console = plain()
     console.print(absolute, "", relative, sep="\n")
     console.print(
         f"\n{every[0].nbytes:,} bytes. Below 0 fusing is better; of the members alone {best} the best. "
         f"{errors}",
         style="dim",
-        highlight=False,
-        markup=False,
     )
 
 

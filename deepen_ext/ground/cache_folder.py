@@ -117,7 +117,8 @@ def sweep_temporaries(folder: Path, seconds: float = _STALE_SECONDS, name: str =
 def _is_in_use(temporary: Path) -> bool:
     """Whether a process that lives still writes there (see `_temporary_folder`)."""
     try:
-        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+        # Not waiting: in a folder that others write to it may be a pipe.
+        handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # a link, or another user's
         return False
     try:
@@ -221,5 +222,9 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network file systems (SMB, 9P) flush files alone.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(handle)

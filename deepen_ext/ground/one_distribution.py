@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from deepen_ext.errors import InputError
+
+_NAMES = re.compile(r"deepen-ext(-cu\d+)?")  # those that .ci/release gives; others' packages may begin so too
 
 
 def check_one_distribution(site: Path) -> None:
@@ -16,7 +19,8 @@ def check_one_distribution(site: Path) -> None:
     Raises:
         InputError: two distributions of it are installed there.
     """
-    names = {path.name.partition("-")[0].replace("_", "-") for path in site.glob("deepen_ext*.dist-info")}
+    found = {path.name.partition("-")[0].replace("_", "-") for path in site.glob("deepen_ext*.dist-info")}
+    names = {name for name in found if _NAMES.fullmatch(name)}
     if len(names) > 1:
         both = " and ".join(sorted(names))
         raise InputError(

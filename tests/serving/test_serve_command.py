@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from command_line import run
+from typer.main import get_command
 
+from deepen_ext.commands.cli import app
 from deepen_ext.commands.loading import load_ensembles, named_members
 from deepen_ext.errors import InputError
 from deepen_ext.presets import Preset, write_preset
@@ -48,6 +50,11 @@ def test_help_names_the_options() -> None:
     for option in ("--ensemble", "--lanes", "--queue", "--max-body", "--grace", "--log-prompts", "--api-key"):
         assert option in text
     assert "--member-api-key" in text
+
+
+def test_it_listens_to_this_machine_alone_unless_told_otherwise() -> None:
+    (host,) = (one for one in get_command(app).commands["serve"].params if one.name == "host")
+    assert host.default == "127.0.0.1"
 
 
 def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:

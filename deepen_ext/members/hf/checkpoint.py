@@ -100,10 +100,10 @@ def check_code(target: Path | str, name: str, trust_remote_code: bool, revision:
     if trust_remote_code:
         return
     # A config that names unknown code raises ValueError here; see `failures_of_loading`.
-    config = read_config(target, False, revision)
-    kernel = getattr(config, "_attn_implementation", None)
-    if isinstance(kernel, str) and "/" in kernel:
-        raise ModelError(_code_refusal(name, f"its config.json takes attention from the hub ({kernel})"))
+    for config in _with_its_parts(read_config(target, False, revision)):
+        kernel = getattr(config, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ModelError(_code_refusal(name, f"its config.json takes attention from the hub ({kernel})"))
     check_tokenizer_code(target, name, trust_remote_code, revision)
 
 
@@ -112,6 +112,14 @@ def read_config(target: Path | str, trust_remote_code: bool, revision: str | Non
     return AutoConfig.from_pretrained(
         target, trust_remote_code=trust_remote_code, revision=revision or "main"
     )
+
+
+def _with_its_parts(config: Any) -> Iterator[Any]:
+    """A config and those of the model's parts, such as its text and vision models."""
+    yield config
+    for part in config.sub_configs:
+        if (own := getattr(config, part, None)) is not None:
+            yield from _with_its_parts(own)
 
 
 def check_tokenizer_code(

@@ -27,6 +27,7 @@ from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.hf.quiet import quiet
 
 _REVISION = "2"  # goes into the cache key: raise it when the rules of the conversion change
+_LONGEST_NAME = 200  # bytes
 _COMPUTED = re.compile(r"rot_embd|inv_freq")  # the model computes them itself
 
 
@@ -35,7 +36,9 @@ def converted_folder(sha256: str, name: str) -> Path:
 
     Another version of transformers converts it anew: it may read weights or settings otherwise.
     """
-    return cache_dir("models", f"{sha256[:32]}-{_REVISION}.{conversion()}") / re.sub(r"[^\w.-]", "-", name)
+    # Not "..", and short enough for what is written beside it while the file is converted.
+    readable = re.sub(r"[^\w.-]|^\.", "-", name).encode()[:_LONGEST_NAME].decode(errors="ignore")
+    return cache_dir("models", f"{sha256[:32]}-{_REVISION}.{conversion()}") / readable
 
 
 def convert_gguf(
