@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -21,10 +21,16 @@ import decode  # noqa: E402
 import decode_native  # noqa: E402
 import drafts  # noqa: E402
 import quantised_members  # noqa: E402
-import run  # noqa: E402
 import serve_load  # noqa: E402
 import start  # noqa: E402
 from common import environment  # noqa: E402
+
+# By its file: tests/fuzz has a run.py too, whose folder may be on the path.
+_SPEC = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+run = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(run)
 
 
 class Interrupted(Exception):
