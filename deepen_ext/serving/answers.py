@@ -23,6 +23,8 @@ _LAST_WORDS = 1.0  # seconds for telling a client of an error in the middle of a
 # Many clients (httpx, Python's `splitlines`) end lines at these too, as server-sent events do not. The others
 # of that kind JSON escapes by itself.
 _ENDS_OF_LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
+# Why texts of a request have no end, as metrics have it; whatever else ends one counts as cancelled.
+_REASONS = {"failed": "failed", "out of time": "timeout"}
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,6 @@ class Streaming:
     """What a stream has beside the text."""
 
     usage: bool = False
-
-
-# Why texts of a request have no end, as metrics have it.
-_REASONS = {"failed": "failed", "out of time": "timeout"}
 
 
 class Answer(Response):

@@ -11,6 +11,7 @@ from typing import Any
 
 from deepen_ext.errors import InputError, shown
 
+_SHOWN = 43  # characters of a value in an error
 _FATES = (None, "stood", "replaced", "settled")
 
 
@@ -59,7 +60,7 @@ def check_record(record: Any, where: str) -> dict[str, Any]:
         if one.has(name):
             one.text(name)
     if one.has("draft") and record["draft"] not in _FATES:
-        raise InputError(f"{where}: its draft is {shown(record['draft'], 43)}; {_ONE_OF_OURS}")
+        raise InputError(f"{where}: its draft is {shown(record['draft'], _SHOWN)}; {_ONE_OF_OURS}")
     if "not_asked" not in record:
         raise InputError(f"{where}: it has no not_asked; {_ONE_OF_OURS}")
     members = one.parts("members")
@@ -143,7 +144,7 @@ class _Part:
     def numbers(self) -> None:
         for name, found in self.value.items():
             if not _is_finite(found):
-                what = f"{shown(name, 43)} is {shown(found, 43)}"
+                what = f"{shown(name, _SHOWN)} is {shown(found, _SHOWN)}"
                 raise InputError(f"{self._where}: {what}, not a finite number; {_ONE_OF_OURS}")
 
     def candidates(self, name: str) -> None:
@@ -160,7 +161,7 @@ class _Part:
     def _wrong(self, name: str, kind: str) -> InputError:
         if name not in self.value:
             return InputError(f"{self._where}: it has no {name}; {_ONE_OF_OURS}")
-        found = shown(self.value[name], 43)
+        found = shown(self.value[name], _SHOWN)
         return InputError(f"{self._where}: {name} is {found}, not {kind}; {_ONE_OF_OURS}")
 
 
