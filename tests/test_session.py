@@ -137,6 +137,22 @@ def failing(layer: torch.nn.Module, error: BaseException) -> Iterator[None]:
 
 
 class TestOneRow:
+    def test_the_head_gets_rows_without_gaps(self, real: Member) -> None:
+        """Of a view with gaps torch copies the head's weights in bfloat16: a second for each prompt."""
+        seen: list[torch.Tensor] = []
+        hook = real.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        ids, session = ids_of(real, 90), open_session(real)
+        try:
+            session.ask({0: ids[:40]}, 4).wait()
+            session.ask({0: ids}, 4, positions=3).wait()
+        finally:
+            hook.remove()
+        assert [one.shape[1] for one in seen] == [1, 3]
+        for rows in seen:  # `is_contiguous` says nothing of the stride of a dimension of size 1
+            assert rows.stride() == torch.empty_like(rows, memory_format=torch.contiguous_format).stride()
+
     def test_rollback_equals_a_fresh_forward(self, real: Member) -> None:
         """Wrong tokens are fed, rolled back and replaced, on both sides of the window and across it."""
         ids = ids_of(real, POSITIONS[-1] + 2)
