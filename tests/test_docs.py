@@ -97,6 +97,34 @@ def test_every_fuser_is_named(page: str) -> None:
     assert [name for name in FUSERS if not re.search(f'["`]{name}["`]', text)] == []
 
 
+def test_every_option_of_loading_is_named() -> None:
+    text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    assert [name for name in LOAD_OPTIONS if not re.search(f"`{name}[=`]", text)] == []
+
+
+def test_every_command_that_loads_members_is_named() -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    loading = {
+        name for name, own in group.commands.items() if any(one.name == "backend" for one in own.params)
+    }
+    assert len(loading) > 3
+    text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"options of the commands\s(.*?), keys of", text, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed)) == loading
+
+
+def test_every_extra_is_named() -> None:
+    """Those for users, in the table of extras and no others."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = project.split("[project.optional-dependencies]")[1].split("\n[project.")[0]
+    extras = set(re.findall(r"^([a-z-]+) = \[", section, re.MULTILINE)) - {"test", "docs", "bench"}
+    assert len(extras) > 5
+    table = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8").split("| extra | for |\n")[1]
+    firsts = [row.split("|")[1] for row in table.split("\n\n")[0].splitlines()]
+    assert set(re.findall(r"`([a-z-]+)`", " ".join(firsts))) == extras
+
+
 def test_a_record_of_a_trace_is_described(tiny_smollm2: Member, tiny_gemma: Member) -> None:
     """The table of the page has each of its keys, and no other; it names those of its parts."""
     records: list[dict[str, Any]] = []
