@@ -250,9 +250,21 @@ def write_task(work: Path, data: Path, task: str, output: Path, found: dict[str,
             "items_in_split": len(TASKS[task].items(data, head["split"])),
             "configurations": in_order({**rest, **scores}),
             "environment": found,
+            "earlier_environments": earlier(file, found) if rest else [],
         },
     )
     say(f"written to {file}")
+
+
+def earlier(file: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Environments of the runs before, each machine and commit once, that a task's JSON file is of."""
+    known = json.loads(file.read_text(encoding="utf-8"))
+
+    def run(one: dict[str, Any]) -> tuple[Any, ...]:
+        return one["machine"]["cpu"], one["machine"].get("gpu", {}).get("name"), one["commit"], one["dirty"]
+
+    before = {run(one): one for one in (*known.get("earlier_environments", []), known["environment"])}
+    return [one for key, one in before.items() if key != run(found)]
 
 
 def in_order(configurations: dict[str, Any]) -> dict[str, Any]:

@@ -172,9 +172,11 @@ def settings(results: Results) -> str:
 
 def hardware(results: Results) -> str:
     """What it ran on, and at which commits."""
-    machines: dict[str, list[Result]] = {}
+    machines: dict[tuple[str, str, bool], list[Result]] = {}
     for name, result in results.files():
-        machines.setdefault(name, []).append(result["environment"])
+        for one in (*result.get("earlier_environments", []), result["environment"]):
+            where = name, one["machine"]["cpu"], "gpu" in one["machine"]
+            machines.setdefault(where, []).append(one)
     return "\n\n".join(_hardware(found) for found in machines.values())
 
 

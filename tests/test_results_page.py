@@ -170,6 +170,27 @@ def test_a_folder_that_lacks_results_adds_to_those_that_are_there(
     ).read_text()
 
 
+def test_rows_of_an_earlier_run_keep_its_machine_and_commit(data: Path, work: Path, tmp_path: Path) -> None:
+    evaluation = tmp_path / "results" / "evaluation"
+    file = evaluation / "two" / "arc_challenge.json"
+    first = FOUND | {"machine": FOUND["machine"] | {"cpu": "Older CPU"}, "commit": "fedcba9876543210"}
+    compare.write_task(work, data, "arc_challenge", file.parent, first)
+    compare.write_task(work, data, "arc_challenge", file.parent, first)
+    assert json.loads(file.read_text())["earlier_environments"] == []
+    late = tmp_path / "late"
+    late.mkdir()
+    write_answers(late, "G+S deepen:paper", answers("11000000"))
+    for _ in range(2):
+        compare.write_task(late, data, "arc_challenge", file.parent, FOUND)
+        found = json.loads(file.read_text())
+        assert (found["environment"], found["earlier_environments"]) == (FOUND, [first])
+    shown = results_texts.hardware(read_results(evaluation.parent))
+    assert "**Older CPU, 2 cores** (avx2)" in shown
+    assert "commit fedcba9876 of" in shown
+    assert "**Some CPU, 2 cores** (avx2)" in shown
+    assert "commit 0123456789 of" in shown
+
+
 def test_a_member_of_whom_nothing_is_known() -> None:
     right, best = answers("01111111"), answers("11100000")
     known = compare.compare(right, {"S": answers("11000000"), "G": best})
