@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 
+from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import entropies
 from deepen_ext.fusers.weighing.rule import Rule
@@ -20,6 +21,13 @@ class Confidence(Rule):
     def __init__(self, kappa: float) -> None:
         """Kappa is for each nat of entropy, above 0."""
         self.kappa = kappa
+
+    @classmethod
+    def make(
+        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
+    ) -> Confidence | None:
+        """See `Rule.make`."""
+        return cls(confidence) if confidence else None
 
     def __str__(self) -> str:
         return f"{self.name} {self.kappa:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,13 @@ class Disagreement(Rule):
 
     def __init__(self, bridge: TokenBridge) -> None:
         self._agree = Agreement(bridge)
+
+    @classmethod
+    def make(
+        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
+    ) -> Disagreement:
+        """See `Rule.make`."""
+        return cls(bridge())
 
     def weigh(self, weights: torch.Tensor, said: Sequence[Said]) -> torch.Tensor:
         """See `Rule.weigh`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -11,6 +11,8 @@ from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import Agreement, entropies, margins
 from deepen_ext.fusers.weighing.rule import Rule, scaled
+
+GATE_NUMBERS = 4
 
 
 class Gate(Rule):
@@ -27,6 +29,12 @@ class Gate(Rule):
         """Take g, four numbers."""
         self.gate = list(gate)
         self._agree = Agreement(bridge)
+
+    @classmethod
+    def make(cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]) -> Gate:
+        """See `Rule.make`."""
+        assert gate is not None
+        return cls(gate, bridge())
 
     def __str__(self) -> str:
         return f"{self.name} {self.gate}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 
+from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 
 
@@ -22,6 +23,22 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
+
+    @classmethod
+    def make(
+        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
+    ) -> Rule | None:
+        """This rule with an ensemble's settings, which `check_weighing` has seen.
+
+        Args:
+            confidence: of "confidence".
+            gate: of "gate".
+            bridge: called by a rule that compares members' tokens.
+
+        Returns:
+            None where the weights stay as they are.
+        """
+        return cls()
 
     def __str__(self) -> str:
         """Name and numbers, for records of results."""
