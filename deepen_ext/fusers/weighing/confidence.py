@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 
-from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import entropies
-from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients
 
 
 class Confidence(Rule):
@@ -23,11 +22,9 @@ class Confidence(Rule):
         self.kappa = kappa
 
     @classmethod
-    def make(
-        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
-    ) -> Confidence | None:
+    def make(cls, given: RuleIngredients) -> Confidence | None:
         """See `Rule.make`."""
-        return cls(confidence) if confidence else None
+        return cls(given.confidence) if given.confidence else None
 
     def __str__(self) -> str:
         return f"{self.name} {self.kappa:g}"

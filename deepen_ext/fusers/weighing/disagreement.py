@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import Agreement
-from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients
 
 SURE = 0.5  # of a first choice: no other token can then be more probable
 
@@ -28,11 +28,9 @@ class Disagreement(Rule):
         self._agree = Agreement(bridge)
 
     @classmethod
-    def make(
-        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
-    ) -> Disagreement:
+    def make(cls, given: RuleIngredients) -> Disagreement:
         """See `Rule.make`."""
-        return cls(bridge())
+        return cls(given.bridge())
 
     def weigh(self, weights: torch.Tensor, said: Sequence[Said]) -> torch.Tensor:
         """See `Rule.weigh`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import Agreement, entropies, margins
-from deepen_ext.fusers.weighing.rule import Rule, scaled
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients, scaled
 
 GATE_NUMBERS = 4
 
@@ -31,10 +31,10 @@ class Gate(Rule):
         self._agree = Agreement(bridge)
 
     @classmethod
-    def make(cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]) -> Gate:
+    def make(cls, given: RuleIngredients) -> Gate:
         """See `Rule.make`."""
-        assert gate is not None
-        return cls(gate, bridge())
+        assert given.gate is not None
+        return cls(given.gate, given.bridge())
 
     def __str__(self) -> str:
         return f"{self.name} {self.gate}"

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
+
+
+@dataclass(frozen=True)
+class RuleIngredients:
+    """What an ensemble knows, for a rule that needs it; `check_weighing` has seen the settings.
+
+    Attributes:
+        confidence: the setting, of "confidence".
+        gate: the setting, of "gate".
+        bridge: makes what looks tokens up in other members' vocabularies.
+    """
+
+    confidence: float
+    gate: Sequence[float] | None
+    bridge: Callable[[], TokenBridge]
 
 
 class Rule(ABC):
@@ -25,19 +41,8 @@ class Rule(ABC):
     name: ClassVar[str]
 
     @classmethod
-    def make(
-        cls, confidence: float, gate: Sequence[float] | None, bridge: Callable[[], TokenBridge]
-    ) -> Rule | None:
-        """This rule with an ensemble's settings, which `check_weighing` has seen.
-
-        Args:
-            confidence: of "confidence".
-            gate: of "gate".
-            bridge: called by a rule that compares members' tokens.
-
-        Returns:
-            None where the weights stay as they are.
-        """
+    def make(cls, given: RuleIngredients) -> Rule | None:
+        """This rule for an ensemble; None where the weights stay as they are."""
         return cls()
 
     def __str__(self) -> str:
