@@ -22,7 +22,7 @@ from typing import Any
 from deepen_ext import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
-from deepen_ext.fusers.weighing.names import RULES
+from deepen_ext.fusers.weighing.make import RULES
 from deepen_ext.fusers.weights import WEIGHTS_RULES
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member

@@ -12,6 +12,7 @@ from oracle import random_embedding, random_logits
 
 from deepen_ext import Ensemble, InputError, RelativeMap
 from deepen_ext.fusers import (
+    FUSERS,
     AverageFuser,
     DeepenFuser,
     FunctionFuser,
@@ -26,7 +27,8 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
 PROMPT = "The capital of France is"
-EVERY = ("deepen", "average", "union-topk", "union-vocab", "follow", "product", "consistent")
+# What draws and what writes spans is tried by itself (tests/test_draw.py, tests/test_spans.py).
+EVERY = [name for name, one in FUSERS.items() if not one.draws and not one.spans and one.fewest_members > 1]
 
 
 def peaked(batch: int, vocab: int, seed: int) -> torch.Tensor:

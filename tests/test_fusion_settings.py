@@ -11,6 +11,8 @@ import torch
 
 from deepen_ext import Ensemble, InputError
 from deepen_ext.fusers import FUSERS, Fuser, FusionSettings, map_settings
+from deepen_ext.fusers.weighing.make import RULES
+from deepen_ext.fusers.weighing.rule import Rule
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MapSettings
 
@@ -86,3 +88,23 @@ def test_a_new_fuser_is_one_class(
     assert ensemble.fuser.step(logits, [0.5, 0.5]).chosen.tolist() == [7, 7]
     with pytest.raises(InputError, match="two or more members, not 1"):
         Ensemble([tiny_smollm2], fuser="favourite")
+
+
+def test_a_new_rule_of_weighing_is_one_class(
+    tiny_smollm2: Member, tiny_gemma: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Last(Rule):
+        """All weight to the last member."""
+
+        name = "last"
+
+        def weigh(self, weights, said):
+            return torch.eye(weights.shape[1])[-1].expand_as(weights)
+
+    monkeypatch.setitem(RULES, Last.name, Last)
+    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="union-vocab", weighing="last")
+    assert isinstance(ensemble.fuser.rule, Last)
+    logits = [torch.randn(2, member.vocab_size) for member in (tiny_smollm2, tiny_gemma)]
+    assert ensemble.fuser.step(logits, [0.5, 0.5]).shares == [(0, 1), (0, 1)]
+    with pytest.raises(InputError, match="leave it out for weighing='last'"):
+        ensemble.variant(confidence=1)

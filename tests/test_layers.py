@@ -12,6 +12,11 @@ from pathlib import Path
 import grimp
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -119,6 +124,13 @@ class TestGraph:
             for details in graph.get_import_details(importer=one, imported="deepen_ext")
         }
         assert lines == {"from deepen_ext import _core", "from deepen_ext import __version__"}
+
+    def test_every_backend_is_kept_from_the_folders_above(self) -> None:
+        """Each folder of `members/`; the linter cannot know that a new one is missing in its list."""
+        rules = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+        (forbidden,) = [one["forbidden_modules"] for one in rules if one["id"] == "backends"]
+        folders = (ROOT / "deepen_ext" / "members").glob("*/__init__.py")
+        assert set(forbidden) == {f"deepen_ext.members.{one.parent.name}" for one in folders}
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from tiny_models import one_byte_tokens, save_model
 
 from deepen_ext import Ensemble, InputError, load_members
 from deepen_ext.members.backend import Description
+from deepen_ext.members.http import protocols
 from deepen_ext.members.load_options import LoadOptions, options_of_each
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
+from deepen_ext.members.registry import BACKENDS, PROTOCOLS
 from deepen_ext.members.source import Source, find_adapter, split_adapter
 from deepen_ext.members.top_k_only import TopKOnly
 
@@ -227,6 +229,22 @@ class TestTheBackend:
             Source(path=gguf),
             LoadOptions(device=torch.device("cpu"), threads=3, trust_remote_code=True),
         )
+
+    @pytest.mark.parametrize("option", [{"quantization": "int8"}, {"dtype": "float16"}, {"revision": "main"}])
+    def test_another_backend_has_the_options_of_every_backend_alone(
+        self, folder: Path, option: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else one that it does not look at would be taken in silence."""
+        monkeypatch.setitem(BACKENDS, "toy", "nowhere")
+        with recorded() as asked, pytest.raises(Asked):
+            load_member(folder, backend="toy", threads=2)
+        assert asked[0][0] == "toy"
+        with recorded(), pytest.raises(InputError, match=rf"{folder}: .* is no option of the backend toy"):
+            load_member(folder, backend="toy", **option)
+
+    def test_every_kind_of_server_can_be_named(self) -> None:
+        """The names are written out in registry.py: the classes need httpcore, which not everybody has."""
+        assert {kind.name for kind in protocols._PROTOCOLS} == set(PROTOCOLS)
 
     def test_a_note_says_that_it_is_not_installed(self, gguf: Path, folder: Path) -> None:
         said: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,16 @@ from deepen_ext.fusers.weighing.confidence import Confidence
 from deepen_ext.fusers.weighing.consistency import Consistency, anchored
 from deepen_ext.fusers.weighing.disagreement import Disagreement
 from deepen_ext.fusers.weighing.gate import Gate
+from deepen_ext.fusers.weighing.make import RULES
 from deepen_ext.fusers.weighing.margin import Margin
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.member import Member
+
+# Settings of rules that need some.
+NUMBERS: dict[str, dict[str, Any]] = {
+    "confidence": {"confidence": 0.5},
+    "gate": {"gate": [-1.0, 0.5, 0.5, 0.2]},
+}
 
 
 @pytest.fixture
@@ -152,10 +160,9 @@ def test_where_the_main_model_writes_alone_nothing_moves(
         assert torch.equal(given[others], plain.likelihoods(fused.parts, [0.5, 0.5], tokens)[others])
 
 
-@pytest.mark.parametrize("weighing", ["margin", "consistency", "disagreement", "gate"])
+@pytest.mark.parametrize("weighing", RULES)
 def test_a_silent_member_stays_silent(smollm2: Member, gemma: Member, weighing: str) -> None:
-    numbers = {"gate": [-1.0, 0.5, 0.5, 0.2]} if weighing == "gate" else {}
-    ensemble = Ensemble([smollm2, gemma], fuser="union-vocab", weighing=weighing, **numbers)
+    ensemble = Ensemble([smollm2, gemma], fuser="union-vocab", weighing=weighing, **NUMBERS.get(weighing, {}))
     logits = [torch.randn(3, one.vocab_size) for one in ensemble.members]
     step = ensemble.fuser.step([logits[0], logits[1][:1]], [0.5, 0.5], rows=[None, [1]])
     assert torch.equal(step.logits[0], logits[0][0])
@@ -163,9 +170,10 @@ def test_a_silent_member_stays_silent(smollm2: Member, gemma: Member, weighing: 
     assert sum(step.shares[1]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("weighing", ["margin", "consistency", "disagreement"])
+@pytest.mark.parametrize("weighing", RULES)
 def test_drafts_change_nothing(tiny_smollm2: Member, tiny_gemma: Member, weighing: str) -> None:
-    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="average", weighing=weighing)
+    numbers = NUMBERS.get(weighing, {})
+    ensemble = Ensemble([tiny_smollm2, tiny_gemma], fuser="average", weighing=weighing, **numbers)
     texts = [
         ensemble.generate("One two three", max_new_tokens=24, do_sample=True, seed=5, draft=draft).token_ids
         for draft in (0, 3)

@@ -26,6 +26,8 @@ from deepen_ext.commands.loading import (
     writes_alone,
 )
 from deepen_ext.errors import InputError
+from deepen_ext.measure.evaluation.choices import CHOICE_TASKS
+from deepen_ext.measure.evaluation.tasks import TASKS
 from deepen_ext.plots.output_file import check_output_file
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def evaluate(
     loading: Loading,
     task: Annotated[
         list[str],
-        typer.Option(help="gsm8k, arc_challenge, piqa, mmlu, triviaqa, nq, or all of them: all. Repeat it."),
+        typer.Option(help=f"{', '.join(TASKS)}, or all of them: all. Repeat it."),
     ],
     data: Annotated[Path, typer.Option(help="The folder of the benchmarks, with a folder for each task.")],
     out: Annotated[
@@ -74,8 +76,8 @@ def evaluate(
     scoring: Annotated[
         Scoring,
         typer.Option(
-            help="generation: the models write an answer. likelihood: of arc_challenge, piqa and mmlu, the "
-            "choice that is most probable to them, as lm-evaluation-harness scores it."
+            help="generation: the models write an answer. likelihood: the choice that is most probable to "
+            f"them, as lm-evaluation-harness scores it, of {', '.join(CHOICE_TASKS)}."
         ),
     ] = Scoring.generation,
     fuser: Annotated[

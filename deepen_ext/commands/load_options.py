@@ -21,10 +21,11 @@ from typing import Annotated, Any
 import typer
 
 from deepen_ext.members.from_text import DEFAULT, option_from_text
+from deepen_ext.members.registry import BACKENDS, PROTOCOLS
 
 _PANEL = f"Loading: one for all, or one for each ({DEFAULT}: the default)"
 _HELP = {
-    "backend": "What runs the model: transformers, llama.cpp for .gguf files, or http for servers.",
+    "backend": f"What runs the model, by default what goes with its name: {', '.join(BACKENDS)}.",
     "device": "Where the model runs; cpu by default.",
     "dtype": "Of the weights: float32 (the default), float16 or bfloat16.",
     "threads": "CPU threads of the forward passes.",
@@ -35,7 +36,7 @@ _HELP = {
     "adapter": "A PEFT adapter on the model: a folder or a hub name. --model BASE@ADAPTER is the same.",
     "revision": "Branch, tag or commit of a hub model.",
     "attn_implementation": "How transformers computes attention, such as eager or sdpa.",
-    "protocol": "Of a server (--model http://host:port): llama.cpp, openai or sglang; found out by default.",
+    "protocol": f"Of a server (--model http://host:port): {', '.join(PROTOCOLS)}; found out by default.",
     "tokenizer": "Of a server's model: a folder, a hub name, a .gguf file or demo:NAME.",
     "api_key": "Where the server's key is: env:NAME or file:PATH.",
     "placement": 'Run the model in an actor of Ray, as JSON: {"num_cpus": 2, "num_gpus": 1}.',

@@ -10,8 +10,8 @@ import torch
 
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.settings import FusionSettings
-from deepen_ext.fusers.weighing.make import make_rule
-from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.fusers.weighing.make import RULES
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients
 from deepen_ext.members.member import Member
 from deepen_ext.space.member_maps import MemberMaps
 
@@ -62,7 +62,9 @@ class Ingredients:
         settings = self.settings
         return {
             "candidates": settings.candidates,
-            "rule": make_rule(settings.weighing, settings.confidence, settings.gate, self.bridge),
+            "rule": RULES[settings.weighing].make(
+                RuleIngredients(settings.confidence, settings.gate, self.bridge)
+            ),
             "names": self.names,
         }
 

@@ -11,7 +11,7 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
-from deepen_ext.fusers.weighing.names import check_weighing
+from deepen_ext.fusers.weighing.make import check_weighing
 from deepen_ext.fusers.weights import WeightsRule, check_weights, check_weights_rule
 from deepen_ext.ground.numbers import real_number, whole_number
 from deepen_ext.space.recipes import (

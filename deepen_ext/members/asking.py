@@ -20,6 +20,19 @@ class Limits(Protocol):
     def context_length(self) -> int | None: ...  # noqa: D102
 
 
+def lane_count(name: str, lanes: int) -> int:
+    """How many lanes a session is opened with.
+
+    Args:
+        name: the member's.
+        lanes: 1 or more.
+
+    Raises:
+        InputError: no such number.
+    """
+    return whole_number(f"{name}: a session's number of lanes", lanes, 1)
+
+
 def check_lane(name: str, lane: int, count: int, in_use: Collection[int]) -> None:
     """That a session has a lane.
 

@@ -14,12 +14,11 @@ from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number
 from deepen_ext.members.devices import find_device
-from deepen_ext.members.registry import BACKENDS
+from deepen_ext.members.registry import BACKENDS, PROTOCOLS
 from deepen_ext.ops.checks import check_built_for
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-PROTOCOLS = ("llama.cpp", "openai", "sglang")
 KEY_FORMS = "env:NAME or file:PATH"
 _OF_EVERY_BACKEND = ("backend", "device", "threads", "trust_remote_code")
 ONLY_HTTP = ("protocol", "tokenizer", "api_key", "timeout")

@@ -168,7 +168,7 @@ def _backends(plans: Sequence[_Plan], progress: Progress | None) -> list[str]:
             _check_server_options(one)
         else:
             _refuse_server_options(one)
-        if backend == _LLAMA_CPP:
+        if backend not in (_HF, _HTTP):
             one.options.refuse_others(backend, member=one.name)
         found.append(backend)
     if missed and progress is not None:

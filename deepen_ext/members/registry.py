@@ -1,4 +1,4 @@
-"""The backends by name. Each is imported when a member asks for it, and not before."""
+"""The backends by name, each imported when a member asks for it and not before; and the kinds of servers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ BACKENDS = {
     "llama.cpp": "deepen_ext.members.llama_cpp.load",
     "http": "deepen_ext.members.http.load",
 }
+
+# Kinds of servers, by the names of the classes in `deepen_ext.members.http.protocols`, which needs httpcore.
+PROTOCOLS = ("llama.cpp", "openai", "sglang")
 
 
 def backend_module(name: str) -> Any:

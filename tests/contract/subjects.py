@@ -1,4 +1,4 @@
-"""The backends that the contract holds for. A new backend is one more line in `SUBJECTS`."""
+"""The backends that the contract holds for. A new one is a function, and its name in `SUBJECTS`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ class Subject:
         dtype: the same, of its `Description`.
         other_weights: makes a backend of the same model with other weights, and one of a copy in bfloat16.
         breaks: within it every forward pass fails; gives what the error should say of why.
-        plain: the model's own logits [n, V] after each of n ids, without a session.
+        plain: the model's own logits [n, V] after each of n ids, without a session; among the most probable
+            tokens some tie, as in `_model`.
         fed: how many tokens the model has read so far, padding included.
         cuts: a text can be cut anywhere, and its states grow with it; else it is read again.
         plain_tolerance: by which `plain` may differ, where its arithmetic is another; None: by `tolerance`.

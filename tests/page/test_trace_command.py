@@ -195,7 +195,8 @@ def test_the_page_is_light_and_asks_nobody_else() -> None:
     assert re.search(r"script-src 'sha256-[\w+/]+=*'; connect-src 'self'", page)
 
 
-def test_every_fuser_is_offered() -> None:
+def test_every_fuser_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSERS, "of-tomorrow", FUSERS["product"])
     (offered,) = re.findall(r'<datalist id="fusers">(.*?)</datalist>', page_html())
     assert set(offered.split("<option>")[1:]) == {"auto", *FUSERS} - {"single"}
 

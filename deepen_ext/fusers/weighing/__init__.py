@@ -8,5 +8,5 @@
 | disagreement | where all are unsure and differ; elsewhere main writes alone | SAFE, arXiv 2510.15346 |
 | gate | by four numbers that `deepen-ext tune --gate` has fitted | ours |
 
-A new rule is a file here with one class, and a line in names.py and make.py. Every fuser can have every rule.
+A new rule is a file here with one class, which make.py lists. Every fuser can have every rule.
 """

@@ -9,7 +9,7 @@ import torch
 
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import entropies
-from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients
 
 
 class Confidence(Rule):
@@ -20,6 +20,11 @@ class Confidence(Rule):
     def __init__(self, kappa: float) -> None:
         """Kappa is for each nat of entropy, above 0."""
         self.kappa = kappa
+
+    @classmethod
+    def make(cls, given: RuleIngredients) -> Confidence | None:
+        """See `Rule.make`."""
+        return cls(given.confidence) if given.confidence else None
 
     def __str__(self) -> str:
         return f"{self.name} {self.kappa:g}"

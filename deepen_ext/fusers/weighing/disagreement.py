@@ -10,7 +10,7 @@ import torch
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import Agreement
-from deepen_ext.fusers.weighing.rule import Rule
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients
 
 SURE = 0.5  # of a first choice: no other token can then be more probable
 
@@ -26,6 +26,11 @@ class Disagreement(Rule):
 
     def __init__(self, bridge: TokenBridge) -> None:
         self._agree = Agreement(bridge)
+
+    @classmethod
+    def make(cls, given: RuleIngredients) -> Disagreement:
+        """See `Rule.make`."""
+        return cls(given.bridge())
 
     def weigh(self, weights: torch.Tensor, said: Sequence[Said]) -> torch.Tensor:
         """See `Rule.weigh`."""

@@ -10,7 +10,9 @@ import torch
 from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.evidence import Agreement, entropies, margins
-from deepen_ext.fusers.weighing.rule import Rule, scaled
+from deepen_ext.fusers.weighing.rule import Rule, RuleIngredients, scaled
+
+GATE_NUMBERS = 4
 
 
 class Gate(Rule):
@@ -27,6 +29,12 @@ class Gate(Rule):
         """Take g, four numbers."""
         self.gate = list(gate)
         self._agree = Agreement(bridge)
+
+    @classmethod
+    def make(cls, given: RuleIngredients) -> Gate:
+        """See `Rule.make`."""
+        assert given.gate is not None
+        return cls(given.gate, given.bridge())
 
     def __str__(self) -> str:
         return f"{self.name} {self.gate}"

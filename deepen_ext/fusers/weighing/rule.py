@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
+from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.fusers.parts import Said
+
+
+@dataclass(frozen=True)
+class RuleIngredients:
+    """What an ensemble knows, for a rule that needs it; `check_weighing` has seen the settings.
+
+    Attributes:
+        confidence: the setting, of "confidence".
+        gate: the setting, of "gate".
+        bridge: makes what looks tokens up in other members' vocabularies.
+    """
+
+    confidence: float
+    gate: Sequence[float] | None
+    bridge: Callable[[], TokenBridge]
 
 
 class Rule(ABC):
@@ -22,6 +39,11 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
+
+    @classmethod
+    def make(cls, given: RuleIngredients) -> Rule | None:
+        """This rule for an ensemble; None where the weights stay as they are."""
+        return cls()
 
     def __str__(self) -> str:
         """Name and numbers, for records of results."""

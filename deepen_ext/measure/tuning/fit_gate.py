@@ -16,8 +16,7 @@ import torch
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import AverageFuser, Fuser, UnionVocabFuser
-from deepen_ext.fusers.weighing.gate import Gate
-from deepen_ext.fusers.weighing.names import GATE_NUMBERS
+from deepen_ext.fusers.weighing.gate import GATE_NUMBERS, Gate
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import TOLERANCE, paired_difference
 

@@ -10,7 +10,14 @@ import torch
 from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
 from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.asking import check_ids, check_positions, check_start, common_prefix, read_end
+from deepen_ext.members.asking import (
+    check_ids,
+    check_positions,
+    check_start,
+    common_prefix,
+    lane_count,
+    read_end,
+)
 from deepen_ext.members.backend import Choose
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.hf.answer import HFAnswer
@@ -50,7 +57,7 @@ class HFSession(Closing):
                 the context (`rotary`); or with two or more lanes, the model cannot run texts of different
                 lengths in one forward.
         """
-        lanes = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
+        lanes = lane_count(loaded.name, lanes)
         check_steady(loaded)
         self._loaded = loaded
         share_heads(inner_model(loaded.model))

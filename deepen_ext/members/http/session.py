@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start
+from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, lane_count
 from deepen_ext.members.distribution import Distribution, joined
 from deepen_ext.members.http.protocols.base import Question
 from deepen_ext.members.http.rows import to_topk
@@ -31,7 +30,7 @@ class HttpSession:
             InputError: no lanes.
         """
         self._backend = backend
-        self._count = whole_number(f"{backend.name}: the number of lanes", lanes, 1)
+        self._count = lane_count(backend.name, lanes)
         self._slots: dict[int, int | None] = dict(enumerate(backend.take_slots(lanes)))
         self._known: dict[int, _Known] = {}
 

@@ -8,13 +8,13 @@ import torch
 
 from deepen_ext.errors import InputError, ModelError, failures_of
 from deepen_ext.ground.closing import Closing
-from deepen_ext.ground.numbers import whole_number
 from deepen_ext.members.asking import (
     check_ids,
     check_lane,
     check_positions,
     check_start,
     common_prefix,
+    lane_count,
     read_end,
 )
 from deepen_ext.members.distribution import Distribution
@@ -46,7 +46,7 @@ class LlamaSession(Closing):
             ModelError: more lanes than llama.cpp has sequences.
         """
         self._loaded = loaded
-        self._count = whole_number(f"{loaded.name}: a session's number of lanes", lanes, 1)
+        self._count = lane_count(loaded.name, lanes)
         if lanes > MOST_SEQUENCES:
             raise ModelError(
                 f"{loaded.name}: llama.cpp runs at most {MOST_SEQUENCES} texts at once, and {lanes} are "

@@ -10,8 +10,14 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.closing import Closing
-from deepen_ext.ground.numbers import whole_number
-from deepen_ext.members.asking import check_ids, check_lane, check_positions, check_start, common_prefix
+from deepen_ext.members.asking import (
+    check_ids,
+    check_lane,
+    check_positions,
+    check_start,
+    common_prefix,
+    lane_count,
+)
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.ray.remote import RemoteMember
 from deepen_ext.members.ray.wire import NewIds, Request, pack_request, unpack_reply
@@ -32,7 +38,7 @@ class RaySession(Closing):
             InputError: less than one lane.
             ModelError: the backend in the actor has no session of so many lanes; the actor is lost.
         """
-        self._count = whole_number(f"{backend.name}: a session's number of lanes", lanes, 1)
+        self._count = lane_count(backend.name, lanes)
         self._backend = backend
         self._number = backend.open_in_actor(lanes, capacity)
         self._texts: dict[int, list[int]] = {lane: [] for lane in range(lanes)}  # but for released lanes

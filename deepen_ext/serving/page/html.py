@@ -24,7 +24,11 @@ def page_html() -> str:
 
     It asks for ``v1/models``, ``v1/completions`` and ``v1/chat/completions`` relative to its own address.
     """
-    parts = {"form": _static("form.html"), "kind": "live empty"}
+    from deepen_ext.fusers.make import FUSERS  # it loads torch, which the page of a trace does without
+
+    fusers = ["auto", *(name for name, one in FUSERS.items() if one.fewest_members > 1)]
+    form = _static("form.html").replace("{{fusers}}", "".join(f"<option>{name}" for name in fusers))
+    parts = {"form": form, "kind": "live empty"}
     return _page(title="deepen-ext", subtitle="several models write one text", connect="'self'", **parts)
 
 
