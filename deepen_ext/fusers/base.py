@@ -267,7 +267,7 @@ class Fuser(ABC):
         shares = shares_by_row(parts, weights, alone=len(self.vocab_sizes) == 1)
         fused_rows = [row for row, own in enumerate(shares) if own]
         if not fused_rows:
-            return [], [], torch.empty(0, len(parts), device=self.device)
+            return [], [], torch.empty(0, len(parts), dtype=torch.float32, device=self.device)
         said = [self._said(part, fused_rows) for part in parts]
         with self._lock:
             by_row = self._share(tuple(shares[row] for row in fused_rows))
