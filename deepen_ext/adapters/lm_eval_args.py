@@ -11,6 +11,7 @@ from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.fusers.weights import WEIGHTS_RULES
+from deepen_ext.ground.numbers import true_or_false
 from deepen_ext.members.from_text import DEMO_PAIR, option_from_text
 from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.presets import Preset, load_preset
@@ -49,8 +50,7 @@ def ensemble_from(
             f"piece, context, without_template, {', '.join(sorted(known))}"
         )
     demo, preset_file = given.pop("demo", False), given.pop("preset", None)
-    if type(demo) is not bool:
-        raise InputError(f"model_args: demo is {demo!r}; give True or False")
+    true_or_false("model_args: demo", demo)
     if sum([pretrained is not None, demo, preset_file is not None]) != 1:
         raise InputError(
             "model_args: name the members with pretrained=A|B, or take demo=True or preset=FILE; one of these"

@@ -13,8 +13,11 @@ RULES = ("confidence", "margin", "consistency", "disagreement", "gate")
 GATE_NUMBERS = 4
 
 
-def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -> None:
+def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -> tuple[float, ...] | None:
     """Check that there is such a rule, and that it has the numbers it needs and no others.
+
+    Returns:
+        the gate, as floats.
 
     Raises:
         InputError: there is not, or it has not.
@@ -29,8 +32,7 @@ def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -
             advice = f"give weighing='gate' with it, or leave it out for weighing='{rule}'"
         raise InputError(f"weighing='gate' and the numbers of a gate go together; {advice}")
     if gate is None:
-        return
+        return None
     if isinstance(gate, str) or not isinstance(gate, Sequence) or len(gate) != GATE_NUMBERS:
         raise InputError(f"gate is {gate!r}; give a list of {GATE_NUMBERS} numbers")
-    for number in gate:
-        real_number("a number of the gate", number, "finite", math.isfinite)
+    return tuple(real_number("a number of the gate", number, "finite", math.isfinite) for number in gate)
