@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import yaml  # type: ignore[import-untyped]  # its types are a package of their 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.make import FUSERS, parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings, check_on_failure
+from deepen_ext.fusers.weighing.names import GATE_NUMBERS, check_rule
 from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
@@ -181,7 +183,7 @@ def write_preset(path: str | Path, preset: Preset) -> None:
     Members that are files or folders are written relative to the preset, unless their path is absolute.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or not hold a value, such as a function as fuser.
     """
     file = Path(path).expanduser()
     content: dict[str, Any] = {"members": [name_for_file(name, file) for name in preset.members]}
@@ -189,7 +191,12 @@ def write_preset(path: str | Path, preset: Preset) -> None:
     content |= {key: _plain(key, preset.loading[key], file) for key in _LOADING if key in preset.loading}
     if preset.measured:
         content["measured"] = preset.measured
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    try:
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    except yaml.representer.RepresenterError as error:
+        raise InputError(
+            f"{file}: a preset cannot hold {shown(error.args[-1])}; give plain numbers, lists and names"
+        ) from None
     try:
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -263,6 +270,10 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
     elif key == "on_failure":
         check_on_failure(value)
+    elif key == "weighing":
+        check_rule(value)
+    elif key == "gate" and not (isinstance(value, list) and all(map(_is_number, value))):
+        raise InputError(f"gate is {shown(value)}; give a list of {GATE_NUMBERS} numbers")
 
 
 def _uses_recipe(fuser: str) -> bool:
@@ -317,5 +328,7 @@ def _plain(key: str, value: Any, file: Path) -> Any:
         return {name: _plain("", one, file) for name, one in value.items()}
     if key in ("adapter", "tokenizer", "offload_folder") and value is not None:
         return path_for_file(str(value), file, new=key == "offload_folder")
+    if isinstance(value, Integral | Real) and not isinstance(value, int):  # numpy's too
+        return int(value) if isinstance(value, Integral) else float(value)
     known = value is None or isinstance(value, str | int)
     return value if known else str(value).removeprefix("torch.")  # a device, a dtype

@@ -17,6 +17,9 @@ from deepen_ext import Ensemble, InputError, fuse_logits
 from deepen_ext.adapters import DeepenLogitsProcessor
 from deepen_ext.decoding.choice_error import ChoiceError
 from deepen_ext.measure.evaluation.headers import configuration_header
+from deepen_ext.measure.evaluation.runner import evaluate
+from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.loading import load_members
 from deepen_ext.members.member import Member
 
@@ -171,6 +174,21 @@ class TestAStepOfOnesOwn:
     def test_maps(self, maps: Any) -> None:
         with pytest.raises(InputError, match="maps"):
             fuse_logits([torch.randn(1, 257)] * 2, maps, [0.5, 0.5], learning_rate=0.1)
+
+
+class TestMeasuring:
+    @pytest.mark.parametrize("name", ["fresh", "share_forwards", "certified_skip"])
+    def test_switches_of_an_evaluation(self, ensemble: Ensemble, tmp_path: Path, name: str) -> None:
+        """What the folder holds would be dropped by fresh="no"."""
+        switch: dict[str, Any] = {name: "no"}
+        with pytest.raises(InputError, match=f"{name} is 'no'; give True or False"):
+            evaluate({"a": ensemble}, "nq", tmp_path, out=tmp_path, **switch)
+
+    def test_the_switch_of_tuning(self, members: list[Member], tmp_path: Path) -> None:
+        text = tmp_path / "words.txt"
+        text.write_text("some words. " * 300)
+        with pytest.raises(InputError, match="gate is 'no'; give True or False"):
+            tune(members, DevSet.from_text(text), gate="no")  # type: ignore[arg-type]
 
 
 class TestLogitsProcessor:

@@ -6,11 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number
 
 RULES = ("confidence", "margin", "consistency", "disagreement", "gate")
 GATE_NUMBERS = 4
+
+
+def check_rule(name: Any) -> None:
+    """Raise InputError for what is no name of a rule."""
+    if not isinstance(name, str) or name not in RULES:
+        raise InputError(f"weighing is {shown(name)}; use one of {', '.join(RULES)}")
 
 
 def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -22,8 +28,7 @@ def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -
     Raises:
         InputError: there is not, or it has not.
     """
-    if rule not in RULES:
-        raise InputError(f"weighing is {rule!r}; use one of {', '.join(RULES)}")
+    check_rule(rule)
     if confidence and rule != "confidence":
         raise InputError(f"confidence goes with weighing='confidence'; leave it out for weighing='{rule}'")
     if (gate is not None) != (rule == "gate"):
