@@ -34,6 +34,7 @@ from deepen_ext.fusers.settings import FusionSettings, check_on_failure
 from deepen_ext.fusers.weighing.names import GATE_NUMBERS, check_rule
 from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.ground.paths import user_path
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
 from deepen_ext.members.names_in_files import name_for_file, name_from_file, path_for_file
 from deepen_ext.space.recipes import DEFAULT_RECIPE, check_recipe
@@ -118,7 +119,7 @@ def load_preset(path: str | Path) -> Preset:
         InputError: no such file, no YAML, an unknown or doubled key, a value of a wrong type, weights that do
             not go with the members. The message names the line and what to write instead.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     values, lines = _read(file)
 
     def wrong(key: str, message: str) -> InputError:
@@ -185,7 +186,7 @@ def write_preset(path: str | Path, preset: Preset) -> None:
     Raises:
         InputError: the file cannot be written, or not hold a value, such as a function as fuser.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     content: dict[str, Any] = {"members": [name_for_file(name, file) for name in preset.members]}
     content |= {key: preset.given[key] for key in _SETTINGS if key in preset.given}
     content |= {key: _plain(key, preset.loading[key], file) for key in _LOADING if key in preset.loading}
@@ -317,7 +318,7 @@ def _each(value: Any) -> list[Any]:
 
 
 def _folder_from_file(name: str, file: Path) -> str:
-    return str(file.absolute().parent / Path(name).expanduser())
+    return str(file.absolute().parent / user_path(name))
 
 
 def _plain(key: str, value: Any, file: Path) -> Any:

@@ -15,13 +15,16 @@ import torch
 
 from deepen_ext import Ensemble, InputError, fuse_logits
 from deepen_ext.adapters import DeepenLogitsProcessor
+from deepen_ext.adapters.lm_eval_args import ensemble_from
 from deepen_ext.decoding.choice_error import ChoiceError
 from deepen_ext.measure.evaluation.headers import configuration_header
 from deepen_ext.measure.evaluation.runner import evaluate
 from deepen_ext.measure.tuning.dev_items import DevSet
 from deepen_ext.measure.tuning.tune import tune
-from deepen_ext.members.loading import load_members
+from deepen_ext.members.loading import load_member, load_members
 from deepen_ext.members.member import Member
+from deepen_ext.members.source import find_adapter
+from deepen_ext.presets import load_preset
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,34 @@ class TestAStepOfOnesOwn:
             fuse_logits([torch.randn(1, 257)] * 2, maps, [0.5, 0.5], learning_rate=0.1)
 
 
+class TestNames:
+    @pytest.mark.parametrize(
+        "name", ["~nobody-of-this-name/a", "a/" + "b" * 5000 + "/c", "~nobody-of-this-name@a/b/c"]
+    )
+    def test_a_model_that_is_no_path(self, name: str) -> None:
+        with pytest.raises(InputError, match="no such file or folder"):
+            load_member(name)
+
+    def test_an_adapter(self) -> None:
+        with pytest.raises(InputError, match="no folder of an adapter"):
+            find_adapter("a/" + "b" * 5000 + "/c")
+
+    def test_other_files(self, ensemble: Ensemble) -> None:
+        """`~` of nobody's home is a folder of that name, as in a shell."""
+        file = "~nobody-of-this-name/file"
+        with pytest.raises(InputError, match=f"{file}: cannot be read"):
+            load_preset(file)
+        with pytest.raises(InputError, match=f"cannot be written to {file}: No such file"):
+            ensemble.generate("some words", max_new_tokens=1, trace=file)
+
+
+class TestLmEval:
+    @pytest.mark.parametrize("weights", [[True, False], np.array([0.5, 0.5]), [0.5, None]], ids=str)
+    def test_weights(self, one_byte_folders: list[Path], weights: Any) -> None:
+        with pytest.raises(InputError, match="weight is "):
+            ensemble_from([str(one) for one in one_byte_folders], {"weights": weights})
+
+
 class TestMeasuring:
     @pytest.mark.parametrize("name", ["fresh", "share_forwards", "certified_skip"])
     def test_switches_of_an_evaluation(self, ensemble: Ensemble, tmp_path: Path, name: str) -> None:
@@ -206,6 +237,7 @@ class TestLogitsProcessor:
             ({"pad_token_id": "0"}, "pad_token_id is '0'; token ids .* lie in 0..256"),
             ({"pad_token_id": [1, 2]}, r"pad_token_id is \[1, 2\]; give one token id"),
             ({"without_template": "x"}, "without_template is 'x'"),
+            ({"messages": 5}, "messages is 5; give a chat, or a list of chats"),
         ],
     )
     def test_a_wrong_value(self, ensemble: Ensemble, given: dict[str, Any], message: str) -> None:

@@ -65,8 +65,9 @@ def ensemble_from(
         named = DEMO_PAIR if pretrained is None else _parts("pretrained", pretrained)
         preset = Preset([str(name) for name in named])
     loading = {name: _option(name, given.pop(name)) for name in LOAD_OPTIONS if name in given}
-    if "weights" in given and given["weights"] not in WEIGHTS_RULES:
-        given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
+    weights = given.get("weights")
+    if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS_RULES):
+        given["weights"] = [_number(one) for one in _parts("weights", weights)]
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
     chosen = preset.settings(**given)
@@ -103,7 +104,7 @@ def _parts(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(SEPARATOR)]
     parts = list(value) if isinstance(value, Sequence) else [value]
-    if not parts or "" in parts:
+    if not parts or any(isinstance(one, str) and not one for one in parts):
         raise InputError(f"model_args: {name} is {value!r}; write {name}=A{SEPARATOR}B, or give a list")
     return parts
 
@@ -114,10 +115,11 @@ def _option(name: str, value: Any) -> Any:
     return parts if len(parts) > 1 else parts[0]
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> Any:
+    """A number that may have been left as text; what else it may not be, the ensemble says."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
         raise InputError(
             f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, or prompt"
         ) from None
