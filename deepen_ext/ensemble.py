@@ -15,10 +15,11 @@ from deepen_ext.decoding.generation import BatchGeneration, Generation
 from deepen_ext.decoding.loop import Run
 from deepen_ext.decoding.make_team import make_team, team_weights
 from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompts
+from deepen_ext.decoding.setting_rules import check_callable
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.stream import TextStream
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers import Fuser, FusionSettings
 from deepen_ext.fusers.weights import WeightsRule
 from deepen_ext.members.load_options import LOAD_OPTIONS
@@ -91,7 +92,7 @@ class Ensemble:
             ModelError: a model cannot be loaded, or its tokenizer fails the byte round trip.
         """
         loading = {key: options.pop(key) for key in LOAD_OPTIONS if key in options}
-        check_ensemble(members, options)
+        options = check_ensemble(members, options)
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
@@ -155,7 +156,7 @@ class Ensemble:
     @property
     def maps(self) -> list[RelativeMap]:
         """Each member's relative map; [] where the fuser has none."""
-        return [] if self._maps is None else self._maps.maps
+        return [] if self._maps is None else list(self._maps.maps)
 
     @property
     def anchors(self) -> Anchors:
@@ -205,6 +206,7 @@ class Ensemble:
                 written; see the setting `on_failure`). Its name is in the message; the next call works.
         """
         batch = is_batch(prompt)
+        check_callable("on_text", on_text)
         if batch and on_text is not None:
             raise InputError("on_text takes one prompt; give the prompts one at a time, or leave it out")
         run = self.start(prompt, **settings)
@@ -272,7 +274,10 @@ class Ensemble:
         Raises:
             InputError: see `generate`.
         """
+        check_callable("streamer", streamer, "put", "end")
         try:
+            if shared is not None and not isinstance(shared, SharedForwards):
+                raise InputError(f"shared is {shown(shared)}; give a SharedForwards")
             settings = Settings.read(self.members[0], generation_config, **decoding)
             drafts = DraftSettings.read(self.team, draft, drafter)
             prompts = read_prompts(self.members, prompt, without_template)
@@ -310,14 +315,19 @@ class Ensemble:
         self.team.save_rows()
 
 
-def check_ensemble(members: Sequence[str | Path], options: Mapping[str, Any]) -> None:
+def check_ensemble(members: Sequence[str | Path], options: Mapping[str, Any]) -> dict[str, Any]:
     """What is wrong with an ensemble that is to be loaded, before minutes of loading.
 
     Args:
         members: see `Ensemble.from_pretrained`.
         options: what `Ensemble` takes beside them.
 
+    Returns:
+        the options as an ensemble keeps them: weights that can be read once are a tuple now.
+
     Raises:
         InputError: the number of members, of weights, or a setting out of range.
     """
-    team_weights(FusionSettings().changed(**options), len(check_names(members)), "; name at least two models")
+    settings = FusionSettings().changed(**options)
+    team_weights(settings, len(check_names(members)), "; name at least two models")
+    return {name: getattr(settings, name) for name in options}

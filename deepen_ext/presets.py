@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ import yaml  # type: ignore[import-untyped]  # its types are a package of their 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.make import FUSERS, parse_fuser, recipe_of
 from deepen_ext.fusers.settings import FusionSettings, check_on_failure
+from deepen_ext.fusers.weighing.gate import GATE_NUMBERS
+from deepen_ext.fusers.weighing.make import check_rule
 from deepen_ext.fusers.weights import check_weights, check_weights_rule
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.ground.paths import user_path
 from deepen_ext.members.load_options import LOAD_OPTIONS, options_of_each
 from deepen_ext.members.names_in_files import name_for_file, name_from_file, path_for_file
 from deepen_ext.space.recipes import DEFAULT_RECIPE, check_recipe
@@ -116,7 +120,7 @@ def load_preset(path: str | Path) -> Preset:
         InputError: no such file, no YAML, an unknown or doubled key, a value of a wrong type, weights that do
             not go with the members. The message names the line and what to write instead.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     values, lines = _read(file)
 
     def wrong(key: str, message: str) -> InputError:
@@ -181,15 +185,20 @@ def write_preset(path: str | Path, preset: Preset) -> None:
     Members that are files or folders are written relative to the preset, unless their path is absolute.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or not hold a value, such as a function as fuser.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     content: dict[str, Any] = {"members": [name_for_file(name, file) for name in preset.members]}
     content |= {key: preset.given[key] for key in _SETTINGS if key in preset.given}
     content |= {key: _plain(key, preset.loading[key], file) for key in _LOADING if key in preset.loading}
     if preset.measured:
         content["measured"] = preset.measured
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    try:
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    except yaml.representer.RepresenterError as error:
+        raise InputError(
+            f"{file}: a preset cannot hold {shown(error.args[-1])}; give plain numbers, lists and names"
+        ) from None
     try:
         with atomic_write(file) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -263,6 +272,10 @@ def _check_setting(key: str, value: Any, members: int) -> None:
         raise InputError(f"fuser is {shown(value)}; give a fuser's name, such as deepen")
     elif key == "on_failure":
         check_on_failure(value)
+    elif key == "weighing":
+        check_rule(value)
+    elif key == "gate" and not (isinstance(value, list) and all(map(_is_number, value))):
+        raise InputError(f"gate is {shown(value)}; give a list of {GATE_NUMBERS} numbers")
 
 
 def _uses_recipe(fuser: str) -> bool:
@@ -306,7 +319,7 @@ def _each(value: Any) -> list[Any]:
 
 
 def _folder_from_file(name: str, file: Path) -> str:
-    return str(file.absolute().parent / Path(name).expanduser())
+    return str(file.absolute().parent / user_path(name))
 
 
 def _plain(key: str, value: Any, file: Path) -> Any:
@@ -317,5 +330,7 @@ def _plain(key: str, value: Any, file: Path) -> Any:
         return {name: _plain("", one, file) for name, one in value.items()}
     if key in ("adapter", "tokenizer", "offload_folder") and value is not None:
         return path_for_file(str(value), file, new=key == "offload_folder")
+    if isinstance(value, Integral | Real) and not isinstance(value, int):  # numpy's too
+        return int(value) if isinstance(value, Integral) else float(value)
     known = value is None or isinstance(value, str | int)
     return value if known else str(value).removeprefix("torch.")  # a device, a dtype

@@ -96,6 +96,14 @@ class TestOnNumbers:
         with_gate, without = found.bits_per_byte()
         assert found.difference[0] == pytest.approx(with_gate - without)
 
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_where_gradients_are_off(self, mode: type[torch.no_grad]) -> None:
+        """`tune` may be called in such a block, as all that runs models is."""
+        gate = (0.0, 4.0, 0.0, 0.0)
+        expected = fitted(made(20, gate)).numbers
+        with mode():
+            assert fitted(made(20, gate)).numbers == expected
+
     def test_no_gate_where_none_helps(self) -> None:
         """Who knows a token has nothing to do with what is seen: on held-out items a gate only costs."""
         found = [fitted(made(12, NO_GATE, seed)) for seed in range(20)]

@@ -271,6 +271,32 @@ def test_closed(server: ModelServer, tiny_smollm2_dir: Path) -> None:
         session.ask({0: [5, 6, 7]}, 5).wait()
 
 
+def test_slots_that_come_back_while_others_are_taken(served: Member) -> None:
+    """The garbage collector ends a dropped session in whatever the thread is doing, `take_slots` too."""
+    backend: Any = served.backend
+    every = list(backend._free_slots)
+    assert len(every) > 1
+    dropped = backend.open(1)
+
+    class Collected(list[int]):
+        """Free slots; while their number is looked at, the session is collected."""
+
+        def __len__(self) -> int:
+            dropped.close()
+            return super().__len__()
+
+    backend._free_slots = Collected(backend._free_slots)
+    taken: list[int] = []
+    thread = threading.Thread(target=lambda: taken.extend(backend.take_slots(1)), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    for slot in taken:
+        backend.give_slot(slot)
+    backend._free_slots = list(backend._free_slots)
+    assert backend._free_slots == every
+
+
 @pytest.mark.slow
 def test_a_thousand_faults_leave_nothing_behind(
     server: ModelServer, served: Member, monkeypatch: pytest.MonkeyPatch

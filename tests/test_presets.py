@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -54,6 +56,23 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     write_preset(file, Preset(DEMO))  # in its place
     assert load_preset(file) == Preset(DEMO)
     assert load_preset(file).settings() == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [(2.5, 2.5), (np.float32(0.5), 0.5), ([None, 2.5], [None, 2.5])], ids=str
+)
+def test_a_time_limit_is_written_as_a_number(tmp_path: Path, given: Any, read: Any) -> None:
+    """As text it would be refused when the file is read."""
+    file = tmp_path / "far.yaml"
+    write_preset(file, Preset(["a", "b"], loading={"timeout": given, "threads": np.int64(2)}))
+    assert load_preset(file).loading == {"timeout": read, "threads": 2}
+
+
+@pytest.mark.parametrize("given", [{"fuser": len}, {"weights": np.array([0.5, 0.5])}], ids=str)
+def test_what_a_file_cannot_hold(tmp_path: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"far.yaml: a preset cannot hold .*; give plain numbers"):
+        write_preset(tmp_path / "far.yaml", Preset(["a", "b"], given))
+    assert not list(tmp_path.iterdir())
 
 
 def test_embedded_members_are_models() -> None:
@@ -196,6 +215,8 @@ def test_a_fuser_with_its_recipe_and_options_above_the_file(tmp_path: Path) -> N
             "members: [a, b]\nattn_implementation: [null, org/fast]\n",
             "line 2: attn_implementation 'org/fast' is a kernel of the hub, and so code",
         ),
+        ("members: [a, b]\nweighing: 5\n", "line 2: weighing is 5; use one of confidence, margin"),
+        ("members: [a, b]\nweighing: gate\ngate: abcd\n", "line 3: gate is 'abcd'; give a list of 4 numbers"),
         ("members: [a, b]\nbackend: vllm\n", "line 2: a: there is no backend 'vllm'"),
         (
             "members: [a, b]\nthreads: 2\nquantization: [null, int2]\n",

@@ -28,7 +28,7 @@ from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 from deepen_ext.measure.likelihood.text_reading import TextReading
-from deepen_ext.members.chat import chat_texts
+from deepen_ext.members.chat import chat_texts, check_without_template
 
 __all__ = ["DeepenLM"]
 
@@ -78,8 +78,7 @@ class DeepenLM(LM):  # type: ignore[misc]
         self.batch_size = whole_number("batch_size", batch_size)
         self.max_gen_toks = whole_number("max_gen_toks", max_gen_toks)
         self._piece, self._context = whole_number("piece", piece), whole_number("context", context, 0)
-        if without_template not in ("error", "plain"):
-            raise InputError(f"without_template is {without_template!r}; use 'error' or 'plain'")
+        check_without_template(without_template)
         self._without_template: Any = without_template
         self.ensemble = ensemble_from(pretrained, arguments)
         self.ensemble.team.require_stop("answers of a smaller ensemble would count as this one's")

@@ -11,6 +11,7 @@ from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.fusers.weights import WEIGHTS_RULES
+from deepen_ext.ground.numbers import true_or_false
 from deepen_ext.members.from_text import DEMO_PAIR, option_from_text
 from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.presets import Preset, load_preset
@@ -49,8 +50,7 @@ def ensemble_from(
             f"piece, context, without_template, {', '.join(sorted(known))}"
         )
     demo, preset_file = given.pop("demo", False), given.pop("preset", None)
-    if type(demo) is not bool:
-        raise InputError(f"model_args: demo is {demo!r}; give True or False")
+    true_or_false("model_args: demo", demo)
     if sum([pretrained is not None, demo, preset_file is not None]) != 1:
         raise InputError(
             "model_args: name the members with pretrained=A|B, or take demo=True or preset=FILE; one of these"
@@ -65,8 +65,9 @@ def ensemble_from(
         named = DEMO_PAIR if pretrained is None else _parts("pretrained", pretrained)
         preset = Preset([str(name) for name in named])
     loading = {name: _option(name, given.pop(name)) for name in LOAD_OPTIONS if name in given}
-    if "weights" in given and given["weights"] not in WEIGHTS_RULES:
-        given["weights"] = [_number(one) for one in _parts("weights", given["weights"])]
+    weights = given.get("weights")
+    if weights is not None and not (isinstance(weights, str) and weights in WEIGHTS_RULES):
+        given["weights"] = [_number(one) for one in _parts("weights", weights)]
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
     chosen = preset.settings(**given)
@@ -103,7 +104,7 @@ def _parts(name: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(SEPARATOR)]
     parts = list(value) if isinstance(value, Sequence) else [value]
-    if not parts or "" in parts:
+    if not parts or any(isinstance(one, str) and not one for one in parts):
         raise InputError(f"model_args: {name} is {value!r}; write {name}=A{SEPARATOR}B, or give a list")
     return parts
 
@@ -114,10 +115,11 @@ def _option(name: str, value: Any) -> Any:
     return parts if len(parts) > 1 else parts[0]
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> Any:
+    """A number that may have been left as text; what else it may not be, the ensemble says."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
         raise InputError(
             f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, or prompt"
         ) from None

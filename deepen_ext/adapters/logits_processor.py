@@ -15,6 +15,8 @@ from deepen_ext.decoding.assistants import Assistants
 from deepen_ext.decoding.prompt_ids import written
 from deepen_ext.decoding.prompt_weights import read_prompts
 from deepen_ext.decoding.prompts import Messages
+from deepen_ext.decoding.setting_rules import token_ids
+from deepen_ext.errors import InputError
 from deepen_ext.ground.closing import Closing
 from deepen_ext.members.chat import PromptText, WithoutTemplate
 from deepen_ext.members.distribution import Distribution, forbid
@@ -76,8 +78,13 @@ class DeepenLogitsProcessor(Closing, LogitsProcessor):
         main = ensemble.members[0]
         self._team = ensemble.team
         self._prompts = AssistantsPrompts(ensemble.members, messages, without_template)
-        self._pad = main.tokenizer.pad_token_id if pad_token_id is None else pad_token_id
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+        self._pad = main.tokenizer.pad_token_id
+        if pad_token_id is not None:
+            found = token_ids("pad_token_id", pad_token_id, main.vocab_size)
+            if len(found) != 1:
+                raise InputError(f"pad_token_id is {pad_token_id!r}; give one token id")
+            self._pad = found[0]
+        ends = [] if eos_token_id is None else token_ids("eos_token_id", eos_token_id, main.vocab_size)
         self._unwritable = main.unwritable(ends)
         self._own_ends = not ends or set(ends) == set(main.eos_ids)
         self._endings = {self._pad, *main.eos_ids, *ends}

@@ -7,8 +7,8 @@ from typing import cast
 
 from deepen_ext.decoding.prompt_ids import text_of, written
 from deepen_ext.decoding.prompts import Messages, is_batch
-from deepen_ext.errors import InputError
-from deepen_ext.members.chat import PromptText, WithoutTemplate, chat_texts
+from deepen_ext.errors import InputError, shown
+from deepen_ext.members.chat import PromptText, WithoutTemplate, chat_texts, check_without_template
 from deepen_ext.members.member import Member
 
 
@@ -21,8 +21,11 @@ class AssistantsPrompts:
         messages: Messages | Sequence[Messages] | None,
         without_template: WithoutTemplate,
     ) -> None:
+        check_without_template(without_template)
         self._main, *self._assistants = members
         self._chats: list[list[PromptText]] | None = None
+        if messages is not None and not isinstance(messages, Sequence):
+            raise InputError(f"messages is {shown(messages)}; give a chat, or a list of chats")
         if messages is not None:
             chats = cast("Sequence[Messages]", messages if is_batch(messages) else [messages])
             self._chats = [

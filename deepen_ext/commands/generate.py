@@ -16,6 +16,7 @@ from deepen_ext.commands.console import exit_codes, plain, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import load_ensemble, named_members
 from deepen_ext.errors import InputError, MemberLost
+from deepen_ext.ground.paths import user_path
 
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import Generation
@@ -156,7 +157,7 @@ def _check_before_loading(
     if draft is not None:
         draft_length(draft)
     if trace is not None:
-        place = trace.expanduser()
+        place = user_path(trace)
         if not place.exists() or place.is_dir():  # a file that is there is written into
             check_place("--trace", place)
 

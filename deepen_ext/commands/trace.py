@@ -11,6 +11,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, progress
 from deepen_ext.errors import InputError
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.ground.paths import user_path
 from deepen_ext.serving.page import trace_html
 from deepen_ext.serving.page.trace_file import read_trace
 
@@ -25,8 +26,8 @@ def trace(
 ) -> None:
     """Show a trace as a page: every token coloured by who decided it, with what each member said."""
     with exit_codes(debug):
-        target = html.expanduser()
-        if target.resolve() == Path(file).expanduser().resolve():
+        target = user_path(html)
+        if target.resolve() == user_path(file).resolve():
             raise InputError(f"{html} is the trace itself; choose another name for the page")
         if target.is_dir():
             raise InputError(f"{html} is a folder; name a file, such as {html / 'trace.html'}")

@@ -12,6 +12,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import user_path
 from deepen_ext.plots.output_file import check_output_file, check_place
 from deepen_ext.space.recipes import RECIPES, check_recipe
 
@@ -64,7 +65,7 @@ def tune(
             raise InputError("say what to choose on: --task TASK with --data DIR, or --text FILE")
         if (task is None) != (data is None):
             raise InputError("--task and --data go together: the benchmark, and the folder it is in")
-        place = out.expanduser().absolute()  # its folder is made where it is missing
+        place = user_path(out).absolute()  # its folder is made where it is missing
         check_place("--out", place if place.is_dir() else _first_there(place.parent) / place.name)
         check_output_file("--plot", plot)
         named = named_members(model, demo).members

@@ -30,5 +30,9 @@ class ChoiceError(InputError):
             )
         else:
             said = "the processors forbid every token; forbid fewer"
-        super().__init__(f"text {text}: {said}")
+        super().__init__(text, best)  # both of them: so that it can be pickled
         self.text = text
+        self._said = said
+
+    def __str__(self) -> str:
+        return f"text {self.text}: {self._said}"

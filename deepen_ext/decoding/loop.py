@@ -95,7 +95,7 @@ class Run(Cycles):
         began = perf_counter()
         try:
             if self._streamer is not None:
-                self._streamer.put(torch.tensor([self._texts[0].ids]))
+                self._streamer.put(torch.tensor([self._texts[0].ids], device="cpu"))
             while not self._cancelled and self._end_full():
                 written = self._cycle()
                 spent = (perf_counter() - began) * 1e3
@@ -105,7 +105,7 @@ class Run(Cycles):
                     self._timings.end_of_prompt()
                 if self._streamer is not None:
                     for one in written:
-                        self._streamer.put(torch.tensor([one.token]))
+                        self._streamer.put(torch.tensor([one.token], device="cpu"))
                 yield written
                 if (failure := self._acceptor.take_failure()) is not None:
                     raise failure

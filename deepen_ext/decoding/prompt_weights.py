@@ -235,9 +235,9 @@ class ScoredPrompt:
     def score(self, block: Distribution) -> None:
         """Go on with the next distributions."""
         at = self.start + 1 + len(self.logprobs)
-        following = torch.tensor(self.ids[at : at + len(block)])
+        following = self.ids[at : at + len(block)]
         known = block.scores()[: len(following)].float()
-        picked = known.gather(1, following.to(known.device)[:, None]).squeeze(1)
+        picked = known.gather(1, torch.tensor(following, device=known.device)[:, None]).squeeze(1)
         # Some rows at a time: of a vocabulary of 262k, 128 rows and their exponentials would be 270 MB.
         rows = torch.split(known, _ROWS)
         totals = torch.cat([forbid(one, self.unwritable).logsumexp(-1) for one in rows])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from deepen_ext.errors import InputError
-from deepen_ext.members.chat import Message, PromptText, WithoutTemplate, chat_texts
+from deepen_ext.members.chat import Message, PromptText, WithoutTemplate, chat_texts, check_without_template
 from deepen_ext.members.member import Member
 
 Messages: TypeAlias = Sequence[Message]
@@ -41,8 +41,10 @@ def read_prompts(
     """The prompts of a batch, one where there is one prompt.
 
     Raises:
-        InputError: no prompt, an empty one, or a chat that a member's template does not take.
+        InputError: no prompt, an empty one, a chat that a member's template does not take, or no such
+            `without_template`.
     """
+    check_without_template(without_template)
     if not is_batch(prompt):
         return [_read(members, prompt, without_template, "the prompt")]
     if not isinstance(prompt, Sequence):

@@ -16,6 +16,7 @@ from deepen_ext.decoding.processor_kinds import BATCHED, STATELESS
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.text_ids import TextIds
 from deepen_ext.decoding.top_p import top_p
+from deepen_ext.errors import InputError
 from deepen_ext.members.distribution import select
 
 # Scores that a CPU processes together: copies of more are new pages of memory each time. In one piece 64 rows
@@ -145,6 +146,7 @@ class Chooser:
 
         Raises:
             ChoiceError: on the CPU, a text whose processors forbid every token, or give NaN or infinity.
+            InputError: a processor of the caller's gives no scores [1, V].
         """
         return self._choose(_all, scores, texts, ids, chosen, check=scores.device.type == "cpu")
 
@@ -269,11 +271,27 @@ class Chooser:
                 scores = of_each[0](tokens[0], scores)
                 continue
             parts = [
-                processor(own, scores[i : i + 1])
+                _given_by(processor, own, scores[i : i + 1])
                 for i, (processor, own) in enumerate(zip(of_each, tokens, strict=True))
             ]
             scores = torch.cat(parts) if len(parts) > 1 else parts[0]
         return scores
+
+
+def _given_by(processor: Any, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A text's scores [1, V] after a processor, which may be the caller's own.
+
+    Raises:
+        InputError: it gives something else.
+    """
+    given = processor(ids, scores)
+    if not isinstance(given, torch.Tensor) or given.shape != scores.shape:
+        what = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        name = getattr(processor, "__qualname__", type(processor).__name__)
+        raise InputError(
+            f"the logits processor {name} gave {what}; it must return scores of shape {list(scores.shape)}"
+        )
+    return given
 
 
 _Kinds = Callable[[_Text], LogitsProcessorList]

@@ -10,10 +10,11 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import real_number, whole_number
 
 # Whole numbers: the smallest that makes sense.
@@ -175,27 +176,27 @@ def check_values(values: dict[str, Any], vocab_size: int) -> None:
             values[name] = real_number(name, value, *_NUMBERS[name])
         if name in _FLAGS and type(value) is not bool:
             raise InputError(f"{name} is {value!r}; choose True or False")
-        if name in _TOKENS:
-            _check_tokens(name, value, vocab_size)
+        if name in _TOKENS and not token_ids(name, value, vocab_size) and name.startswith("forced_"):
+            raise InputError(f"{name} holds no token id; leave it out")
         if name in SAMPLING and not values.get("do_sample") and value not in (0, defaults.get(name)):
             raise InputError(
                 f"{name} is {value!r}, but nothing is sampled; set do_sample=True, or leave {name} out"
             )
 
 
-def _check_tokens(name: str, value: Any, vocab_size: int) -> None:
+def token_ids(name: str, value: Any, vocab_size: int) -> list[int]:
+    """The token ids in a setting; InputError where one is none of the main model's."""
     ids = flat_ids(value)
     if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
         raise InputError(f"{name} is {value!r}; token ids of the main model lie in 0..{vocab_size - 1}")
-    if name in ("forced_bos_token_id", "forced_eos_token_id") and not ids:
-        raise InputError(f"{name} holds no token id; leave it out")
+    return ids
 
 
 def flat_ids(value: Any) -> list[Any]:
     """The token ids in a setting: one, a list of them, lists of lists, or a dict by tuples."""
     if isinstance(value, Mapping):
         return flat_ids(list(value))
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return flat_ids(value.tolist())
     if isinstance(value, list | tuple):
         # A sequence_bias may also be a list of [ids, bias] pairs; the biases are the floats.
@@ -205,9 +206,12 @@ def flat_ids(value: Any) -> list[Any]:
 
 def stop_list(stop_strings: Any) -> list[str]:
     """One stop string or several as a list."""
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    if stop_strings is None:
+        return []
+    alone = isinstance(stop_strings, str | bytes) or not isinstance(stop_strings, Iterable)
+    stops: list[Any] = [stop_strings] if alone else list(stop_strings)
     if any(not isinstance(stop, str) or not stop for stop in stops):
-        raise InputError("stop_strings must be non-empty strings")
+        raise InputError(f"stop_strings must be non-empty strings, not {shown(stop_strings)}")
     return stops
 
 
@@ -218,6 +222,20 @@ def check_seed(seed: Any) -> int | tuple[int, ...] | None:
     if isinstance(seed, (list, tuple)):
         return tuple(whole_number("seed", one, -(2**62), 2**62) for one in seed)
     return whole_number("seed", seed, -(2**62), 2**62)
+
+
+def check_callable(name: str, given: Any, *methods: str) -> None:
+    """Refuse what cannot be called, before anything is computed; with `methods`, what lacks one of these.
+
+    Raises:
+        InputError: it is given, and is none.
+    """
+    if given is None:
+        return
+    if not methods and not callable(given):
+        raise InputError(f"{name} is {shown(given)}; give a function")
+    if any(not callable(getattr(given, method, None)) for method in methods):
+        raise InputError(f"{name} is {shown(given)}; give an object with {' and '.join(methods)}")
 
 
 def callables(name: str, given: Any) -> list[Any]:

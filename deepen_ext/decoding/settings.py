@@ -29,6 +29,7 @@ from deepen_ext.decoding.setting_rules import (
     HONOURED,
     SAMPLING,
     callables,
+    check_callable,
     check_seed,
     check_values,
     fields_set,
@@ -140,6 +141,7 @@ class Settings:
         Raises:
             InputError: a setting out of range, not supported (the message names it) or not known.
         """
+        check_callable("prefix_allowed_tokens_fn", prefix_allowed_tokens_fn)
         given = known_settings({name: value for name, value in keywords.items() if value is not None})
         from_config = fields_set(generation_config)
         if given.get("do_sample") is False:  # what the config says about sampling falls with it
@@ -186,7 +188,7 @@ class Settings:
             config = GenerationConfig(**values)  # type: ignore[no-untyped-call]
             read = cls(**settings, _config=config)
             asked = read._make_processors([0], "cpu", 0, [])
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise InputError(f"transformers refuses a setting: {error}") from error
         for processor in settings["_logits_processor"]:
             if type(processor) in map(type, asked):

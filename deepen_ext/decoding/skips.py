@@ -13,7 +13,7 @@ from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
-from deepen_ext.ground.numbers import real_number
+from deepen_ext.ground.numbers import real_number, true_or_false
 from deepen_ext.ops.transfer import to_device
 
 REASONS: tuple[Reason | None, ...] = (None, "gated", "settled")
@@ -53,6 +53,7 @@ class Skips:
         self._chooser = chooser
         self._first_ends = team.main.eos_ids if team.fuser.first_end_needs_all else ()
         self._gate = confidence_gate
+        true_or_false("certified_skip", certified_skip)
         if confidence_gate is not None:
             check_gate(confidence_gate)
         if not certified_skip:

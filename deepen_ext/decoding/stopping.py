@@ -60,6 +60,8 @@ class Stopping:
             return "eos"
         if any(stop in text.recent for stop in rules.settings.stop_strings):
             return "stop_string"
-        if rules.criteria and bool(rules.criteria(torch.tensor([text.ids]), (logits,)).all()):
-            return "stopping_criteria"
+        if rules.criteria:
+            ids = torch.tensor([text.ids], device="cpu")
+            if bool(rules.criteria(ids, (logits,)).all()):
+                return "stopping_criteria"
         return "length" if text.written >= text.new_tokens else None

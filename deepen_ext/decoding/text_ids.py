@@ -18,7 +18,7 @@ class TextIds:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._held: list[int] = []
-        self._buffer = torch.empty(0, dtype=torch.long)
+        self._buffer = torch.empty(0, dtype=torch.long, device="cpu")
 
     def read(self, ids: Sequence[int]) -> torch.Tensor:
         """The ids as int64 [1, L] on the device.
@@ -30,9 +30,10 @@ class TextIds:
         if shared < len(ids):
             if shared < len(self._held) or len(ids) > len(self._buffer):
                 pinned = self._device.type == "cuda"
-                buffer = torch.empty(2 * len(ids), dtype=torch.long, pin_memory=pinned)
+                with torch.inference_mode(False):  # the caller may be in it now, and not when ids are added
+                    buffer = torch.empty(2 * len(ids), dtype=torch.long, device="cpu", pin_memory=pinned)
                 buffer[:shared] = self._buffer[:shared]
                 self._buffer = buffer
-            self._buffer[shared : len(ids)] = torch.tensor(ids[shared:], dtype=torch.long)
+            self._buffer[shared : len(ids)] = torch.tensor(ids[shared:], dtype=torch.long, device="cpu")
             self._held = ids
         return self._buffer[None, : len(ids)].to(self._device, non_blocking=True)

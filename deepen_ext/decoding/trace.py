@@ -14,6 +14,7 @@ from deepen_ext.decoding.accept import Accepted
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.fusers import FusedStep, Part
+from deepen_ext.ground.paths import user_path
 from deepen_ext.ground.private_file import open_private
 
 _TOP = 5  # candidates shown of each member
@@ -64,7 +65,7 @@ class Trace:
         if not isinstance(target, str | PathLike):
             raise InputError(f"trace is of type {type(target).__name__}; give a file's name, or a function")
         try:
-            self._file = open_private(Path(target).expanduser(), "w", encoding="utf-8")
+            self._file = open_private(user_path(target), "w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"the trace cannot be written to {target}: {error.strerror}") from error
         self._give = self._write_line

@@ -15,7 +15,16 @@ import torch
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.ingredients import Ingredients
-from deepen_ext.fusers.parts import FusedStep, Part, Said, given_logits, placed, shares_by_row
+from deepen_ext.fusers.parts import (
+    FusedStep,
+    Part,
+    Said,
+    check_shares,
+    check_speaking,
+    given_logits,
+    placed,
+    shares_by_row,
+)
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.weighing.rule import Rule
 from deepen_ext.ground.numbers import whole_number
@@ -181,8 +190,8 @@ class Fuser(ABC):
         Args:
             logits: of each member, the main model first, [B, V_i]. None: the member sits out, and the others'
                 weights are scaled to sum to 1. A row without assistants keeps the main model's logits.
-            weights: one for each member, as `check_weights` gives them; or such a list for each of the B
-                rows.
+            weights: a list with one for each member, as `check_weights` gives them; or such a list for each
+                of the B rows.
             rows: where an assistant speaks for some of the B rows only: which ones its logits [n_i, V_i] are
                 of, in rising order; None for all of them.
 
@@ -199,12 +208,15 @@ class Fuser(ABC):
             )
         if logits[0] is None:
             raise InputError("the main model cannot sit out of a fusion step")
+        check_shares(weights, len(logits))
         main = self._given(0, logits[0])
+        speaks = [None] * len(logits) if rows is None else rows
+        check_speaking(speaks, len(logits), len(main))
         asked: list[tuple[int, Distribution, Sequence[int]]] = [(0, main, range(len(main)))]
         for i, one in enumerate(logits[1:], start=1):
             if one is not None:
-                given = None if rows is None else rows[i]
-                asked.append((i, self._given(i, one), range(len(main)) if given is None else given))
+                own = speaks[i]
+                asked.append((i, self._given(i, one), range(len(main)) if own is None else own))
         return self.step_parts(self.parts(asked), weights)
 
     def step_parts(
@@ -267,7 +279,7 @@ class Fuser(ABC):
         shares = shares_by_row(parts, weights, alone=len(self.vocab_sizes) == 1)
         fused_rows = [row for row, own in enumerate(shares) if own]
         if not fused_rows:
-            return [], [], torch.empty(0, len(parts), device=self.device)
+            return [], [], torch.empty(0, len(parts), dtype=torch.float32, device=self.device)
         said = [self._said(part, fused_rows) for part in parts]
         with self._lock:
             by_row = self._share(tuple(shares[row] for row in fused_rows))

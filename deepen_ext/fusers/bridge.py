@@ -59,7 +59,7 @@ class TokenBridge:
         kept = _tables.setdefault(ours, WeakKeyDictionary())
         if theirs not in kept:
             found = [self._by_bytes(self._read_as(source, i, target), target) for i in range(ours.vocab_size)]
-            kept[theirs] = torch.tensor(found, dtype=torch.int64)
+            kept[theirs] = torch.tensor(found, dtype=torch.int64, device="cpu")
         table = kept[theirs].clone()
         table[self._eos[source]] = self._end_of(target)
         return table

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.deepen import DeepenFuser
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.numbers import whole_number
@@ -56,6 +57,8 @@ def fuse_logits(
             logits. On CUDA nothing waits for the device, so NaN raises nothing and gives that row unspecified
             logits: `DeepenFuser.step(...).check()` tells.
     """
+    if not isinstance(maps, Sequence) or not all(isinstance(one, RelativeMap) for one in maps):
+        raise InputError(f"maps is {shown(maps)}; give a list of relative maps, one for each member")
     if log_probs is None:
         candidates = whole_number("candidates", candidates, 1)
         log_probs = bool(maps) and candidates < maps[0].vocab_size and maps[0].recipe != "paper"

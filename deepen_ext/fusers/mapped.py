@@ -42,7 +42,8 @@ class MappedFuser(BridgedFuser):
 
     def mapped(self, said: Said) -> torch.Tensor:
         """What an assistant says, in the main model's tokens, float32 [b, V_main]; 0 where it is silent."""
-        found = torch.zeros(len(said.topk.probs), self.vocab_sizes[0], device=self.device)
+        shape = len(said.topk.probs), self.vocab_sizes[0]
+        found = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.add_mapped(found, said, 1.0)
         return found
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
+from deepen_ext.ground.numbers import real_number
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK, check_status
 from deepen_ext.ops.transfer import to_device, to_host
@@ -237,3 +239,43 @@ def _by_row(weights: Sequence[float] | Sequence[Sequence[float]], batch: int) ->
     if len(weights) != batch:
         raise InputError(f"there are weights for {len(weights)} rows, and {batch} rows; give one list each")
     return weights  # type: ignore[return-value]
+
+
+def check_shares(weights: Any, members: int) -> None:
+    """That a caller's weights are what `shares_by_row` reads; how many rows there are, it checks itself.
+
+    Raises:
+        InputError: no list, not one for each member, or a weight that is negative or not finite.
+    """
+    rows = weights if isinstance(weights, Sequence) and weights and _is_list(weights[0]) else [weights]
+    for own in rows:
+        if not _is_list(own) or len(own) != members:
+            raise InputError(
+                f"weights is {shown(weights)}; give a list of {members}, one for each member, or such a list "
+                "for each row"
+            )
+        for one in own:
+            real_number("weight", one, "a number of 0 or more", lambda x: 0 <= x < math.inf)
+
+
+def check_speaking(rows: Any, members: int, batch: int) -> None:
+    """That a caller says of which rows each member speaks.
+
+    Raises:
+        InputError: not one for each member, or something else than numbers of rows in rising order.
+    """
+    if not _is_list(rows) or len(rows) != members:
+        raise InputError(f"rows is {shown(rows)}; give a list of {members}, None for all rows of a member")
+    for member, own in enumerate(rows):
+        if own is None or (isinstance(own, range) and own == range(batch)):
+            continue
+        whole = _is_list(own) and all(type(row) is int and 0 <= row < batch for row in own)
+        if not whole or list(own) != sorted(set(own)) or (member == 0 and len(own) < batch):
+            which = "the main model speaks for all" if member == 0 else "in rising order, or None for all"
+            raise InputError(
+                f"rows of member {member} is {shown(own)}; give numbers of the {batch} rows, {which}"
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)

@@ -12,8 +12,8 @@ import torch
 from deepen_ext.errors import InputError
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.weighing.make import check_weighing
-from deepen_ext.fusers.weights import WeightsRule, check_weights, check_weights_rule
-from deepen_ext.ground.numbers import real_number, whole_number
+from deepen_ext.fusers.weights import WeightsRule, check_weights, check_weights_rule, read_weights
+from deepen_ext.ground.numbers import real_number, true_or_false, whole_number
 from deepen_ext.space.recipes import (
     DEFAULT_ENTRIES,
     DEFAULT_LEARNING_RATE,
@@ -95,20 +95,30 @@ class FusionSettings:
 
     def __post_init__(self) -> None:
         check_recipe(self.recipe)
+        check_on_failure(self.on_failure)
+        kept: dict[str, Any] = {
+            "learning_rate": check_learning_rate(self.learning_rate),
+            "steps": check_steps(self.steps),
+            "min_probability": check_min_probability(self.min_probability),
+            "margin": real_number("margin", self.margin, "0 to 1", lambda x: 0 <= x <= 1),
+            "sharpness": real_number("sharpness", self.sharpness, "0 to 10", lambda x: 0 <= x <= 10),
+            "confidence": real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10),
+            "candidates": whole_number("candidates", self.candidates, 1),
+            "entries": whole_number("entries", self.entries, 1),
+            "boundary_aware": true_or_false("boundary_aware", self.boundary_aware),
+            "cache": true_or_false("cache", self.cache),
+        }
+        kept["gate"] = check_weighing(self.weighing, kept["confidence"], self.gate)
         if isinstance(self.weights, str):
             check_weights_rule(self.weights)
-        check_learning_rate(self.learning_rate)
-        check_steps(self.steps)
-        check_min_probability(self.min_probability)
+        elif self.weights is not None:
+            kept["weights"] = tuple(read_weights(self.weights))
         if self.relative_temperature is not None:
-            check_temperature("relative_temperature", self.relative_temperature)
-        real_number("margin", self.margin, "0 to 1", lambda x: 0 <= x <= 1)
-        real_number("sharpness", self.sharpness, "0 to 10", lambda x: 0 <= x <= 10)
-        real_number("confidence", self.confidence, "0 to 10", lambda x: 0 <= x <= 10)
-        check_weighing(self.weighing, self.confidence, self.gate)
-        whole_number("candidates", self.candidates, 1)
-        whole_number("entries", self.entries, 1)
-        check_on_failure(self.on_failure)
+            name = "relative_temperature"
+            kept[name] = check_temperature(name, self.relative_temperature)
+        # Numbers of our own: the caller's list may change later, and a variant reads these settings again.
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
 
     def changed(self, **given: Any) -> FusionSettings:
         """The same settings but for these.
@@ -176,5 +186,5 @@ def check_min_probability(value: Any) -> float:
 
 def check_on_failure(value: Any) -> None:
     """Raise InputError for what is no `OnFailure`."""
-    if value not in get_args(OnFailure):
+    if not isinstance(value, str) or value not in get_args(OnFailure):
         raise InputError(f"on_failure is {value!r}; use 'stop' or 'continue'")

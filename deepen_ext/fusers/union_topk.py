@@ -52,7 +52,7 @@ class UnionTopkFuser(BridgedFuser):
         for row, shares in enumerate(weights.tolist()):
             speaks = [i for i, share in enumerate(shares) if share > 0]
             union = self._union([(said[i].member, top[i][row]) for i in speaks])
-            average = torch.zeros(len(union), device=self.device)
+            average = torch.zeros(len(union), dtype=torch.float32, device=self.device)
             for i in speaks:
                 own = said[i].row(row)
                 assert own is not None
@@ -60,7 +60,7 @@ class UnionTopkFuser(BridgedFuser):
             main = torch.tensor([self._bridge.first(*token, 0) for token in union], device=self.device)
             kept = main >= 0
             ids, inverse = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
-            mass = torch.zeros(len(ids), device=self.device).index_add_(0, inverse, average[kept])
+            mass = average.new_zeros(len(ids)).index_add_(0, inverse, average[kept])
             yield row, ids, mass / mass.sum()
 
     def _union(self, tops: Sequence[tuple[int, list[int]]]) -> list[tuple[int, int]]:

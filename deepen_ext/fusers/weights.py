@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, get_args
 
 from deepen_ext.errors import InputError, shown
@@ -14,15 +14,24 @@ WeightsRule = Literal["size", "prompt"]
 WEIGHTS_RULES = get_args(WeightsRule)
 
 
+def read_weights(weights: Any) -> list[float]:
+    """Numbers in an order, as floats: a list, a tuple, an array, or what gives them one by one.
+
+    Raises:
+        InputError: a set or a mapping, whose order says nothing, or something else without numbers.
+    """
+    if isinstance(weights, str | bytes | Set | Mapping) or not isinstance(weights, Iterable):
+        raise InputError(f"weights is {shown(weights)}; give a list of numbers, one for each member")
+    return [real_number("weight", weight, "0 to 1", lambda _: True) for weight in weights]
+
+
 def check_weights(weights: Sequence[float], members: int) -> list[float]:
     """The weights as floats.
 
     Raises:
         InputError: not one for each member, negative, not finite, or not summing to 1.
     """
-    if isinstance(weights, str) or not isinstance(weights, Iterable):
-        raise InputError(f"weights is {weights!r}; give a list of numbers, one for each member")
-    weights = [real_number("weight", weight, "0 to 1", lambda _: True) for weight in weights]
+    weights = read_weights(weights)
     if len(weights) != members:
         raise InputError(f"there are {len(weights)} weights for {members} members; give one for each")
     if any(not math.isfinite(weight) or weight < 0 for weight in weights):

@@ -1,4 +1,4 @@
-"""Numbers that a caller gives as settings: what they must be, checked in one place."""
+"""Numbers and switches that a caller gives as settings: what they must be, checked in one place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -47,3 +47,10 @@ def real_number(name: str, value: Any, words: str, fits: Callable[[float], bool]
     if not fits(number):
         raise InputError(f"{name} is {value}; choose {words}")
     return number
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """The value, if it is True or False. Else InputError: the text "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {shown(value)}; give True or False")
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from deepen_ext.errors import InputError
 from deepen_ext.members.member import Member
@@ -51,8 +51,7 @@ def chat_texts(
         InputError: messages that are no conversation, a member without a template, or a template that
             refuses the messages or leaves a system or user message out.
     """
-    if without_template not in ("error", "plain"):
-        raise InputError(f"without_template is {without_template!r}; use 'error' or 'plain'")
+    check_without_template(without_template)
     _check_messages(messages)
     # Templates index and iterate: plain lists and dictionaries are what they are written for.
     conversation = [dict(message) for message in messages]
@@ -69,6 +68,12 @@ def chat_texts(
                 "(--without-template plain)"
             )
     return texts
+
+
+def check_without_template(value: Any) -> None:
+    """Raise InputError for what is no `WithoutTemplate`."""
+    if not isinstance(value, str) or value not in get_args(WithoutTemplate):
+        raise InputError(f"without_template is {value!r}; use 'error' or 'plain'")
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

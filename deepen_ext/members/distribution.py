@@ -69,7 +69,8 @@ class Distribution:
         if self.logits is not None:
             return self.logits
         top = self.topk
-        scores = torch.full((len(self), self.vocab_size), -torch.inf, device=self.device)
+        shape = len(self), self.vocab_size
+        scores = torch.full(shape, -torch.inf, dtype=torch.float32, device=self.device)
         return scores.scatter_(1, top.ids.long(), top.probs.log())
 
     def without(self, ids: torch.Tensor, *, in_place: bool = False) -> Distribution:

@@ -12,7 +12,7 @@ import torch
 
 from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import InputError, shown
-from deepen_ext.ground.numbers import real_number
+from deepen_ext.ground.numbers import real_number, true_or_false
 from deepen_ext.members.devices import find_device
 from deepen_ext.members.registry import BACKENDS, PROTOCOLS
 from deepen_ext.ops.checks import check_built_for
@@ -100,8 +100,7 @@ class LoadOptions:
         Raises:
             InputError: a value of a wrong type or out of range, or options that exclude each other.
         """
-        if type(self.trust_remote_code) is not bool:
-            raise InputError(f"trust_remote_code is {shown(self.trust_remote_code)}; give True or False")
+        true_or_false("trust_remote_code", self.trust_remote_code)
         if not isinstance(self.device, str | torch.device):
             raise InputError(f"device must be like 'cpu' or 'cuda:0', got {shown(self.device)}")
         for name, choices in (

@@ -5,13 +5,16 @@ A PEFT adapter may stand behind the model: ``"base@adapter"``.
 
 from __future__ import annotations
 
+import os.path
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import user_path
 from deepen_ext.members import embedded
 
+# What is there os.path is asked: it says no to a name too long for a path, where Path has an OSError.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,7 +66,7 @@ def split_adapter(name_or_path: str | Path, folder: Path | None = None) -> tuple
     """
 
     def exists(path: str | Path) -> bool:
-        return ((folder or Path()) / Path(path).expanduser()).exists()
+        return os.path.exists((folder or Path()) / user_path(path))
 
     name = str(name_or_path)
     if "@" not in name or is_url(name) or exists(name):
@@ -83,8 +86,8 @@ def absolute_name(name_or_path: str | Path) -> str:
     """The name with absolute paths in it, for a process with another working folder."""
 
     def absolute(part: str | Path) -> str:
-        path = Path(part).expanduser()
-        return str(path.absolute()) if path.exists() else str(part)
+        path = user_path(part)
+        return str(path.absolute()) if os.path.exists(path) else str(part)
 
     base, adapter = split_adapter(name_or_path)
     return absolute(base) if adapter is None else f"{absolute(base)}@{absolute(adapter)}"
@@ -96,13 +99,13 @@ def find_adapter(name_or_path: str | Path) -> Path | str:
     Raises:
         InputError: the folder holds no adapter, or there is no such folder and the text cannot be a hub name.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = user_path(name_or_path)
+    if os.path.isdir(path):
         if not (path / "adapter_config.json").is_file():
             raise InputError(f"{path}: the folder has no adapter_config.json; name the folder of an adapter")
         return path
     name = str(name_or_path)
-    if path.exists() or not _HUB_NAME.fullmatch(name):
+    if os.path.exists(path) or not _HUB_NAME.fullmatch(name):
         raise InputError(
             f"{name}: no folder of an adapter, and not a hub name (org/name); check the spelling of the path"
         )
@@ -122,8 +125,8 @@ def find_source(name_or_path: str | Path) -> Source:
         return Source(embedded=name)
     if is_url(str(name_or_path)):
         return Source(url=str(name_or_path))
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = user_path(name_or_path)
+    if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():  # it may have neither of these
             return Source(path=path)
         if not (path / "config.json").is_file():
@@ -136,7 +139,7 @@ def find_source(name_or_path: str | Path) -> Source:
                 "there with tokenizer.save_pretrained"
             )
         return Source(path=path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise InputError(
                 f"{path}: not a model; name a folder, a .gguf file or a hub name such as org/name"

@@ -113,13 +113,6 @@ def largest_entries(
     )
 
 
-def true_or_false(name: str, value: Any) -> bool:
-    """The value, if it is True or False. Else InputError."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} is {value!r}; give True or False")
-    return value
-
-
 def workspace(size: int, device: torch.device) -> torch.Tensor:
     """Scratch memory of `size` bytes."""
     return torch.empty(size, dtype=torch.uint8, device=device)

@@ -9,12 +9,12 @@ import torch
 
 from deepen_ext import _core
 from deepen_ext.errors import InputError
+from deepen_ext.ground.numbers import true_or_false
 from deepen_ext.ops.checks import (
     FLOAT_CODES,
     backend_of,
     check_tensor,
     real_setting,
-    true_or_false,
     whole_setting,
     workspace,
 )

@@ -9,7 +9,7 @@ import torch
 
 def to_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> torch.Tensor:
     """A tensor of these numbers on a device. To CUDA it is sent from pinned memory, so the host goes on."""
-    there = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    there = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
     return there.to(device, non_blocking=True)
 
 

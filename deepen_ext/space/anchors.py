@@ -79,7 +79,9 @@ def shared_anchors(
         eos_column = sum(anchor_ids[0][text] < eos_ids[0][0] for text in shared)
         order.insert(eos_column, None)
     token_ids = tuple(
-        torch.tensor([ids[text] if text is not None else eos[0] for text in order], dtype=torch.int64)
+        torch.tensor(
+            [eos[0] if text is None else ids[text] for text in order], dtype=torch.int64, device="cpu"
+        )
         for ids, eos in zip(anchor_ids, eos_ids, strict=True)
     )
 
@@ -87,7 +89,7 @@ def shared_anchors(
     columns = []
     for vocabulary, ids in zip(vocabularies, eos_ids, strict=True):
         found = [column_of.get(text, -1) if text else -1 for text in vocabulary.tokens]
-        column = torch.tensor(found, dtype=torch.int32)
+        column = torch.tensor(found, dtype=torch.int32, device="cpu")
         column[list(ids)] = -1 if eos_column is None else eos_column
         columns.append(column)
 

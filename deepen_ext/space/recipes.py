@@ -25,7 +25,7 @@ DEFAULT_LEARNING_RATE: Final = 0.15  # of the inverse search
 
 def check_recipe(recipe: Any) -> None:
     """Raise InputError unless the recipe is one of `RECIPES`."""
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise InputError(f"recipe is {shown(recipe)}; use one of {', '.join(RECIPES)}")
 
 

@@ -174,7 +174,7 @@ class PrefixRows:
         tokens = tokens.cpu()
         own = self._columns[tokens]
         found = [self._prefixes.column(self._member, token) for token in tokens.tolist()]
-        standing_for = torch.tensor(found, dtype=torch.int32)
+        standing_for = torch.tensor(found, dtype=torch.int32, device="cpu")
 
         columns = torch.full((len(tokens), self.entries), -1, dtype=torch.int32, device=self.device)
         values = torch.zeros(len(tokens), self.entries, dtype=torch.float32, device=self.device)

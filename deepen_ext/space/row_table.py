@@ -30,13 +30,14 @@ class RowTable:
         cls, vocab_size: int, anchors: int, entries: int, device: str | torch.device = "cpu"
     ) -> RowTable:
         """Room for the whole vocabulary; on the CPU it is taken page by page as relative rows are kept."""
-        rows = RelativeRows(
-            columns=torch.empty(vocab_size, entries, dtype=torch.int32, device=device),
-            values=torch.empty(vocab_size, entries, dtype=torch.float32, device=device),
-            rest=torch.empty(vocab_size, dtype=torch.float32, device=device),
-            anchors=anchors,
-        )
-        return cls(rows, torch.zeros(vocab_size, dtype=torch.bool))
+        with torch.inference_mode(False):  # the caller may be in it now, and not when a row is kept
+            rows = RelativeRows(
+                columns=torch.empty(vocab_size, entries, dtype=torch.int32, device=device),
+                values=torch.empty(vocab_size, entries, dtype=torch.float32, device=device),
+                rest=torch.empty(vocab_size, dtype=torch.float32, device=device),
+                anchors=anchors,
+            )
+            return cls(rows, torch.zeros(vocab_size, dtype=torch.bool, device="cpu"))
 
     @classmethod
     def dense(cls, matrix: torch.Tensor) -> RowTable:
@@ -60,7 +61,7 @@ class RowTable:
             raise InputError(f"rows of the relative matrix must sum to 1; one is off by {off:.3g}")
         vocab, anchors = matrix.shape
         rows = RelativeRows(None, matrix.detach().contiguous(), None, anchors)
-        return cls(rows, torch.ones(vocab, dtype=torch.bool))
+        return cls(rows, torch.ones(vocab, dtype=torch.bool, device="cpu"))
 
     @property
     def device(self) -> torch.device:
@@ -80,16 +81,17 @@ class RowTable:
     def to(self, device: str | torch.device) -> RowTable:
         """The same relative rows on another device; this table itself if they are there."""
         columns, values, rest, anchors = self.rows
-        moved = values.to(device)
-        if moved.device == self.device:
-            return self
-        rows = RelativeRows(
-            columns=None if columns is None else columns.to(device),
-            values=moved,
-            rest=None if rest is None else rest.to(device),
-            anchors=anchors,
-        )
-        return RowTable(rows, self.known.clone())
+        with torch.inference_mode(False):  # as in `empty`
+            moved = values.to(device)
+            if moved.device == self.device:
+                return self
+            rows = RelativeRows(
+                columns=None if columns is None else columns.to(device),
+                values=moved,
+                rest=None if rest is None else rest.to(device),
+                anchors=anchors,
+            )
+            return RowTable(rows, self.known.clone())
 
     def to_dense(self) -> torch.Tensor:
         """The relative rows of all tokens, whole: float32 [V, A]. Every token must be known."""

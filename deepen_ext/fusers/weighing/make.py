@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.fusers.weighing.confidence import Confidence
 from deepen_ext.fusers.weighing.consistency import Consistency
 from deepen_ext.fusers.weighing.disagreement import Disagreement
@@ -19,14 +19,22 @@ _CLASSES: list[type[Rule]] = [Confidence, Margin, Consistency, Disagreement, Gat
 RULES = {one.name: one for one in _CLASSES}
 
 
-def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -> None:
+def check_rule(name: Any) -> None:
+    """Raise InputError for what is no name of a rule."""
+    if not isinstance(name, str) or name not in RULES:
+        raise InputError(f"weighing is {shown(name)}; use one of {', '.join(RULES)}")
+
+
+def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -> tuple[float, ...] | None:
     """Check that there is such a rule, and that it has the numbers it needs and no others.
+
+    Returns:
+        the gate, as floats.
 
     Raises:
         InputError: there is not, or it has not.
     """
-    if rule not in RULES:
-        raise InputError(f"weighing is {rule!r}; use one of {', '.join(RULES)}")
+    check_rule(rule)
     if confidence and rule != "confidence":
         raise InputError(f"confidence goes with weighing='confidence'; leave it out for weighing='{rule}'")
     if (gate is not None) != (rule == "gate"):
@@ -35,8 +43,7 @@ def check_weighing(rule: Any, confidence: float, gate: Sequence[float] | None) -
             advice = f"give weighing='gate' with it, or leave it out for weighing='{rule}'"
         raise InputError(f"weighing='gate' and the numbers of a gate go together; {advice}")
     if gate is None:
-        return
+        return None
     if isinstance(gate, str) or not isinstance(gate, Sequence) or len(gate) != GATE_NUMBERS:
         raise InputError(f"gate is {gate!r}; give a list of {GATE_NUMBERS} numbers")
-    for number in gate:
-        real_number("a number of the gate", number, "finite", math.isfinite)
+    return tuple(real_number("a number of the gate", number, "finite", math.isfinite) for number in gate)

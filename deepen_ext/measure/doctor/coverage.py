@@ -67,7 +67,7 @@ def coverage(anchors: Anchors, prefixes: PrefixColumns, member: int, mean: torch
     others = _most_probable(mean, ~shared, _OTHERS)
     begins = [prefixes.column(member, token) >= 0 for token in others.tolist()]
     by_anchor = float(mean[shared].sum())
-    by_prefix = float(mean[others[torch.tensor(begins, dtype=torch.bool)]].sum())
+    by_prefix = float(mean[others[torch.tensor(begins, dtype=torch.bool, device="cpu")]].sum())
     return Coverage(by_anchor, by_prefix, max(1.0 - by_anchor - by_prefix, 0.0))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepen_ext.cluster.pool import Pool
 from deepen_ext.errors import InputError
-from deepen_ext.ground.numbers import whole_number
+from deepen_ext.ground.numbers import true_or_false, whole_number
 from deepen_ext.measure.evaluation.choices import ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, make_header
 from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
@@ -109,6 +109,9 @@ def evaluate(
         ModelError: a member's forward pass failed or it was lost, all replicas are lost, or the disk is full.
             What is done is kept.
     """
+    switches = {"certified_skip": certified_skip, "share_forwards": share_forwards, "fresh": fresh}
+    for name, value in switches.items():  # "no" would drop what the folder holds
+        true_or_false(name, value)
     drawn = Votes.read(votes, temperature, top_p, seed)
     if drawn is not None and certified_skip:
         raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")

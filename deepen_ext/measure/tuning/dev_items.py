@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import whole_number
+from deepen_ext.ground.paths import user_path
 from deepen_ext.measure.evaluation.tasks import TASKS, Item, Task
 from deepen_ext.measure.likelihood.text_reading import pieces
 
@@ -69,7 +70,7 @@ class DevSet:
         Raises:
             InputError: no such file, not UTF-8, empty, JSON Lines, or the file of a test split.
         """
-        file = Path(path).expanduser()
+        file = user_path(path)
         if file.name == "test.jsonl":
             raise InputError(f"{file} is a test split; settings are never chosen on one")
         if file.suffix == ".jsonl":

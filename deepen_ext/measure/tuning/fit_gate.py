@@ -71,9 +71,9 @@ class GateEvidence:
             if not rows:
                 continue
             speaking = [one.member for one in said]
-            features = torch.zeros(len(rows), count, GATE_NUMBERS, dtype=torch.float64)
+            features = torch.zeros(len(rows), count, GATE_NUMBERS, dtype=torch.float64, device="cpu")
             features[:, speaking] = rule.features(said).double().cpu()
-            shares = torch.zeros(len(rows), count, dtype=torch.float64)
+            shares = torch.zeros(len(rows), count, dtype=torch.float64, device="cpu")
             shares[:, speaking] = by_row.double().cpu()
             # A member's own probability is what the average gives where it alone counts.
             logprobs = torch.full_like(shares, -math.inf)
@@ -89,7 +89,7 @@ class GateEvidence:
     @classmethod
     def together(cls, items: Sequence[GateEvidence], members: int) -> GateEvidence:
         """Of several items as one."""
-        nothing = torch.zeros(0, members, dtype=torch.float64)
+        nothing = torch.zeros(0, members, dtype=torch.float64, device="cpu")
         return cls(
             torch.cat([nothing[..., None].expand(-1, -1, GATE_NUMBERS), *(one.features for one in items)]),
             torch.cat([nothing, *(one.weights for one in items)]),
@@ -103,7 +103,9 @@ class GateEvidence:
 
     def bits(self, gate: Sequence[float]) -> float:
         """Of these tokens under a gate."""
-        return -float(self.likelihoods(torch.tensor(gate, dtype=torch.float64)).sum()) / math.log(2)
+        return -float(
+            self.likelihoods(torch.tensor(gate, dtype=torch.float64, device="cpu")).sum()
+        ) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,14 @@ def fit_gate(
     return FittedGate(_fitted(items), tokens, tuple(without), tuple(held_out), tuple(sizes))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # whatever the caller is in: torch's search needs the gradient
 def _fitted(items: Sequence[GateEvidence]) -> tuple[float, ...]:
     """The four numbers that make the items' tokens most probable, with a ridge on their squares."""
     if not any(len(one.weights) for one in items):
         return NO_GATE
     every = GateEvidence.together(items, items[0].weights.shape[1])
-    gate = torch.zeros(GATE_NUMBERS, dtype=torch.float64, requires_grad=True)
+    gate = torch.zeros(GATE_NUMBERS, dtype=torch.float64, device="cpu", requires_grad=True)
     optimizer = torch.optim.LBFGS([gate], max_iter=_MOST_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> float:

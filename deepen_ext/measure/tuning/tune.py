@@ -17,7 +17,7 @@ from typing import Any
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FuseFunction, Fuser, fuser_class
 from deepen_ext.fusers.settings import SHARPNESS
-from deepen_ext.ground.numbers import real_number
+from deepen_ext.ground.numbers import real_number, true_or_false
 from deepen_ext.measure.tuning.configurations import (
     Configuration,
     OutOfTime,
@@ -221,7 +221,7 @@ def tune(
         ModelError: a member's forward pass failed.
     """
     minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
-    kind = check_tunable(fuser, len(members), gate)
+    kind = check_tunable(fuser, len(members), true_or_false("gate", gate))
     if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
     space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())

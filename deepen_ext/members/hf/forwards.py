@@ -204,7 +204,7 @@ class Forwards:
 
     def _on_host(self, values: list[Any]) -> torch.Tensor:
         """An int64 tensor, in memory from which it can be sent without waiting."""
-        return torch.tensor(values, pin_memory=self._loaded.device.type == "cuda")
+        return torch.tensor(values, device="cpu", pin_memory=self._loaded.device.type == "cuda")
 
     def _masked(self, feed: ManyLanes, inputs: torch.Tensor, wanted: int) -> torch.Tensor:
         ids, positions, _ = inputs

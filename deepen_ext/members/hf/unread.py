@@ -29,7 +29,7 @@ class Unread:
     def __post_init__(self) -> None:
         """Send the ids to the host. On CUDA that is queued behind the work, and nothing waits."""
         on_cuda = self.tokens.device.type == "cuda"
-        self._ids = torch.empty(self.tokens.shape, dtype=torch.long, pin_memory=on_cuda)
+        self._ids = torch.empty(self.tokens.shape, dtype=torch.long, device="cpu", pin_memory=on_cuda)
         self._ids.copy_(self.tokens, non_blocking=True)
         self._arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import user_path
 from deepen_ext.members.load_options import KEY_FORMS
 
 _PORTS = {"http": 80, "https": 443}
@@ -78,7 +78,7 @@ def read_key(where: str | None) -> str | None:
             raise InputError(f"api_key={where}: the environment has no {place}; set it, or leave api_key out")
     else:
         try:
-            key = Path(place).expanduser().read_text(encoding="utf-8")
+            key = user_path(place).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "no text"
             raise InputError(f"api_key={where}: the file cannot be read ({why}); name another") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from bisect import insort
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -57,7 +58,7 @@ class ServedModel:
         self.protocol = protocol
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="deepen-ext-http")
         self._free_slots = list(range(protocol.served.slots))
-        self._lock = threading.Lock()
+        self._taking = threading.Lock()
         self._process = os.getpid()
         self._verified = client.connections_made
         self._end = weakref.finalize(self, _close, client, self._pool)
@@ -72,18 +73,23 @@ class ServedModel:
         return min(k, self.vocab_size, self.max_topk or k)
 
     def take_slots(self, lanes: int) -> list[int | None]:
-        """A slot of the server's for each lane; None for all of them where too few are free."""
-        with self._lock:
+        """A slot of the server's for each lane, the lowest; None for all of them where too few are free."""
+        with self._taking:
             if len(self._free_slots) < lanes:
                 return [None] * lanes
-            taken, self._free_slots = self._free_slots[:lanes], self._free_slots[lanes:]
+            taken = self._free_slots[:lanes]
+            for slot in taken:
+                self._free_slots.remove(slot)
         return list(taken)
 
     def give_slot(self, slot: int | None) -> None:
-        """A lane is done with its slot."""
+        """A lane is done with its slot.
+
+        Without the lock: the garbage collector may end a dropped stream, which gives its slots back, in the
+        middle of `take_slots` in this very thread. To insert is one step for other threads too.
+        """
         if slot is not None:
-            with self._lock:
-                self._free_slots = sorted([*self._free_slots, slot])
+            insort(self._free_slots, slot)
 
     def start(self, asked: Question) -> Future[TopK]:
         """Have a question answered in another thread; see `answer`.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import user_path
 from deepen_ext.ground.progress import Progress
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.facts import read_facts
@@ -47,7 +48,7 @@ def load_named_tokenizer(
         InputError: no such file or folder, or the hub does not give it.
         ModelError: it cannot be loaded.
     """
-    name, path = str(named), Path(named).expanduser()
+    name, path = str(named), user_path(named)
     if name.startswith("demo:"):
         path = embedded.gguf_file(name.removeprefix("demo:"), progress)
     elif path.suffix.lower() == ".gguf" and not path.is_file():

@@ -193,7 +193,7 @@ class Context:
 
     def _logits(self, rows: int) -> torch.Tensor:
         if not rows:
-            return torch.empty((0, self._model.vocab_size))
+            return torch.empty((0, self._model.vocab_size), dtype=torch.float32, device="cpu")
         size = rows * self._model.vocab_size
         address = self._call.llama_get_logits(self._handle)
         buffer = (ctypes.c_float * size).from_address(address)

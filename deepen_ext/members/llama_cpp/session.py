@@ -74,7 +74,7 @@ class LlamaSession(Closing):
             self._check(lane, ids)
         counts = check_positions(loaded.name, wanted, positions)
         if not wanted:
-            return self._answer(torch.empty((0, loaded.vocab_size)), k)
+            return self._answer(torch.empty((0, loaded.vocab_size), dtype=torch.float32, device="cpu"), k)
         unfed = {lane: ids for lane, ids in wanted.items() if not self._knows(lane, ids, counts[lane])}
         if unfed:
             for lane, ids in unfed.items():

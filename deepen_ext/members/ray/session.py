@@ -147,5 +147,6 @@ class RayAnswer:
 
 
 def _nothing(k: int) -> TopK:
-    ids, row = torch.empty((0, k), dtype=torch.int32), torch.empty(0)
-    return TopK(ids, torch.empty((0, k)), row, row.to(torch.int32))
+    ids = torch.empty((0, k), dtype=torch.int32, device="cpu")
+    row = torch.empty(0, dtype=torch.float32, device="cpu")
+    return TopK(ids, ids.float(), row, row.to(torch.int32))

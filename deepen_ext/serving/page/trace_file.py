@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepen_ext.errors import InputError, shown
+from deepen_ext.ground.paths import user_path
 
 _SHOWN = 43  # characters of a value in an error
 _FATES = (None, "stood", "replaced", "settled")
@@ -24,7 +25,7 @@ def read_trace(file: str | Path) -> list[dict[str, Any]]:
         InputError: the file cannot be read, is empty, or a line is no record of a token; the message has the
             line's number.
     """
-    path = Path(file).expanduser()
+    path = user_path(file)
     records = []
     try:
         with path.open("rb") as opened:
