@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
+from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule, candidates_of
+from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.text.characters import Utf8Stream
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
@@ -70,6 +72,8 @@ def test_characters_of_several_bytes(vocabularies: dict[str, Vocabulary]) -> Non
     assert not sits_out(qwen, smollm2, "今", (day, 0.9))  # byte tokens, which nothing merges
     assert not sits_out(qwen, gemma, "今天", (day, 0.9))
     assert not sits_out(smollm2, gemma, "今", (day[:2], 0.9))
+    assert not GrowingText(qwen, "a ").keeps_ids("\ufffd")  # which would be in its place
+    assert not sits_out(smollm2, qwen, "a ", (day[:2], 0.9))
 
 
 def test_special_tokens_change_nothing(vocabularies: dict[str, Vocabulary]) -> None:
@@ -92,6 +96,32 @@ def test_probabilities_add_up(vocabularies: dict[str, Vocabulary]) -> None:
     assert BoundaryRule(main, threshold=0.9).sits_out(
         GrowingText(assistant, "I like straw"), [(token(main, b"berries"), 0.95)]
     )
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([(b" and", 0.75), (b"berries", 0.25)], True),  # just the threshold
+        ([(b"berries", 0.125), (b" and", 0.75), (b"berry", 0.125)], True),  # what is left, with what is seen
+        ([(b"berries", 0.125), (b" and", 0.8125), (b"berry", 0.0625)], False),
+    ],
+)
+def test_the_threshold_itself(
+    vocabularies: dict[str, Vocabulary], shares: list[tuple[bytes, float]], expected: bool
+) -> None:
+    main = vocabularies["smollm2"]
+    rule = BoundaryRule(main, threshold=0.25)
+    known = [(token(main, piece), probability) for piece, probability in shares]
+    assert rule.sits_out(GrowingText(vocabularies["gemma"], "I like straw"), known) == expected
+
+
+def test_candidates_of_some_rows() -> None:
+    ids, probs = torch.arange(60, dtype=torch.int32).view(3, 20), torch.full((3, 20), 0.03125)
+    top = TopK(ids, probs, torch.zeros(3), torch.zeros(3, dtype=torch.int32))
+    assert candidates_of(top, [2, 0]) == {
+        2: [(40 + i, 0.03125) for i in range(CANDIDATES)],
+        0: [(i, 0.03125) for i in range(CANDIDATES)],
+    }
 
 
 def test_no_candidate_is_looked_at_in_vain(

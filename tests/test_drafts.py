@@ -24,8 +24,11 @@ from deepen_ext.decoding.generation import Timings
 from deepen_ext.decoding.observed.acceptance import Acceptance
 from deepen_ext.decoding.observed.costs import Costs
 from deepen_ext.decoding.observed.history import FUSION, History
+from deepen_ext.decoding.open_run import OpenRun
 from deepen_ext.decoding.places import Ahead
+from deepen_ext.decoding.prompts import read_prompts
 from deepen_ext.decoding.sampler import Chooser
+from deepen_ext.decoding.settings import Settings
 from deepen_ext.members.member import Member
 
 PROMPT = "The history of tea begins in ancient China, where, it is said, leaves from a wild tree blew into"
@@ -613,6 +616,35 @@ class TestEnds:
         for draft in (0, 1, 3):
             found = pair.generate(PROMPT, draft=draft, **settings)
             assert (found.finish_reason, found.text) == (ends, " tea tea\ufffd")
+
+    @pytest.mark.parametrize("tokens", [1, 2, 3])
+    def test_of_a_text_that_cannot_go_on_beside_another(self, pair, tokens) -> None:
+        """What was drafted of the other text, and not chosen, is not left in what its assistant reads."""
+        main, assistant = pair.members
+        start = len(main.vocabulary.encode(PROMPT))
+
+        def forbid(ids, scores):
+            return scores.fill_(-math.inf) if ids.shape[1] == start + tokens else scores
+
+        plain = Settings.read(main, max_new_tokens=12)
+        run = OpenRun(pair.team, plain, 2, chunk=64, drafts=DraftSettings(3, (MAIN,)))
+        try:
+            for settings in (plain, Settings.read(main, max_new_tokens=12, logits_processor=[forbid])):
+                run.add(read_prompts(pair.members, [PROMPT], "error")[0], settings)
+            written: list[int] = []
+            failed = longer = False
+            while run.busy:
+                written += [one.token for one in run.step() if one.number == 0]
+                failed |= bool(run.failures)
+                if 0 not in run.ended():
+                    text = PROMPT + "".join(run._texts[0].pieces)
+                    whole = assistant.vocabulary.prefix_ids + assistant.vocabulary.encode(text)
+                    assert run._assistants.texts[0].ids(0) == whole
+                    longer |= failed
+        finally:
+            run.close()
+        assert longer  # after the failure
+        assert written == pair.generate(PROMPT, max_new_tokens=12).token_ids
 
 
 class TestStreams:

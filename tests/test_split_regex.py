@@ -54,12 +54,11 @@ def pieces(splitter: pre_tokenizers.PreTokenizer, text: str) -> list[str]:
 
 def check_cuts(pattern: str, behavior: str, rng: random.Random, texts: int) -> int:
     """Every position said to split a text divides its pieces; returns how many positions were said to."""
-    invert = behavior == "removed"
-    ours = _RegexSplitter(pattern, behavior.title().replace("_", ""), invert)
-    theirs = pre_tokenizers.Split(Regex(pattern), behavior, invert)
+    ours = _RegexSplitter(pattern, behavior.title().replace("_", ""))
+    both = [pre_tokenizers.Split(Regex(pattern), behavior, invert) for invert in (False, True)]
     found = 0
-    for _ in range(texts):
-        text = random_text(rng)
+    for i in range(texts):
+        text, theirs = random_text(rng), both[i % 2]
         whole = pieces(theirs, text)
         for cut in range(1, len(text)):
             pair = text[cut - 1], text[cut]
@@ -90,7 +89,9 @@ def random_regex(rng: random.Random, depth: int = 3) -> str:
     atoms = ["a", "b", "1", " ", r"\s", r"\S", r"\p{L}", r"\P{L}", r"\p{N}", r"\d", r"\n", r"\.", ".", "'"]
     atoms += ["[a-z]", r"[^\s\p{L}]", r"[\r\n]", r"[\p{L}&&[^a]]", "[^ab]", "é", "的"]
     kind = rng.random()
-    if depth == 0 or kind < 0.35:
+    if kind < 0.02:
+        item = rng.choice(["$", r"\z"])
+    elif depth == 0 or kind < 0.35:
         item = rng.choice(atoms)
     elif kind < 0.6:
         item = "".join(random_regex(rng, depth - 1) for _ in range(rng.randint(1, 3)))
@@ -118,6 +119,7 @@ def random_regex(rng: random.Random, depth: int = 3) -> str:
             "?+",
             "{1,2}+",
             "{2}?",
+            "{1,2}?",
             "{,2}",
         ]
         item = f"(?:{inner}){rng.choice(signs)}"
@@ -155,6 +157,7 @@ def test_any_regex(seed: int) -> None:
         "^a",
         r"\Aa",
         r"\Ga",
+        r"a\Z",  # looks beyond the line's end, for the end of the text
         r"(a)\1",
         "a*",
         "a?|b",
@@ -162,9 +165,13 @@ def test_any_regex(seed: int) -> None:
         "(?=a)",
         "a|",
         "(?x:a)",
+        "(?i:ß)",  # matches "ss" too, two characters
+        "(?i:[^a])",
+        r"\x61b",
         "(" * 300 + "a" + ")" * 300,  # too deep to be walked by recursion
         "(?=" * 33 + "a" + ")" * 33 + "a",
         "a" + "+" * 2000,
+        "a{1}{1}{1}{1}",
         "a" * 2001,  # each atom is looked at with each other
     ],
 )
@@ -189,13 +196,53 @@ def test_the_longest_and_deepest_that_is_understood(pattern: str) -> None:
         ("(?>a?)a", False),
         ("b?+a", True),
         ("aa?", True),
+        ("(?:a?+){1}a", False),
+        ("(?:a?+|b)a", False),
         ("a{2}", False),
+        ("ab+?", False),  # lazy, but there is one
+        ("ab{1,2}?", False),
         ("a{0,2}b|a", True),
         ("a(?=b)", False),
     ],
 )
 def test_a_character_that_is_a_match_by_itself(pattern: str, alone: bool) -> None:
     assert SplitRegex(pattern).alone("a") == alone
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pair", "transparent"),
+    [
+        ("a?b", "aa", True),
+        ("a{0,1}b", "aa", True),
+        ("a{1,}", "aa", False),
+        ("a{2}", "aa", False),
+        ("a(?:b?)+c", "ac", False),
+        ("[]a]b", "]b", False),
+        ("(?i:(?:a))b", "Ab", False),
+        ("a(?!b)c", "ab", False),
+        ("a(?!b)c", "ac", False),
+        ("a(?=bc)", "bc", False),
+        ("a(?!bc)", "bd", True),  # the look-ahead fails, as at the end of the text
+        ("a$|a", "ab", False),  # at the end of the text `a$` is a match
+        (r"a(?=b\z)|a", "bc", False),
+    ],
+)
+def test_what_a_match_can_see_beyond_a_position(pattern: str, pair: str, transparent: bool) -> None:
+    assert SplitRegex(pattern).transparent(*pair) == transparent
+
+
+@pytest.mark.parametrize(
+    ("behavior", "where"),
+    [
+        ("Isolated", ["aa", "ab", "ba"]),
+        ("Removed", ["aa", "ab", "ba"]),
+        ("Contiguous", ["ab", "ba"]),
+        ("MergedWithNext", []),
+    ],
+)
+def test_where_a_piece_surely_ends(behavior: str, where: list[str]) -> None:
+    splitter = _RegexSplitter("a", behavior)
+    assert [pair for pair in ("aa", "ab", "ba", "bb") if splitter.splits(*pair)] == where
 
 
 def test_case_folds_into_several_characters() -> None:

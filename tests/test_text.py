@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.text.characters import Utf8Stream, whole_characters
+from deepen_ext.text.cuts import _no_token_spans
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
 
@@ -473,6 +474,98 @@ def test_other_families(name: str) -> None:
     for text in [*NATURAL, "a<tag>  b <s> c</s>\n d <|eot|>e <tag>"]:
         assert_grows(vocabulary, ["", *text])
         assert_cuts_hold(vocabulary, text)
+
+
+def with_parts(tokenizer: Tokenizer, **parts: object) -> Tokenizer:
+    """The tokenizer with another normalizer or pre-tokenizer."""
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return tokenizer
+
+
+def with_token(tokenizer: Tokenizer, **settings: bool) -> Tokenizer:
+    tokenizer.add_tokens([AddedToken("<tag2>", normalized=False, **settings)])
+    return tokenizer
+
+
+def ignoring_merges(tokenizer: Tokenizer) -> Tokenizer:
+    state = json.loads(tokenizer.to_str())
+    state["model"]["ignore_merges"] = True
+    return Tokenizer.from_str(json.dumps(state))
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+TRIPLE = normalizers.Replace("qqq", "q")  # of no probe
+SPACES = normalizers.Replace(" ", "▁")
+PAIRS = ["a1", "1a", "11", ",a", "a,", ",,", "aa", "a(", "a "]
+# A splitter, and which of `PAIRS` it lets us cut.
+ONE_SPLITTER = {
+    "digits": (pre_tokenizers.Digits(individual_digits=True), ["a1", "1a", "11"]),
+    "runs of digits": (pre_tokenizers.Digits(individual_digits=False), ["a1", "1a"]),
+    "punctuation": (pre_tokenizers.Punctuation("isolated"), [",a", "a,", ",,", "a("]),
+    "runs of punctuation": (pre_tokenizers.Punctuation("contiguous"), [",a", "a,", "a("]),
+    "punctuation with what follows": (pre_tokenizers.Punctuation("merged_with_next"), []),
+    "a string": (pre_tokenizers.Split("(", "isolated"), ["a("]),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SPLITTER)
+def test_cuts_of_one_splitter(name: str) -> None:
+    splitter, cut = ONE_SPLITTER[name]
+    vocabulary = Vocabulary.from_tokenizer(byte_level(splitter), name=name)
+    assert [pair for pair in PAIRS if vocabulary.cuts.at(*pair)] == cut
+    for text in NATURAL:
+        assert_grows(vocabulary, ["", *text])
+        assert_cuts_hold(vocabulary, text)
+
+
+UNKNOWN = {
+    "a token that must be a word": lambda: with_token(byte_level(), single_word=True),
+    "bytes, normalized": lambda: with_parts(byte_level(), normalizer=TRIPLE),
+    "a splitter of bytes": lambda: with_parts(
+        byte_level(), pre_tokenizer=pre_tokenizers.Sequence([BYTES, pre_tokenizers.Punctuation()])
+    ),
+    "sentencepiece, normalized": lambda: with_parts(
+        sentencepiece("prepend"), normalizer=normalizers.Sequence([SPACES, TRIPLE])
+    ),
+    "sentencepiece, split": lambda: with_parts(
+        sentencepiece("prepend"), pre_tokenizer=pre_tokenizers.Split(",", "isolated")
+    ),
+    "sentencepiece without merges": lambda: ignoring_merges(sentencepiece("prepend")),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_no_cut_where_no_rule_is_known(name: str) -> None:
+    vocabulary = Vocabulary.from_tokenizer(UNKNOWN[name](), name=name)
+    assert not vocabulary.cuts.incremental
+    assert_grows(vocabulary, ["", *NATURAL[0], " qqq<tag2>", "a <tag2> b"])
+
+
+def test_no_cut_inside_any_token() -> None:
+    """Tokens are looked at some thousand at a time."""
+    may_cut = _no_token_spans([*["cd"] * 8191, "ab", "e", "fg"])
+    assert [pair for pair in ("ab", "ba", "be", "cd", "dc", "ef", "fg") if may_cut(*pair)] == [
+        "ba",
+        "be",
+        "dc",
+        "ef",
+    ]
+
+
+def test_cuts_beside_a_token_that_takes_spaces_along() -> None:
+    left = byte_level(pre_tokenizers.Punctuation("isolated"))
+    left.add_special_tokens([AddedToken("<1>", special=True, normalized=False, lstrip=True)])
+    right = sentencepiece("prepend", rstrip=True)
+    plain = [byte_level(pre_tokenizers.Punctuation("isolated")), sentencepiece("prepend")]
+    pairs = [" <", "\n\u2003"]
+    for stripping, other, pair in zip((left, right), plain, pairs, strict=True):
+        assert Vocabulary.from_tokenizer(other, name="plain").cuts.at(*pair)
+        vocabulary = Vocabulary.from_tokenizer(stripping, name="strips")
+        assert not vocabulary.cuts.at(*pair)
+        for text in ("a <1>b \t<1>", "a<s>\n\u2003b <s> \n c"):
+            assert_grows(vocabulary, ["", *text])
+            assert_cuts_hold(vocabulary, text)
 
 
 @pytest.mark.parametrize("name", ["prepend", "metaspace-first", "gpt2-prefix-space"])

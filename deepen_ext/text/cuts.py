@@ -115,9 +115,9 @@ class _RegexSplitter:
     an earlier match has it. And a match begins there if the character after it is a match by itself.
     """
 
-    def __init__(self, pattern: str, behavior: str, invert: bool) -> None:
+    def __init__(self, pattern: str, behavior: str) -> None:
         self._regex = SplitRegex(pattern)
-        self._apart = behavior == "Isolated" or (behavior == "Removed" and invert)
+        self._apart = behavior in ("Isolated", "Removed")
         self._contiguous = behavior == "Contiguous"
         self.transparent = self._regex.transparent
 
@@ -179,11 +179,11 @@ def _splitters(part: dict[str, Any]) -> list[_RegexSplitter | _ClassSplitter]:
     if kind == "ByteLevel":
         if part["add_prefix_space"]:
             raise NotUnderstood("a space before each piece")
-        return [_RegexSplitter(_GPT2, "Isolated", False)] if part["use_regex"] else []
+        return [_RegexSplitter(_GPT2, "Isolated")] if part["use_regex"] else []
     if kind == "Split":
         pattern = part["pattern"]
         regex = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
-        return [_RegexSplitter(regex, part["behavior"], part["invert"])]
+        return [_RegexSplitter(regex, part["behavior"])]
     if kind == "Digits":
         behavior = "Isolated" if part["individual_digits"] else "Contiguous"
         return [_ClassSplitter(pre_tokenizers.Digits(individual_digits=True), behavior)]

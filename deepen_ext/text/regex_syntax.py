@@ -155,7 +155,7 @@ class _Parser:
     def _escape(self, *, fold: bool) -> Node:
         start = self._at - 1
         sign = self._take()
-        if sign in "zZ":
+        if sign == "z":
             return LookAhead(None)
         if (sign in "pP" and self._peek() == "{") or sign in "xu":
             closed = self._taken(r"\{[^}]*\}|[0-9a-fA-F]{1,4}")

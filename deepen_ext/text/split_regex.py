@@ -4,9 +4,9 @@ A splitter goes through a text from left to right. At each position it tries to 
 next attempt begins. Two questions about neighbouring characters, c before a position s of the text and d
 after it, are answered here for any text around them:
 
-- `transparent(c, d)`: no match that begins before s goes on beyond s or looks beyond it. Then what is left of
-  s is split as if the text ended there. The regex looks at nothing left of a match, so what is right of s is
-  split as if the text began there.
+- `transparent(c, d)`: no match that begins before s goes on beyond s or depends on what it sees there. Then
+  what is left of s is split as if the text ended there. The regex looks at nothing left of a match, so what
+  is right of s is split as if the text began there.
 - `alone(c)`: at a position before c there is always a match, whatever follows, because c by itself is one.
 
 The automaton is Glushkov's: after an atom was read, it knows only which atoms may be read next. It has no
@@ -60,9 +60,7 @@ class SplitRegex:
             normalizers.Replace(Regex(f"(?i:{atom.pattern})" if atom.fold else atom.pattern), "")
             for atom in self._atoms
         ]
-        self._look = 1 << len(
-            self._atoms
-        )  # stands among the atoms for what follows, even the end of the text
+        self._look = 1 << len(self._atoms)  # among the atoms: a look whether the text or the line ends
         self._following = [0] * len(self._atoms)  # by the atom read last: the atoms that may be read next
         self._first, _ = self._joined(self._root)
         # The answers are kept as long as this regex, not as long as the class.
@@ -71,7 +69,7 @@ class SplitRegex:
         self._after = lru_cache(_KEPT)(self._atoms_after)
 
     def transparent(self, left: str, right: str) -> bool:
-        """Whether no match that begins before the position between the two reaches or looks beyond it."""
+        """Whether no match that begins before the position between the two depends on what is beyond it."""
         return not self._after(left) & (self.matching(right) | self._look)
 
     def begins(self, character: str) -> bool:
@@ -137,13 +135,8 @@ class SplitRegex:
                     first |= begins
                 last = ends | last if can_be_left_out(item, looks=True) else ends
         else:
-            first = self._look
-            if node.item is not None:
-                first |= self._joined(node.item)[0]
-                # A thread inside a look-ahead looks at the text until it is decided, and ends there.
-                for atom in atoms_of(node.item):
-                    if self._following[atom.number]:
-                        self._following[atom.number] |= self._look
+            # What no atom of a look-ahead can match looks to it like the end of the text.
+            first = self._look if node.item is None else self._joined(node.item)[0]
         return first, last
 
     def _follow(self, before: int, after: int) -> None:
