@@ -16,22 +16,17 @@ WIDE, SQUARE, DEEP = (200, 48), (70, 48), (4200, 1024)
 def products(monkeypatch):
     """The rows of each product that torch's own linear layer did not compute, with the way it went."""
     seen = []
-    mm, addmm, onednn = torch.mm, torch.addmm, torch.ops.mkldnn._linear_pointwise
+    mm, onednn = torch.mm, torch.ops.mkldnn._linear_pointwise
 
     def turned(weight, columns):
         seen.append(("turned", columns.shape[1]))
         return mm(weight, columns)
-
-    def turned_with_bias(bias, weight, columns):
-        seen.append(("turned", columns.shape[1]))
-        return addmm(bias, weight, columns)
 
     def by_onednn(rows, *others):
         seen.append(("oneDNN", len(rows)))
         return onednn(rows, *others)
 
     monkeypatch.setattr(torch, "mm", turned)
-    monkeypatch.setattr(torch, "addmm", turned_with_bias)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", by_onednn)
     return seen
 
@@ -71,31 +66,6 @@ def test_as_torch_does_it(products, shape, matrix, way, bias):
     weight = torch.randn(*matrix, generator=generator)
     check(x, weight, torch.randn(matrix[0], generator=generator) if bias else None)
     assert products == [way]
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [2, 7, 64])
-def test_bfloat16_where_the_cpu_has_amx(products, monkeypatch, rows, bias):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 48, generator=generator).bfloat16() for n in (rows, 70))
-    offset = torch.randn(70, generator=generator).bfloat16() if bias else None
-    with small_products(CPU, torch.bfloat16):
-        found = linear(x[None], weight, offset)[0]
-    assert products == [("turned", rows)]
-    assert found.is_contiguous()
-    want = linear(x.float(), weight.float(), None if offset is None else offset.float())
-    torch.testing.assert_close(found, want.bfloat16(), atol=2**-8, rtol=2**-8)  # one rounding of the sum
-
-
-@pytest.mark.parametrize(("rows", "amx"), [(1, True), (65, True), (2, False)])
-def test_bfloat16_that_is_left_to_torch(products, monkeypatch, rows, amx):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    x, weight = torch.randn(rows, 48).bfloat16(), torch.randn(70, 48).bfloat16()
-    with small_products(CPU, torch.bfloat16):
-        found = linear(x, weight)
-    assert products == []
-    assert torch.equal(found, linear(x, weight))
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])
@@ -138,7 +108,7 @@ def test_where_it_is_of_no_use(products, monkeypatch):
         with small_products(device, dtype):
             linear(x, weight)
 
-    run(CPU, torch.float16)
+    run(CPU, torch.bfloat16)
     run(torch.device("cuda"), torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
     run(CPU, torch.float32)

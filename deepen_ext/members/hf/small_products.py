@@ -20,16 +20,6 @@ AVX-512, two cores, torch 2.13; a second run gives other figures by a tenth, som
     8     229 / 340 / 169  1876 / 1943 /  971  2129 / 2424 / 1333   87,543 / 56,417 /  34,876
     16    214 / 255 / 196  1865 / 1748 / 1262  2611 / 2420 / 1531  104,797 / 82,179 /  45,807
     64    400 / 423 / 359  3949 / 3809 / 3129  4915 / 6849 / 3506  233,482 / 175,856 / 120,888
-
-In bfloat16, where the CPU has AMX, torch's own is oneDNN's, and turned around it is the faster one from 2 to
-some 64 rows. Microseconds of torch's own / turned around (Intel Xeon with AMX, one core of two, torch 2.13):
-
-    rows  [576, 576]  [896, 4864]  [4864, 896]  [151936, 896]
-    1     182 / 187   1063 / 1099  836 / 839    31,389 / 35,025
-    2     169 / 156   1178 /  789  830 / 657    35,763 / 31,621
-    8     122 / 100   1323 /  853  942 / 691    43,010 / 36,309
-    32    134 / 136   1546 / 1476  996 / 774    65,010 / 71,341
-    64    161 / 153   1624 / 1253  2129 / 1454  85,066 / 61,859
 """
 
 from __future__ import annotations
@@ -55,46 +45,37 @@ _EXACT_ROWS = 8
 def small_products(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
     """What to run a model's forward pass in: this module's products where they are faster, else nothing.
 
-    They are used in float32 on x86 CPUs with AVX2 or AVX-512, and in bfloat16 on those with AMX, where torch
-    was built with oneDNN. Elsewhere they were not measured, and torch's own products stay.
+    They are used in float32 on x86 CPUs with AVX2 or AVX-512, where torch was built with oneDNN. On other
+    CPUs they were not measured, and torch's own products stay.
 
     The results are those of torch up to the rounding of sums. They have no gradients. Only this thread is
     affected.
     """
     on_x86 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not (on_x86 and has_onednn):
-        return nullcontext()
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()):
-        return _SmallProducts(dtype)
+    if on_x86 and has_onednn and dtype == torch.float32:
+        return _SmallProducts()
     return nullcontext()
 
 
 class _SmallProducts(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _LINEAR and not kwargs and _takes(self._dtype, *args):
+        if func is _LINEAR and not kwargs and _takes(*args):
             return _linear(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _takes(
-    dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> bool:
+def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     # Of quantised and other special weights (subclasses, sparse layouts) only the package that made them
     # knows the products. For shapes that do not fit together torch has the error message.
     operands = (x, weight) if bias is None else (x, weight, bias)
-    if not all(is_plain(operand) and operand.dtype == dtype for operand in operands):
+    if not all(is_plain(operand) and operand.dtype == torch.float32 for operand in operands):
         return False
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
         return False
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
-    least = 1 if dtype == torch.float32 else 2
-    return least <= x.numel() // max(x.shape[-1], 1) <= _MOST_ROWS
+    return 1 <= x.numel() // max(x.shape[-1], 1) <= _MOST_ROWS
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,18 +86,14 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def _better_turned(count: int, weight: torch.Tensor) -> bool:
-    if weight.dtype == torch.bfloat16:
-        return True
     # Of a matrix of depth 1,024 and more, 3 rows turned around take up to twice as long as 2.
     out, depth = weight.shape
     return count == 2 or (count in (3, 4) and depth < 1024 and out > 4 * depth)
 
 
 def _turned_around(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if bias is None:
-        return torch.mm(weight, rows.t()).t().contiguous()
-    # In one operation, so that bfloat16 is rounded once, as by torch's own linear layer.
-    return torch.addmm(bias[:, None], weight, rows.t()).t().contiguous()
+    product = torch.mm(weight, rows.t()).t().contiguous()
+    return product if bias is None else product.add_(bias)
 
 
 def _by_onednn(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
