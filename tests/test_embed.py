@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -302,6 +303,19 @@ def test_a_program_with_another_locale(prefix: Path, files: list[Path], tmp_path
         check=True,
     )
     assert done.stdout == f"{OK}\n"
+
+
+def test_it_has_no_streams(prefix: Path) -> None:
+    """csrc/core/check.h says why."""
+    (library,) = prefix.glob("lib*/libdeepen.so")
+    needed = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", "--demangle", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "std::runtime_error" in needed
+    assert not re.findall(r"std::.*(?:stream|streambuf|filebuf|stringbuf|locale|ios).*", needed)
 
 
 def _head(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -1,8 +1,7 @@
 #include "embed/json.h"
 
 #include <cstring>
-#include <locale>
-#include <sstream>
+#include <limits>
 #include <stdexcept>
 
 namespace deepen {
@@ -79,16 +78,20 @@ class Reader {
     return found;
   }
 
-  // Not by strtod: where the program has set a locale, it may want a comma in the place of the point.
+  // A whole number, or NaN for every other one: the head of a map has no use for those. Not by strtod, which
+  // wants a comma where the program has set such a locale.
   double number() {
-    const char* const begin = at_;
-    while (at_ < end_ && *at_ != '\0' && std::strchr("+-.0123456789eE", *at_) != nullptr) ++at_;
-    std::istringstream text(std::string(begin, at_));
-    text.imbue(std::locale::classic());
+    const bool negative = take('-');
+    const char* const digits = at_;
     double found = 0;
-    if (!(text >> found) || text.peek() != std::istringstream::traits_type::eof()) fail();
-    return found;
+    while (is_digit()) found = found * 10 + (*at_++ - '0');
+    if (at_ == digits) fail();
+    const char* const end = at_;
+    while (is_digit() || (at_ < end_ && *at_ != '\0' && std::strchr("+-.eE", *at_) != nullptr)) ++at_;
+    if (at_ != end) return std::numeric_limits<double>::quiet_NaN();
+    return negative ? -found : found;
   }
+  bool is_digit() const { return at_ < end_ && *at_ >= '0' && *at_ <= '9'; }
 
   std::string string() {
     std::string found;

@@ -13,7 +13,7 @@ namespace deepen {
 struct Json {
   enum class Kind { other, number, string, list, object };
   Kind kind = Kind::other;  // other: true, false, null
-  double number = 0;
+  double number = 0;        // NaN where it is no whole number
   std::string string;
   std::vector<Json> list;
   std::map<std::string, Json> object;

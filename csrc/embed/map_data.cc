@@ -1,7 +1,7 @@
 #include "embed/map_data.h"
 
 #include <cmath>
-#include <sstream>
+#include <string>
 
 namespace deepen {
 
@@ -10,9 +10,7 @@ constexpr float kRounding = 1e-5f;
 
 static void check_row(const MapData& map, int64_t token, std::vector<int64_t>* seen) {
   const auto wrong = [token](const char* what) {
-    std::ostringstream message;
-    message << "the row of token " << token << " " << what;
-    throw std::runtime_error(message.str());
+    throw std::runtime_error("the row of token " + std::to_string(token) + " " + what);
   };
   double sum = 0;
   bool ended = false;

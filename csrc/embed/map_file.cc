@@ -1,9 +1,9 @@
 // Relative maps as deepen_ext/space/map_file.py writes them: a safetensors file, which is eight bytes with
-// the length of its head, the head in JSON, and the tensors' bytes.
+// the length of its head, the head in JSON, and the tensors' bytes. Read without C++ streams; core/check.h
+// says why.
 #include <cmath>
-#include <cstring>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
+#include <memory>
 
 #include "embed/json.h"
 #include "embed/map_data.h"
@@ -26,9 +26,10 @@ int64_t whole(const Json& value, const char* name, int64_t least, int64_t most) 
 
 class File {
  public:
-  explicit File(const std::string& path) : in_(path, std::ios::binary | std::ios::ate) {
-    if (!in_) damaged("it cannot be opened");
-    size_ = uint64_t(in_.tellg());
+  explicit File(const std::string& path) : in_(std::fopen(path.c_str(), "rb"), &std::fclose) {
+    if (in_ == nullptr) damaged("it cannot be opened");
+    if (std::fseek(in_.get(), 0, SEEK_END) != 0) damaged("it cannot be read");
+    size_ = uint64_t(std::ftell(in_.get()));
     uint64_t length = 0;
     read(0, &length, sizeof length);
     if (length > kLongestHead || length + 8 > size_) damaged("it is no safetensors file");
@@ -62,12 +63,12 @@ class File {
 
  private:
   void read(uint64_t at, void* to, uint64_t bytes) {
-    in_.seekg(std::streamoff(at));
-    in_.read(static_cast<char*>(to), std::streamsize(bytes));
-    if (!in_) damaged("it ends too early");
+    if (std::fseek(in_.get(), long(at), SEEK_SET) != 0 || std::fread(to, 1, bytes, in_.get()) != bytes) {
+      damaged("it ends too early");
+    }
   }
 
-  std::ifstream in_;
+  std::unique_ptr<std::FILE, int (*)(std::FILE*)> in_;
   uint64_t size_ = 0, data_ = 0;
   Json head_;
 };
