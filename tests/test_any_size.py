@@ -752,13 +752,13 @@ def greedy(member: Member, tokens: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["smollm2_dir", "gemma_dir"])
+@pytest.mark.parametrize("model", ["smollm2", "gemma"])
 @pytest.mark.parametrize(("kind", "bytes_share", "worse"), [("int8", 0.75, 0.01), ("int4", 0.4, 0.12)])
 def test_real_models_of_few_bits(
     request: pytest.FixtureRequest, model: str, kind: str, bytes_share: float, worse: float
 ) -> None:
-    folder = request.getfixturevalue(model)
-    whole, member = load_member(folder), load_member(folder, quantization=kind)
+    folder, whole = request.getfixturevalue(f"{model}_dir"), request.getfixturevalue(model)
+    member = load_member(folder, quantization=kind)
     assert member.backend.describe().weights_bytes < bytes_share * whole.backend.describe().weights_bytes
     before, after = bits_a_byte(whole), bits_a_byte(member)
     assert 0.5 < before < 2

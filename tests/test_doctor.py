@@ -23,6 +23,7 @@ from deepen_ext.decoding.drafts.draft_settings import LOOKUP, MAIN
 from deepen_ext.decoding.observed.acceptance import expected_tokens
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.measure.doctor import draft_times
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnose import MOST_CHARACTERS, diagnose
 from deepen_ext.measure.doctor.diagnosis import Diagnosis, Fused, MemberFacts, give_verdict
@@ -106,7 +107,11 @@ def characters_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_pair(smollm2: Member, gemma: Member) -> Diagnosis:
-    return diagnose([smollm2, gemma], new_tokens=3)
+    """Its times are of one forward of each kind: no test is about how long one takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_times, "_WARM_UP", 0)
+        patch.setattr(draft_times, "_REPETITIONS", 1)
+        return diagnose([smollm2, gemma], new_tokens=3)
 
 
 # ---------------------------------------------------------------- the demo pair

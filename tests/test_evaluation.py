@@ -83,12 +83,12 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ensembles(smollm2: Member, gemma: Member) -> dict[str, Ensemble]:
-    """As the command makes them of the demo pair with two fusers."""
-    fused = Ensemble([smollm2, gemma], fuser="deepen")
+def ensembles(tiny_smollm2: Member, tiny_gemma: Member) -> dict[str, Ensemble]:
+    """As the command makes them of two models with two fusers."""
+    fused = Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen")
     return {
-        smollm2.name: Ensemble([smollm2], fuser="single"),
-        gemma.name: Ensemble([gemma], fuser="single"),
+        tiny_smollm2.name: Ensemble([tiny_smollm2], fuser="single"),
+        tiny_gemma.name: Ensemble([tiny_gemma], fuser="single"),
         "deepen:bytes": fused,
         "average": fused.variant(fuser="average"),
     }
@@ -113,9 +113,9 @@ def timeless(value: Any) -> Any:
 # The command
 
 
-def start(data: Path, out: Path) -> subprocess.Popen[str]:
-    options = ["--data", str(data), "--json", str(out), "--demo", "--batch-size", "2", "--limit", "5"]
-    options += ["--backend", "transformers"]  # quantised, a text depends on what else is in its batch
+def start(data: Path, out: Path, folders: list[Path]) -> subprocess.Popen[str]:
+    options = ["--data", str(data), "--json", str(out), "--batch-size", "2", "--limit", "5"]
+    options += [option for folder in folders for option in ("--model", str(folder))]
     tasks = [option for task in TASKS for option in ("--task", task)]
     return subprocess.Popen(
         [sys.executable, "-m", "deepen_ext.commands.cli", "eval", *options, *tasks, "--fuser", "deepen"],
@@ -132,9 +132,14 @@ def items_on_disk(out: Path) -> int:
 
 
 def test_killed_and_gone_on_with_is_as_an_unbroken_run(
-    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble]
+    data: Path,
+    tmp_path: Path,
+    ensembles: dict[str, Ensemble],
+    tiny_smollm2_dir: Path,
+    tiny_gemma_dir: Path,
 ) -> None:
     """SIGKILL half way, a torn line, the same command again; 2 tasks, 3 configurations, 5 items."""
+    folders = [tiny_smollm2_dir, tiny_gemma_dir]
     unbroken = tmp_path / "unbroken"
     same = {name: one for name, one in ensembles.items() if name != "average"}
     expected = evaluate(same, TASKS, data, out=unbroken, batch_size=2, limit=5)
@@ -144,7 +149,7 @@ def test_killed_and_gone_on_with_is_as_an_unbroken_run(
     assert len({one["output"] for own in lines.values() for one in own}) > 8  # not all the same
 
     out = tmp_path / "killed"
-    with start(data, out) as process:
+    with start(data, out, folders) as process:
         while items_on_disk(out) < 15:
             assert process.poll() is None, process.communicate()
             time.sleep(0.005)
@@ -156,7 +161,7 @@ def test_killed_and_gone_on_with_is_as_an_unbroken_run(
     with torn.open("ab") as file:
         file.write(b'{"index": 5, "output": "half a li')
 
-    with start(data, out) as process:
+    with start(data, out, folders) as process:
         table, messages = process.communicate()
     assert process.returncode == 0, messages
     assert "triviaqa (task 2 of 2): 15 of 15 answers, about 0 s left, 100% of all" in messages
@@ -233,12 +238,12 @@ def test_wrong_input_is_told_before_a_model_is_loaded(
 
 
 def test_progress_limit_and_a_configuration_added_later(
-    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
 ) -> None:
     told: list[Progress] = []
-    singles = {name: ensembles[name] for name in (smollm2.name, gemma.name)}
+    singles = {name: ensembles[name] for name in (tiny_smollm2.name, tiny_gemma.name)}
     summary = evaluate(singles, TASKS, data, out=tmp_path, limit=3, batch_size=2, on_progress=told.append)
-    assert [one.index for one in RecordFile.read(record_path(tmp_path, "triviaqa", gemma.name))[1]] == [
+    assert [one.index for one in RecordFile.read(record_path(tmp_path, "triviaqa", tiny_gemma.name))[1]] == [
         0,
         2,
         4,
@@ -263,7 +268,7 @@ def test_progress_limit_and_a_configuration_added_later(
     with pytest.raises(InputError, match=r"holds results of another run: task.items is 3 there and 6 now"):
         evaluate(singles, "triviaqa", data, out=tmp_path, batch_size=2)
     assert len(evaluate(singles, "arc_challenge", data, out=tmp_path, fresh=True).tasks) == 2
-    assert len(item_lines(tmp_path)["arc_challenge.Gemma-3-270M.jsonl"]) == 6
+    assert len(item_lines(tmp_path)["arc_challenge.tiny-gemma.jsonl"]) == 6
 
 
 def test_shared_forwards_and_the_certified_skip_change_no_text(
@@ -299,7 +304,7 @@ def test_where_a_long_answer_ends_the_next_item_begins(
     data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answers are those of batches; a chunk that was ended half way is run again, to the same lines."""
-    some = {name: ensembles[name] for name in ("SmolLM2-135M-Instruct", "deepen:bytes")}
+    some = {name: ensembles[name] for name in ("tiny-smollm2", "deepen:bytes")}
     evaluate(some, "triviaqa", data, out=tmp_path / "batches", limit=4, batch_size=2)
     runs: list[tuple[int, int]] = []
     generate = Ensemble.generate
@@ -322,10 +327,12 @@ def test_where_a_long_answer_ends_the_next_item_begins(
 
 
 def test_what_cannot_be_evaluated(
-    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], gemma: Member
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], tiny_gemma: Member
 ) -> None:
-    small = Ensemble([changed(gemma, context_length=40)], fuser="single")
-    with pytest.raises(InputError, match=r"triviaqa, item 0: the prompt's \d+ tokens of Gemma.*of 40; leave"):
+    small = Ensemble([changed(tiny_gemma, context_length=40)], fuser="single")
+    with pytest.raises(
+        InputError, match=r"triviaqa, item 0: the prompt's \d+ tokens of tiny-gemma.*of 40; leave"
+    ):
         evaluate({"small": small}, "triviaqa", data, out=tmp_path)
     with pytest.raises(InputError, match="nothing to evaluate"):
         evaluate({}, "triviaqa", data, out=tmp_path)
@@ -379,7 +386,7 @@ def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
 
 
 def test_the_header_tells_configurations_apart(
-    ensembles: dict[str, Ensemble], smollm2: Member, gemma: Member
+    ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
 ) -> None:
     def header(one: Ensemble) -> Header:
         return make_header({}, configuration_header("x", one, certified_skip=False, share_forwards=True))
@@ -387,9 +394,9 @@ def test_the_header_tells_configurations_apart(
     fused = ensembles["deepen:bytes"]
     others = [
         ensembles["average"],
-        ensembles[gemma.name],
-        ensembles[smollm2.name],
-        Ensemble([gemma, smollm2], fuser="deepen"),
+        ensembles[tiny_gemma.name],
+        ensembles[tiny_smollm2.name],
+        Ensemble([tiny_gemma, tiny_smollm2], fuser="deepen"),
         fused.variant(fuser="auto"),
         fused.variant(fuser="auto", learning_rate=0.2),
         fused.variant(weights=[0.7, 0.3]),
@@ -400,18 +407,20 @@ def test_the_header_tells_configurations_apart(
         fused.variant(candidates=64),
         fused.variant(boundary_aware=False),
         fused.variant(recipe="calibrated", relative_temperature=20.0),
-        Ensemble([replace(smollm2, eos_ids=(0, 2)), gemma], fuser="deepen"),
+        Ensemble([replace(tiny_smollm2, eos_ids=(0, 2)), tiny_gemma], fuser="deepen"),
     ]
     headers = [json.dumps(header(one)) for one in [fused, *others]]
     assert len(set(headers)) == len(headers)
-    assert header(fused) == header(Ensemble([smollm2, gemma], fuser="deepen"))
+    assert header(fused) == header(Ensemble([tiny_smollm2, tiny_gemma], fuser="deepen"))
     # A rule that lets the main model write alone: the search moved its logits there, in earlier files.
     ruled = [fused.variant(weighing="disagreement", fuser=name) for name in ("deepen", "follow", "average")]
     marked = ["alone_as_it_is" in header(one)["configuration"]["fuser"] for one in ruled]
     assert marked == [True, True, False]
     # What a variant was made from is no part of what it is.
     by_way_of_deepen = fused.variant(fuser="union-topk")
-    assert header(by_way_of_deepen) == header(Ensemble([smollm2, gemma], fuser="union-topk", recipe="bytes"))
+    assert header(by_way_of_deepen) == header(
+        Ensemble([tiny_smollm2, tiny_gemma], fuser="union-topk", recipe="bytes")
+    )
 
 
 def test_functions_of_one_name_are_two_configurations(ensembles: dict[str, Ensemble]) -> None:
@@ -523,9 +532,9 @@ def test_another_run_is_refused_and_told_by_what_differs(tmp_path: Path) -> None
 
 
 def test_the_backend_is_part_of_what_a_run_is(
-    tmp_path: Path, smollm2: Member, ensembles: dict[str, Ensemble]
+    tmp_path: Path, tiny_smollm2: Member, ensembles: dict[str, Ensemble]
 ) -> None:
-    own = configuration_header("x", ensembles[smollm2.name], certified_skip=False, share_forwards=True)
+    own = configuration_header("x", ensembles[tiny_smollm2.name], certified_skip=False, share_forwards=True)
     assert [one["backend"] for one in own["members"]] == [f"transformers {transformers.__version__}"]
     now = file_header("a", "AB")
     for member in now["configuration"]["members"]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
+from deepen_ext import _core
 from deepen_ext.members.hf.small_products import small_products
 
 CPU = torch.device("cpu")
-WIDE, SQUARE, DEEP = (200, 48), (70, 48), (4200, 1024)
+WIDE, SQUARE, DEEP = (2000, 48), (340, 200), (4200, 1024)
+
+
+@pytest.fixture(autouse=True)
+def maker(monkeypatch):
+    """Not Intel, whatever this processor is."""
+    monkeypatch.setattr(_core, "is_intel", lambda: False)
 
 
 @pytest.fixture
@@ -68,28 +78,50 @@ def test_as_torch_does_it(products, shape, matrix, way, bias):
     assert products == [way]
 
 
+@pytest.mark.parametrize(
+    ("rows", "out", "taken"),
+    [(1, DEEP[0], False), (3, DEEP[0], False), (4, DEEP[0], True), (64, DEEP[0], True), (64, 4000, False)],
+)
+def test_on_intels_processors(products, monkeypatch, rows, out, taken):
+    """Where torch's own is the faster one for less than 4 rows, and for smaller matrices."""
+    monkeypatch.setattr(_core, "is_intel", lambda: True)
+    check(torch.randn(rows, 1024), torch.randn(out, 1024))
+    assert products == ([("oneDNN", rows)] if taken else [])
+
+
+def test_who_made_the_processor(monkeypatch):
+    monkeypatch.undo()
+    makers = re.findall(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
+    assert _core.is_intel() == ("GenuineIntel" in makers)
+
+
 @pytest.mark.parametrize("lanes", [1, 2, 5])
 def test_operands_with_gaps(products, lanes):
-    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(48, 70).t(), torch.randn(140)[::2])
-    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(140, 96)[::2, ::2], torch.randn(70, 2)[:, 1])
+    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(48, 1400).t(), torch.randn(2800)[::2])
+    check(torch.randn(lanes, 4, 48)[:, ::2], torch.randn(2800, 96)[::2, ::2], torch.randn(1400, 2)[:, 1])
     assert len(products) == 2
 
 
 @pytest.mark.parametrize(("rows", "dtype"), [(65, torch.float32), (2, torch.bfloat16), (0, torch.float32)])
 def test_the_rest_is_left_to_torch(products, rows, dtype):
-    x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(70, 48, dtype=dtype)
+    x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(1400, 48, dtype=dtype)
     with small_products(CPU, torch.float32):
         found = linear(x, weight)
     assert products == []
     assert torch.equal(found, linear(x, weight))
 
 
+def test_a_small_matrix_is_left_to_torch(products):
+    check(torch.randn(5, 48), torch.randn(1300, 48))
+    assert products == []
+
+
 @pytest.mark.parametrize(
     "operands",
     [
-        (torch.zeros(5, 40), torch.zeros(70, 48)),
-        (torch.zeros(5, 48), torch.zeros(70, 48), torch.zeros(60)),
-        (torch.zeros(5, 48), torch.zeros(70, 48, dtype=torch.float64)),
+        (torch.zeros(5, 40), torch.zeros(1400, 48)),
+        (torch.zeros(5, 48), torch.zeros(1400, 48), torch.zeros(60)),
+        (torch.zeros(5, 48), torch.zeros(1400, 48, dtype=torch.float64)),
     ],
 )
 def test_operands_that_do_not_fit_together_get_torchs_error(products, operands):
@@ -102,7 +134,7 @@ def test_operands_that_do_not_fit_together_get_torchs_error(products, operands):
 
 
 def test_where_it_is_of_no_use(products, monkeypatch):
-    x, weight = torch.randn(2, 48), torch.randn(70, 48)
+    x, weight = torch.randn(2, 48), torch.randn(1400, 48)
 
     def run(device, dtype):
         with small_products(device, dtype):

@@ -21,6 +21,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("cuda_device_count", &cuda_device_count);
   module.def("isa", [] { return isa_name(current_isa()); });
   module.def("best_isa", [] { return isa_name(best_isa()); });
+  module.def("is_intel", &is_intel);
   module.def("set_isa", [](const std::string& name) {
     for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
       if (name == isa_name(isa)) return set_isa(isa);

@@ -18,6 +18,14 @@ Isa best_isa() {
   return Isa::portable;
 }
 
+bool is_intel() {
+#ifdef DEEPEN_X86
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 static std::atomic<Isa>& isa_in_use() {
   static std::atomic<Isa> isa{best_isa()};
   return isa;

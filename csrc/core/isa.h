@@ -16,6 +16,8 @@ Isa current_isa();      // what the operations use now
 void set_isa(Isa isa);  // for tests and benchmarks; throws ArgumentError if the processor lacks it
 const char* isa_name(Isa isa);
 
+bool is_intel();  // who made this processor: MKL, which torch multiplies with, has code for Intel's own
+
 }  // namespace deepen
 
 #ifdef DEEPEN_X86
