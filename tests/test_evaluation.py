@@ -358,9 +358,11 @@ def test_what_cannot_be_evaluated(
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_told_before_anything_is_run(
-    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, tiny_smollm2: Member, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members = ensembles["average"].members
+    members = [tiny_smollm2, changed(tiny_smollm2, name="twin")]
+    ensembles = {one.name: Ensemble([one], fuser="single") for one in members}
+    ensembles["average"] = Ensemble(members, fuser="average")
     longest = 48  # tokens of the longest prompt with its new ones
     free = sum(one.backend.bytes_needed(3, longest)[one.device] for one in members)
     monkeypatch.setattr("deepen_ext.members.memory.available_bytes", lambda device: free)

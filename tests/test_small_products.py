@@ -44,7 +44,7 @@ def products(monkeypatch):
 def check(x, weight, offset=None):
     """What the products give is the linear layer's, computed in double precision."""
     want = linear(x.double(), weight.double(), None if offset is None else offset.double())
-    with small_products(CPU, torch.float32):
+    with small_products(CPU, torch.float32, x.numel() // x.shape[-1]):
         found = linear(x, weight, offset)
     assert found.is_contiguous()
     torch.testing.assert_close(found.double(), want, atol=1e-4, rtol=1e-5)
@@ -105,7 +105,7 @@ def test_operands_with_gaps(products, lanes):
 @pytest.mark.parametrize(("rows", "dtype"), [(65, torch.float32), (2, torch.bfloat16), (0, torch.float32)])
 def test_the_rest_is_left_to_torch(products, rows, dtype):
     x, weight = torch.randn(rows, 48, dtype=dtype), torch.randn(1400, 48, dtype=dtype)
-    with small_products(CPU, torch.float32):
+    with small_products(CPU, torch.float32, rows):
         found = linear(x, weight)
     assert products == []
     assert torch.equal(found, linear(x, weight))
@@ -125,7 +125,7 @@ def test_a_small_matrix_is_left_to_torch(products):
     ],
 )
 def test_operands_that_do_not_fit_together_get_torchs_error(products, operands):
-    with pytest.raises(RuntimeError) as ours, small_products(CPU, torch.float32):
+    with pytest.raises(RuntimeError) as ours, small_products(CPU, torch.float32, 5):
         linear(*operands)
     with pytest.raises(RuntimeError) as torchs:
         linear(*operands)
@@ -137,7 +137,7 @@ def test_where_it_is_of_no_use(products, monkeypatch):
     x, weight = torch.randn(2, 48), torch.randn(1400, 48)
 
     def run(device, dtype):
-        with small_products(device, dtype):
+        with small_products(device, dtype, 2):
             linear(x, weight)
 
     run(CPU, torch.bfloat16)
@@ -146,6 +146,10 @@ def test_where_it_is_of_no_use(products, monkeypatch):
     run(CPU, torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with small_products(CPU, torch.float32) as nothing:
-        assert nothing is None
+    run(CPU, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(_core, "is_intel", lambda: True)
+    for tokens in (1, 3, 65):
+        with small_products(CPU, torch.float32, tokens) as nothing:
+            assert nothing is None
     assert products == []

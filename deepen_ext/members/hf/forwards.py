@@ -222,9 +222,12 @@ class Forwards:
         """
         return torch.arange(width - positions, width, device=self._loaded.device)
 
-    def _run(self, feed: OneLane | ManyLanes, **inputs: Any) -> torch.Tensor:
-        with self._turn, small_products(self._loaded.device, self._loaded.dtype):
-            output = self._loaded.model(past_key_values=self._cache.at(feed), use_cache=True, **inputs)
+    def _run(self, feed: OneLane | ManyLanes, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        own = self._loaded
+        with self._turn, small_products(own.device, own.dtype, input_ids.numel()):
+            output = own.model(
+                input_ids=input_ids, past_key_values=self._cache.at(feed), use_cache=True, **inputs
+            )
         logits: torch.Tensor = output.logits
         return logits
 
