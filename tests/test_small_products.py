@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from deepen_ext import _core
+from deepen_ext.members.hf import small_products as module
 from deepen_ext.members.hf.small_products import small_products
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ WIDE, SQUARE, DEEP = (2000, 48), (340, 200), (4200, 1024)
 @pytest.fixture(autouse=True)
 def maker(monkeypatch):
     """Not Intel, whatever this processor is."""
-    monkeypatch.setattr(_core, "is_intel", lambda: False)
+    monkeypatch.setattr(module, "_ON_INTEL", False)
 
 
 @pytest.fixture
@@ -84,13 +85,12 @@ def test_as_torch_does_it(products, shape, matrix, way, bias):
 )
 def test_on_intels_processors(products, monkeypatch, rows, out, taken):
     """Where torch's own is the faster one for less than 4 rows, and for smaller matrices."""
-    monkeypatch.setattr(_core, "is_intel", lambda: True)
+    monkeypatch.setattr(module, "_ON_INTEL", True)
     check(torch.randn(rows, 1024), torch.randn(out, 1024))
     assert products == ([("oneDNN", rows)] if taken else [])
 
 
-def test_who_made_the_processor(monkeypatch):
-    monkeypatch.undo()
+def test_who_made_the_processor():
     makers = re.findall(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
     assert _core.is_intel() == ("GenuineIntel" in makers)
 
@@ -148,7 +148,7 @@ def test_where_it_is_of_no_use(products, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     run(CPU, torch.float32)
     monkeypatch.undo()
-    monkeypatch.setattr(_core, "is_intel", lambda: True)
+    monkeypatch.setattr(module, "_ON_INTEL", True)
     for tokens in (1, 3, 65):
         with small_products(CPU, torch.float32, tokens) as nothing:
             assert nothing is None

@@ -54,7 +54,8 @@ _MOST_ROWS = 64
 _EXACT_ROWS = 8
 # A call of oneDNN takes 20 us more than one of torch, which is all that a smaller matrix takes.
 _FEWEST_WEIGHTS = 1 << 16
-# On Intel's processors torch's own is the faster one below both.
+_ON_INTEL = _core.is_intel()  # asked once: torch.compile cannot trace the question
+# There torch's own is the faster one below both.
 _FEWEST_ROWS_ON_INTEL, _FEWEST_WEIGHTS_ON_INTEL = 4, 1 << 22
 
 
@@ -70,7 +71,7 @@ def small_products(device: torch.device, dtype: torch.dtype, tokens: int) -> Abs
     """
     on_x86 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    of_use = not _core.is_intel() or _FEWEST_ROWS_ON_INTEL <= tokens <= _MOST_ROWS
+    of_use = not _ON_INTEL or _FEWEST_ROWS_ON_INTEL <= tokens <= _MOST_ROWS
     if on_x86 and has_onednn and dtype == torch.float32 and of_use:
         return _SmallProducts()
     return nullcontext()
@@ -94,7 +95,7 @@ def _takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if bias is not None and bias.shape != weight.shape[:1]:
         return False
     fewest_rows, fewest_weights = 1, _FEWEST_WEIGHTS
-    if _core.is_intel():
+    if _ON_INTEL:
         fewest_rows, fewest_weights = _FEWEST_ROWS_ON_INTEL, _FEWEST_WEIGHTS_ON_INTEL
     rows = x.numel() // max(x.shape[-1], 1)
     return fewest_rows <= rows <= _MOST_ROWS and weight.numel() >= fewest_weights
@@ -109,7 +110,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 def _better_turned(count: int, weight: torch.Tensor) -> bool:
     # Of a matrix of depth 1,024 and more, 3 rows turned around take up to twice as long as 2.
-    if _core.is_intel():
+    if _ON_INTEL:
         return False
     out, depth = weight.shape
     return count == 2 or (count in (3, 4) and depth < 1024 and out > 4 * depth)
