@@ -77,7 +77,9 @@ def parse_method(spec: str) -> Method:
     spec = DEFAULT if spec == "default" else spec
     name, *changes = spec.split("@")
     fuser, recipe = parse_fuser(name, _DEFAULTS.recipe)
-    settings: dict[str, Any] = {"fuser": fuser, "recipe": recipe, "weights": None}
+    # All of them: an ensemble is a variant of one by another method.
+    settings = {key: getattr(_DEFAULTS, key) for key in ("weighing", *_NUMBERS.values())}
+    settings |= {"fuser": fuser, "recipe": recipe, "weights": None}
     main_weight = None
     for change in changes:
         key, _, value = change.partition("=")

@@ -17,9 +17,12 @@ from xml.etree import ElementTree
 import pytest
 
 from deepen_ext.errors import InputError
+from deepen_ext.fusers.settings import FusionSettings
+from deepen_ext.measure.evaluation.headers import configuration_header
 from deepen_ext.measure.evaluation.jobs import Progress
 from deepen_ext.measure.evaluation.records import ItemRecord, ItemTiming, RecordFile, record_path
 from deepen_ext.measure.evaluation.tasks import TASKS
+from deepen_ext.members.member import Member
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
@@ -358,15 +361,43 @@ def test_methods_have_one_name_each() -> None:
     assert set(results_format.METHODS) <= {name.partition("@")[0] for name in names}
     method = compare_setup.parse_method("average@main=0.5@eta=0.3")
     assert method.name == "average@main=0.5@eta=0.3"
+    defaults = FusionSettings()
     assert method.of(3) == {
         "fuser": "average",
         "recipe": method.settings["recipe"],
         "weights": [0.5, 0.25, 0.25],
+        "weighing": defaults.weighing,
         "learning_rate": 0.3,
+        "relative_temperature": None,
+        "confidence": 0.0,
+        "sharpness": defaults.sharpness,
     }
     for wrong in ("average@warm", "average@eta=much", "nothing"):
         with pytest.raises(InputError, match=wrong.partition("=")[0].partition("@")[0]):
             compare_setup.parse_method(wrong)
+
+
+@pytest.mark.slow
+def test_a_method_is_the_same_whichever_comes_before_it(tiny_smollm2: Member, tiny_gemma: Member) -> None:
+    """Each is a variant of the first one that has its maps."""
+    members = {"S": tiny_smollm2, "G": tiny_gemma}
+    methods = [
+        "average@confidence=1",
+        "average@margin",
+        "consistent@consistency",
+        "average@eta=0.3",
+        "average",
+    ]
+
+    def made(order: list[str]) -> dict[str, str]:
+        found = compare_setup.configurations(members, ["S+G"], order)
+        return {
+            name: json.dumps(configuration_header("", one, certified_skip=False, share_forwards=True))
+            for name, one in found.items()
+        }
+
+    assert made(methods) == made(methods[::-1])
+    assert len(set(made(methods).values())) == len(methods) + 1  # the average has no learning rate
 
 
 def test_tests_that_remain_among_many() -> None:
