@@ -73,8 +73,11 @@ class Replicas(Closing):
             ModelError: see `Ensemble.generate`.
             ReplicasLost: all replicas were lost. `done` has a `Generation` for each prompt, or None.
         """
-        if not is_batch(prompts):
-            raise InputError("prompts must be a list of texts or of chats; for one prompt put it into a list")
+        if not isinstance(prompts, Sequence) or not is_batch(prompts):
+            raise InputError(
+                "prompts must be a list of texts or of chats; put one prompt into a list, and of a generator "
+                "give list(...)"
+            )
         size = whole_number("batch_size", batch_size, 1)
         for name in _OF_ONE_PROCESS:
             if settings.get(name) is not None:

@@ -187,8 +187,9 @@ class TestManyPrompts:
             ):
                 with pytest.raises(InputError, match=message):
                     replicas.generate_many(PROMPTS, **wrong)
-            with pytest.raises(InputError, match="prompts must be a list"):
-                replicas.generate_many(PROMPTS[0])  # type: ignore[arg-type]
+            for wrong_prompts in (PROMPTS[0], iter(PROMPTS), None):
+                with pytest.raises(InputError, match="prompts must be a list"):
+                    replicas.generate_many(wrong_prompts)  # type: ignore[arg-type]
             kill_replica()
             again = replicas.generate_many(PROMPTS, batch_size=3, max_new_tokens=12, **settings[1])
             assert [text.token_ids for text in again] == [text.token_ids for text in found]
