@@ -90,6 +90,13 @@ def test_on_intels_processors(products, monkeypatch, rows, out, taken):
     assert products == ([("oneDNN", rows)] if taken else [])
 
 
+@pytest.mark.parametrize(("tokens", "of_use"), [(1, False), (3, False), (4, True), (64, True), (65, False)])
+def test_on_intels_processors_nothing_looks_where_nothing_is_faster(monkeypatch, tokens, of_use):
+    monkeypatch.setattr(module, "_ON_INTEL", True)
+    with small_products(CPU, torch.float32, tokens) as products:
+        assert (products is not None) == of_use
+
+
 def test_who_made_the_processor():
     makers = re.findall(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
     assert _core.is_intel() == ("GenuineIntel" in makers)
@@ -146,10 +153,7 @@ def test_where_it_is_of_no_use(products, monkeypatch):
     run(CPU, torch.float32)
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    run(CPU, torch.float32)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "_ON_INTEL", True)
-    for tokens in (1, 3, 65):
-        with small_products(CPU, torch.float32, tokens) as nothing:
-            assert nothing is None
+    monkeypatch.setattr(module, "_ON_INTEL", False)
+    with small_products(CPU, torch.float32, 2) as nothing:
+        assert nothing is None
     assert products == []

@@ -11,10 +11,10 @@ faster:
   not make the processor it is the fastest for 2 rows, and for 3 and 4 rows of a matrix that is wide and not
   deep (the head; gate and up of small models).
 
-Microseconds of torch's own / turned around / oneDNN for weights [out, d] that are in no cache, with two cores
-and torch 2.13; a second run gives other figures by a tenth, some by a quarter:
+Microseconds of torch's own / turned around / oneDNN for weights [out, d], with two cores and torch 2.13; a
+second run gives other figures by a tenth, some by a quarter:
 
-    AMD EPYC, AVX-512
+    AMD EPYC, AVX-512 (all weights in no cache)
     rows  [576, 576]       [896, 4864]         [4864, 896]         [151936, 896]
     1     119 / 162 / 116   887 /  996 /  662  1314 /  707 /  730   39,008 / 19,134 /  16,315
     2     263 / 158 / 168  1775 /  980 /  777  2942 /  708 / 1037   87,949 / 18,117 /  27,512
@@ -23,7 +23,7 @@ and torch 2.13; a second run gives other figures by a tenth, some by a quarter:
     16    214 / 255 / 196  1865 / 1748 / 1262  2611 / 2420 / 1531  104,797 / 82,179 /  45,807
     64    400 / 423 / 359  3949 / 3809 / 3129  4915 / 6849 / 3506  233,482 / 175,856 / 120,888
 
-    Intel Xeon with AMX (the first three matrices were in its cache)
+    Intel Xeon with AMX (the weights of the head in no cache, the others in its 300 MB)
     1      26 /  30 / 102   523 /  510 /  664   464 /  467 /  597   26,246 / 26,421 /  25,004
     2      19 /  99 / 109   509 / 1109 /  934   470 / 1310 /  928   29,509 / 70,687 /  38,103
     3      20 /  95 / 117   513 / 1070 /  945   484 / 1279 /  918   31,924 / 66,567 /  37,372
