@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import huggingface_hub
 import pytest
 from real_tokenizers import SMALL, tokenizer_file
 from test_models import TEMPLATE, tiny_gguf  # noqa: F401  (a fixture)
@@ -15,6 +16,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from deepen_ext.errors import ModelError
+from deepen_ext.members import embedded as demo
 from deepen_ext.members.gguf import tokenizer as tokenizer_module
 from deepen_ext.members.gguf.pre_tokenizers import SPLIT_RULES
 from deepen_ext.members.gguf.tokenizer import load_gguf_tokenizer
@@ -299,6 +301,19 @@ def test_an_id_beyond_the_files_tokens_is_named(role: str, tmp_path: Path) -> No
     writer.close()
     with pytest.raises(ModelError, match=r"ggml\.\w+_token_id is 259, but the file has 259 tokens"):
         load_gguf_tokenizer(path, "made")
+
+
+def test_the_hub_is_not_asked_about_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model_info(*_: object, **__: object) -> None:
+        asked.append("model_info")
+        raise OSError
+
+    asked: list[str] = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    tokenizer = load_gguf_tokenizer(demo.gguf_file("gemma-3-270m"), "made")
+    assert len(tokenizer) > 100_000  # transformers' bound for asking
+    assert not asked
+    assert tokenizer.name_or_path == "made"
 
 
 def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

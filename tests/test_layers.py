@@ -139,3 +139,21 @@ class TestGraph:
 def test_a_fusion_step_loads_no_transformers(module: str) -> None:
     program = f"import sys, {module}; assert 'torch' in sys.modules; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_what_asks_for_no_processor_loads_no_modelling_code() -> None:
+    """A second of imports, which a process with llama.cpp's members only needs for nothing else."""
+    program = """
+import sys
+from types import SimpleNamespace
+import deepen_ext.members.llama_cpp.load
+from deepen_ext.ensemble import Ensemble, Settings
+main = SimpleNamespace(vocab_size=9, eos_ids={1})
+settings = Settings.read(main, max_new_tokens=4, do_sample=False, stop_strings=["."], max_time=9)
+assert not settings.processors([2])
+slow = {"transformers.generation.utils", "transformers.modeling_utils", "torch._dynamo"}
+assert not slow & sys.modules.keys()
+assert Settings.read(main, min_new_tokens=2).processors([2])
+assert "transformers.generation.utils" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    PretrainedConfig,
     StoppingCriteriaList,
 )
 from transformers.generation import logits_process
@@ -59,13 +57,6 @@ _TOKEN_BY_TOKEN = {
 }
 
 
-class _ProcessorMaker(GenerationMixin):
-    """transformers' own making of processors, without a model: of one it needs the vocabulary's size."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.config: Any = PretrainedConfig(vocab_size=vocab_size)  # type: ignore[call-arg]
-
-
 PrefixAllowedTokens = Callable[[int, torch.Tensor], "list[int]"]
 
 
@@ -92,7 +83,8 @@ class Settings:
     eos_ids: frozenset[int]
     kind: object
     _config: GenerationConfig = field(repr=False)
-    _maker: _ProcessorMaker = field(repr=False)
+    _vocab_size: int = field(repr=False)
+    _asks_processors: bool = field(repr=False)  # whether transformers might make some
     _max_time: float | None = None
     _logits_processor: Sequence[Any] = ()
     _stopping_criteria: Sequence[Any] = ()
@@ -170,12 +162,15 @@ class Settings:
             "stop_strings": stop_list(values.pop("stop_strings", None)),
             "eos_ids": frozenset(eos),
             "kind": (repr(sorted(values.items())), frozenset(eos)),
-            "_maker": _ProcessorMaker(main.vocab_size),
+            "_vocab_size": main.vocab_size,
             "_max_time": values.pop("max_time", None),
             "_logits_processor": callables("logits_processor", logits_processor),
             "_stopping_criteria": callables("stopping_criteria", stopping_criteria),
             "_prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
+        settings["_asks_processors"] = (
+            prefix_allowed_tokens_fn is not None or settings["do_sample"] or bool(values.keys() - {"do_sample"})
+        )
         if settings["_logits_processor"] or prefix_allowed_tokens_fn is not None:
             settings["kind"] = object()  # what these do is not known
         for criterion in settings["_stopping_criteria"]:
@@ -248,14 +243,17 @@ class Settings:
     def _make_processors(
         self, prompt_ids: Sequence[int], device: str | torch.device, text: int, more: Sequence[Any]
     ) -> LogitsProcessorList:
+        if not self._asks_processors:
+            return LogitsProcessorList(more)
+        from deepen_ext.decoding.processor_maker import processor_maker  # slow to import
+
         config = copy.copy(self._config)
         eos = sorted(self.eos_ids)
         config._eos_token_tensor = torch.tensor(eos, device=device) if eos else None
         config.max_length = self._end(len(prompt_ids))  # where forced_eos_token_id goes
         config.num_beams = 1
         allowed = self._prefix_allowed_tokens_fn
-        maker: Any = self._maker
-        made: LogitsProcessorList = maker._get_logits_processor(
+        made: LogitsProcessorList = processor_maker(self._vocab_size)._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=len(prompt_ids),
             encoder_input_ids=torch.tensor([list(prompt_ids)], device=device),

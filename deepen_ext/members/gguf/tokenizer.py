@@ -113,12 +113,13 @@ def _kept(folder: Path, name: str, chat_template: str | None) -> PreTrainedToken
     try:
         config = json.loads((folder / "tokenizer_config.json").read_bytes())
         roles = {role: config.get(role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_file=str(folder / "tokenizer.json"),
-            name_or_path=name,
-            chat_template=chat_template,
-            **roles,
+        # It gets its name afterwards: with one, transformers asks the Hub about a model of that name (for
+        # vocabularies above 100,000 tokens), and without a network waits until that fails.
+        found = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(folder / "tokenizer.json"), chat_template=chat_template, **roles
         )
+        found.name_or_path = name
+        return found
     except Exception as error:  # a damaged file is known by what breaks first, in whatever library
         return error
 
