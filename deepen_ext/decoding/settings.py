@@ -168,9 +168,8 @@ class Settings:
             "_stopping_criteria": callables("stopping_criteria", stopping_criteria),
             "_prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
-        settings["_asks_processors"] = (
-            prefix_allowed_tokens_fn is not None or settings["do_sample"] or bool(values.keys() - {"do_sample"})
-        )
+        asks = settings["do_sample"] or prefix_allowed_tokens_fn or values.keys() - {"do_sample"}
+        settings["_asks_processors"] = bool(asks)
         if settings["_logits_processor"] or prefix_allowed_tokens_fn is not None:
             settings["kind"] = object()  # what these do is not known
         for criterion in settings["_stopping_criteria"]:

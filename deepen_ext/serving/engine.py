@@ -72,7 +72,12 @@ class Ticket:
 
 
 class Engine(Closing):
-    """One thread writes all texts; any thread may submit. A context manager."""
+    """One thread writes all texts; any thread may submit. A context manager.
+
+    Attributes:
+        models: by served name.
+        most_waiting: most requests that wait.
+    """
 
     def __init__(
         self,
@@ -97,7 +102,7 @@ class Engine(Closing):
             raise InputError("there is nothing to serve; name at least one ensemble")
         self.models = dict(models)
         self._lanes = whole_number("lanes", lanes, 1)
-        self._most_waiting = whole_number("queue", queue, 1)
+        self.most_waiting = whole_number("queue", queue, 1)
         self._chunk = whole_number("prompt_chunk", prompt_chunk, 1)
         self._variants: OrderedDict[object, Ensemble] = OrderedDict()
         self._waiting: deque[Waiting] = deque()
@@ -139,7 +144,7 @@ class Engine(Closing):
         with self._changed:
             if self._closing:
                 raise Closed("this server is about to end and takes no new requests")
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) >= self.most_waiting:
                 raise Busy(f"{len(self._waiting)} texts wait already", self._retry_after())
             self._waiting.append(waiting)
             self._changed.notify()

@@ -85,6 +85,11 @@ class Service:
         if self.limits.log_prompts:
             LOG.info("%s prompts: %r", shape.id, [one.prompt for one in shape.asked.requests[:: body.n]])
         requests = shape.asked.requests
+        if len(requests) > self.engine.most_waiting:
+            raise refused(
+                f"the request has {len(requests)} texts (prompts times n), and this server lets "
+                f"{self.engine.most_waiting} wait; send fewer at once, or start it with a larger --queue"
+            )
         texts = Texts(len(requests), most_waiting(requests))
         try:
             await self._in_thread(lambda: texts.submit(self.engine, requests))

@@ -388,3 +388,13 @@ def test_busy(pair: Ensemble) -> None:
         waiting.close()
         assert running.idle(5)
         assert running.ask(COMPLETIONS, COMPLETION)[0] == 200
+
+
+def test_more_texts_than_may_wait(pair: Ensemble) -> None:
+    """A 429 would have the client try again for ever."""
+    with serving({"deepen": pair}, engine={"lanes": 8, "queue": 2}) as running:
+        status, answer, _ = running.ask(COMPLETIONS, {**COMPLETION, "n": 3, "temperature": 1})
+        assert status == 400
+        assert "the request has 3 texts" in answer["error"]["message"]
+        assert "--queue" in answer["error"]["message"]
+        assert running.ask(COMPLETIONS, {**COMPLETION, "n": 2, "temperature": 1})[0] == 200
