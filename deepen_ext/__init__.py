@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepen_ext.errors import DeepenError, InputError, MemberLost, ModelError
+from deepen_ext.errors import DeepenError, DeepenWarning, InputError, MemberLost, ModelError
 from deepen_ext.ground.one_distribution import check_one_distribution
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _HOME = {
 __all__ = [
     "BatchGeneration",
     "DeepenError",
+    "DeepenWarning",
     "Ensemble",
     "Generation",
     "InputError",

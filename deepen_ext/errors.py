@@ -11,6 +11,10 @@ class DeepenError(Exception):
     """Base class of every error deepen-ext raises on purpose."""
 
 
+class DeepenWarning(UserWarning):
+    """Every warning deepen-ext gives. It is said of the line that called the package."""
+
+
 class InputError(DeepenError, ValueError):
     """The caller's input is wrong; the message says what to do. Exit code 2 on the command line."""
 

@@ -351,8 +351,9 @@ class TestDefault:
     ) -> None:
         """Nobody counts more for his size then, and that is told."""
         monkeypatch.setattr(tiny_gemma, "size", None)
-        with pytest.warns(UserWarning, match=f"the size of {tiny_gemma.name} is not known"):
+        with pytest.warns(UserWarning, match=f"the size of {tiny_gemma.name} is not known") as warned:
             ensemble = Ensemble([tiny_smollm2, tiny_gemma], recipe="bytes")
+        assert warned[0].filename == __file__
         assert ensemble.weights == [0.5, 0.5]
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,6 +22,7 @@ from deepen_ext.decoding.prompts import Messages, Prompt
 from deepen_ext.decoding.setting_rules import SAMPLING, callables, flat_ids, stop_list
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.errors import InputError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.chat import WithoutTemplate
 from deepen_ext.members.member import Member
 
@@ -183,7 +183,7 @@ def _sequences(input_ids: torch.Tensor, run: Run, padding: int) -> torch.Tensor:
     results = run.results()
     for i, one in enumerate(results):
         if one.finish_reason == "context":
-            warnings.warn(f"row {i} ended early, because a member's context is full", stacklevel=2)
+            warn(f"row {i} ended early, because a member's context is full")
     new = [torch.tensor(one.token_ids, dtype=torch.long, device=input_ids.device) for one in results]
     return torch.cat([input_ids, pad_sequence(new, batch_first=True, padding_value=padding)], dim=1)
 

@@ -8,7 +8,6 @@ The harness asks for log-likelihoods and for texts. Log-likelihoods are those of
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
@@ -26,6 +25,7 @@ from deepen_ext.adapters.lm_eval_args import ensemble_from, log, places_members,
 from deepen_ext.adapters.lm_eval_contexts import fitting, prompt_of, read_chat, write_chat
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
+from deepen_ext.ground.warning import warn
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.members.chat import chat_texts, check_without_template
@@ -216,7 +216,7 @@ class DeepenLM(LM):  # type: ignore[misc]
         )
         full = sum(one.finish_reason == "context" for one in written)
         if full:
-            warnings.warn(f"{full} texts ended early, because a member's context is full", stacklevel=2)
+            warn(f"{full} texts ended early, because a member's context is full")
         return [postprocess_generated_text(text, stops, None) for text in written.texts]
 
     def apply_chat_template(
@@ -273,6 +273,4 @@ def _seed_of(seed: int | None, number: int) -> int:
 
 def _warn_of_cuts(cut: int, total: int) -> None:
     if cut:
-        warnings.warn(
-            f"{cut} of {total} contexts were too long for a member, and lost their beginning", stacklevel=2
-        )
+        warn(f"{cut} of {total} contexts were too long for a member, and lost their beginning")

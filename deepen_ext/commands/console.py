@@ -13,13 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from deepen_ext.errors import DeepenError, InputError
+from deepen_ext.errors import DeepenError, DeepenWarning, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,11 +146,9 @@ def exit_codes(debug: bool) -> Iterator[None]:
         raise fail(message, 1, error) from None
 
 
-def _own_warnings(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
-) -> None:
+def _own_warnings(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Our warnings as one line; those of the libraries beneath are for developers (--debug)."""
-    if Path(__file__).parent.parent in Path(filename).parents:
+    if issubclass(category, DeepenWarning):
         print(_visible(f"warning: {message}"), file=sys.stderr)
 
 

@@ -10,7 +10,6 @@ The main model's loss ends the run in either case: the text is made of its token
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 
 from deepen_ext.decoding.assistants import Assistants
@@ -20,6 +19,7 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.errors import MemberLost
+from deepen_ext.ground.warning import warn
 
 
 class Losses:
@@ -81,7 +81,7 @@ class Losses:
             for text in self._texts.values():
                 if text.finish_reason is None:
                     text.lost[name] = text.written
-            warnings.warn(f"{how}; the others go on without it (on_failure='continue')", stacklevel=2)
+            warn(f"{how}; the others go on without it (on_failure='continue')")
 
     def _ended(self, error: MemberLost, why: str) -> MemberLost:
         """The error for the caller."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from deepen_ext.decoding.boundary import BoundaryRule
@@ -11,6 +10,7 @@ from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, map_settings, method_name
 from deepen_ext.fusers.capabilities import check_capabilities
 from deepen_ext.fusers.weights import weights_by_size
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
 from deepen_ext.space.member_maps import MemberMaps
@@ -72,10 +72,9 @@ def _weights_by_size(members: Sequence[Member]) -> list[float]:
     """See `weights_by_size`; a warning says where a size is not known."""
     sizes = [member.size for member in members]
     if unknown := [one.name for one, size in zip(members, sizes, strict=True) if not size]:
-        warnings.warn(
+        warn(
             f"the size of {', '.join(unknown)} is not known, so all members start from equal weights; "
-            "weights='prompt' asks for that without this warning, or give weights=[...]",
-            stacklevel=4,
+            "weights='prompt' asks for that without this warning, or give weights=[...]"
         )
     return weights_by_size(sizes)
 

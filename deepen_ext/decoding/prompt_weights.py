@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.asking import common_prefix
 from deepen_ext.members.backend import Session, require
 from deepen_ext.members.distribution import Distribution, forbid
@@ -116,7 +116,7 @@ def tell_of_unequal(
     for key, text in found.items():
         if key not in told:
             told.add(key)
-            warnings.warn(text, stacklevel=3)
+            warn(text)
 
 
 def last_prompts(score: PromptScore | None = None, most: int | None = _LAST) -> deque[ScoredPrompt]:

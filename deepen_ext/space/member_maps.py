@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
 from deepen_ext.ground.cache_folder import cache_dir, sweep
+from deepen_ext.ground.warning import warn
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
 from deepen_ext.space.recipes import Recipe
 from deepen_ext.space.relative_map import RelativeMap
@@ -73,7 +73,7 @@ class MemberMaps:
                     try:
                         relative.save(file)
                     except (OSError, SafetensorError) as error:  # the text is worth more than the rows
-                        warnings.warn(f"computed rows cannot be kept in {file}: {error}", stacklevel=2)
+                        warn(f"computed rows cannot be kept in {file}: {error}")
                     self._saved[i] = computed
 
 
@@ -104,7 +104,7 @@ def _map_files(maps: Sequence[RelativeMap]) -> list[Path]:
     try:
         folder = cache_dir("relative-maps", "rows")
     except ModelError as error:
-        warnings.warn(f"computed rows are not kept for the next run: {error}", stacklevel=3)
+        warn(f"computed rows are not kept for the next run: {error}")
         return []
     sweep(folder, ".tmp??????")  # safetensors' own, of a killed process
     return [folder / f"{relative.fingerprint}.safetensors" for relative in maps]
@@ -116,8 +116,8 @@ def _read_rows(relative: RelativeMap, file: Path) -> None:
         if file.is_file():
             relative.read(file)
     except DeepenError as error:
-        warnings.warn(f"{error}: its rows are computed anew and the file replaced", stacklevel=3)
+        warn(f"{error}: its rows are computed anew and the file replaced")
         with suppress(OSError):  # where it cannot be removed, `save` says that it cannot be replaced
             file.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(f"rows of earlier runs cannot be read from {file}: {error}", stacklevel=3)
+        warn(f"rows of earlier runs cannot be read from {file}: {error}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepen_ext.errors import ModelError
 from deepen_ext.ground.cache_folder import Unwritable, atomic_directory, cache_dir, kept_in, locked
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.gguf.checks import CHAT_TEMPLATE, TOKENS, check_gguf, failures_of_reading
 from deepen_ext.members.gguf.pre_tokenizers import split_rule
 from deepen_ext.text.token_bytes import SPACE_MARK
@@ -72,10 +72,9 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
             if not isinstance(found, Exception):
                 return found
             if folder.is_dir():
-                warnings.warn(
+                warn(
                     f"{name}: its tokenizer in the cache is damaged, and is made again: {folder}, "
-                    f"{type(found).__name__}",
-                    stacklevel=2,
+                    f"{type(found).__name__}"
                 )
                 shutil.rmtree(folder)
             with _reading(path):
@@ -83,7 +82,7 @@ def load_gguf_tokenizer(path: Path, name: str) -> PreTrainedTokenizerFast:
             with atomic_directory(folder) as temporary:
                 built.save_pretrained(temporary)
     except Unwritable as error:
-        warnings.warn(f"{name}: its tokenizer is not kept for the next run: {error}", stacklevel=2)
+        warn(f"{name}: its tokenizer is not kept for the next run: {error}")
         with _reading(path):
             built = _built(path, header.settings)
     built.name_or_path = name

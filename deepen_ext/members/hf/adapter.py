@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import DeepenError, ModelError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf.loaded_model import refused_kind
 from deepen_ext.members.hf.placement import home, waits_elsewhere
 from deepen_ext.members.hf.tokenizer_file import load_tokenizer
@@ -75,10 +76,7 @@ def _check_kind(config: Any, where: str) -> None:
 def _compare_names(config: Any, name: str, where: str) -> None:
     trained_on = config.base_model_name_or_path
     if trained_on and Path(trained_on).name.casefold() != Path(name).name.casefold():
-        warnings.warn(
-            f"{where} was trained on {trained_on}, by its config; see to it that this is the same model",
-            stacklevel=2,
-        )
+        warn(f"{where} was trained on {trained_on}, by its config; see to it that this is the same model")
 
 
 def _check_keys(missing: Collection[str], unexpected: Collection[str], where: str) -> None:

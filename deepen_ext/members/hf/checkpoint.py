@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf.quiet import loading_notes
 
 # Tensors that old checkpoints hold and that a model computes by itself: rotary frequencies, positions, and
@@ -176,10 +176,9 @@ def check_weights(model: PreTrainedModel, report: dict[str, Any], name: str) -> 
             "the config.json that belongs to them"
         )
     if unexpected:
-        warnings.warn(
+        warn(
             f"{name}: left out of the checkpoint, because {type(model).__name__} has no such parts: "
-            f"{_named(unexpected)}",
-            stacklevel=2,
+            f"{_named(unexpected)}"
         )
 
 

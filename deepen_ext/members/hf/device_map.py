@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn import ModuleList
 from transformers import AutoModelForCausalLM
 
 from deepen_ext.errors import InputError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.devices import find_device
 from deepen_ext.members.hf.quantisation import GROUP, check_device, is_quantised_layer
 from deepen_ext.members.load_options import LoadOptions
@@ -253,8 +253,7 @@ def _check_kinds(used: Mapping[str | torch.device, int], options: LoadOptions, n
             "device computes: torchao's weights cannot wait there; leave one of the two out"
         )
     size = sum(bytes_ for one, bytes_ in used.items() if str(one) in away)
-    warnings.warn(
+    warn(
         f"{name}: {size / 1e9:.2f} of {sum(used.values()) / 1e9:.2f} GB of its weights are on "
-        f"{' and '.join(away)} and are read from there at every step, which is slow",
-        stacklevel=2,
+        f"{' and '.join(away)} and are read from there at every step, which is slow"
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf.kv_cache import BLOCK
 
 WIDTHS = (1, 2, 4, 8)  # tokens a lane of the pieces that graphs are made for
@@ -121,10 +121,7 @@ class FixedSteps:
                 _failed.append(graph)
                 torch._C._cuda_releasePool(self._device.index or 0, self._pool)
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"{self._name}: its steps cannot be captured as CUDA graphs and run without: {reason}",
-                stacklevel=2,
-            )
+            warn(f"{self._name}: its steps cannot be captured as CUDA graphs and run without: {reason}")
         else:
             step.graph = graph
 

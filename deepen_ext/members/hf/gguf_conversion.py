@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,6 +16,7 @@ from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, kept_in, locked
 from deepen_ext.ground.file_hash import file_sha256
 from deepen_ext.ground.progress import Progress
+from deepen_ext.ground.warning import warn
 from deepen_ext.members import embedded
 from deepen_ext.members.gguf.checks import failures_of_reading
 from deepen_ext.members.gguf.facts import read_facts
@@ -151,10 +151,9 @@ def _check_left_out(model: Any, names: set[str], path: Path) -> None:
             "backend='llama.cpp', or the model's Hugging Face folder"
         )
     if own:
-        warnings.warn(
+        warn(
             f"{path.name}: left out of the file, because transformers' {kind} has no place for them: "
-            f"{', '.join(sorted(own)[:5])}",
-            stacklevel=2,
+            f"{', '.join(sorted(own)[:5])}"
         )
 
 

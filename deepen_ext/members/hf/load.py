@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.ground.progress import Progress
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf import quantisation
 from deepen_ext.members.hf.adapter import put_on
 from deepen_ext.members.hf.backend import HFBackend
@@ -208,9 +208,8 @@ def _context_length(model: PreTrainedModel, name: str) -> int | None:
     steady = steady_positions(text)
     if steady is None or (said is not None and said <= steady):
         return said
-    warnings.warn(
+    warn(
         f"{name}: texts can have {steady} tokens, not the {said} that its config says: beyond them its "
-        "rotary positions have other frequencies, by which all of the text would have to be read again",
-        stacklevel=2,
+        "rotary positions have other frequencies, by which all of the text would have to be read again"
     )
     return steady

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ import torch
 from transformers import TorchAoConfig
 
 from deepen_ext.errors import DeepenError, InputError, ModelError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf.loaded_model import inner_model
 from deepen_ext.members.hf.placement import home
 from deepen_ext.members.load_options import LoadOptions
@@ -136,10 +136,9 @@ def check_layers(blueprint: Any, kind: str, name: str) -> None:
     experts = {part: one.nbytes for part, one in blueprint.named_parameters() if one.dim() > 2}
     if experts:
         size = sum(experts.values()) / 1e9
-        warnings.warn(
+        warn(
             f"{name}: quantization={kind!r} leaves {size:.2f} GB as they are, which are no linear layers, "
-            f"such as {next(iter(experts))}",
-            stacklevel=2,
+            f"such as {next(iter(experts))}"
         )
     if kind != "int4":
         return

@@ -8,7 +8,6 @@ the file was made for, ids differ from those that the model was trained on. The 
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils.hub import cached_file
 
 from deepen_ext.errors import ModelError
+from deepen_ext.ground.warning import warn
 from deepen_ext.members.hf.checkpoint import check_code, check_tokenizer_code, failures_of_loading
 
 # All are in NFC and none begins with a space: a normaliser and a space put in front are the class's choice.
@@ -82,11 +82,10 @@ def load_tokenizer(
                 f"{name}: tokenizer.json gives other ids for {still!r} than the tokenizer loaded with it; "
                 "save the tokenizer again with save_pretrained"
             )
-    warnings.warn(
+    warn(
         f"{name}: the config names {type(tokenizer).__name__}, which gives other ids for {text!r} than the "
         "file tokenizer.json. The file is used; set tokenizer_class to PreTrainedTokenizerFast in "
-        "tokenizer_config.json",
-        stacklevel=2,
+        "tokenizer_config.json"
     )
     return plain
 

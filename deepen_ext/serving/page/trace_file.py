@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.paths import user_path
+from deepen_ext.ground.warning import warn
 
 _SHOWN = 43  # characters of a value in an error
 _FATES = (None, "stood", "replaced", "settled")
@@ -32,7 +32,7 @@ def read_trace(file: str | Path) -> list[dict[str, Any]]:
             for number, line in enumerate(opened, start=1):
                 if not line.endswith(b"\n") and not _is_whole(line):
                     cut = f"{file}: line {number}, the last, is cut off (the run was killed?); it is left out"
-                    warnings.warn(cut, stacklevel=2)
+                    warn(cut)
                 elif line.strip():
                     records.append(_record(line, f"{file}: line {number}"))
     except OSError as error:
