@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_models import tiny_main_model
@@ -310,6 +312,8 @@ class TestProcessors:
         sure = certificate.settled(logits, rows, ids)
         if name != "forced_eos":
             assert 0 < sure.sum() < count
+        if name in ("repetition_penalty", "suppress", "bias"):
+            assert (own != logits.argmax(dim=-1))[sure].any()
         changes = 0
         for wanted in tokens:
             wants = wanted.repeat(count)
@@ -338,6 +342,34 @@ class TestProcessors:
         assert settled(plain(0.1, 5), logits)
         chooser = chooser_of(tiny_main, 1, **settings)
         assert not Certificate(SearchBound.of(0.1, 5, log_probs=True), chooser).settled(logits, [0], [PROMPT])
+
+    @pytest.mark.parametrize("log_probs", [True, False])
+    def test_a_penalty_of_the_first_choice(self, tiny_main, log_probs):
+        """The bounds are those of the logits as they are; then they are processed."""
+        chooser = chooser_of(tiny_main, 2, repetition_penalty=1.4)
+        bound = SearchBound.of(0.15, 5, log_probs=log_probs)
+        decay, reach = movement(0.15, 5)
+        c = 30.0 if log_probs else 0.0
+        lowest = (decay * (30 - c) - reach + c) / 1.4
+        logits = torch.full((2, tiny_main.vocab_size), -20.0)
+        logits[:, 11] = 30.0  # of the prompt
+        for row, gap in enumerate((-0.002, 0.002)):
+            logits[row, 50] = (lowest - gap - reach - c) / decay + c
+        assert settled(plain(0.15, 5, log_probs), logits).all()
+        sure = Certificate(bound, chooser).settled(logits, [0, 1], [PROMPT] * 2)
+        assert sure.tolist() == [False, True]
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_row_without_a_softmax_stays_so(self, tiny_main, value):
+        """Also where the token that has none is forbidden."""
+        chooser = chooser_of(tiny_main, 2, suppress_tokens=[40])
+        logits = torch.zeros(2, tiny_main.vocab_size)
+        logits[:, 5] = 1000.0
+        logits[0, 40] = value
+        sure = Certificate(SearchBound.of(0.1, 5, log_probs=False), chooser).settled(
+            logits, [0, 1], [PROMPT] * 2
+        )
+        assert sure.tolist() == [False, True]
 
     def test_all_tokens_forbidden(self, tiny_main):
         everything = list(range(tiny_main.vocab_size))
