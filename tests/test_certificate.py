@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from deepen_ext import ops
 from deepen_ext.decoding.certificate import Certificate
 from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
+from deepen_ext.decoding.skips import REASONS, Skips
 from deepen_ext.fusers.search_bound import SearchBound, movement
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -376,3 +378,54 @@ class TestProcessors:
         chooser = chooser_of(tiny_main, 1, suppress_tokens=everything)
         logits = torch.randn(1, tiny_main.vocab_size)
         assert not Certificate(SearchBound.of(0.1, 5, log_probs=True), chooser).settled(logits, [0], [PROMPT])
+
+
+def reasons(member, logits, ids, weights=(0.5, 0.5), *, processed=None, **asked):
+    """Of each row, why it needs no assistant, where the main model's texts end with 2 and 3."""
+    fuser = SimpleNamespace(
+        bounded=lambda one: one[0] >= one[1],
+        first_end_needs_all=True,
+        search_bound=lambda: SearchBound.of(0.15, 5, log_probs=True),
+    )
+    team = SimpleNamespace(fuser=fuser, main=SimpleNamespace(eos_ids=(2, 3)), method="")
+    rows, chooser = range(len(logits)), chooser_of(member, len(logits), **(processed or {}))
+    skips = Skips(team, Settings.read(member), chooser, **asked)
+    main = SimpleNamespace(topk=ops.topk_softmax(logits, 20), said=SimpleNamespace(scores=lambda: logits))
+    weights = [weights] * len(logits) if isinstance(weights, tuple) else weights
+    return [REASONS[code] for code in skips.flags(main, rows, ids, weights)]
+
+
+class TestSkips:
+    @pytest.fixture
+    def sure(self, tiny_main):
+        """Rows of which a search can change none: their first choices are 2, 3, 7, 2, 3."""
+        logits = torch.full((5, tiny_main.vocab_size), -20.0)
+        logits[range(5), [2, 3, 7, 2, 3]] = 20.0
+        return logits
+
+    def test_reasons(self, tiny_main):
+        """A gate holds at its own probability; what is certain counts first."""
+        logits = torch.full((3, tiny_main.vocab_size), -1000.0)
+        logits[0, 7] = logits[1, 7:9] = logits[2, 7:10] = 0.0
+        own, gate = [[*PROMPT, 9]] * 3, {"confidence_gate": 0.5}
+        assert reasons(tiny_main, logits, own, **gate) == ["gated", "gated", None]
+        assert reasons(tiny_main, logits, own, certified_skip=True) == ["settled", None, None]
+        assert reasons(tiny_main, logits, own, certified_skip=True, **gate) == ["settled", "gated", None]
+
+    def test_each_text_by_its_weights(self, tiny_main, sure):
+        given = [[0.5, 0.5], [0.4, 0.6], [0.6, 0.4], [0.0, 1.0], [1.0, 0.0]]
+        own = [[*PROMPT, 9]] * 5
+        found = reasons(tiny_main, sure, own, given, certified_skip=True)
+        assert found == ["settled", None, "settled", None, "settled"]
+        assert reasons(tiny_main, sure, own, (0.4, 0.6), certified_skip=True) == [None] * 5
+        assert reasons(tiny_main, sure, own, (0.4, 0.6), confidence_gate=1.0) == ["gated"] * 5
+
+    @pytest.mark.parametrize(
+        ("asked", "spared"), [({"certified_skip": True}, "settled"), ({"confidence_gate": 0.9}, "gated")]
+    )
+    def test_first_tokens_that_may_be_ends(self, tiny_main, sure, asked, spared):
+        own = [PROMPT, PROMPT, PROMPT, [*PROMPT, 9], [*PROMPT, 9]]
+        assert reasons(tiny_main, sure, own, **asked) == [None, None, spared, spared, spared]
+        processed = {"suppress_tokens": [40]}  # by which any of them might be one
+        found = reasons(tiny_main, sure, own, processed=processed, **asked)
+        assert found == [None, None, None, spared, spared]

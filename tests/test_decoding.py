@@ -259,8 +259,9 @@ class TestSkip:
             InputError, match="certified_skip holds for greedy decoding only; for sampling use"
         ):
             pair.generate(SUMS[0], certified_skip=True, **settings)
-        with pytest.raises(InputError, match=r"confidence_gate is 1\.5"):
-            pair.generate(SUMS[0], confidence_gate=1.5)
+        for gate in (1.5, 0):
+            with pytest.raises(InputError, match=rf"confidence_gate is {gate}"):
+                pair.generate(SUMS[0], confidence_gate=gate)
 
 
 class TestStream:
