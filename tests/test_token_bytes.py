@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from deepen_ext.errors import InputError, ModelError
 from deepen_ext.measure.doctor.tokenizer_traps import _sizes
@@ -72,6 +74,13 @@ def test_an_ordinary_token_beyond_a_gap_has_text() -> None:
     assert vocabulary.tokens[400] == b"ab"
 
 
+def test_an_ordinary_token_right_beyond_the_rows_is_refused() -> None:
+    tokenizer = byte_level(vocab={**ALPHABET, "ab": 256})
+    assert Vocabulary.from_tokenizer(tokenizer, 257).tokens[256] == b"ab"
+    with pytest.raises(ModelError, match=r"id 256 \('ab'\).* only 256 rows"):
+        Vocabulary.from_tokenizer(tokenizer, 256)
+
+
 def test_a_token_without_text_beyond_the_rows_is_no_id() -> None:
     """Nothing gives it, and nobody walks over the billions of ids before it."""
     tokenizer = byte_level(vocab={**ALPHABET, "": 4_000_000_000})
@@ -102,6 +111,25 @@ def test_a_special_token_beyond_the_rows_is_left_out() -> None:
     assert vocabulary.decode(growing.ids) == b"see <image>"
     assert growing.ids[-1] == 256
     assert not Vocabulary.from_tokenizer(tokenizer, 258).unfit
+
+
+def test_what_transformers_calls_special_has_no_text() -> None:
+    """An ordinary token, which the caller made the end of text after loading."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(vocab={**ALPHABET, "ab": 256}))
+    assert Vocabulary.from_tokenizer(tokenizer).tokens[256] == b"ab"
+    tokenizer.eos_token = "ab"
+    assert not tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    assert Vocabulary.from_tokenizer(tokenizer).tokens[256] is None
+
+
+def test_special_tokens_that_text_may_not_give() -> None:
+    """`split_special_tokens` of transformers: their names are text like any other."""
+    tokenizer = byte_level({"<eos>": True})
+    assert Vocabulary.from_tokenizer(tokenizer).encode("a<eos>")[-1] == 256
+    tokenizer.encode_special_tokens = True
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    assert vocabulary.encode("a<eos>") == tokenizer.encode("a<eos>").ids
+    assert vocabulary.decode(vocabulary.encode("a<eos>")) == b"a<eos>"
 
 
 def test_the_doctor_tells_of_rows_and_ids() -> None:
@@ -149,6 +177,37 @@ def test_a_byte_of_part_of_a_character_needs_its_token() -> None:
         Vocabulary.from_tokenizer(sentencepiece(as_itself(0xC9)))
 
 
+def test_a_missing_byte_is_refused_however_rare() -> None:
+    """SentencePiece would give its unknown token; a byte-level BPE drops the byte."""
+    with pytest.raises(ModelError, match="no token for the bytes 0x01"):
+        Vocabulary.from_tokenizer(sentencepiece(lambda byte: "a" if byte == 1 else f"<0x{byte:02X}>"))
+    alphabet = [char for byte, char in BYTE_TO_CHAR.items() if byte != 1]
+    vocabulary = Vocabulary.from_tokenizer(byte_level(vocab={char: i for i, char in enumerate(alphabet)}))
+    assert vocabulary.lost_bytes == {1}
+
+
+def test_an_added_token_of_sentencepiece_spells_spaces_as_others_do() -> None:
+    vocabulary = Vocabulary.from_tokenizer(sentencepiece("<0x{:02X}>".format, AddedToken("a▁▁▁b")))
+    assert b"a   b" in vocabulary.tokens
+
+
+@pytest.mark.parametrize(
+    "more", [{"dropout": 0.1}, {"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}], ids=str
+)
+def test_other_kinds_of_bpe_are_refused(more: dict[str, Any]) -> None:
+    tokenizer = byte_level()
+    tokenizer.model = BPE(ALPHABET, [], **more)
+    with pytest.raises(ModelError, match="BPE with dropout or with subword prefixes or suffixes"):
+        Vocabulary.from_tokenizer(tokenizer, name="other")
+
+
+def test_an_added_token_of_text_is_its_name() -> None:
+    """Not the bytes that its letters stand for in a byte-level vocabulary."""
+    vocabulary = Vocabulary.from_tokenizer(byte_level({"<é Ġ>": False}))
+    assert vocabulary.encode("a<é Ġ>")[1:] == [256]
+    assert vocabulary.tokens[256] == "<é Ġ>".encode()
+
+
 def test_a_name_that_only_looks_like_a_byte_is_text() -> None:
     vocabulary = Vocabulary.from_tokenizer(sentencepiece("<0x{:02X}>".format, AddedToken("<0xGO>")))
     assert vocabulary.decode(vocabulary.encode("a<0xGO>b")) == b"a<0xGO>b"
@@ -173,6 +232,16 @@ def test_spaces_beside_a_token_of_text_stay(build: Callable[[], Tokenizer], side
         assert growing.ids == vocabulary.encode(text)
     [token_id] = vocabulary.encode("</s>")
     assert vocabulary.tokens[token_id] == b"</s>"
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_a_token_of_text_that_must_be_a_word(side: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("tag", single_word=True, normalized=False, **{side: True})])
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    assert 256 in vocabulary.encode("a tag b")
+    assert 256 not in vocabulary.encode("a tags b")
+    assert vocabulary.decode(vocabulary.encode("a tag b")) == b"a tag b"
 
 
 def test_special_tokens_still_take_spaces() -> None:
