@@ -360,14 +360,14 @@ class TestDefault:
             ensemble.variant(weights="prompt")
 
     def test_rows_follow_whoever_counts_most(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
-        members = [tiny_smollm2, tiny_gemma]
-        logits = [torch.randn(3, one.vocab_size) * 3 for one in members]
-        weights = [[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]]
+        members = [tiny_smollm2, tiny_gemma, tiny_smollm2]
+        logits = [torch.randn(5, one.vocab_size) * 3 for one in members]
+        weights = [[0.7, 0.3, 0], [0.2, 0.8, 0], [0.5, 0.5, 0], [0.4, 0.3, 0.3], [0.3, 0.5, 0.2]]
         follow, search, average = (
             Ensemble(members, fuser=fuser).fuser.step(logits, weights)
             for fuser in ("follow", "deepen", "union-vocab")
         )
-        for row, want in enumerate((search, average, search)):
+        for row, want in enumerate((search, average, search, search, average)):
             assert torch.equal(follow.logits[row], want.logits[row])
             assert follow.chosen[row] == want.chosen[row]
 
@@ -383,6 +383,8 @@ class TestDefault:
         assert not ensemble.fuser.bounded([0.4, 0.6])
         assert ensemble.fuser.bounded([0.6, 0.4])
         assert ensemble.fuser.bounded([0.5, 0.5])
+        assert ensemble.fuser.bounded([0.4, 0.3, 0.3])
+        assert not ensemble.fuser.bounded([0.3, 0.5, 0.2])
         # Who leads by a rule is not known before all have spoken.
         assert not ensemble.variant(weighing="margin").fuser.bounded([0.6, 0.4])
 
