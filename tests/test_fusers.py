@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from functools import lru_cache
@@ -9,6 +10,8 @@ from functools import lru_cache
 import pytest
 import torch
 from oracle import random_embedding, random_logits
+from tiny_models import one_byte_tokens
+from tokenizers.models import BPE
 
 from deepen_ext import Ensemble, InputError, RelativeMap
 from deepen_ext.fusers import (
@@ -25,6 +28,8 @@ from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
+from deepen_ext.text.token_bytes import BYTE_TO_CHAR
+from deepen_ext.text.vocabulary import Vocabulary
 
 PROMPT = "The capital of France is"
 # What draws and what writes spans is tried by itself (tests/test_draw.py, tests/test_spans.py).
@@ -198,6 +203,49 @@ class TestUnionVocab:
         byte = gemma.vocabulary.tokens.index(b"\xf0")
         found = bridge.first(1, byte, 0)
         assert smollm2.vocabulary.bytes_of(found) == b"\xf0"
+        for data, begins in ((b"\xe2\x80", b"\xe2"), (b"\xd0\xbe\xd0", b"\xd0\xbe")):
+            part = smollm2.vocabulary.tokens.index(data)
+            assert data not in gemma.vocabulary.tokens
+            assert gemma.vocabulary.bytes_of(bridge.first(0, part, 1)) == begins
+
+    def test_the_longest_beginning_of_bytes_that_are_no_character(self) -> None:
+        whole = "".join(BYTE_TO_CHAR[byte] for byte in "🙂".encode())
+        members = []
+        for longest in (3, 2):
+            tokenizer = one_byte_tokens()
+            vocab = tokenizer.get_vocab() | {whole[:n]: 300 + n for n in range(2, longest + 1)}
+            tokenizer.model = BPE(vocab, [(whole[: n - 1], whole[n - 1]) for n in range(2, longest + 1)])
+            members.append(Vocabulary.from_tokenizer(tokenizer, name="parts"))
+        assert members[0].bytes_of(303) == "🙂".encode()[:3]
+        assert TokenBridge(members, [[], []]).first(0, 303, 1) == 302
+
+    def test_other_runs_than_of_spaces_by_their_bytes(self, smollm2, gemma) -> None:
+        bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [[], []])
+        for run in (b"\n\n", b"\n\n\n", b"\t\t"):
+            theirs, ours = (one.vocabulary.tokens.index(run) for one in (smollm2, gemma))
+            assert gemma.vocabulary.bytes_of(bridge.first(0, theirs, 1)) == run
+            assert smollm2.vocabulary.bytes_of(bridge.first(1, ours, 0)) == run
+
+    def test_every_end_of_text_is_the_others_first_one(self, smollm2, gemma) -> None:
+        vocabularies = [smollm2.vocabulary, gemma.vocabulary]
+        bridge = TokenBridge(vocabularies, [[2, 0], [1, 106]])
+        assert [bridge.first(1, token, 0) for token in (1, 106)] == [2, 2]
+        assert bridge.table(1, 0)[[1, 106]].tolist() == [2, 2]
+        for ends in ([[2], []], [[], [1]]):  # the table is kept, but not whose ends were in it
+            other = TokenBridge(vocabularies, ends)
+            assert other.first(1, 1, 0) == int(other.table(1, 0)[1]) == -1
+
+    def test_between_any_two_of_three(self, smollm2, gemma) -> None:
+        """The same ids are other texts of other members."""
+        bytes_alone = Vocabulary.from_tokenizer(one_byte_tokens(), name="bytes")
+        vocabularies = [smollm2.vocabulary, gemma.vocabulary, bytes_alone]
+        bridge = TokenBridge(vocabularies, [[], [], []])
+        tokens = range(40, 60)
+        for source, target in itertools.permutations(range(3), 2):
+            pair = TokenBridge([vocabularies[source], vocabularies[target]], [[], []])
+            want = [pair.first(0, token, 1) for token in tokens]
+            assert [bridge.first(source, token, target) for token in tokens] == want
+            assert bridge.table(source, target)[40:60].tolist() == want
 
 
 class TestMapped:

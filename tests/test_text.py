@@ -273,6 +273,11 @@ def test_a_copy_goes_its_own_way(vocabulary: Vocabulary) -> None:
     growing.append("k")
     assert growing.ids == GrowingText(vocabulary, "Hello work").ids
     assert twin.ids == GrowingText(vocabulary, "Hello world, and").ids
+    growing.append(" is")
+    twin.append(" more")
+    for one, text in ((growing, "Hello work is"), (twin, "Hello world, and more")):
+        assert one.text == text
+        assert one.ids == GrowingText(vocabulary, text).ids
 
 
 def test_an_append_encodes_only_the_end(vocabulary: Vocabulary) -> None:
