@@ -598,24 +598,78 @@ class TestWhatIsAsked:
 
 
 class TestEnds:
+    @staticmethod
+    def forced(pair, text: list[int]) -> Any:
+        """A processor that has these tokens written."""
+        start = len(pair.members[0].vocabulary.encode(PROMPT))
+
+        def force(ids, scores):
+            scores[:, text[ids.shape[1] - start]] = 1e4
+            return scores
+
+        return force
+
     @pytest.mark.parametrize("ends", ["stopping_criteria", "eos"])
     def test_with_part_of_a_character_in_place_of_a_drafted_token(self, pair, ends) -> None:
         """What was drafted after it is dropped, and the part shows as U+FFFD."""
         part, word = pair.members[0].vocabulary.encode("🙂")[0], pair.members[0].vocabulary.encode(" tea")[0]
-        start = len(pair.members[0].vocabulary.encode(PROMPT))
         forced = [word, word, part, word] if ends == "stopping_criteria" else [word, word, part, 2]
-
-        def force(ids, scores):
-            scores[:, forced[ids.shape[1] - start]] = 1e4
-            return scores
 
         def stop(ids, scores):
             return torch.tensor([ends == "stopping_criteria" and int(ids[0, -1]) == part])
 
-        settings = {"max_new_tokens": 4, "logits_processor": [force], "stopping_criteria": [stop]}
+        settings = {
+            "max_new_tokens": 4,
+            "logits_processor": [self.forced(pair, forced)],
+            "stopping_criteria": [stop],
+        }
         for draft in (0, 1, 3):
             found = pair.generate(PROMPT, draft=draft, **settings)
             assert (found.finish_reason, found.text) == (ends, " tea tea\ufffd")
+
+    def test_before_a_drafted_part_of_a_character(self, pair) -> None:
+        """The part was read ahead and is not of the text; a criterion sees the logits of its own token."""
+        encode = pair.members[0].vocabulary.encode
+        (milk,), (tea,), part, start = encode(" milk"), encode(" tea"), encode("🙂")[0], len(encode(PROMPT))
+        # One after the other; with a processor of the caller nothing of it would be drafted.
+        bias = {
+            (milk,): 40.0,
+            (milk, tea): 80.0,
+            (tea, milk): 80.0,
+            (milk, tea, milk, part): 160.0,
+            (part, part): 160.0,
+        }
+        seen: dict[int, list[torch.Tensor]] = {0: [], 3: []}
+        for draft, scores_of in seen.items():
+
+            def stop(ids, scores, scores_of=scores_of):
+                scores_of.append(scores[0].clone())
+                return torch.tensor([ids.shape[1] == start + 3])
+
+            found = pair.generate(
+                PROMPT, draft=draft, max_new_tokens=9, stopping_criteria=[stop], sequence_bias=bias
+            )
+            assert (found.finish_reason, found.text) == ("stopping_criteria", " milk tea milk")
+        assert found.timings.drafted
+        plain, drafted = map(torch.cat, seen.values())
+        assert len(plain) == 3
+        torch.testing.assert_close(drafted, plain, atol=0.02, rtol=0)
+
+    @pytest.mark.parametrize("draft", [0, 1, 3])
+    def test_a_model_end_that_does_not_end_the_text(self, pair, draft) -> None:
+        """It has no text; the part of a character before it shows as U+FFFD."""
+        part, word = pair.members[0].vocabulary.encode("🙂")[0], pair.members[0].vocabulary.encode(" tea")[0]
+        (end,) = pair.members[0].eos_ids
+        text = [word, end, part, end, word]
+        found = pair.generate(
+            PROMPT,
+            draft=draft,
+            max_new_tokens=5,
+            eos_token_id=[word + 1],
+            logits_processor=[self.forced(pair, text)],
+        )
+        assert found.token_ids == text
+        assert found.text == " tea\ufffd tea"
 
     @pytest.mark.parametrize("tokens", [1, 2, 3])
     def test_of_a_text_that_cannot_go_on_beside_another(self, pair, tokens) -> None:
