@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,9 +112,11 @@ class TestFailures:
         assert shown(page) == text_of(records[:20])
 
     def test_a_connection_that_is_reset(self, page: Page, server: StandIn, records: Records) -> None:
+        read = threading.Event()  # what the browser has not read goes with a reset
+
         def after(handler: Handler, sent: int) -> bool:
             if sent == 20:
-                time.sleep(0.05)
+                assert read.wait(60)
                 handler.connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SO_LINGER: reset, not closed
                 handler.rfile.close()
                 handler.wfile.close()
@@ -122,7 +124,11 @@ class TestFailures:
             return sent == 20
 
         server.after = after
-        write(page, server)
+        open_page(page, server)
+        start(page)
+        token(page, 19).wait_for()
+        read.set()
+        ended(page)
         assert (
             "The connection was lost. What was written stays."
             in page.locator(".answer .problem").inner_text()
