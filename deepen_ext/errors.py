@@ -12,7 +12,7 @@ class DeepenError(Exception):
 
 
 class DeepenWarning(UserWarning):
-    """Every warning deepen-ext gives. It is said of the line that called the package."""
+    """Every warning deepen-ext gives. It names the line that called the package."""
 
 
 class InputError(DeepenError, ValueError):

@@ -631,7 +631,7 @@ class TestEnds:
         """The part was read ahead and is not of the text; a criterion sees the logits of its own token."""
         encode = pair.members[0].vocabulary.encode
         (milk,), (tea,), part, start = encode(" milk"), encode(" tea"), encode("🙂")[0], len(encode(PROMPT))
-        # One after the other; with a processor of the caller nothing of it would be drafted.
+        # Not by a processor of the caller, of which drafts know nothing.
         bias = {
             (milk,): 40.0,
             (milk, tea): 80.0,

@@ -1,6 +1,6 @@
 """transformers' own making of logits processors, without a model.
 
-settings.py imports this only for a call that asks for some: `GenerationMixin` brings a second of imports
+settings.py imports this only for a call that samples or asks for one: `GenerationMixin` brings a second of imports
 (torch.distributed, torch._dynamo, sympy), which a process whose members run elsewhere needs for nothing else.
 """
 

@@ -84,7 +84,7 @@ class Settings:
     kind: object
     _config: GenerationConfig = field(repr=False)
     _vocab_size: int = field(repr=False)
-    _asks_processors: bool = field(repr=False)  # whether transformers might make some
+    _asks_processors: bool = field(repr=False)  # whether transformers may make any
     _max_time: float | None = None
     _logits_processor: Sequence[Any] = ()
     _stopping_criteria: Sequence[Any] = ()

@@ -13,7 +13,7 @@ _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def warn(text: str) -> None:
-    """A `DeepenWarning`, said of the line that called this package.
+    """A `DeepenWarning` that names the line that called this package.
 
     Python's `stacklevel` counts frames, of which there are ten here in one call and thirty in the next. In a
     thread of ours the line is the one in `threading` that began it.
