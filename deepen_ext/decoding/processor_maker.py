@@ -1,7 +1,8 @@
 """transformers' own making of logits processors, without a model.
 
-settings.py imports this only for a call that samples or asks for one: `GenerationMixin` brings a second of imports
-(torch.distributed, torch._dynamo, sympy), which a process whose members run elsewhere needs for nothing else.
+settings.py imports this only for a call that samples or asks for one: `GenerationMixin` brings a second of
+imports (torch.distributed, torch._dynamo, sympy), which a process whose members run elsewhere needs for
+nothing else.
 """
 
 from __future__ import annotations
