@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from deepen_ext import Ensemble, InputError
 from deepen_ext.commands import evaluate as command
 from deepen_ext.commands.cli import app
+from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.measure.evaluation.headers import Header, check_same, configuration_header, make_header
 from deepen_ext.measure.evaluation.jobs import Progress, prepare
 from deepen_ext.measure.evaluation.records import (
@@ -298,6 +299,21 @@ def test_shared_forwards_and_the_certified_skip_change_no_text(
         "deepen:bytes": True,
         "average": False,
     }
+
+
+@pytest.mark.parametrize("names", [("average",), ("deepen:bytes", "average")], ids=len)
+def test_what_was_said_is_kept_for_others_only(
+    data: Path,
+    tmp_path: Path,
+    ensembles: dict[str, Ensemble],
+    monkeypatch: pytest.MonkeyPatch,
+    names: Sequence[str],
+) -> None:
+    kept = []
+    keep = SharedForwards.keep
+    monkeypatch.setattr(SharedForwards, "keep", lambda *args: (kept.append(args), keep(*args)))
+    evaluate({name: ensembles[name] for name in names}, "triviaqa", data, out=tmp_path, limit=2)
+    assert bool(kept) == (len(names) > 1)
 
 
 def test_where_a_long_answer_ends_the_next_item_begins(

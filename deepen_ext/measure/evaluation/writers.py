@@ -144,7 +144,9 @@ class WritersHere:
             yield from score_choices(items, some, way.batch_size, shared=way.share_forwards)
             return
         with ExitStack() as sharing:
-            shared = sharing.enter_context(SharedForwards()) if way.share_forwards else None
+            # Of one ensemble nobody would ask for what was said again, and it is 2 GB of a long batch.
+            some_share = way.share_forwards and len(some) > 1
+            shared = sharing.enter_context(SharedForwards()) if some_share else None
             for name, ensemble in some.items():
                 yield {name: _write(batch, ensemble, self._skips[name], shared, way)}
 
