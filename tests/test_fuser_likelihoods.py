@@ -47,7 +47,7 @@ def whole(
     rows: Sequence[Sequence[int] | None],
     weights: Sequence[Sequence[float]],
 ) -> torch.Tensor:
-    """The same of every token, [ROWS, V]: from float32 copies of the members' logits, a softmax of the fused ones."""
+    """Of every token, [ROWS, V]: the softmax of the logits fused from float32 copies of the members'."""
     copies = [None if one is None else one.float() for one in logits]
     fused = fuser.step_parts(parts_of(fuser, copies, rows), weights).logits
     return fused.double().log_softmax(-1)
