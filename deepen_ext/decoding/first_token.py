@@ -16,8 +16,8 @@ from deepen_ext.members.member import Member
 from deepen_ext.ops.topk_softmax import launch
 from deepen_ext.ops.transfer import to_device
 
-# Below every logit of a model, so never chosen and never drawn; finite, so that an end of text is still there
-# where processors of the caller's, which come later, allow nothing else.
+# Below the largest logit by more than any model's are apart, so never chosen and never drawn; finite, so that an
+# end of text is still there where processors of the caller's, which come later, allow nothing else.
 _LAST = -1e4
 
 
@@ -46,7 +46,9 @@ def put_ends_last(step: FusedStep, firsts: Sequence[int], members: Sequence[Memb
         goes_on |= has_say[:, column] & ~torch.isin(would, _without_text(members[part.member], device))
     there = to_device(rows, device)
     first = step.logits[there]
-    last = first.index_fill(1, to_device(ends, device), _LAST)
+    last = first.clone()
+    lowest = torch.finfo(first.dtype).min
+    last[:, to_device(ends, device)] = (first.amax(dim=1, keepdim=True) + _LAST).clamp(min=lowest)
     # What is forbidden already, -inf, stays so.
     first = torch.where(goes_on[:, None], torch.minimum(first, last), first)
     step.logits.index_copy_(0, there, first)

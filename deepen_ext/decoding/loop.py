@@ -89,7 +89,7 @@ class Run(Cycles):
         self._cancelled = True
         if self._steps.close():
             self._free()
-        # Else another thread is in a step: the loop ends after it, and frees.
+        # Else another thread is in a step, or this one's callback: the loop ends after it, and frees.
 
     def _write(self) -> Generator[list[Written], None, None]:
         began = perf_counter()

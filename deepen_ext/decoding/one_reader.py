@@ -17,6 +17,7 @@ class OneReader(Iterator[T]):
     def __init__(self, steps: Generator[T, None, None]) -> None:
         self._steps = steps
         self._reading = threading.Lock()
+        self._to_end = False  # set before the lock is tried, looked at after it is given back: one of both ends it
 
     def __next__(self) -> T:
         """What comes next.
@@ -33,9 +34,12 @@ class OneReader(Iterator[T]):
             return next(self._steps)
         finally:
             self._reading.release()
+            if self._to_end:
+                self.close()
 
     def close(self) -> bool:
-        """End the generator; False where a step is being made, which has to end it itself."""
+        """End the generator; False where a step is being made, after which it ends."""
+        self._to_end = True
         if not self._reading.acquire(blocking=False):
             return False
         try:

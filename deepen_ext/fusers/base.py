@@ -6,6 +6,7 @@ hand-off, boundary rule) is the same for all, so that accuracy and speed can be 
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -233,6 +234,8 @@ class Fuser(ABC):
             fused = plain_copy(logits)
             ours = fused if there is None else fused[there]
             chosen = self.fuse(ours, said, by_row)
+            if self.device.type == "cpu":  # on CUDA this would wait for the device
+                self._check_writable(ours, chosen, fused_rows)
             if there is not None:
                 fused[there] = ours
                 chosen = main_choice.index_copy(0, there, chosen)
@@ -284,6 +287,16 @@ class Fuser(ABC):
         with self._lock:
             by_row = self._share(tuple(shares[row] for row in fused_rows))
             return fused_rows, said, by_row if self.rule is None else self.rule.weigh(by_row, said)
+
+    def _check_writable(self, fused: torch.Tensor, chosen: torch.Tensor, rows: Sequence[int]) -> None:
+        """Raise InputError for a row in which no token of the main model's is left."""
+        best = fused.gather(1, chosen.long().clamp(min=0)[:, None])[:, 0]
+        for row, found in zip(rows, best.tolist(), strict=True):
+            if not math.isfinite(found):
+                raise InputError(
+                    f"row {row}: {self.names[0]} has no token for what the members with a say would write, such "
+                    f"as another model's special token; give {self.names[0]} a weight of its own"
+                )
 
     def _given(self, member: int, logits: torch.Tensor) -> Distribution:
         return given_logits(self.names[member], self.vocab_sizes[member], self.candidates, logits)

@@ -14,6 +14,7 @@ from deepen_ext.fusers.ingredients import Common, Ingredients
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.fusers.settings import check_learning_rate, check_min_probability, check_steps
+from deepen_ext.ops.fuse import MOST_MEMBERS
 from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.space.relative_map import RelativeMap
@@ -66,6 +67,11 @@ class DeepenFuser(Fuser):
         """
         if not maps:
             raise InputError("there are no relative maps; give one for each member, the main model's first")
+        if len(maps) > MOST_MEMBERS:
+            raise InputError(
+                f"there are {len(maps)} members, and the search fuses at most {MOST_MEMBERS}: leave some out, "
+                "or use fuser='union-vocab'"
+            )
         super().__init__([one.vocab_size for one in maps], maps[0].device, **common)
         self.min_probability = check_min_probability(min_probability)
         check_maps(maps)

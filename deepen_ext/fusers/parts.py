@@ -234,7 +234,7 @@ def shares_by_row(
 
 def _by_row(weights: Sequence[float] | Sequence[Sequence[float]], batch: int) -> Sequence[Sequence[float]]:
     """The weights of each row."""
-    if not weights or isinstance(weights[0], int | float):
+    if not weights or not _is_list(weights[0]):
         return [weights] * batch  # type: ignore[list-item]
     if len(weights) != batch:
         raise InputError(f"there are weights for {len(weights)} rows, and {batch} rows; give one list each")

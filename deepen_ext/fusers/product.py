@@ -26,8 +26,9 @@ class ProductFuser(MappedFuser):
     def fuse(self, logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
         """See `Fuser.fuse`."""
         main = said[0].probabilities()
-        mean = main.log() * weights[:, :1]
+        # w log q, and 0 where w is 0: of a member that sits out q may be 0, and the floor too small a number.
+        mean = torch.special.xlogy(weights[:, :1], main)
         for i, one in enumerate(said[1:], start=1):
-            mean += (self.mapped(one) + _FLOOR * main).log() * weights[:, i : i + 1]
+            mean += torch.special.xlogy(weights[:, i : i + 1], self.mapped(one) + _FLOOR * main)
         logits.copy_(mean.masked_fill(main == 0, -torch.inf))
         return logits.argmax(dim=-1).int()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -181,7 +182,9 @@ def check_steps(value: Any) -> int:
 
 def check_min_probability(value: Any) -> float:
     """The value as a float; InputError where it is out of range."""
-    return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= x < 1)
+    # As the core takes it: a double just below 1 is a float of 1.
+    as_float = partial(torch.tensor, dtype=torch.float32)
+    return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= as_float(x).item() < 1)
 
 
 def check_on_failure(value: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from deepen_ext.ops.topk_softmax import TopK, launch_many
+from deepen_ext.ops.topk_softmax import NOTHING_LEFT, TopK, launch_many
 from deepen_ext.ops.transfer import to_device
 
 
@@ -184,4 +184,5 @@ def _without(topk: TopK, ids: torch.Tensor) -> TopK:
     # Sorted down again, ties to the lower id as before: what is taken out comes last.
     probs, order = kept.sort(dim=1, descending=True, stable=True)
     scale = 1 / (probs.sum(dim=1) + topk.tail).clamp(min=torch.finfo(torch.float32).tiny)
-    return TopK(topk.ids.gather(1, order), probs * scale[:, None], topk.tail * scale, topk.status)
+    status = topk.status.masked_fill((topk.status == 0) & (probs[:, 0] == 0), NOTHING_LEFT)
+    return TopK(topk.ids.gather(1, order), probs * scale[:, None], topk.tail * scale, status)

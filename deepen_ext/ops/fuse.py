@@ -21,6 +21,8 @@ from deepen_ext.ops.checks import (
 from deepen_ext.ops.rows import RelativeRows
 from deepen_ext.ops.topk_softmax import TopK
 
+MOST_MEMBERS = 16  # kMaxMembers of csrc/ops/fuse.h
+
 
 class FuseInput(NamedTuple):
     """One member's part of a fusion step: its top-k tokens and its relative rows."""

@@ -21,7 +21,13 @@ from deepen_ext.ops.checks import (
 # logits, dtype, batch, vocab, k, ids, probs, tail, status, as the core takes them
 _Packed = tuple[int, int, int, int, int, int, int, int, int]
 
-_ROW_STATUS = {1: "NaN or +inf among its logits", 2: "nothing but -inf among its logits"}
+# The operation's, and one of `Distribution.without`.
+NOTHING_LEFT = 3
+_ROW_STATUS = {
+    1: "NaN or +inf among its logits",
+    2: "nothing but -inf among its logits",
+    NOTHING_LEFT: "no token that may be written among the few that its backend names; let it name more",
+}
 
 
 class TopK(NamedTuple):

@@ -127,12 +127,14 @@ class RelativeMap:
         Ids on a CUDA device are copied to the host, which waits for them, unless the map was filled.
 
         Raises:
-            InputError: ids that are no whole numbers, or a row is missing and the map has no source to
+            InputError: ids that are no whole numbers or outside of the vocabulary, or a row is missing and the map has no source to
                 compute it from.
         """
         if self._complete:
             return 0
         flat = token_id_tensor("ids", ids).reshape(-1).long().cpu()
+        if len(flat) and (int(flat.min()) < 0 or int(flat.max()) >= self.vocab_size):
+            raise InputError(f"ids lie outside the map's {self.vocab_size} tokens")
         missing = flat[~self.table.known[flat]]
         if len(missing) == 0:
             return 0

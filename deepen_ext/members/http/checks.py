@@ -156,7 +156,10 @@ def _positions(backend: HttpBackend, ids: list[int]) -> Finding:
     try:
         together = backend.distributions(Question(ids, several, k))
     except Refusal:
-        backend.protocol.most_positions = 1
+        protocol = backend.protocol
+        if protocol.read_block == protocol.most_positions:  # it reads a text through by the same requests
+            protocol.read_block = 1
+        protocol.most_positions = 1
         return Finding("positions", "one a request: a draft costs a request for each of its tokens", False)
     for at, one in enumerate(each):
         if abs(float(one.probs[0, 0] - together.probs[at, 0])) > 2 * _SAME:

@@ -49,8 +49,9 @@ class Library:
 
     def complaint(self) -> str:
         """The last thing it warned of or failed at since this was asked last; "" where it said nothing."""
-        found = [one.strip().rstrip(".") for one in self._said]
+        said = list(self._said)  # at once: another thread's library may be saying more
         self._said.clear()
+        found = [one.strip().rstrip(".") for one in said]
         reasons = [one.rpartition(_REASON)[2] for one in found if not one.endswith(_NO_REASON)]
         return reasons[-1] if reasons else ""
 
