@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -188,3 +189,29 @@ class TestFailures:
                 next(iter(run))
             run.close()
             assert all(one.closed and not one.under_way for one in FarBackend.sessions)
+
+    @pytest.mark.parametrize("way", ["start", "stream"])
+    def test_closed_by_another_thread_in_a_step(self, pair: Ensemble, way: str) -> None:
+        """Its reader takes what the step gave, and reads no further."""
+        FarBackend.names = {"far"}
+        inside, closed = threading.Event(), threading.Event()
+
+        def waiting(name: str) -> None:
+            if name == "far" and not inside.is_set():
+                inside.set()
+                assert closed.wait(20)
+
+        reading = getattr(pair, way)(PROMPT, max_new_tokens=NEW, draft=0)
+        FarBackend.broken = waiting
+        reader = threading.Thread(target=next, args=(iter(reading),))
+        try:
+            reader.start()
+            assert inside.wait(20)
+            reading.close()
+            closed.set()
+            reader.join(20)
+        finally:
+            FarBackend.broken = lambda name: None
+        assert FarBackend.sessions
+        assert all(one.closed for one in FarBackend.sessions)
+        assert list(reading) == []

@@ -4,12 +4,13 @@ In these tests a member's end of text is the token that it finds most probable a
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from sessions import changed
 from tiny_models import PROSE
 
 from deepen_ext import Ensemble
@@ -219,3 +220,13 @@ def test_a_text_that_joins_others(torn: Ensemble) -> None:
     finally:
         run.close()
     assert list(ids.values()) == [torn.generate(PROMPT, max_new_tokens=TOKENS).token_ids] * 2
+
+
+@pytest.mark.parametrize("constant", [-20_000.0, 20_000.0])
+def test_a_constant_in_the_main_models_logits_changes_nothing(torn: Ensemble, constant: float) -> None:
+    main = torn.members[0]
+    model = deepcopy(main.model)
+    model.lm_head.register_forward_hook(lambda _module, _given, logits: logits + constant)
+    given = torn.generate(PROMPT, max_new_tokens=1).token_ids
+    shifted = Ensemble([changed(main, model=model), torn.members[1]], fuser="follow", weights=[0.6, 0.4])
+    assert shifted.generate(PROMPT, max_new_tokens=1).token_ids == given

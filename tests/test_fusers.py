@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from copy import copy
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -26,7 +28,7 @@ from deepen_ext.fusers import (
 from deepen_ext.fusers.parts import Said
 from deepen_ext.fusers.search_bound import SearchBound
 from deepen_ext.members.distribution import Distribution
-from deepen_ext.members.loading import load_member
+from deepen_ext.members.loading import load_member, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.text.token_bytes import BYTE_TO_CHAR
 from deepen_ext.text.vocabulary import Vocabulary
@@ -289,6 +291,31 @@ class TestMapped:
             torch.testing.assert_close(
                 step.logits[row].double().softmax(-1), want / want.sum(), atol=1e-4, rtol=0
             )
+
+
+def test_a_product_with_a_silent_member_and_a_main_model_that_is_sure(one_byte_folders) -> None:
+    """What is left of the main model's smallest probabilities is too small a number: 0 times -inf is NaN."""
+    first, second = load_members(one_byte_folders)
+    fuser = Ensemble([first, second, second], fuser="product", cache=False).fuser
+    main, other = torch.zeros(2, first.vocab_size), torch.zeros(1, first.vocab_size)
+    main[:, 70] = 97.0
+    step = fuser.step([main, other.repeat(2, 1), other], [0.4, 0.3, 0.3], rows=[None, None, [0]])
+    assert not bool(step.logits.isnan().any())
+    assert step.chosen.tolist() == [70, 70]
+
+
+@pytest.mark.parametrize("name", ["union-vocab", "consistent", "follow"])
+def test_what_the_main_model_has_no_token_for(one_byte_folders, name) -> None:
+    """The member with the only say would write a special token of its own."""
+    first, second = load_members(one_byte_folders)
+    vocabulary = copy(second.vocabulary)
+    vocabulary.tokens = [None if i == 70 else text for i, text in enumerate(vocabulary.tokens)]
+    pair = Ensemble([first, replace(second, vocabulary=vocabulary)], fuser=name, cache=False)
+    main, other = torch.zeros(2, first.vocab_size), torch.zeros(2, first.vocab_size)
+    other[1, 70] = 200.0
+    with pytest.raises(InputError, match=r"row 1: \S+ has no token for what .*give \S+ a weight of its own"):
+        pair.fuser.step([main, other], [0.0, 1.0])
+    assert pair.fuser.step([main[:1], other[:1]], [0.0, 1.0]).logits.isfinite().any()
 
 
 def test_indents_of_python(gemma: Member) -> None:

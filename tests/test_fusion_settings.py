@@ -46,6 +46,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"candidates": 0}, "candidates is 0"),
     ({"entries": 0}, "entries is 0"),
     ({"min_probability": 1}, "min_probability is 1"),
+    ({"min_probability": 1 - 1e-8}, "min_probability is 0.99999999"),  # 1 as a float
     ({"relative_temperature": 0, "recipe": "calibrated"}, "relative_temperature is 0; choose above 0"),
 ]
 

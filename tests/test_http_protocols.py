@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from http_servers import MOST_LOGPROBS, ModelServer
+from http_servers import MOST_LOGPROBS, Handler, ModelServer
 
 from deepen_ext import Ensemble
 from deepen_ext.errors import InputError, MemberLost, ModelError
+from deepen_ext.members.backend import Session
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
@@ -141,6 +142,11 @@ def _with_logprobs(answer: Any, logprob: Any) -> Any:
     return answer
 
 
+def joined_read(session: Session, ids: list[int]) -> list[Distribution]:
+    """What is said after each of the ids."""
+    return [block.at([i]) for block in session.read(0, ids, 0, 10) for i in range(len(block))]
+
+
 class TestWhatIsSaid:
     def test_several_lanes_and_positions(self, served: Member, tiny_smollm2: Member) -> None:
         ids = served.vocabulary.encode(TEXT)
@@ -156,6 +162,29 @@ class TestWhatIsSaid:
         finally:
             session.close()
             with_own.close()
+
+    def test_a_text_that_is_read_through_one_position_a_request(
+        self, server: ModelServer, tiny_smollm2: Member, tiny_smollm2_dir: Path
+    ) -> None:
+        """Of a server that refuses several prompts in one request."""
+
+        def several(handler: Handler) -> bool:
+            prompts = server.requests[-1][1].get("prompt")
+            if refused := isinstance(prompts, list) and isinstance(prompts[0], list) and len(prompts) > 1:
+                handler.answer(400, {"error": {"message": "one prompt a request"}})
+            return refused
+
+        server.fault = several
+        try:
+            member = load_member(server.url, tokenizer=tiny_smollm2_dir)
+            ids = member.vocabulary.encode(TEXT)
+            session, own = member.backend.open(), TopKOnly(tiny_smollm2.backend, 10).open()
+            for one, other in zip(joined_read(session, ids), joined_read(own, ids), strict=True):
+                assert_close(one, other)
+            own.close()
+            member.backend.close()
+        finally:
+            server.fault = None
 
     def test_a_text_that_is_read_through(
         self, server: ModelServer, served: Member, tiny_smollm2: Member

@@ -1,9 +1,15 @@
-"""How many threads a forward of llama.cpp gets, by what the forwards before it got of the processors."""
+"""How many threads a forward of llama.cpp gets, by what the forwards before it got of the processors; and
+threads that ask the library what it said."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from itertools import pairwise
+from pathlib import Path
 
+from deepen_ext.members.llama_cpp.library import Library
 from deepen_ext.members.llama_cpp.threads import Threads
 
 
@@ -45,3 +51,23 @@ def test_a_number_that_the_caller_gave_stays() -> None:
     for _ in range(5):
         with threads.forward() as count:
             assert count == 4
+
+
+def test_the_library_says_something_while_it_is_asked() -> None:
+    said: deque[str] = deque(maxlen=20)
+    library = Library(call=None, file=Path("lib"), name="lib", _log=None, _said=said)
+    stop = threading.Event()
+
+    def say() -> None:
+        while not stop.is_set():
+            said.append("a warning\n")
+
+    thread = threading.Thread(target=say)
+    thread.start()
+    try:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            assert library.complaint() in ("", "a warning")
+    finally:
+        stop.set()
+        thread.join()

@@ -24,6 +24,7 @@ from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.loading import load_member, load_members
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import find_adapter
+from deepen_ext.ops.fuse import MOST_MEMBERS
 from deepen_ext.presets import load_preset
 
 
@@ -172,6 +173,24 @@ class TestAStepOfOnesOwn:
     def test_rows_in_rising_order(self, ensemble: Ensemble) -> None:
         with pytest.raises(InputError, match="in rising order"):
             ensemble.fuser.step([torch.randn(2, 257)] * 2, [0.5, 0.5], rows=[None, [1, 0]])
+
+    @pytest.mark.parametrize("batch", [1, 2, 3])
+    def test_weights_that_are_numbers_of_another_kind(
+        self, ensemble: Ensemble, logits: list[torch.Tensor], batch: int
+    ) -> None:
+        given = [one[:1].expand(batch, -1).contiguous() for one in logits]
+        want = ensemble.fuser.step(given, [0.5, 0.5]).logits
+        for half in (np.float32(0.5), torch.tensor(0.5)):
+            assert torch.equal(ensemble.fuser.step(given, [half, half]).logits, want)
+
+    @pytest.mark.parametrize("fuser", ["deepen", "follow"])
+    def test_more_members_than_the_search_takes(self, members: list[Member], fuser: str) -> None:
+        header = (Path(__file__).parents[1] / "csrc" / "ops" / "fuse.h").read_text()
+        assert f"constexpr int kMaxMembers = {MOST_MEMBERS};" in header
+        many = [members[0], *members[1:2] * MOST_MEMBERS]
+        assert Ensemble(many[:-1], fuser=fuser, cache=False).generate("a", max_new_tokens=1).token_ids
+        with pytest.raises(InputError, match="there are 17 members, and the search fuses at most 16"):
+            Ensemble(many, fuser=fuser, cache=False)
 
     @pytest.mark.parametrize("maps", ["ab", [1, 2]])
     def test_maps(self, maps: Any) -> None:

@@ -181,3 +181,11 @@ class TestFile:
         relative.save(path)
         assert [file.name for file in path.parent.iterdir()] == ["map.safetensors"]
         assert len(load_file(path)["tokens"]) == 40
+
+
+@pytest.mark.parametrize("token", [-1, 300])
+def test_ids_outside_of_the_vocabulary(embedding, token):
+    relative = RelativeMap.from_embedding(embedding, ANCHOR_IDS)
+    with pytest.raises(InputError, match="ids lie outside the map's 300 tokens"):
+        relative.ensure(torch.tensor([5, token]))
+    assert relative.rows_known == 0

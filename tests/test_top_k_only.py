@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.members.top_k_only import TopKOnly
 from deepen_ext.ops import topk_softmax
+from deepen_ext.ops.topk_softmax import NOTHING_LEFT
 
 PROMPTS = [
     "The capital of France is",
@@ -185,6 +187,16 @@ class TestRefused:
             with pytest.raises(InputError, match="0: k is"):
                 hidden(members[0], k)
 
+    @pytest.mark.parametrize("fuser", ["single", "deepen"])
+    def test_one_that_names_nothing_that_may_be_written(self, members: list[Member], fuser: str) -> None:
+        """As a chat model does that begins with a special token, and a server that names one token."""
+        main = replace(members[0], vocabulary=copy(members[0].vocabulary))
+        first = Ensemble([main], fuser="single").generate("a", max_new_tokens=1).token_ids[0]
+        main.vocabulary.tokens = [None if i == first else t for i, t in enumerate(main.vocabulary.tokens)]
+        ensemble = Ensemble([hidden(main, 1), *members[1:][: fuser != "single"]], fuser=fuser, cache=False)
+        with pytest.raises(InputError, match=r"logits of 0: row 0 .*no token that may be written.*name more"):
+            ensemble.generate("a", max_new_tokens=1)
+
 
 class TestDistribution:
     @pytest.fixture
@@ -256,3 +268,8 @@ class TestDistribution:
         for one in (full, other, third):
             assert one.known_topk is not None
             assert torch.equal(one.known_topk.ids, topk_softmax(one.scores(), one.k).ids)
+
+    def test_without_all_of_them(self, full: Distribution, short: Distribution) -> None:
+        """Nothing is known of the others: no token can be written."""
+        cut = short.without(full.topk.ids[2].long()).topk
+        assert cut.status.tolist() == [0, 0, NOTHING_LEFT, 0]

@@ -16,8 +16,8 @@ from deepen_ext.members.member import Member
 from deepen_ext.ops.topk_softmax import launch
 from deepen_ext.ops.transfer import to_device
 
-# Below the largest logit by more than any model's are apart, so never chosen and never drawn; finite, so that an
-# end of text is still there where processors of the caller's, which come later, allow nothing else.
+# Below the largest logit by more than any model's are apart, so never chosen and never drawn; finite, so that
+# an end of text is still there where processors of the caller's, which come later, allow nothing else.
 _LAST = -1e4
 
 

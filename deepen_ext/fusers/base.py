@@ -294,8 +294,8 @@ class Fuser(ABC):
         for row, found in zip(rows, best.tolist(), strict=True):
             if not math.isfinite(found):
                 raise InputError(
-                    f"row {row}: {self.names[0]} has no token for what the members with a say would write, such "
-                    f"as another model's special token; give {self.names[0]} a weight of its own"
+                    f"row {row}: {self.names[0]} has no token for what the members with a say would write, "
+                    f"such as another model's special token; give {self.names[0]} a weight of its own"
                 )
 
     def _given(self, member: int, logits: torch.Tensor) -> Distribution:

@@ -69,8 +69,8 @@ class DeepenFuser(Fuser):
             raise InputError("there are no relative maps; give one for each member, the main model's first")
         if len(maps) > MOST_MEMBERS:
             raise InputError(
-                f"there are {len(maps)} members, and the search fuses at most {MOST_MEMBERS}: leave some out, "
-                "or use fuser='union-vocab'"
+                f"there are {len(maps)} members, and the search fuses at most {MOST_MEMBERS}: leave some "
+                "out, or use fuser='union-vocab'"
             )
         super().__init__([one.vocab_size for one in maps], maps[0].device, **common)
         self.min_probability = check_min_probability(min_probability)

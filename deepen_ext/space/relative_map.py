@@ -127,8 +127,8 @@ class RelativeMap:
         Ids on a CUDA device are copied to the host, which waits for them, unless the map was filled.
 
         Raises:
-            InputError: ids that are no whole numbers or outside of the vocabulary, or a row is missing and the map has no source to
-                compute it from.
+            InputError: ids that are no whole numbers or outside of the vocabulary, or a row is missing and
+                the map has no source to compute it from.
         """
         if self._complete:
             return 0
