@@ -24,12 +24,11 @@ from backend_stand_in import Asked, recorded
 from command_line import COMMAND, ROOT, run, run_process
 from tiny_models import one_byte_tokens, save_model
 
-from deepen_ext import __version__, load_member
+from deepen_ext import __version__
 from deepen_ext.commands import console
 from deepen_ext.commands.options import FUSER_NAMES
 from deepen_ext.errors import ModelError
 from deepen_ext.fusers import FUSERS
-from deepen_ext.fusers.weights import weights_by_size
 from deepen_ext.members import loading
 from deepen_ext.members.load_options import LOAD_OPTIONS
 
@@ -151,8 +150,8 @@ def test_the_same_text_from_standard_input_and_as_json(models: list[str]) -> Non
     assert report["finish_reason"] == "length"
     assert len(report["text"]) > 20
     assert [member["name"] for member in report["members"]] == ["tiny-smollm2", "bytes"]
-    sizes = [load_member(folder).size for folder in models[1::2]]
-    assert [member["weight"] for member in report["members"]] == weights_by_size(sizes)
+    assert report["weights"] == "size"
+    assert [member["weight"] for member in report["members"]] == [None, None]  # found for this prompt
     assert 0 < report["fusion_ms_per_token"] < report["ms_per_token"]
     assert report["rows_computed"] == 0
     own = f"transformers {transformers.__version__}"
@@ -174,7 +173,53 @@ def test_sampling_and_stop_strings(models: list[str]) -> None:
     assert report["finish_reason"] == "stop_string"
     assert report["text"] == plain["text"][: plain["text"].index(stop) + len(stop)]
     other = json.loads(run(*asked, "--weight", "0.7", "--weight", "0.3").stdout)
-    assert [member["weight"] for member in other["members"]] == [0.7, 0.3]
+    assert [member["weight"] for member in other["members"]] == other["weights"] == [0.7, 0.3]
+
+
+def test_a_text_of_one_token_has_no_time_a_token(models: list[str]) -> None:
+    asked = ["generate", *models, "--prompt", "The wind", "--max-new-tokens", "1"]
+    report = json.loads(run(*asked, "--fuser", "union-vocab", "--recipe", "paper", "--json").stdout)
+    assert report["ms_per_token"] is report["tokens_per_second"] is report["fusion_ms_per_token"] is None
+    assert report["prompt_ms"] > 0
+    assert report["recipe"] is None  # union-vocab has none
+    done = run(*asked, "--fuser", "single")
+    assert re.match(r"1 tokens by tiny-smollm2 \(ended by length\); run by", done.stderr), done.stderr
+
+
+def test_no_file_is_written_over_another_of_the_command(models: list[str], tmp_path: Path) -> None:
+    files = {name: str(tmp_path / name) for name in ("text.txt", "page.html", "both.svg", "model.gguf")}
+    for file in files.values():
+        Path(file).write_text("mine")
+    text, page, both, gguf = files.values()
+    for command, options in (
+        ("tune", ["--text", text, "--out", text]),
+        ("tune", ["--text", text, "--out", both, "--plot", both]),
+        ("doctor", ["--text", page, "--html", page]),
+        ("nll", ["--text", both, "--plot", f"{tmp_path}/../{tmp_path.name}/both.svg"]),
+        ("generate", ["--model", gguf, "--prompt", "a", "--trace", gguf]),
+    ):
+        done = run(command, *models, *options)
+        assert done.returncode == 2
+        assert re.search(r"--\w+ \S+ is the file of --\w+ too; choose another name", done.stderr), done.stderr
+    assert all(Path(file).read_text() == "mine" for file in files.values())
+
+
+def test_the_home_folder(models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for options in (
+        ["eval", *models, "--task", "nq", "--data=~/data", "--json=~/out"],
+        ["doctor", *models, "--text=~/data"],
+        ["nll", *models, "--text=~/data"],
+    ):
+        (tmp_path / "data").unlink(missing_ok=True)
+        done = run(*options)
+        assert done.returncode == 2, done.stderr
+        assert not (tmp_path / "~").exists()
+    assert f"{tmp_path}/data" in run("eval", *models, "--task", "nq", "--data=~/data", "--json=~/out").stderr
+    (tmp_path / "data").write_bytes(b"\xff")
+    for command in ("doctor", "nll"):
+        assert "UTF-8" in run(command, *models, "--text=~/data").stderr
 
 
 def test_a_chat_with_skip_and_trace(models: list[str], tmp_path: Path) -> None:

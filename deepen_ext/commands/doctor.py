@@ -15,6 +15,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import check_apart, user_path
 from deepen_ext.members.source import is_url
 from deepen_ext.plots.output_file import check_output_file, write_file
 
@@ -55,6 +56,7 @@ def doctor(
             raise InputError("a diagnosis needs two or more models, or a server's address; repeat --model")
         sample = None if text is None else _read(text)
         check_output_file("--html", html, [".html"])
+        check_apart([("--html", html)], [("--text", text), *(("--model", one) for one in named)])
         with progress() as say:
             say("Starting")
             from rich.text import Text
@@ -103,7 +105,7 @@ def _write_page(file: Path, parts: Sequence[Text | Table], measured: Diagnosis |
 def _read(file: Path) -> str:
     """Raises InputError for a file that is not there or is not UTF-8 text."""
     try:
-        return file.read_bytes().decode()
+        return user_path(file).read_bytes().decode()
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); name a text file") from error
     except UnicodeDecodeError as error:

@@ -26,6 +26,7 @@ from deepen_ext.commands.loading import (
     writes_alone,
 )
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import check_apart, user_path
 from deepen_ext.measure.evaluation.choices import CHOICE_TASKS
 from deepen_ext.measure.evaluation.tasks import TASKS
 from deepen_ext.plots.output_file import check_output_file
@@ -150,6 +151,7 @@ def evaluate(
             check_likelihood(fuser or [])
             if certified_skip:
                 raise InputError("--certified-skip is for texts that are written; leave it out")
+        data, out = user_path(data), user_path(out)
         check_output_file("--plot", plot)
         if plot is not None and not singles:
             raise InputError("--plot: gains are over the models alone; leave out --no-singles")
@@ -164,6 +166,8 @@ def evaluate(
         only_polled = polled and fuser == [_VOTE]
         fuser = [one for one in fuser or [] if one != _VOTE]
         named = named_members(model, demo, preset)
+        read = [("--preset", preset), *(("--model", one) for one in named.members)]
+        check_apart([("--plot", plot)], read)
         if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)

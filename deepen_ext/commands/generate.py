@@ -16,7 +16,7 @@ from deepen_ext.commands.console import exit_codes, plain, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import load_ensemble, named_members
 from deepen_ext.errors import InputError, MemberLost
-from deepen_ext.ground.paths import user_path
+from deepen_ext.ground.paths import check_apart, user_path
 
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import Generation
@@ -104,6 +104,8 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
+        read = [("--preset", preset), *(("--model", one) for one in named.members)]
+        check_apart([("--trace", trace)], read)
         settings = {"do_sample": sample, **given}
         _check_before_loading(text, settings, stop, confidence_gate, draft, trace)
         ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate, on_failure)
@@ -191,6 +193,11 @@ def _tell_as_json(ensemble: Ensemble, result: Generation) -> None:
 def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
     """The JSON object; times in milliseconds, those per token without the step that reads the prompt."""
     timings, later = result.timings, result.timings.later_tokens
+
+    def a_token(milliseconds: float) -> float | None:
+        """Of a text of one token there is nothing to measure: all its time is the prompt's."""
+        return round(milliseconds, 3) if timings.steps > 1 else None
+
     return {
         "text": result.text,
         "tokens": len(result.token_ids),
@@ -198,20 +205,26 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "changed_tokens": result.changed_tokens,
         "lost": result.lost,
-        "ms_per_token": round(timings.ms_per_token, 3),
-        "fusion_ms_per_token": round(timings.fusion_ms_per_token, 3),
-        "handoff_ms_per_token": round(timings.handoff_ms / later, 3),
+        "ms_per_token": a_token(timings.ms_per_token),
+        "fusion_ms_per_token": a_token(timings.fusion_ms_per_token),
+        "handoff_ms_per_token": a_token(timings.handoff_ms / later),
         "prompt_ms": round(timings.prompt_ms, 3),
-        "tokens_per_second": round(timings.tokens_per_second, 3),
+        "tokens_per_second": a_token(timings.tokens_per_second),
         "skipped_share": round(timings.skipped_share, 4),
         "drafted_tokens": timings.drafted,
         "acceptance_rate": round(timings.acceptance, 4) if timings.drafted else None,
         "members": [
-            {"name": name, "weight": weight, "ms_per_token": round(timings.members_ms[name] / later, 3)}
+            # Where a rule finds the weights for each prompt, the ensemble's are not those of this text.
+            {
+                "name": name,
+                "weight": None if ensemble.weighs_prompts else weight,
+                "ms_per_token": a_token(timings.members_ms[name] / later),
+            }
             for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
         ],
+        "weights": ensemble.weights_or_rule,
         "fuser": ensemble.method,
-        "recipe": ensemble.recipe,
+        "recipe": ensemble.recipe if ensemble.fuser.uses_recipe else None,
         "backends": result.backends,
         "rows_computed": ensemble.rows_computed,
     }
@@ -220,11 +233,12 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
 def _summarise(ensemble: Ensemble, result: Generation) -> None:
     main, *others = ensemble.names
     timings = result.timings
-    line = (
-        f"{len(result.token_ids)} tokens by {main}, {result.changed_tokens} of them changed by "
-        f"{', '.join(others)}; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of "
-        f"it fusion (ended by {result.finish_reason})"
-    )
+    line = f"{len(result.token_ids)} tokens by {main}"
+    if others:
+        line += f", {result.changed_tokens} of them changed by {', '.join(others)}"
+    if timings.steps > 1:
+        line += f"; {timings.ms_per_token:.1f} ms a token, {timings.fusion_ms_per_token:.2f} of it fusion"
+    line += f" (ended by {result.finish_reason})"
     if timings.skipped_share:
         line += f"; {timings.skipped_share:.0%} of the tokens needed no assistant"
     if timings.drafted:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from deepen_ext.presets import Preset
 
 _ONE_WAY = (
-    "name the models with --model, two or more, or take the embedded pair with --demo, or a --preset's: "
-    "one of the three"
+    "name the models with --model, two or more, or with a --preset, or take the embedded pair with --demo "
+    "and neither"
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +21,7 @@ from deepen_ext.commands.loading import (
     writes_alone,
 )
 from deepen_ext.errors import InputError
+from deepen_ext.ground.paths import check_apart, user_path
 from deepen_ext.measure.likelihood.text_pieces import CONTEXT, PIECE, pieces
 from deepen_ext.plots.output_file import check_output_file
 
@@ -65,6 +65,8 @@ def nll(
             raise InputError("every member alone is measured anyway; leave --fuser single out")
         check_likelihood(fuser or [])
         check_output_file("--plot", plot)
+        read = [("--text", text), ("--preset", preset), *(("--model", one) for one in named.members)]
+        check_apart([("--plot", plot)], read)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
         ways = ways_of_fusing(named, specs, recipe)
@@ -93,7 +95,7 @@ def _read(file: str) -> str:
     if file == "-":
         return read_stdin("no text: pipe one to standard input, or name a file with --text")
     try:
-        return Path(file).read_bytes().decode()
+        return user_path(file).read_bytes().decode()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; name a text file with --text") from error
     except UnicodeDecodeError as error:

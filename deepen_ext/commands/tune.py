@@ -12,7 +12,7 @@ from deepen_ext.commands.console import exit_codes, progress, tables, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
-from deepen_ext.ground.paths import user_path
+from deepen_ext.ground.paths import check_apart, user_path
 from deepen_ext.plots.output_file import check_output_file, check_place
 from deepen_ext.space.recipes import RECIPES, check_recipe
 
@@ -69,11 +69,13 @@ def tune(
         check_place("--out", place if place.is_dir() else _first_there(place.parent) / place.name)
         check_output_file("--plot", plot)
         named = named_members(model, demo).members
+        read = [("--text", text), *(("--model", one) for one in named)]
+        check_apart([("--out", out), ("--plot", plot)], read)
         with progress() as say:
             say("Starting")
             from deepen_ext.fusers import parse_fuser
             from deepen_ext.measure.tuning.dev_items import DevSet
-            from deepen_ext.measure.tuning.tune import check_tunable
+            from deepen_ext.measure.tuning.tune import check_minutes, check_tunable
             from deepen_ext.measure.tuning.tune import tune as tune_members
             from deepen_ext.members.loading import load_members
             from deepen_ext.presets import write_preset
@@ -82,13 +84,14 @@ def tune(
             way, recipe = parse_fuser(spec, "")
             if recipe:
                 check_recipe(recipe)
+            check_minutes(minutes)
             check_tunable(way, len(named), gate)
             if text is not None:
                 dev = DevSet.from_text(text, limit)
             else:
                 assert task is not None
                 assert data is not None
-                dev = DevSet.from_task(task, data, limit)
+                dev = DevSet.from_task(task, user_path(data), limit)
             given = loading.options()
             members = load_members(named, progress=say, **given)
             tuning = tune_members(

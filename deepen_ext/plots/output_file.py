@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deepen_ext.errors import InputError
 from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.ground.paths import user_path
 
 FORMATS = (".svg", ".png", ".pdf")
 INSTALL = "pip install 'deepen-ext[plot]'"
@@ -30,7 +31,7 @@ def check_output_file(option: str, file: Path | None, formats: Sequence[str] = F
         return
     if file.suffix.lower() not in formats:
         raise InputError(f"{option} {file}: a name that ends in {' or '.join(formats)} is needed")
-    check_place(option, file)
+    check_place(option, user_path(file))
     if find_spec("matplotlib") is None:
         raise InputError(f"{option} needs matplotlib, which is not installed: {INSTALL}")
 
@@ -56,7 +57,7 @@ def write_file(file: Path, content: str | bytes) -> None:
         InputError: the system does not take it.
     """
     try:
-        with atomic_write(file) as temporary:
+        with atomic_write(user_path(file)) as temporary:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror}); name another file") from error

@@ -161,6 +161,11 @@ class Tuning:
         }
 
 
+def check_minutes(value: Any) -> float:
+    """The value as a float; InputError where it is out of range."""
+    return real_number("minutes", value, "a budget above 0", lambda x: 0 < x < float("inf"))
+
+
 def check_tunable(fuser: str | FuseFunction, members: int, gate: bool) -> type[Fuser]:
     """The class of a fuser whose settings can be chosen; seen before models are loaded.
 
@@ -220,7 +225,7 @@ def tune(
             member's context; items that have probability 0 whatever is tried; and what `Ensemble` raises.
         ModelError: a member's forward pass failed.
     """
-    minutes = real_number("minutes", minutes, "a budget above 0", lambda x: 0 < x < float("inf"))
+    minutes = check_minutes(minutes)
     kind = check_tunable(fuser, len(members), true_or_false("gate", gate))
     if kind.uses_recipe and not recipes:
         raise InputError("there are no recipes; name those that may be chosen")
