@@ -467,7 +467,8 @@ def test_both_kinds_of_results_do_not_mix(data: Path, tmp_path: Path, ensembles:
         (["--task", "gsm8k"], r"gsm8k has no choices; likelihood can score arc_challenge, piqa, mmlu"),
         (["--task", "piqa", "--task", "nq"], "nq has no choices"),
         (["--task", "nope"], "nope: no such task; there are arc_challenge, piqa, mmlu"),
-        (["--task", "piqa", "--certified-skip"], "--certified-skip is for texts that are written"),
+        (["--task", "piqa", "--certified-skip"], "certified_skip is for texts that are written"),
+        (["--task", "piqa", "--votes", "3"], "votes is for texts that are written"),
         (["--task", "all"], "/no/such: no such file or folder"),  # all that have choices
     ],
 )

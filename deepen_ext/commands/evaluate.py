@@ -149,8 +149,6 @@ def evaluate(
 
         if scoring is Scoring.likelihood:
             check_likelihood(fuser or [])
-            if certified_skip:
-                raise InputError("--certified-skip is for texts that are written; leave it out")
         data, out = user_path(data), user_path(out)
         check_output_file("--plot", plot)
         if plot is not None and not singles:
@@ -159,7 +157,17 @@ def evaluate(
             raise InputError("--plot: a model alone has no gain to show; name two or more models")
         tasks = list(tasks_of(scoring.value)) if "all" in task else task
         drawn = Votes.read(votes, temperature, top_p, seed)
-        prepare(tasks, data, split.value, limit, out, scoring=scoring.value, votes=drawn, fresh=fresh)
+        prepare(
+            tasks,
+            data,
+            split.value,
+            limit,
+            out,
+            scoring=scoring.value,
+            votes=drawn,
+            certified_skip=certified_skip,
+            fresh=fresh,
+        )
         polled = _VOTE in (fuser or [])
         if polled and not singles:
             raise InputError("--fuser vote: the models' own answers vote; leave out --no-singles")

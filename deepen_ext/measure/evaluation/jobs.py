@@ -115,6 +115,29 @@ def read_jobs(
     return jobs
 
 
+def check_way(scoring: str, votes: Votes | None, certified_skip: bool) -> None:
+    """Check that ways of answering go together.
+
+    Raises:
+        InputError: votes or the certified skip where no text is written, or the skip where texts are sampled.
+    """
+    if scoring == "likelihood":
+        refuse_by_likelihood("certified_skip", certified_skip)
+        refuse_by_likelihood("votes", votes)
+    if votes is not None and certified_skip:
+        raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")
+
+
+def refuse_by_likelihood(what: str, given: object) -> None:
+    """Refuse what is for texts that are written.
+
+    Raises:
+        InputError: it is given.
+    """
+    if given:
+        raise InputError(f"{what} is for texts that are written; leave it out with scoring='likelihood'")
+
+
 def prepare(
     names: Sequence[str],
     data: Path,
@@ -124,14 +147,16 @@ def prepare(
     *,
     scoring: str = "generation",
     votes: Votes | None = None,
+    certified_skip: bool = False,
     fresh: bool = False,
 ) -> None:
     """Everything that can be checked before a model is loaded; `evaluate` does it again.
 
     Raises:
-        InputError: see `read_jobs`; a folder that cannot be written to, or holds results of other items
-            or with other votes.
+        InputError: see `read_jobs` and `check_way`; a folder that cannot be written to, or holds results of
+            other items or with other votes.
     """
+    check_way(scoring, votes, certified_skip)
     jobs = read_jobs(names, data, split, limit, scoring, votes)
     with output_folder(out):
         for job in jobs if not fresh else []:

@@ -14,7 +14,14 @@ from deepen_ext.errors import InputError
 from deepen_ext.ground.numbers import true_or_false, whole_number
 from deepen_ext.measure.evaluation.choices import ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, make_header
-from deepen_ext.measure.evaluation.jobs import Clock, Job, Progress, read_jobs
+from deepen_ext.measure.evaluation.jobs import (
+    Clock,
+    Job,
+    Progress,
+    check_way,
+    read_jobs,
+    refuse_by_likelihood,
+)
 from deepen_ext.measure.evaluation.records import (
     ItemRecord,
     RecordFile,
@@ -113,12 +120,8 @@ def evaluate(
     for name, value in switches.items():  # "no" would drop what the folder holds
         true_or_false(name, value)
     drawn = Votes.read(votes, temperature, top_p, seed)
-    if drawn is not None and certified_skip:
-        raise InputError("certified_skip holds for greedy decoding only; leave it out, or votes")
+    check_way(scoring, drawn, certified_skip)
     batch_size = whole_number("the batch size", batch_size, 1)
-    if scoring == "likelihood":
-        _refuse_by_likelihood("certified_skip", certified_skip)
-        _refuse_by_likelihood("votes", drawn)
     way = Way(batch_size, certified_skip, share_forwards, drawn)
     here = None
     if isinstance(ensembles, Mapping):
@@ -150,7 +153,7 @@ def _run(
     names, polls = writers.names(), writers.polls()
     for job in jobs:
         if isinstance(job.task, ChoiceTask):
-            _refuse_by_likelihood("a vote", polls)
+            refuse_by_likelihood("a vote", polls)
         writers.check_fusers(job)
         writers.check_contexts(job)
         if fresh or not _is_done(folder, job, names):
@@ -186,16 +189,6 @@ def _run(
             summary = summarise(folder)
             write_summary(folder, summary)
         return summary
-
-
-def _refuse_by_likelihood(what: str, given: object) -> None:
-    """Refuse what is for texts that are written.
-
-    Raises:
-        InputError: it is given.
-    """
-    if given:
-        raise InputError(f"{what} is for texts that are written; leave it out with scoring='likelihood'")
 
 
 def _texts(path: Path) -> list[ItemRecord]:
