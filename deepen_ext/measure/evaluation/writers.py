@@ -85,7 +85,7 @@ class WritersHere:
 
         Raises:
             InputError: there are none, or one has on_failure="continue"; a name that is no text, or what is
-                neither an ensemble nor a poll.
+                neither an ensemble nor a poll; a certified skip that none of them can make.
         """
         _check_named(ensembles)
         self._polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
@@ -99,6 +99,13 @@ class WritersHere:
             name: way.certified_skip and one.fuser.search_bound() is not None
             for name, one in self._writing.items()
         }
+        if way.certified_skip and not any(self._skips.values()):
+            methods = list(dict.fromkeys(one.method for one in self._writing.values()))
+            raise InputError(
+                f"certified_skip bounds the inverse search, which {' and '.join(methods)} "
+                f"{'has' if len(methods) == 1 else 'have'} not; leave it out, or give an ensemble of "
+                'fuser="deepen" too'
+            )
 
     def names(self) -> list[str]:
         """See `Writers`, as the rest."""
