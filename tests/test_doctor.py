@@ -440,6 +440,13 @@ def test_wrong_input(tiny_smollm2: Member) -> None:
         ({"members": pair, "batch": 0}, "batch is 0; choose 1 or more"),
         ({"members": pair, "text": ""}, "fewer than two words"),
         ({"members": pair, "text": "  word\n"}, "fewer than two words"),
+        ({"members": ["models/x"] * 2}, "'models/x' is no loaded member"),
+        ({"members": None}, "None is no loaded member"),
+        ({"members": tiny_smollm2}, "one member; give a list"),
+        ({"members": pair, "text": b"a b"}, "text is b'a b'; give a text"),
+        ({"members": pair, "text": 3}, "text is 3; give a text"),
+        ({"members": pair, "new_tokens": "4"}, "^new_tokens is '4'; give a whole number, 2 or more"),
+        ({"members": pair, "new_tokens": 2.5}, "^new_tokens is 2.5; give a whole number, 2 or more"),
     ):
         with pytest.raises(InputError, match=says):
             diagnose(**arguments)

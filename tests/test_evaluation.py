@@ -301,6 +301,21 @@ def test_shared_forwards_and_the_certified_skip_change_no_text(
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["average"], r"search, which average has not; leave it out, or give an ensemble of fuser=.deepen."),
+        (["tiny-gemma", "average"], "search, which single and average have not; leave it out"),
+    ],
+)
+def test_a_certified_skip_that_nothing_can_make(
+    data: Path, tmp_path: Path, ensembles: dict[str, Ensemble], names: list[str], message: str
+) -> None:
+    some = {name: ensembles[name] for name in names}
+    with pytest.raises(InputError, match=message):
+        evaluate(some, "triviaqa", data, out=tmp_path, certified_skip=True)
+
+
 @pytest.mark.parametrize("names", [("average",), ("deepen:bytes", "average")], ids=len)
 def test_what_was_said_is_kept_for_others_only(
     data: Path,

@@ -234,6 +234,29 @@ class TestMeasuring:
         with pytest.raises(InputError, match=f"{name} is 'no'; give True or False"):
             evaluate({"a": ensemble}, "nq", tmp_path, out=tmp_path, **switch)
 
+    @pytest.mark.parametrize(
+        ("named", "message"),
+        [
+            (lambda member, own: {"a": own, "b": member}, r"b is a Member; give Ensemble\(\[member"),
+            (lambda member, own: {"a": own, "b": "org/b"}, "b is a str; give an Ensemble, or a Poll"),
+            (lambda member, own: {"a": own, "b": None}, "b is a NoneType; give an Ensemble, or a Poll"),
+            (lambda member, own: {1: own}, "1 is no name of a configuration; give a text"),
+            (lambda member, own: {"a": own, None: own}, "None is no name of a configuration"),
+            (lambda member, own: {"": own}, "'' is no name of a configuration"),
+        ],
+    )
+    def test_what_an_evaluation_compares(
+        self,
+        members: list[Member],
+        ensemble: Ensemble,
+        tmp_path: Path,
+        named: Callable[[Member, Ensemble], Any],
+        message: str,
+    ) -> None:
+        """A member would be left out of the results without a word."""
+        with pytest.raises(InputError, match=message):
+            evaluate(named(members[0], ensemble), "nq", tmp_path, out=tmp_path)
+
     def test_the_switch_of_tuning(self, members: list[Member], tmp_path: Path) -> None:
         text = tmp_path / "words.txt"
         text.write_text("some words. " * 300)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from deepen_ext.errors import InputError
 from deepen_ext.measure.evaluation.answers import first_letter, last_number, normalised, up_to_stop
+from deepen_ext.measure.evaluation.choices import CHOICE_TASKS
 from deepen_ext.measure.evaluation.tasks import TASKS, Item
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -253,6 +254,36 @@ def test_items_of_another_shape_are_refused(task, fields, message, tmp_path):
     write(tmp_path, task, dev=[right, fields], demos=demos)
     with pytest.raises(InputError, match=message):
         TASKS[task].items(tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("nq", {"answer": ["Bob", "Robert"]}, r"answer is \['Bob', 'Robert'\]; give a text"),
+        ("nq", {"question": None}, "question is None; give a text"),
+        ("gsm8k", {"answer": 18}, "answer is 18; give a text"),
+        ("mmlu", {"A": 0}, "A is 0; give a text"),
+        ("mmlu", {"domain": ["law"]}, r"domain is \['law'\]; give a text"),
+    ],
+)
+def test_a_prompt_holds_texts_alone(task, change, message, tmp_path):
+    """Anything else stood there as Python writes it: "Answer:['Bob', 'Robert']"."""
+    demos, right, _, _ = CASES[task]
+    write(tmp_path, task, dev=[right], demos=[*demos, {**demos[0], **change}])
+    with pytest.raises(InputError, match=rf"demos\.jsonl, line {len(demos) + 1}: {message}"):
+        TASKS[task].items(tmp_path, "dev")
+    if "answer" not in change:  # an item's own is no part of its prompt
+        write(tmp_path, task, dev=[right, {**right, **change}], demos=demos)
+        with pytest.raises(InputError, match=rf"dev\.jsonl, line 2: {message}"):
+            TASKS[task].items(tmp_path, "dev")
+
+
+def test_an_item_without_the_field_that_its_demos_go_by_is_refused(tmp_path):
+    """By likelihood the question of MMLU does not name it."""
+    demos, right, _, _ = CASES["mmlu"]
+    write(tmp_path, "mmlu", dev=[{key: right[key] for key in right if key != "domain"}], demos=demos)
+    with pytest.raises(InputError, match=r"dev\.jsonl, line 1: there is no field 'domain'"):
+        CHOICE_TASKS["mmlu"].items(tmp_path, "dev")
 
 
 @pytest.mark.parametrize(

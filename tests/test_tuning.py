@@ -302,6 +302,9 @@ class TestDevItems:
         few = DevSet.from_text(file, 2)
         assert len(few.items) == 2
         assert set(few.items) < set(dev.items)
+        file.write_bytes(text.replace("\n", "\r\n").encode())
+        written = "".join(one.text for one in DevSet.from_text(file).items)
+        assert written.count("\r\n") == written.count("\n") == 60
         for wrong, message in ((b"\xff", "cannot be read"), (b" \n", "is empty")):
             file.write_bytes(wrong)
             with pytest.raises(InputError, match=message):

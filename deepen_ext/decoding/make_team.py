@@ -28,7 +28,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     Raises:
         InputError: see `Ensemble`.
     """
-    _check_loaded(members)
+    check_loaded(members)
     settings = settings.resolved(all(one.backend.capabilities.logits for one in members))
     weights = team_weights(settings, len(members))
     members = members[: len(weights)]
@@ -58,8 +58,14 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     )
 
 
-def _check_loaded(members: Sequence[Member]) -> None:
-    """Refuse names of models in the place of models."""
+def check_loaded(members: Sequence[Member]) -> None:
+    """Refuse names of models in the place of models, and one model in the place of a list.
+
+    Raises:
+        InputError: see above.
+    """
+    if isinstance(members, Member):
+        raise InputError(f"members is {members.name}, one member; give a list, the main model first")
     for one in members if isinstance(members, Sequence) else [members]:
         if not isinstance(one, Member):
             raise InputError(

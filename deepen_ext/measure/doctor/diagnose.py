@@ -11,8 +11,9 @@ from itertools import combinations
 
 import torch
 
+from deepen_ext.decoding.make_team import check_loaded
 from deepen_ext.ensemble import Ensemble
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
@@ -67,17 +68,20 @@ def diagnose(
         progress: called with a line of text as each stage starts.
 
     Raises:
-        InputError: fewer than two members, fewer than two new tokens, no batch, a batch that exceeds the
-            memory, a text too short to split in two or with bytes that some tokenizer loses.
+        InputError: fewer than two members or names in their place, fewer than two new tokens, no batch, a
+            batch that exceeds the memory, a text that is no str, is too short to split in two or has bytes
+            that some tokenizer loses.
         ModelError: a forward pass failed.
     """
+    check_loaded(members)
     if len(members) < 2:
         raise InputError(
             f"a diagnosis needs two or more members, not {len(members)}; name at least two models"
         )
-    if new_tokens < 2:
-        raise InputError(f"new_tokens is {new_tokens}; the first step reads the prompt, so choose 2 or more")
-    whole_number("batch", batch, 1)
+    new_tokens = whole_number("new_tokens", new_tokens, 2)  # the first step reads the prompt
+    batch = whole_number("batch", batch, 1)
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"text is {shown(text)}; give a text, or None for the built-in one")
     say = progress or (lambda _: None)
     whole = SAMPLE_TEXT if text is None else text
     sample = _fitting(members, whole)

@@ -90,7 +90,8 @@ def evaluate(
         batch_size: texts written side by side. With long answers and shared forwards four batches are run
             as one, in which the next item begins where an answer ends. Of choices: items between two writes
             to the disk.
-        certified_skip: for ensembles fused by "deepen": ask the assistants only where they can matter.
+        certified_skip: for ensembles fused by "deepen", one or more: ask the assistants only where they can
+            matter. The others go on without it.
         share_forwards: read a prompt once for all ensembles of a member. Times are then not each ensemble's
             own; False gives times that can be compared.
         votes: texts of an item; 2 or more are sampled, and the item's answer is the one that most of them

@@ -14,9 +14,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.evaluation.answers import Answers, LastNumber, Letter, ShortText, up_to_stop
 
@@ -80,7 +81,8 @@ class Task:
                 every time; another limit may give others. None, or n or more, is all of them.
 
         Raises:
-            InputError: no such split or file, a limit below 1, or a line that is no item of this task.
+            InputError: no such split or file, a limit below 1, or a line that is no item of this task or
+                has no text where the prompt needs one.
         """
         if split not in SPLITS:
             raise InputError(f"split is {split!r}; give one of: {', '.join(SPLITS)}")
@@ -128,7 +130,7 @@ class Task:
             raise InputError(
                 f"{where}: answer is {fields.get('answer')!r}; {self.name} needs {error}"
             ) from error
-        key = str(fields[self.demos_by]) if self.demos_by else ""
+        key = _text(fields, self.demos_by, where) if self.demos_by else ""
         if self.demo_answer is not None and key not in demos:
             raise InputError(
                 f"{where}: there are no demos for it in {file.parent / 'demos.jsonl'}"
@@ -143,20 +145,27 @@ class Task:
             return {}
         template, demos = self.question + self.demo_answer, dict[str, str]()
         for index, fields in enumerate(_read(file)):
-            text = _filled(template, fields, f"{file}, line {1 + index}")
-            key = str(fields[self.demos_by]) if self.demos_by else ""
+            where = f"{file}, line {1 + index}"
+            text = _filled(template, fields, where)
+            key = _text(fields, self.demos_by, where) if self.demos_by else ""
             demos[key] = demos.get(key, "") + text
         return demos
 
 
 def _filled(template: str, fields: Mapping[str, Any], where: str) -> str:
     """The template with an item's fields, as they stand in the file."""
-    try:
-        return template.format(**fields)
-    except KeyError as error:
-        raise InputError(
-            f"{where}: there is no field {error}; docs/evaluation.md names each task's fields"
-        ) from error
+    names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    return template.format(**{name: _text(fields, name, where) for name in names})
+
+
+def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
+    """A field as it stands in the file. Of anything else the prompt would hold how Python writes it."""
+    if name not in fields:
+        raise InputError(f"{where}: there is no field {name!r}; docs/evaluation.md names each task's fields")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {shown(value)}; give a text, as it is to stand in the prompt")
+    return value
 
 
 def _read(file: Path) -> Sequence[Mapping[str, Any]]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from deepen_ext.cluster.pool import Pool
 from deepen_ext.decoding.generation import BatchGeneration
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.ensemble import Ensemble
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.measure.evaluation.choice_scores import score_choices
 from deepen_ext.measure.evaluation.choices import ChoiceItem, ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, configuration_header
@@ -84,8 +84,10 @@ class WritersHere:
         """Take those that write.
 
         Raises:
-            InputError: there are none, or one has on_failure="continue".
+            InputError: there are none, or one has on_failure="continue"; a name that is no text, or what is
+                neither an ensemble nor a poll; a certified skip that none of them can make.
         """
+        _check_named(ensembles)
         self._polls = {name: one for name, one in ensembles.items() if isinstance(one, Poll)}
         self._writing = {name: one for name, one in ensembles.items() if isinstance(one, Ensemble)}
         self._way = way
@@ -97,6 +99,13 @@ class WritersHere:
             name: way.certified_skip and one.fuser.search_bound() is not None
             for name, one in self._writing.items()
         }
+        if way.certified_skip and not any(self._skips.values()):
+            methods = list(dict.fromkeys(one.method for one in self._writing.values()))
+            raise InputError(
+                f"certified_skip bounds the inverse search, which {' and '.join(methods)} "
+                f"{'has' if len(methods) == 1 else 'have'} not; leave it out, or give an ensemble of "
+                'fuser="deepen" too'
+            )
 
     def names(self) -> list[str]:
         """See `Writers`, as the rest."""
@@ -188,6 +197,20 @@ class WritersInReplicas:
 def make_writers(make: Callable[[], Ensembles], way: Way) -> WritersHere:
     """What a replica holds."""
     return WritersHere(make(), way)
+
+
+def _check_named(ensembles: Mapping[Any, Any]) -> None:
+    """Refuse names that name no file, and what cannot answer: left out, it would be missed in the results."""
+    for name, one in ensembles.items():
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"{shown(name)} is no name of a configuration; give a text of one character or more: its "
+                "files are named after it"
+            )
+        if isinstance(one, Member):
+            raise InputError(f"{name} is a Member; give Ensemble([member], fuser='single')")
+        if not isinstance(one, Ensemble | Poll):
+            raise InputError(f"{name} is a {type(one).__name__}; give an Ensemble, or a Poll of others")
 
 
 def _write(

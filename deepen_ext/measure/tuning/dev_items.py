@@ -79,7 +79,7 @@ class DevSet:
                 "texts alone, in a file of another name, or questions with answers by --task and --data"
             )
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_bytes().decode("utf-8")  # read_text would read other line ends as "\n"
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: cannot be read as a text file: {error}") from error
         if not text.strip():
