@@ -333,6 +333,14 @@ class TestStream:
         stream.close()
         assert stream.result.text == ""
 
+    def test_its_result_is_cancelled_until_the_text_has_its_end(self, pair):
+        with pair.stream(PROMPTS[0], max_new_tokens=4, eos_token_id=[]) as stream:
+            assert stream.result.finish_reason == "cancelled"
+            next(stream)
+            assert stream.result.finish_reason == "cancelled"
+            list(stream)
+            assert stream.result.finish_reason == "length"
+
     def test_one_that_is_open_at_the_interpreters_end_says_nothing(self, tiny_smollm2_dir):
         done = subprocess.run(
             [sys.executable, "-c", _LEAVES_A_STREAM, tiny_smollm2_dir], capture_output=True, text=True
