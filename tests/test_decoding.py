@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import gc
 import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,17 @@ SUMS = [
     "Question: A baker makes 24 rolls an hour and works 6 hours. He sells 100 rolls. How many are left?\n"
     "Let's think step by step\nAnswer:",
 ]
+
+# With all the public names the package is held until its modules are emptied, and the stream is too.
+_LEAVES_A_STREAM = """
+import sys
+import deepen_ext
+from deepen_ext import *
+member = load_member(sys.argv[1])
+stream = Ensemble([member, member], fuser="union-topk").stream("The museum", max_new_tokens=5)
+next(stream)
+print("open")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +332,21 @@ class TestStream:
         stream = pair.stream(PROMPTS[0], max_new_tokens=4)
         stream.close()
         assert stream.result.text == ""
+
+    def test_its_result_is_cancelled_until_the_text_has_its_end(self, pair):
+        with pair.stream(PROMPTS[0], max_new_tokens=4, eos_token_id=[]) as stream:
+            assert stream.result.finish_reason == "cancelled"
+            next(stream)
+            assert stream.result.finish_reason == "cancelled"
+            list(stream)
+            assert stream.result.finish_reason == "length"
+
+    def test_one_that_is_open_at_the_interpreters_end_says_nothing(self, tiny_smollm2_dir):
+        done = subprocess.run(
+            [sys.executable, "-c", _LEAVES_A_STREAM, tiny_smollm2_dir], capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (0, "open\n"), done.stderr
+        assert "Exception ignored" not in done.stderr
 
     def test_streamers_of_transformers(self, pair, capsys):
         tokenizer = pair.members[0].tokenizer

@@ -13,6 +13,7 @@ from oracle import random_logits
 from deepen_ext import Ensemble, InputError
 from deepen_ext.decoding.generation import BatchGeneration
 from deepen_ext.decoding.shares import drawn
+from deepen_ext.fusers.bridge import TokenBridge
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.member import Member
 
@@ -102,6 +103,18 @@ def test_three_members_and_only_the_drawn_one_is_asked(
     asked = Counter(tuple(member["name"] for member in one["members"][1:]) for one in records)
     assert {len(names) for names in asked} == {0, 1}
     assert len(asked) == 3  # nobody, and each of the two
+
+
+def test_no_step_waits_for_the_tables(pair: Ensemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any step may be the first to draw an assistant: what is made then would count as a token's time."""
+    fresh = pair.variant(weights=[0.5, 0.5])
+
+    def late(*_: int) -> torch.Tensor:
+        raise AssertionError("a table is made in a step")
+
+    monkeypatch.setattr(TokenBridge, "table", late)
+    _, records = traced(fresh, TEXTS, **SAMPLE)
+    assert any(one["not_asked"] is None for one in records)
 
 
 def test_what_it_cannot_do_is_refused(pair: Ensemble) -> None:

@@ -18,7 +18,9 @@ from deepen_ext.members.backend import Session
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
+from deepen_ext.members.probes import COMPARED, first_difference
 from deepen_ext.members.top_k_only import TopKOnly
+from deepen_ext.text.vocabulary import PROBES
 
 KINDS = ("openai", "sglang", "llama.cpp")
 TEXT = "The Eiffel Tower is in the city of"
@@ -215,6 +217,16 @@ class TestWhatIsSaid:
         session.ask({0: ids, 1: ids[:-1]}, 10, {0: 4, 1: 2}).wait()
         session.close()
         assert len(server.requests) - asked == 2
+
+
+def test_where_two_lists_of_ids_part() -> None:
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == first_difference([1, 2, 3], [1, 2]) == 2
+    assert first_difference([], [1]) == 0
+
+
+def test_texts_with_the_mark_of_a_space_are_not_compared() -> None:
+    assert set(PROBES) - set(COMPARED) == {"a\u2581b\u2581"}
 
 
 @pytest.mark.parametrize("fuser", ["deepen", "average", "union-topk"])

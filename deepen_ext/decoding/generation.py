@@ -124,8 +124,8 @@ class Generation:
         token_ids: the main model's new tokens, a final EOS included.
         finish_reason: "eos", "length" (max_new_tokens reached), "stop_string", "stopping_criteria",
             "context": some member's context is full (an assistant may need more tokens for the text than the
-            main model), "cancelled": a stream that was closed before the end, or "member_lost": the text is
-            what a `MemberLost` error has of it.
+            main model), "member_lost": the text is what a `MemberLost` error has of it, or "cancelled": it
+            has no end, as of a stream that was closed before, or that is not read to the end yet.
         changed_tokens: how many tokens differ from the most probable one of the main model alone.
         timings: where the time went; of the whole batch where there was one.
         backends: what computed each member, the main model first, such as "transformers 5.23.0".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -116,7 +117,11 @@ class Run(Cycles):
         finally:
             self._free()  # also after an interrupt: what was computed is not lost
 
-    def _free(self) -> None:
+    def _free(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's end modules are emptied already, and their names are None: here an argument
+        # holds the function. What a run holds goes with the process.
+        if ending():
+            return
         try:
             super()._free()
         finally:

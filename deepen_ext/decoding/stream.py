@@ -35,7 +35,7 @@ class TextStream(Closing, Iterator[str]):
 
     @property
     def result(self) -> Generation:
-        """What has been written so far; `finish_reason` is "cancelled" where it was closed early."""
+        """What has been written so far; until the text has its end, `finish_reason` is "cancelled"."""
         return self._run.results()[0]
 
 

@@ -37,7 +37,7 @@ class TextInProgress:
         return len(self.ids) - self.prompt_length
 
     def result(self, timings: Timings, backends: Sequence[str]) -> Generation:
-        """What was written so far, and what computed the members."""
+        """What was written so far, and what computed the members; "cancelled" while the text has no end."""
         return Generation(
             text="".join(self.pieces),
             token_ids=self.ids[self.prompt_length :],

@@ -37,7 +37,7 @@ class DrawFuser(UnionVocabFuser):
 
     @classmethod
     def make(cls, given: Ingredients) -> Self:
-        """See `Fuser.make`.
+        """See `Fuser.make`. Tables of tokens are made here: any step may be the first to draw an assistant.
 
         Raises:
             InputError: a rule of weighing: what a member says nobody knows before it is asked.
@@ -48,4 +48,5 @@ class DrawFuser(UnionVocabFuser):
                 f"fuser='draw' asks one member only, so it cannot weigh members by what each says; leave out "
                 f"{fuser.weighing}, or use fuser='union-vocab'"
             )
+        _ = fuser._targets
         return fuser

@@ -12,10 +12,9 @@ from deepen_ext.members.backend import Finding
 from deepen_ext.members.http.backend import HttpBackend
 from deepen_ext.members.http.client import Client, Refusal
 from deepen_ext.members.http.protocols.base import Protocol, Question
+from deepen_ext.members.probes import COMPARED, first_difference
 from deepen_ext.text.vocabulary import PROBES, Vocabulary
 
-_SPACE_MARK = "\u2581"  # llama.cpp takes it for a space
-_TEXTS = [text for text in PROBES if _SPACE_MARK not in text]
 _MOST_ASKED = 1000  # a server that gives as many is taken to give any number
 _FEWER = (256, 128, 100, 64, 50, 40, 32, 20, 10, 5, 1)
 _LONG = 128  # ids of a prompt that shows whether the prefix cache works
@@ -48,7 +47,7 @@ def check_server(backend: HttpBackend, vocabulary: Vocabulary, tokenizer: Findin
         Finding("top-k", "any number of tokens" if most is None else f"{most} tokens at most", most is None)
     )
     found += [look(backend, ids) for look in (_begins, _temperature, _positions, _sure)]
-    pool = sorted({one for text in _TEXTS for one in vocabulary.encode(text)})
+    pool = sorted({one for text in COMPARED for one in vocabulary.encode(text)})
     backend.findings = (*found, *_prefix_cache(backend, vocabulary.prefix_ids, pool))
 
 
@@ -66,26 +65,25 @@ def check_tokenizer(client: Client, protocol: Protocol, vocabulary: Vocabulary, 
     Raises:
         ModelError: they are other ids; the message has the first difference.
     """
-    for text in _TEXTS:
+    for text in COMPARED:
         ours = vocabulary.encode(text)
         plain = list(tokenizer.encode(text, add_special_tokens=False))
         theirs = protocol.tokenize(client, text)
         if theirs is None:
             return _token_counts(client, protocol, vocabulary, tokenizer)
         if theirs not in (ours, plain):
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = first_difference(ours, theirs)
             raise ModelError(
                 f"{client.member}: the tokenizer is not the server's: {text!r} is {ours[at : at + 5]} from "
                 f"token {at} on by tokenizer= and {theirs[at : at + 5]} by {client.address}; name the "
                 f"tokenizer of {protocol.served.model}"
             )
-    return Finding("tokenizer", f"the server gives our ids for all {len(_TEXTS)} probe texts")
+    return Finding("tokenizer", f"the server gives our ids for all {len(COMPARED)} probe texts")
 
 
 def _token_counts(client: Client, protocol: Protocol, vocabulary: Vocabulary, tokenizer: Any) -> Finding:
     size = protocol.served.vocab_size
-    for text in _TEXTS:
+    for text in COMPARED:
         count = protocol.count(client, text)
         if count is None:
             return Finding(
@@ -100,7 +98,7 @@ def _token_counts(client: Client, protocol: Protocol, vocabulary: Vocabulary, to
                 f"tokenizer= and {count} by {client.address}; name the tokenizer of {protocol.served.model}"
             )
     sizes = "" if size is None else f", and its vocabulary has our {size:,} tokens"
-    return Finding("tokenizer", f"the server counts our tokens in all {len(_TEXTS)} probe texts{sizes}")
+    return Finding("tokenizer", f"the server counts our tokens in all {len(COMPARED)} probe texts{sizes}")
 
 
 def _find_max_topk(backend: HttpBackend, ids: list[int]) -> int | None:

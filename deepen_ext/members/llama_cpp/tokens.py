@@ -11,9 +11,9 @@ import numpy as np
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members.llama_cpp.model import LlamaModel
+from deepen_ext.members.probes import COMPARED, first_difference
 from deepen_ext.text.vocabulary import PROBES, Vocabulary
 
-_SPACE_MARK = "\u2581"
 _ADVICE = "although both read the same file. Use backend='transformers', or the model's Hugging Face folder"
 
 
@@ -48,13 +48,10 @@ def check_tokenizer(model: LlamaModel, vocabulary: Vocabulary) -> None:
             f"{model.name}: {PROBES[0]!r} is {before + plain} by our tokenizer and {whole} by "
             f"{model.library.name}, {_ADVICE}"
         )
-    for text in PROBES:
-        if _SPACE_MARK in text:
-            continue
+    for text in COMPARED:
         ours, theirs = vocabulary.encode(text), tokenize(model, text)
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            at = first_difference(ours, theirs)
             raise ModelError(
                 f"{model.name}: {text!r} is {ours[at : at + 5]} from token {at} on by our tokenizer and "
                 f"{theirs[at : at + 5]} by {model.library.name}, {_ADVICE}"
