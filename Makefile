@@ -5,9 +5,9 @@ PYTHON ?= python3
 DEEPEN_CUDA ?= AUTO
 PROMPT ?= The three primary colours are
 TOKENS ?= 32
-# Processes that share the test files; each loads its own models. Two left a quarter of two cores idle: many
-# tests wait for a server or for Ray.
-TEST_JOBS ?= 3
+# Processes that share the test files; each loads its own models, 10 GB in all. Three left a seventh of two cores
+# idle: many tests wait for a server or for Ray.
+TEST_JOBS ?= 4
 
 VENV := .venv
 # The demo runs on the CPU: `make demo` alone takes whatever is installed, and where nothing is, it does not wait for
@@ -49,7 +49,7 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## two real models write one text: make demo PROMPT="..." TOKENS=32
 	$(BIN)/deepen-ext generate --demo --prompt "$(PROMPT)" --max-new-tokens $(TOKENS)
 
-test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=3 processes
+test: $(INSTALLED)  ## lint and every test, by TEST_JOBS=4 processes
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
 check: $(INSTALLED)  ## for the edit loop: lint, and the tests not marked slow, of every folder

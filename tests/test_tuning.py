@@ -73,7 +73,7 @@ def data(tmp_path: Path) -> Path:
         for n in range(1, 7)
     ]
     files = {
-        "nq/demos": rows[:2],
+        "nq/demos": [one | {"answer": one["answer"][0]} for one in rows[:2]],
         "nq/dev": rows[2:],
         "arc_challenge/dev": [*letters, letters[0] | {"A": "", "B": "", "C": "", "D": "", "answer": "2"}],
         "piqa/test": [{"question": "ice", "A": "cold", "B": "hot", "answer": "A"}],
@@ -358,7 +358,7 @@ class TestTune:
         self, smollm2: Member, gemma: Member, data: Path
     ) -> None:
         """And the preset gives the likelihood that it says."""
-        dev = DevSet.from_task("nq", data, 4)
+        dev = DevSet.from_task("nq", data, 6)
         named = tune([smollm2, gemma], dev, recipes=("bytes",))
         swapped = tune([gemma, smollm2], dev, recipes=("bytes",))
         for one in (named, swapped):
@@ -379,7 +379,7 @@ class TestTune:
         assert {key: preset.measured[key] for key in ("task", "split", "items")} == {
             "task": "nq",
             "split": "dev",
-            "items": 4,
+            "items": 6,
         }
         assert remeasured(preset, dev, smollm2, gemma) == pytest.approx(bits, abs=1e-4)
         assert preset.measured["bits_per_byte"]["chosen"] == pytest.approx(bits, abs=1e-5)

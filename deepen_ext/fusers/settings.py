@@ -183,7 +183,7 @@ def check_steps(value: Any) -> int:
 def check_min_probability(value: Any) -> float:
     """The value as a float; InputError where it is out of range."""
     # As the core takes it: a double just below 1 is a float of 1.
-    as_float = partial(torch.tensor, dtype=torch.float32)
+    as_float = partial(torch.tensor, dtype=torch.float32, device="cpu")
     return real_number("min_probability", value, "0 to below 1", lambda x: 0 <= as_float(x).item() < 1)
 
 
