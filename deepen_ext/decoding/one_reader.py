@@ -17,9 +17,8 @@ class OneReader(Iterator[T]):
     def __init__(self, steps: Generator[T, None, None]) -> None:
         self._steps = steps
         self._reading = threading.Lock()
-        self._to_end = (
-            False  # set before the lock is tried, looked at after it is given back: one of both ends it
-        )
+        # Set before the lock is tried, looked at after it is given back: one of the two threads ends it.
+        self._to_end = False
 
     def __next__(self) -> T:
         """What comes next.
