@@ -56,7 +56,7 @@ def doctor(
             raise InputError("a diagnosis needs two or more models, or a server's address; repeat --model")
         sample = None if text is None else _read(text)
         check_output_file("--html", html, [".html"])
-        check_apart([("--html", html)], [("--text", text), *(("--model", one) for one in named)])
+        check_apart({"--html": html}, {"--text": text}, named)
         with progress() as say:
             say("Starting")
             from rich.text import Text

@@ -174,8 +174,7 @@ def evaluate(
         only_polled = polled and fuser == [_VOTE]
         fuser = [one for one in fuser or [] if one != _VOTE]
         named = named_members(model, demo, preset)
-        read = [("--preset", preset), *(("--model", one) for one in named.members)]
-        check_apart([("--plot", plot)], read)
+        check_apart({"--plot": plot}, {"--preset": preset}, named.members)
         if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)

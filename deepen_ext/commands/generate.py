@@ -104,8 +104,7 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
-        read = [("--preset", preset), *(("--model", one) for one in named.members)]
-        check_apart([("--trace", trace)], read)
+        check_apart({"--trace": trace}, {"--preset": preset}, named.members)
         settings = {"do_sample": sample, **given}
         _check_before_loading(text, settings, stop, confidence_gate, draft, trace)
         ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate, on_failure)
@@ -194,9 +193,9 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
     """The JSON object; times in milliseconds, those per token without the step that reads the prompt."""
     timings, later = result.timings, result.timings.later_tokens
 
-    def a_token(milliseconds: float) -> float | None:
-        """Of a text of one token there is nothing to measure: all its time is the prompt's."""
-        return round(milliseconds, 3) if timings.steps > 1 else None
+    def measured(value: float) -> float | None:
+        """None for a text of one step, all of whose time is the prompt's: what a token takes is not known."""
+        return round(value, 3) if timings.steps > 1 else None
 
     return {
         "text": result.text,
@@ -205,11 +204,11 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "changed_tokens": result.changed_tokens,
         "lost": result.lost,
-        "ms_per_token": a_token(timings.ms_per_token),
-        "fusion_ms_per_token": a_token(timings.fusion_ms_per_token),
-        "handoff_ms_per_token": a_token(timings.handoff_ms / later),
+        "ms_per_token": measured(timings.ms_per_token),
+        "fusion_ms_per_token": measured(timings.fusion_ms_per_token),
+        "handoff_ms_per_token": measured(timings.handoff_ms / later),
         "prompt_ms": round(timings.prompt_ms, 3),
-        "tokens_per_second": a_token(timings.tokens_per_second),
+        "tokens_per_second": measured(timings.tokens_per_second),
         "skipped_share": round(timings.skipped_share, 4),
         "drafted_tokens": timings.drafted,
         "acceptance_rate": round(timings.acceptance, 4) if timings.drafted else None,
@@ -218,7 +217,7 @@ def _report(ensemble: Ensemble, result: Generation) -> dict[str, Any]:
             {
                 "name": name,
                 "weight": None if ensemble.weighs_prompts else weight,
-                "ms_per_token": a_token(timings.members_ms[name] / later),
+                "ms_per_token": measured(timings.members_ms[name] / later),
             }
             for name, weight in zip(ensemble.names, ensemble.weights, strict=True)
         ],

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from deepen_ext.presets import Preset
 
 _ONE_WAY = (
-    "name the models with --model, two or more, or with a --preset, or take the embedded pair with --demo "
-    "and neither"
+    "name the models with --model, two or more, or with a --preset, or with both; or take the embedded pair "
+    "with --demo alone"
 )
 
 

@@ -65,8 +65,7 @@ def nll(
             raise InputError("every member alone is measured anyway; leave --fuser single out")
         check_likelihood(fuser or [])
         check_output_file("--plot", plot)
-        read = [("--text", text), ("--preset", preset), *(("--model", one) for one in named.members)]
-        check_apart([("--plot", plot)], read)
+        check_apart({"--plot": plot}, {"--text": text, "--preset": preset}, named.members)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
         ways = ways_of_fusing(named, specs, recipe)

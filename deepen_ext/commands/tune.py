@@ -69,8 +69,7 @@ def tune(
         check_place("--out", place if place.is_dir() else _first_there(place.parent) / place.name)
         check_output_file("--plot", plot)
         named = named_members(model, demo).members
-        read = [("--text", text), *(("--model", one) for one in named)]
-        check_apart([("--out", out), ("--plot", plot)], read)
+        check_apart({"--out": out, "--plot": plot}, {"--text": text}, named)
         with progress() as say:
             say("Starting")
             from deepen_ext.fusers import parse_fuser

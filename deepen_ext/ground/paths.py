@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -19,16 +19,21 @@ def user_path(name: str | PathLike[str]) -> Path:
 
 
 def check_apart(
-    written: Iterable[tuple[str, str | PathLike[str] | None]],
-    read: Iterable[tuple[str, str | PathLike[str] | None]] = (),
+    written: Mapping[str, Path | None], read: Mapping[str, str | Path | None], models: Sequence[str]
 ) -> None:
-    """That no file of a command is written over another one of it. Each with its option; None: not given.
+    """That no file of a command is written over another one of it.
+
+    Args:
+        written: files by their options; None where one was not given.
+        read: the same of what the command reads.
+        models: what --model names, files among it.
 
     Raises:
         InputError: two names of one file, of which at least one is written.
     """
-    places = {user_path(file).resolve(): option for option, file in read if file is not None}
-    for option, file in written:
+    places = {user_path(name).resolve(): "--model" for name in models}
+    places |= {user_path(file).resolve(): option for option, file in read.items() if file is not None}
+    for option, file in written.items():
         if file is None:
             continue
         place = user_path(file).resolve()

@@ -29,7 +29,7 @@ from deepen_ext.serving.service import Service
         (["--ensemble", "x"], "NAME=PRESET.yaml"),
         (["--ensemble", "a b=c.yaml"], "NAME=PRESET.yaml"),
         (["--ensemble", "x=not-there.yaml"], "not-there.yaml"),
-        (["--demo", "--model", "a"], "and neither"),
+        (["--demo", "--model", "a"], "the embedded pair with --demo alone"),
         (["--demo", "--queue", "0"], "--queue"),
         (["--model", "/no/a", "--model", "/no/b", "--grace", "inf"], "--grace"),
         (["--model", "/no/a", "--model", "/no/b", "--time-limit", "inf"], "--time-limit"),
