@@ -283,6 +283,9 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], messag
         (["--trace", "/no/such/folder/t.jsonl"], "there is no folder /no/such/folder"),
         (["--prompt", "\udcff"], "lone surrogate"),
         (["--fuser", "os:system"], "is called with (logits, said, weights)"),
+        (["--fuser", "draw"], "'draw' is a way to sample; set do_sample=True (--sample)"),
+        (["--fuser", "spans", "--sample"], "'spans' writes whole words"),
+        (["--fuser", "average", "--certified-skip"], "which average has not; leave it out"),
     ],
 )
 def test_what_needs_no_model_is_said_before_models_are_loaded(arguments: list[str], message: str) -> None:

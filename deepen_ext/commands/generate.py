@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from deepen_ext.ground.paths import check_apart, user_path
 if TYPE_CHECKING:
     from deepen_ext.decoding.generation import Generation
     from deepen_ext.ensemble import Ensemble
+    from deepen_ext.fusers import Fuser
 
 # torch and transformers are imported inside the command only, so that --help answers at once.
 
@@ -107,7 +109,9 @@ def generate(
         check_apart({"--trace": trace}, {"--preset": preset}, named.members)
         settings = {"do_sample": sample, **given}
         _check_before_loading(text, settings, stop, confidence_gate, draft, trace)
-        ensemble = load_ensemble(named, loading, fuser, weight, recipe, learning_rate, on_failure)
+        fits = partial(_check_fuser, sampled=sample, certified_skip=certified_skip)
+        chosen = (fuser, weight, recipe, learning_rate, on_failure)
+        ensemble = load_ensemble(named, loading, *chosen, check=fits)
         tell = _tell_as_json if as_json else _tell
         try:
             result = ensemble.generate(
@@ -161,6 +165,16 @@ def _check_before_loading(
         place = user_path(trace)
         if not place.exists() or place.is_dir():  # a file that is there is written into
             check_place("--trace", place)
+
+
+def _check_fuser(kind: type[Fuser], method: str, *, sampled: bool, certified_skip: bool) -> None:
+    """Raise InputError for a fuser that cannot write such a text."""
+    from deepen_ext.decoding.limits import check_sampling
+    from deepen_ext.decoding.skips import check_certified_skip
+
+    check_sampling(kind, method, sampled)
+    if certified_skip:
+        check_certified_skip(kind, method, sampled)
 
 
 def _prompt(prompt: str | None) -> str:

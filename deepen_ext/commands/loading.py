@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,7 @@ from deepen_ext.members.from_text import DEMO_PAIR
 
 if TYPE_CHECKING:
     from deepen_ext.ensemble import Ensemble
+    from deepen_ext.fusers import Fuser
     from deepen_ext.presets import Preset
 
 _ONE_WAY = (
@@ -87,18 +88,30 @@ def ensemble_keywords(
     return options | settings
 
 
-def load_ensemble(named: Named, *options: Any) -> Ensemble:
+def load_ensemble(
+    named: Named, *options: Any, check: Callable[[type[Fuser], str], None] | None = None
+) -> Ensemble:
     """The ensemble that the options ask for; they are those of `ensemble_keywords`.
 
+    Args:
+        named: see `named_members`.
+        options: the rest of what `ensemble_keywords` takes.
+        check: before anything is loaded, looks at the fuser's class and name. Not called for "auto", which
+            stands for fusers that can write every text.
+
     Raises:
-        InputError: a setting out of range.
+        InputError: a setting out of range; or `check` raises it.
         ModelError: a model cannot be loaded.
     """
     with progress() as say, _without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble
+        from deepen_ext.fusers import FusionSettings, fuser_class, method_name
 
         keywords = ensemble_keywords(named, *options)
+        fuser, recipe = (keywords.get(key, getattr(FusionSettings, key)) for key in ("fuser", "recipe"))
+        if check is not None and fuser != "auto":
+            check(fuser_class(fuser), method_name(fuser, recipe))
         return Ensemble.from_pretrained(named.members, progress=say, **keywords)
 
 

@@ -8,6 +8,7 @@ from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.text_in_progress import TextInProgress
 from deepen_ext.errors import InputError
+from deepen_ext.fusers import Fuser
 from deepen_ext.members.memory import Held, find_shortage
 
 
@@ -60,19 +61,36 @@ def check_choice(team: Team, settings: Settings) -> None:
     Raises:
         InputError: greedy decoding of a fuser that draws; of one that chooses words anything else.
     """
-    if team.fuser.draws and not settings.do_sample:
+    check_sampling(type(team.fuser), team.method, settings.do_sample)
+    if team.fuser.spans and (asked := settings.processors([0])):
+        raise _picks_tokens(team.method, type(asked[0]).__name__)
+
+
+def check_sampling(kind: type[Fuser], method: str, do_sample: bool) -> None:
+    """The part of `check_choice` that needs no models.
+
+    Args:
+        kind: the fuser's class.
+        method: what messages call it.
+        do_sample: whether tokens are drawn.
+
+    Raises:
+        InputError: greedy decoding of a fuser that draws; sampling by one that chooses words.
+    """
+    if kind.draws and not do_sample:
         raise InputError(
-            f"fuser='{team.method}' is a way to sample; set do_sample=True, or for greedy decoding use "
+            f"fuser='{method}' is a way to sample; set do_sample=True (--sample), or for greedy decoding use "
             "fuser='union-vocab', whose average it samples from"
         )
-    if not team.fuser.spans:
-        return
-    asked = ["do_sample"] if settings.do_sample else [type(one).__name__ for one in settings.processors([0])]
-    if asked:
-        raise InputError(
-            f"fuser='{team.method}' writes whole words, the most probable ones, and {asked[0]} picks single "
-            "tokens in another way; leave the setting out, or use another fuser"
-        )
+    if kind.spans and do_sample:
+        raise _picks_tokens(method, "do_sample")
+
+
+def _picks_tokens(method: str, setting: str) -> InputError:
+    return InputError(
+        f"fuser='{method}' writes whole words, the most probable ones, and {setting} picks single "
+        "tokens in another way; leave the setting out, or use another fuser"
+    )
 
 
 def check_lengths(

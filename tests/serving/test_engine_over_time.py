@@ -21,7 +21,7 @@ from deepen_ext.errors import InputError, ModelError
 from deepen_ext.members.member import Member
 from deepen_ext.serving import engine as engines
 from deepen_ext.serving import running as runs
-from deepen_ext.serving.engine import Engine
+from deepen_ext.serving.engine import Busy, Engine
 from deepen_ext.serving.requests import Ended, Failed, Prompted
 
 CHUNK = 7
@@ -211,6 +211,8 @@ class TestMemory:
     def test_it_can_be_sent_to_another_process(self) -> None:
         error = pickle.loads(pickle.dumps(NoRoom("it needs 3 GB", "take less")))
         assert (str(error), error.why) == ("it needs 3 GB; take less", "it needs 3 GB")
+        busy = pickle.loads(pickle.dumps(Busy("8 texts wait already", 3)))
+        assert (str(busy), busy.retry_after) == ("8 texts wait already; try again in 3 s", 3)
 
 
 class TestFaultsOfOurs:

@@ -62,14 +62,20 @@ def draft_length(draft: Literal["auto"] | int | str) -> int | None:
 
 
 def _drafters(names: Sequence[str], length: int | None, drafter: str) -> tuple[int, ...]:
+    alone = len(names) == 1
     if drafter == "auto":
-        return (MAIN,) if length is not None else (MAIN, LOOKUP, *range(1, len(names)))
-    if drafter == "main":
-        return (MAIN,)
+        if length is None:
+            return (MAIN, LOOKUP, *range(1, len(names)))
+        return (LOOKUP,) if alone else (MAIN,)
     if drafter == "lookup":
         return (LOOKUP,)
-    if drafter in names:
-        return (names.index(drafter),)
-    raise InputError(
-        f"drafter is {drafter!r}; give 'auto', 'main', 'lookup' or a member's name: {', '.join(names)}"
-    )
+    if drafter != "main" and drafter not in names:
+        raise InputError(
+            f"drafter is {drafter!r}; give 'auto', 'main', 'lookup' or a member's name: {', '.join(names)}"
+        )
+    if alone and length != 0:
+        raise InputError(
+            f"drafter is {drafter!r}, and {names[0]} writes alone: a draft of its own saves no forward pass; "
+            "give 'lookup' or 'auto'"
+        )
+    return (MAIN,) if drafter == "main" else (names.index(drafter),)
