@@ -8,6 +8,7 @@ from collections import defaultdict
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,6 +317,28 @@ def test_what_the_main_model_has_no_token_for(one_byte_folders, name) -> None:
     with pytest.raises(InputError, match=r"row 1: \S+ has no token for what .*give \S+ a weight of its own"):
         pair.fuser.step([main, other], [0.0, 1.0])
     assert pair.fuser.step([main[:1], other[:1]], [0.0, 1.0]).logits.isfinite().any()
+
+
+@pytest.mark.parametrize("candidates", [1, 128])
+def test_union_topk_with_a_member_that_names_nothing_but_a_special_token(
+    one_byte_folders: list[Path], candidates: int
+) -> None:
+    """It has nothing of the union, which is empty where it alone has a say and names one token."""
+    first, second = load_members(one_byte_folders)
+    vocabulary = copy(second.vocabulary)
+    vocabulary.tokens = [None if i == 70 else text for i, text in enumerate(vocabulary.tokens)]
+    members = [first, replace(second, vocabulary=vocabulary)]
+    fuser = Ensemble(members, fuser="union-topk", cache=False, candidates=candidates).fuser
+    main, other = torch.zeros(1, first.vocab_size), torch.full((1, first.vocab_size), -torch.inf)
+    main[0, 20], other[0, 70] = 9.0, 0.0
+    step = fuser.step([main, other], [0.5, 0.5])
+    torch.testing.assert_close(step.logits, main)
+    assert step.chosen.tolist() == [20]
+    if candidates == 1:
+        assert torch.equal(fuser.step([main, other], [0.0, 1.0]).logits, main)
+    else:  # the others that it names it finds impossible
+        with pytest.raises(InputError, match="has no token"):
+            fuser.step([main, other], [0.0, 1.0])
 
 
 def test_indents_of_python(gemma: Member) -> None:
