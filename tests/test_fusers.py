@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
@@ -466,6 +467,21 @@ class TestFunction:
         want = ensemble.variant(fuser="union-vocab").fuser.step([said[0], said[1][[0, 2]]], **given)
         torch.testing.assert_close(step.logits, want.logits)
         assert not torch.equal(step.logits[0], said[0][0])
+
+    def test_may_write_to_its_weights(self, one_byte_folders: list[Path]) -> None:
+        """The second step had what the first had made of them."""
+        seen = []
+
+        def mine(logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+            seen.append(weights.tolist())
+            weights[:, 1] /= 2
+            return logits
+
+        fuser = Ensemble(load_members(one_byte_folders), fuser=mine).fuser
+        logits = [torch.zeros(1, size) for size in fuser.vocab_sizes]
+        steps = [fuser.step(logits, [0.5, 0.5]) for _ in range(2)]
+        assert seen == [[[0.5, 0.5]]] * 2
+        assert [one.shares for one in steps] == [[(0.5, 0.5)]] * 2
 
     def test_on_main_in_a_class(self, smollm2, gemma, said) -> None:
         """Who makes a class of a function is told what stands in its place."""
