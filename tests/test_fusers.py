@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,6 +320,28 @@ def test_what_the_main_model_has_no_token_for(one_byte_folders, name) -> None:
     assert pair.fuser.step([main[:1], other[:1]], [0.0, 1.0]).logits.isfinite().any()
 
 
+@pytest.mark.parametrize("candidates", [1, 128])
+def test_union_topk_with_a_member_that_names_nothing_but_a_special_token(
+    one_byte_folders: list[Path], candidates: int
+) -> None:
+    """It has nothing of the union, which is empty where it alone has a say and names one token."""
+    first, second = load_members(one_byte_folders)
+    vocabulary = copy(second.vocabulary)
+    vocabulary.tokens = [None if i == 70 else text for i, text in enumerate(vocabulary.tokens)]
+    members = [first, replace(second, vocabulary=vocabulary)]
+    fuser = Ensemble(members, fuser="union-topk", cache=False, candidates=candidates).fuser
+    main, other = torch.zeros(1, first.vocab_size), torch.full((1, first.vocab_size), -torch.inf)
+    main[0, 20], other[0, 70] = 9.0, 0.0
+    step = fuser.step([main, other], [0.5, 0.5])
+    torch.testing.assert_close(step.logits, main)
+    assert step.chosen.tolist() == [20]
+    if candidates == 1:
+        assert torch.equal(fuser.step([main, other], [0.0, 1.0]).logits, main)
+    else:  # the others that it names it finds impossible
+        with pytest.raises(InputError, match="has no token"):
+            fuser.step([main, other], [0.0, 1.0])
+
+
 def test_indents_of_python(gemma: Member) -> None:
     """They came out a space short: 11, 7 and 3."""
     qwen = load_member("demo:qwen2.5-coder-0.5b-instruct", backend="transformers")
@@ -443,6 +467,21 @@ class TestFunction:
         want = ensemble.variant(fuser="union-vocab").fuser.step([said[0], said[1][[0, 2]]], **given)
         torch.testing.assert_close(step.logits, want.logits)
         assert not torch.equal(step.logits[0], said[0][0])
+
+    def test_may_write_to_its_weights(self, one_byte_folders: list[Path]) -> None:
+        """The second step had what the first had made of them."""
+        seen = []
+
+        def mine(logits: torch.Tensor, said: Sequence[Said], weights: torch.Tensor) -> torch.Tensor:
+            seen.append(weights.tolist())
+            weights[:, 1] /= 2
+            return logits
+
+        fuser = Ensemble(load_members(one_byte_folders), fuser=mine).fuser
+        logits = [torch.zeros(1, size) for size in fuser.vocab_sizes]
+        steps = [fuser.step(logits, [0.5, 0.5]) for _ in range(2)]
+        assert seen == [[[0.5, 0.5]]] * 2
+        assert [one.shares for one in steps] == [[(0.5, 0.5)]] * 2
 
     def test_on_main_in_a_class(self, smollm2, gemma, said) -> None:
         """Who makes a class of a function is told what stands in its place."""

@@ -55,8 +55,8 @@ class FunctionFuser(MappedFuser):
         Args:
             function: (logits [b, V_main], said, weights float32 [b, n]) -> new logits [b, V_main], of rows in
                 which some assistant speaks. `said` is what each member says (`Said`), the main model first;
-                a member with weight 0 says nothing of that row. Its logits may be written to. What they have
-                as -inf cannot be written and stays so, whatever the function gives.
+                a member with weight 0 says nothing of that row. Its logits and weights may be written to.
+                What the logits have as -inf cannot be written and stays so, whatever the function gives.
             vocab_sizes: see `Fuser`.
             bridge: for `Said.on_main`.
             device: see `Fuser`.
@@ -79,7 +79,8 @@ class FunctionFuser(MappedFuser):
             InputError: the function gives something else than logits of the same shape.
         """
         forbidden = logits == -torch.inf  # cannot be written: not by the function's leave either
-        given = self.function(logits, [replace(one, to_main=self._on_main) for one in said], weights)
+        # A copy: these weights are kept for the steps that follow.
+        given = self.function(logits, [replace(one, to_main=self._on_main) for one in said], weights.clone())
         if not isinstance(given, torch.Tensor) or given.shape != logits.shape:
             what = list(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
             raise InputError(f"the fuser gave {what}; it must return logits of shape {list(logits.shape)}")

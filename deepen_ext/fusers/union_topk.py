@@ -57,7 +57,9 @@ class UnionTopkFuser(BridgedFuser):
                 own = said[i].row(row)
                 assert own is not None
                 average += shares[i] * self._distribution(said[i].member, own, union).to(self.device)
-            main = torch.tensor([self._bridge.first(*token, 0) for token in union], device=self.device)
+            # The union is empty where members name nothing but special tokens.
+            first = [self._bridge.first(*token, 0) for token in union]
+            main = torch.tensor(first, dtype=torch.long, device=self.device)
             kept = main >= 0
             ids, inverse = main[kept].unique(return_inverse=True)  # type: ignore[no-untyped-call]
             mass = average.new_zeros(len(ids)).index_add_(0, inverse, average[kept])
@@ -74,8 +76,10 @@ class UnionTopkFuser(BridgedFuser):
         return list(found.values())
 
     def _distribution(self, member: int, logits: torch.Tensor, union: list[tuple[int, int]]) -> torch.Tensor:
-        """A member's softmax over the union, float32 [U]."""
+        """A member's softmax over the union, float32 [U]; 0 where it finds none of the union possible."""
         ids = [self._bridge.first(*token, member) for token in union]
         fresh = [token >= 0 and token not in ids[:i] for i, token in enumerate(ids)]
-        own = logits[torch.tensor(ids, device=logits.device).clamp(min=0)].float()
-        return torch.softmax(own.masked_fill(~torch.tensor(fresh, device=logits.device), -torch.inf), dim=0)
+        there = torch.tensor(ids, dtype=torch.long, device=logits.device).clamp(min=0)
+        counts = torch.tensor(fresh, dtype=torch.bool, device=logits.device)
+        own = logits[there].float().masked_fill(~counts, -torch.inf)
+        return torch.softmax(own, dim=0).nan_to_num(0.0)
