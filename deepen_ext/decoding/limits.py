@@ -62,16 +62,17 @@ def check_choice(team: Team, settings: Settings) -> None:
     """
     if team.fuser.draws and not settings.do_sample:
         raise InputError(
-            f"fuser='{team.method}' is a way to sample; set do_sample=True, or for greedy decoding use "
-            "fuser='union-vocab', whose average it samples from"
+            f"fuser='{team.method}' is a way to sample; set do_sample=True (--sample), or for greedy "
+            "decoding use fuser='union-vocab', whose average it samples from"
         )
     if not team.fuser.spans:
         return
     asked = ["do_sample"] if settings.do_sample else [type(one).__name__ for one in settings.processors([0])]
     if asked:
+        setting = "do_sample (--sample)" if settings.do_sample else "the setting"
         raise InputError(
             f"fuser='{team.method}' writes whole words, the most probable ones, and {asked[0]} picks single "
-            "tokens in another way; leave the setting out, or use another fuser"
+            f"tokens in another way; leave {setting} out, or use another fuser"
         )
 
 
