@@ -63,7 +63,7 @@ def check_choice(team: Team, settings: Settings) -> None:
     """
     check_sampling(type(team.fuser), team.method, settings.do_sample)
     if team.fuser.spans and (asked := settings.processors([0])):
-        raise _picks_tokens(team.method, type(asked[0]).__name__)
+        raise _picks_tokens(team.method, type(asked[0]).__name__, "the setting")
 
 
 def check_sampling(kind: type[Fuser], method: str, do_sample: bool) -> None:
@@ -83,13 +83,13 @@ def check_sampling(kind: type[Fuser], method: str, do_sample: bool) -> None:
             "fuser='union-vocab', whose average it samples from"
         )
     if kind.spans and do_sample:
-        raise _picks_tokens(method, "do_sample")
+        raise _picks_tokens(method, "do_sample", "do_sample (--sample)")
 
 
-def _picks_tokens(method: str, setting: str) -> InputError:
+def _picks_tokens(method: str, what: str, setting: str) -> InputError:
     return InputError(
-        f"fuser='{method}' writes whole words, the most probable ones, and {setting} picks single "
-        "tokens in another way; leave the setting out, or use another fuser"
+        f"fuser='{method}' writes whole words, the most probable ones, and {what} picks single "
+        f"tokens in another way; leave {setting} out, or use another fuser"
     )
 
 

@@ -29,17 +29,17 @@ _COUNTS = {
 }
 # Numbers: what to choose, in words and as a test. transformers leaves out what is outside without a word.
 # Scores are divided by the temperature and by penalties, in float32: what is nearer to 0 makes infinities.
-_LEAST, _MOST = 1e-30, 1e30
+LEAST, _MOST = 1e-30, 1e30
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("1e-30 to 100, or do_sample=False for greedy", lambda x: _LEAST <= x <= 100),
+    "temperature": ("1e-30 to 100, or do_sample=False (no --sample) for greedy", lambda x: LEAST <= x <= 100),
     "top_p": ("above 0 to 1", lambda x: 0 < x <= 1),
     "min_p": ("0 to 1", lambda x: 0 <= x <= 1),
     "top_h": ("above 0 to 1", lambda x: 0 < x <= 1),
     "typical_p": ("above 0 to 1", lambda x: 0 < x <= 1),
     "epsilon_cutoff": ("0 to below 1", lambda x: 0 <= x < 1),
     "eta_cutoff": ("0 to below 1", lambda x: 0 <= x < 1),
-    "repetition_penalty": ("1e-30 to 1e30", lambda x: _LEAST <= x <= _MOST),
-    "encoder_repetition_penalty": ("1e-30 to 1e30", lambda x: _LEAST <= x <= _MOST),
+    "repetition_penalty": ("1e-30 to 1e30", lambda x: LEAST <= x <= _MOST),
+    "encoder_repetition_penalty": ("1e-30 to 1e30", lambda x: LEAST <= x <= _MOST),
     "max_time": ("seconds above 0", lambda x: x > 0),
 }
 _FLAGS = {"do_sample", "renormalize_logits"}

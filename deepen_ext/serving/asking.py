@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepen_ext.decoding.prompts import Messages, read_prompts
+from deepen_ext.decoding.setting_rules import LEAST
 from deepen_ext.fusers import FUSERS
 from deepen_ext.fusers.make import parse_fuser, recipe_of
 from deepen_ext.members.chat import WithoutTemplate
@@ -143,6 +144,7 @@ def _decoding(
     template: WithoutTemplate = "error",
 ) -> dict[str, Any]:
     """Keywords of `Ensemble.generate`. At temperature 0 what only sampling reads is left out."""
+    _check_choice(model, body)
     found: dict[str, Any] = {"max_new_tokens": tokens, "stop_strings": body.stops or None}
     if body.temperature > 0:
         found |= {
@@ -168,6 +170,50 @@ def _decoding(
         length = len(_prompt_ids(model, prompt, template))
         found["logits_processor"] = [CountPenalty(length, body.presence_penalty, body.frequency_penalty)]
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _check_choice(model: Model, body: CompletionBody | ChatBody) -> None:
+    """That the fuser goes with how tokens are picked, and that penalties and temperature are in range.
+
+    The engine refuses these too, but by the names of `Ensemble.generate`: a request has no do_sample.
+    """
+    if 0 < body.temperature < LEAST:
+        why = f"temperature is {body.temperature}; choose {LEAST} to 100, or 0 for greedy decoding"
+        raise refused(why, "temperature")
+    if body.repetition_penalty < LEAST:
+        why = f"repetition_penalty is {body.repetition_penalty}; choose {LEAST} to 100"
+        raise refused(why, "repetition_penalty")
+    name = body.fuser or model.ensemble.method
+    fuser = FUSERS.get(name)
+    if fuser is None or model.alone:  # None: auto, a recipe of deepen's, or a function of the server's owner
+        return
+    if fuser.draws and body.temperature == 0:
+        raise refused(
+            f"fuser {name} is a way to sample; set temperature above 0, or for greedy decoding use fuser "
+            "union-vocab, whose average it samples from",
+            "temperature",
+        )
+    if not fuser.spans:
+        return
+    if body.temperature > 0:
+        raise refused(
+            f"fuser {name} writes the most probable words; set temperature to 0 (1 where none is given), "
+            "or use another fuser",
+            "temperature",
+        )
+    others = {
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty != 1,
+        "logit_bias": body.logit_bias,
+    }
+    for field, given in others.items():
+        if given:
+            raise refused(
+                f"fuser {name} writes whole words, and {field} changes single tokens; leave it out, or use "
+                "another fuser",
+                field,
+            )
 
 
 def _fusion(model: Model, body: CompletionBody | ChatBody) -> dict[str, Any]:

@@ -91,6 +91,37 @@ def test_a_400_names_the_field(served: Running, path: str, more: dict[str, Any],
 
 
 @pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"fuser": "draw"}, "temperature"),
+        ({"fuser": "spans", "temperature": None}, "temperature"),
+        ({"fuser": "spans", "presence_penalty": 1}, "presence_penalty"),
+        ({"fuser": "spans", "frequency_penalty": 1}, "frequency_penalty"),
+        ({"fuser": "spans", "repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"fuser": "spans", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"temperature": 1e-31}, "temperature"),
+        ({"repetition_penalty": 1e-31}, "repetition_penalty"),
+    ],
+)
+def test_advice_is_in_the_fields_of_a_request(served: Running, more: dict[str, Any], field: str) -> None:
+    """A request has no do_sample: a client that followed the engine's words was refused once more."""
+    for path, body in ((COMPLETIONS, COMPLETION), (CHATS, CHAT)):
+        error = served.refused(path, {**body, **more})
+        assert error["param"] == field
+        assert field in error["message"]
+        assert not re.search("do_sample|Processor|CountPenalty", error["message"])
+
+
+def test_advice_for_an_ensemble_that_draws(pair: Ensemble) -> None:
+    with serving({"deepen": pair.variant(fuser="draw")}) as running:
+        assert running.refused(COMPLETIONS, COMPLETION)["param"] == "temperature"
+        status, answer, _ = running.ask(COMPLETIONS, {**COMPLETION, "temperature": 1})
+        assert status == 200, answer
+        status, answer, _ = running.ask(COMPLETIONS, {**COMPLETION, "model": MAIN})
+        assert status == 200, answer
+
+
+@pytest.mark.parametrize(
     ("messages", "place"),
     [
         ([{"role": "tool", "content": "x"}], "messages[0].role"),
