@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,8 +108,13 @@ def characters_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo_pair(smollm2: Member, gemma: Member) -> Diagnosis:
-    """Its times are of one forward of each kind: no test is about how long one takes."""
+    """Its times are of one forward of each kind: no test is about how long one takes.
+
+    Its drafts are tried on the fewest tokens; what becomes of them is tested on tiny models.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        few = partial(draft_times.draft_times, tokens=8)
+        patch.setattr("deepen_ext.measure.doctor.diagnose.draft_times", few)
         patch.setattr(draft_times, "_WARM_UP", 0)
         patch.setattr(draft_times, "_REPETITIONS", 1)
         return diagnose([smollm2, gemma], new_tokens=3)

@@ -14,6 +14,7 @@ from real_tokenizers import SMALL, tokenizer_file
 from test_models import TEMPLATE, tiny_gguf  # noqa: F401  (a fixture)
 from tokenizers import Regex, Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepen_ext.errors import ModelError
 from deepen_ext.members import embedded as demo
@@ -212,6 +213,22 @@ def test_the_second_time_it_comes_from_the_cache(
     assert kept.added_tokens_decoder == built.added_tokens_decoder
     assert kept.chat_template == built.chat_template == TEMPLATE
     assert kept.name_or_path == built.name_or_path == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("merges", "written"), [([("a", "b")], ["a b"]), ([("a", " "), ("a", "b")], [["a", " "], ["a", "b"]])]
+)
+def test_merges_are_kept_as_strings_where_no_token_has_a_space(
+    tmp_path: Path, merges: list[tuple[str, str]], written: list[Any]
+) -> None:
+    """Which are read faster, and are the same merges."""
+    vocab = {token: i for i, token in enumerate([" ", "a", "b", "é", "a ", "ab", "<eos>"])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocab, merges)), eos_token="<eos>")
+    tokenizer_module.save_tokenizer(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_bytes())["model"]["merges"] == written
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert again.encode("aba b") == tokenizer.encode("aba b")
 
 
 def cached(folder: Path) -> list[Path]:

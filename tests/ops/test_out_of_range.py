@@ -3,6 +3,7 @@ CUDA (here emulated, under AddressSanitizer) no access out of range, and NaN for
 
 from __future__ import annotations
 
+import emulated
 import pytest
 import torch
 from oracle import random_embedding, random_logits
@@ -13,7 +14,8 @@ from deepen_ext.ops import FuseInput, RelativeRows, fuse, inverse_search, topk_s
 VOCAB, ANCHORS, K = 40, 24, 6
 BAD_IDS = (-1, 42, 10**6, -(2**31))
 BAD_COLUMNS = (ANCHORS, 10**6, 2**31 - 1)
-CALLS = ("function", "operator")
+# The operator calls the function, so that the kernels get the same from both: they are emulated for one.
+CALLS = ("function", "operator") if emulated.EMULATOR is None else ("operator",)
 
 
 def rows_of(*, dense: bool) -> RelativeRows:

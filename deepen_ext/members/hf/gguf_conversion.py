@@ -21,7 +21,7 @@ from deepen_ext.members import embedded
 from deepen_ext.members.gguf.checks import failures_of_reading
 from deepen_ext.members.gguf.facts import read_facts
 from deepen_ext.members.gguf.header import Damaged, read_header
-from deepen_ext.members.gguf.tokenizer import conversion, load_gguf_tokenizer
+from deepen_ext.members.gguf.tokenizer import conversion, load_gguf_tokenizer, save_tokenizer
 from deepen_ext.members.hf.checkpoint import check_weights
 from deepen_ext.members.hf.gguf_reader import read_once
 from deepen_ext.members.hf.quiet import quiet
@@ -129,7 +129,7 @@ def _convert(path: Path, folder: Path, name: str, say: Progress) -> None:
             model.hf_quantizer.remove_quantization_config(model)
         if facts.eos_ids:
             model.generation_config.eos_token_id = list(facts.eos_ids)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         stage("saving the weights")
         model.save_pretrained(folder)
 
