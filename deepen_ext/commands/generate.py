@@ -171,10 +171,12 @@ def _check_fuser(kind: type[Fuser], method: str, *, sampled: bool, certified_ski
     """Raise InputError for a fuser that cannot write such a text."""
     from deepen_ext.decoding.limits import check_sampling
     from deepen_ext.decoding.skips import check_certified_skip
+    from deepen_ext.fusers import Fuser
 
     check_sampling(kind, method, sampled)
     if certified_skip:
-        check_certified_skip(kind, method, sampled)
+        bounded = kind.search_bound is not Fuser.search_bound
+        check_certified_skip(method, do_sample=sampled, bounded=bounded)
 
 
 def _prompt(prompt: str | None) -> str:

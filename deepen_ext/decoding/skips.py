@@ -12,7 +12,7 @@ from deepen_ext.decoding.sampler import Chooser
 from deepen_ext.decoding.settings import Settings
 from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
-from deepen_ext.fusers import Fuser, Part
+from deepen_ext.fusers import Part
 from deepen_ext.ground.numbers import real_number, true_or_false
 from deepen_ext.ops.transfer import to_device
 
@@ -24,13 +24,13 @@ def check_gate(value: float) -> None:
     real_number("confidence_gate", value, "above 0 to 1", lambda x: 0 < x <= 1)
 
 
-def check_certified_skip(kind: type[Fuser], method: str, do_sample: bool) -> None:
+def check_certified_skip(method: str, *, do_sample: bool, bounded: bool) -> None:
     """That a text can be written with the certified skip. Needs no models.
 
     Args:
-        kind: the fuser's class.
-        method: what messages call it.
+        method: what messages call the fuser.
         do_sample: whether tokens are drawn.
+        bounded: whether the fuser has a `search_bound`.
 
     Raises:
         InputError: while sampling, or of a fuser that has no bound.
@@ -40,15 +40,11 @@ def check_certified_skip(kind: type[Fuser], method: str, do_sample: bool) -> Non
             "certified_skip holds for greedy decoding only; for sampling use confidence_gate, "
             "which is not exact"
         )
-    if kind.search_bound is Fuser.search_bound:
-        raise _no_bound(method)
-
-
-def _no_bound(method: str) -> InputError:
-    return InputError(
-        f"certified_skip bounds the inverse search, which {method} has not; leave it out, "
-        "or use fuser='deepen'"
-    )
+    if not bounded:
+        raise InputError(
+            f"certified_skip bounds the inverse search, which {method} has not; leave it out, "
+            "or use fuser='deepen'"
+        )
 
 
 class Skips:
@@ -85,10 +81,9 @@ class Skips:
             check_gate(confidence_gate)
         if not certified_skip:
             return
-        check_certified_skip(type(team.fuser), team.method, settings.do_sample)
         bound = team.fuser.search_bound()
-        if bound is None:
-            raise _no_bound(team.method)
+        check_certified_skip(team.method, do_sample=settings.do_sample, bounded=bound is not None)
+        assert bound is not None
         self._certificate = Certificate(bound, chooser)
 
     @property
