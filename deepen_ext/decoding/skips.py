@@ -83,7 +83,7 @@ class Skips:
             return
         bound = team.fuser.search_bound()
         check_certified_skip(team.method, do_sample=settings.do_sample, bounded=bound is not None)
-        assert bound is not None
+        assert bound is not None  # or the check has refused it
         self._certificate = Certificate(bound, chooser)
 
     @property

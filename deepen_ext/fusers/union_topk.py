@@ -82,4 +82,4 @@ class UnionTopkFuser(BridgedFuser):
         there = torch.tensor(ids, dtype=torch.long, device=logits.device).clamp(min=0)
         counts = torch.tensor(fresh, dtype=torch.bool, device=logits.device)
         own = logits[there].float().masked_fill(~counts, -torch.inf)
-        return torch.softmax(own, dim=0).nan_to_num(0.0)
+        return torch.softmax(own, dim=0).masked_fill(own.isneginf().all(), 0.0)  # NaN stays, and is an error

@@ -197,8 +197,8 @@ def _check_choice(model: Model, body: CompletionBody | ChatBody) -> None:
         return
     if body.temperature > 0:
         raise refused(
-            f"fuser {name} writes the most probable words; set temperature to 0 (1 where none is given), "
-            "or use another fuser",
+            f"fuser {name} writes the most probable words; set temperature to 0 (a request without one "
+            "has 1), or use another fuser",
             "temperature",
         )
     others = {

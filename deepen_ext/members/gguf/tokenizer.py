@@ -100,10 +100,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     file = folder / "tokenizer.json"
     whole = json.loads(file.read_bytes())
     merges = whole["model"].get("merges", [])
-    if any(" " in part for pair in merges for part in pair):
+    if not merges or any(" " in part for pair in merges for part in pair):
         return
-    if merges:
-        whole["model"]["merges"] = [" ".join(pair) for pair in merges]
+    whole["model"]["merges"] = [" ".join(pair) for pair in merges]
     file.write_text(json.dumps(whole, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 
