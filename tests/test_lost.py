@@ -572,7 +572,7 @@ class TestWhereItIsSet:
     def test_the_command_line(self, ensembles, members: list[Member], monkeypatch) -> None:
         asked: list[str | None] = []
 
-        def load(*given: Any) -> Ensemble:
+        def load(*given: Any, check: Any) -> Ensemble:
             asked.append(None if given[-1] is None else given[-1].value)
             return ensembles(0, 1, on_failure=asked[-1] or "stop")
 
