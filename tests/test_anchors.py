@@ -79,6 +79,7 @@ def test_demo_pair(pair: Anchors, smol: Vocabulary, gem: Vocabulary) -> None:
     by_bytes = {t for t in smol.tokens if t} & {t for t in gem.tokens if t}
     assert len(pair) == len(by_bytes) + 1 == 46146
     assert pair.eos_column == 0  # id 2; all others below 17 are special
+    assert shared_anchors([smol, gem], [SMOL_EOS, GEMMA_EOS]) is pair  # found once
 
 
 def test_qwen_and_gemma_share_chinese(qwen: Vocabulary, gem: Vocabulary) -> None:
@@ -91,11 +92,14 @@ def test_qwen_and_gemma_share_chinese(qwen: Vocabulary, gem: Vocabulary) -> None
         assert anchors.token_ids[1][column] == gem.encode(word)[0]
 
 
-def test_three_members(smol: Vocabulary, gem: Vocabulary, qwen: Vocabulary, pair: Anchors) -> None:
+def test_three_members(
+    smol: Vocabulary, gem: Vocabulary, qwen: Vocabulary, pair: Anchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
     members, eos = [smol, gem, qwen], [SMOL_EOS, GEMMA_EOS, QWEN_EOS]
     anchors = shared_anchors(members, eos)
     assert_sound(anchors, members, eos)
     assert 100 < len(anchors) < len(pair)
+    monkeypatch.setattr("deepen_ext.space.anchors._known", {})
     assert anchors.fingerprint == shared_anchors(members, eos).fingerprint != pair.fingerprint
 
 

@@ -52,19 +52,36 @@ def _nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
+def _built_strictly(source: Path, newest: float) -> bool:
+    """Whether `make build` compiled it, later than this time, with warnings as errors."""
+    built = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    commands = built / "compile_commands.json"
+    for one in json.loads(commands.read_text()) if commands.is_file() else []:
+        if (
+            one["file"] == str(source)
+            and " -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror " in one["command"]
+        ):
+            compiled = built / one["output"]
+            return compiled.is_file() and compiled.stat().st_mtime > newest
+    return False
+
+
 def _compile(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """For the newest architecture: `make` has compiled for all.
 
-    What nvcc had nothing to say about is not given to it again: build/nvcc keeps a digest of the compiler,
-    its arguments, the source and every header.
+    What nvcc had nothing to say about is not given to it again: neither what was built with warnings as
+    errors (.ci/run), nor what build/nvcc keeps a digest of: compiler, arguments, source and every header.
     """
+    read = [source, *sorted((ROOT / "csrc").glob("*/*.h")), *sorted((ROOT / "csrc").glob("*/*.cuh"))]
     command = [
         *(str(_nvcc()), "-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra", f"-I{ROOT / 'csrc'}"),
         *("-gencode=arch=compute_120,code=sm_120", "-c", str(source)),
     ]
+    if _built_strictly(source, newest=max(file.stat().st_mtime for file in read)):
+        return subprocess.CompletedProcess(command, 0, "", "")
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256(" ".join([version, *command]).encode())
-    for file in [source, *sorted((ROOT / "csrc").glob("*/*.h")), *sorted((ROOT / "csrc").glob("*/*.cuh"))]:
+    for file in read:
         digest.update(f"\n{file}\n".encode() + file.read_bytes())
     known = emulated.BUILD.parent / "nvcc" / digest.hexdigest()
     if known.is_file():
