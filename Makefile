@@ -63,7 +63,9 @@ lint: $(INSTALLED)  ## ruff, mypy --strict and bandit on the package, the folder
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
+# On a fresh clone Python has compiled nothing yet: once, beside lint, and not in each process at the same time.
 pytest: $(INSTALLED)
+	@test -d tests/__pycache__ || $(PY) -m pytest --collect-only --quiet >/dev/null || true
 	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 	@command -v chromium >/dev/null || echo "make test: NO chromium ON PATH, so the page was not tried in a browser" \
 	  "(tests/page/); install Debian's chromium" >&2

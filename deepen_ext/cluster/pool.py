@@ -11,6 +11,7 @@ from deepen_ext.cluster.actors import Actor, Lost, answered, await_place, end, g
 from deepen_ext.cluster.placement import Placement
 from deepen_ext.errors import ModelError
 from deepen_ext.ground.closing import Closing
+from deepen_ext.ground.collector import without_collector
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.ground.progress import Progress
 
@@ -39,7 +40,8 @@ class ReplicaActor(Actor):
     @answered
     def make(self, make: Callable[[], Any]) -> None:
         """Make what is held."""
-        self._held = make()
+        with without_collector():
+            self._held = make()
 
     @answered
     def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:

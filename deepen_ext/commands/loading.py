@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +11,7 @@ from deepen_ext.commands.console import progress
 from deepen_ext.commands.load_options import Loading
 from deepen_ext.commands.options import OnFailureName, RecipeName
 from deepen_ext.errors import InputError
+from deepen_ext.ground.collector import without_collector
 from deepen_ext.members.from_text import DEMO_PAIR
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def load_ensemble(
         InputError: a setting out of range; or `check` raises it.
         ModelError: a model cannot be loaded.
     """
-    with progress() as say, _without_collector():
+    with progress() as say, without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble
         from deepen_ext.fusers import FusionSettings, fuser_class, method_name
@@ -125,7 +124,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         InputError: a setting out of range.
         ModelError: a model cannot be loaded.
     """
-    with progress() as say, _without_collector():
+    with progress() as say, without_collector():
         say("Starting")
         from deepen_ext.ensemble import Ensemble, check_ensemble
         from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
@@ -156,16 +155,6 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         return {
             name: Ensemble([members[one] for one in plan], **fusing[name]) for name, plan in plans.items()
         }
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """While modules and models are loaded nothing becomes garbage, and looking for it takes half a second."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def ways_of_fusing(

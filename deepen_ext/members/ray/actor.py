@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from deepen_ext.cluster.actors import Actor, answered
+from deepen_ext.ground.collector import without_collector
 from deepen_ext.members.backend import Session
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.members.member import Member
@@ -52,7 +53,8 @@ class MemberActor(Actor):
             name: of the member, as `load_member` takes it.
             options: those of `load_member`.
         """
-        member = self._member = load(name, **options)
+        with without_collector():
+            member = self._member = load(name, **options)
         backend = member.backend
         return {
             "name": member.name,
