@@ -22,14 +22,10 @@ class Facts:
 
     name: str
     logits: bool = True
-    embeddings: bool = True
     capabilities: Capabilities = field(init=False)
 
     def __post_init__(self) -> None:
         self.capabilities = Capabilities(logits=self.logits, max_topk=None, repeatable=True)
-
-    def embedding(self) -> torch.Tensor | None:
-        return torch.zeros(5, 2) if self.embeddings else None
 
 
 def check(*backends: Facts, **settings: Any) -> None:
@@ -46,7 +42,7 @@ def keep(logits: torch.Tensor, said: object, weights: object) -> torch.Tensor:
     return logits
 
 
-FULL, SERVER = Facts("main"), Facts("server", logits=False, embeddings=False)
+FULL, SERVER = Facts("main"), Facts("server", logits=False)
 
 
 @pytest.mark.parametrize("fuser", [*FUSERS, keep])
@@ -87,10 +83,3 @@ def test_a_main_model_with_its_top_k_alone(fuser: Any) -> None:
 def test_weights_by_the_prompt_need_everyones_logits(members: tuple[Facts, Facts], rule: Any) -> None:
     refused(f"server: weights='{rule}' needs", *members, weights=rule)
     check(SERVER, fuser="single", weights=rule)  # which a member alone does not use
-
-
-@pytest.mark.parametrize("recipe", ["calibrated", "paper"])
-def test_recipes_that_compare_embeddings(recipe: Any) -> None:
-    message = f"server: recipe='{recipe}' compares embeddings, and this member's are out of reach; use "
-    refused(f"{message}recipe='bytes'", FULL, SERVER, recipe=recipe)
-    check(FULL, SERVER, recipe=recipe, fuser="average")  # whose rows are always made from bytes

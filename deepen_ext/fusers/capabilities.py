@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepen_ext.errors import InputError
 from deepen_ext.fusers.base import Fuser
 from deepen_ext.fusers.settings import FusionSettings
 from deepen_ext.members.backend import Backend, require
-from deepen_ext.space.recipes import DEFAULT_TEMPERATURES
 
 
 def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings: FusionSettings) -> None:
@@ -20,8 +18,8 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
         settings: the ensemble's.
 
     Raises:
-        InputError: a member without full logits that the fuser or weights by the prompt need, or a member
-            without embeddings that the recipe needs. The message has the member's name and says what to do.
+        InputError: a member without full logits that the fuser or weights by the prompt need. The message has
+            the member's name and says what to do. A recipe's embeddings are asked for by `MemberMaps`.
     """
     name = f"fuser='{kind.name}'" if kind.name else "a function as fuser"
     for number, backend in enumerate(backends):
@@ -29,9 +27,3 @@ def check_capabilities(backends: Sequence[Backend], kind: type[Fuser], settings:
             require(backend, "logits", name)
         if settings.weights_rule and len(backends) > 1:
             require(backend, "logits", f"weights='{settings.weights_rule}'")
-        # Recipes with a temperature compare embeddings.
-        if kind.uses_recipe and settings.recipe in DEFAULT_TEMPERATURES and backend.embedding() is None:
-            raise InputError(
-                f"{backend.name}: recipe='{settings.recipe}' compares embeddings, and this member's are out "
-                "of reach; use recipe='bytes', which needs none"
-            )

@@ -65,7 +65,8 @@ class Member:
         found = self.backend.embedding()
         if found is None:
             raise InputError(
-                f"{self.name}: its embeddings are out of reach; use recipe='bytes', which needs none"
+                f"{self.name}: its embeddings are out of reach, and the recipes 'calibrated' and 'paper' "
+                "compare them; use recipe='bytes', which needs none"
             )
         return found
 

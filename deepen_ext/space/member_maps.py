@@ -19,6 +19,8 @@ from deepen_ext.space.relative_map import RelativeMap
 from deepen_ext.space.row_sources import PrefixRows, RowSource, SimilarityRows
 
 if TYPE_CHECKING:
+    import torch
+
     from deepen_ext.members.member import Member
 
 
@@ -42,13 +44,15 @@ class MemberMaps:
         """Find the anchors and prepare the maps.
 
         Raises:
-            InputError: fewer than 100 shared anchors, or a setting out of range.
+            InputError: a member without embeddings that the recipe compares, fewer than 100 shared anchors,
+                or a setting out of range.
         """
         self._members = list(members)
         self._settings = settings
+        embeddings = [] if settings.recipe == "bytes" else [member.embedding for member in members]
         self.anchors = shared_anchors([m.vocabulary for m in members], [m.eos_ids for m in members])
         device = members[0].device
-        sources = _row_sources(members, self.anchors, settings)
+        sources = _row_sources(members, embeddings, self.anchors, settings)
         self.maps = [RelativeMap.from_source(source, device) for source in sources]
         self._files = _map_files(self.maps) if settings.cache else []
         self._saved = [0] * len(self.maps)
@@ -77,14 +81,17 @@ class MemberMaps:
                     self._saved[i] = computed
 
 
-def _row_sources(members: Sequence[Member], anchors: Anchors, settings: MapSettings) -> list[RowSource]:
+def _row_sources(
+    members: Sequence[Member], embeddings: Sequence[torch.Tensor], anchors: Anchors, settings: MapSettings
+) -> list[RowSource]:
     device = members[0].device
     recipe, temperature, entries, _ = settings
     similarity: list[SimilarityRows] = []
     if recipe != "bytes":
-        for member, ids in zip(members, anchors.token_ids, strict=True):
+        for embedding, ids in zip(embeddings, anchors.token_ids, strict=True):
             # A map on CUDA is filled at once: on its own device, whatever device the member is on.
-            embedding = member.embedding.to(device) if device.type == "cuda" else member.embedding
+            if device.type == "cuda":
+                embedding = embedding.to(device)
             similarity.append(
                 SimilarityRows(embedding, ids, recipe=recipe, temperature=temperature, entries=entries)
             )

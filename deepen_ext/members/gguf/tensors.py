@@ -14,6 +14,7 @@ from deepen_ext.errors import ModelError
 from deepen_ext.members.gguf.checks import check_gguf
 
 _SAMPLES = 1024  # bytes of each tensor, in a fingerprint
+_AT_ONCE = 1 << 17  # values: gguf by itself takes 16 rows at a time, which is five times as slow
 
 
 def dense_tensor(path: Path, name: str) -> torch.Tensor:
@@ -37,11 +38,15 @@ def dense_tensor(path: Path, name: str) -> torch.Tensor:
     try:
         kind = GGMLQuantizationType(entry.kind)
         block, size = GGML_QUANT_SIZES[kind]
-        shape = (math.prod(others), width // block * size)
-        values: Any = dequantize(np.memmap(path, np.uint8, "r", entry.begin, shape), kind)
+        rows, at_once = math.prod(others), max(1, _AT_ONCE // width)
+        blocks = np.memmap(path, np.uint8, "r", entry.begin, (rows, width // block * size))
+        values = np.empty((rows, width), np.float32)
+        for first in range(0, rows, at_once):
+            some: Any = blocks[first : first + at_once]
+            values[first : first + at_once] = dequantize(some.reshape(1, -1), kind).reshape(-1, width)
     except (NotImplementedError, ValueError) as error:
         raise ModelError(f"{path}: {name} has weights of a type that gguf cannot read: {error}") from error
-    return torch.from_numpy(np.array(values, np.float32)).reshape(*reversed(entry.shape))
+    return torch.from_numpy(values).reshape(*reversed(entry.shape))
 
 
 def hash_weights(path: Path, dtype: torch.dtype) -> str:
