@@ -121,5 +121,5 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         raise InputError(
-            f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, or prompt"
+            f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, size or prompt"
         ) from None
