@@ -371,6 +371,7 @@ def by_the_harness(arguments: str) -> list[dict[str, Any]]:
         ("pretrained=A", "two or more members"),
         ("pretrained=A|B,weights=0.5", "there are 1 weights for 2 members"),
         ("pretrained=A|B,weights=0.5|x", "'x' is no weight; .* size or prompt"),
+        ("pretrained=A|B,on_failure=continue", "on_failure='continue' cannot be used here: answers"),
         ("pretrained=A|B,fuser=median", "fuser 'median': use one of"),
         ("pretrained=A|B,colour=red", "there is no colour; there are pretrained, "),
         ("pretrained=A|B,quantization=-|int2", "B: there is no quantization 'int2'; there are int8, int4"),
