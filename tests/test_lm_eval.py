@@ -36,6 +36,7 @@ from deepen_ext.adapters.lm_eval import DeepenLM
 from deepen_ext.measure.likelihood.scoring import score_texts
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.text_reading import TextReading
+from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.members.source import Source
@@ -369,7 +370,8 @@ def by_the_harness(arguments: str) -> list[dict[str, Any]]:
         ("pretrained=A|", "pretrained is"),
         ("pretrained=A", "two or more members"),
         ("pretrained=A|B,weights=0.5", "there are 1 weights for 2 members"),
-        ("pretrained=A|B,weights=0.5|x", "'x' is no weight"),
+        ("pretrained=A|B,weights=0.5|x", "'x' is no weight; .* size or prompt"),
+        ("pretrained=A|B,on_failure=continue", "on_failure='continue' cannot be used here: answers"),
         ("pretrained=A|B,fuser=median", "fuser 'median': use one of"),
         ("pretrained=A|B,colour=red", "there is no colour; there are pretrained, "),
         ("pretrained=A|B,quantization=-|int2", "B: there is no quantization 'int2'; there are int8, int4"),
@@ -465,6 +467,8 @@ def test_help_of_the_command_needs_no_model() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("deepen-ext lm-eval: ")
     assert "usage: lm-eval" in done.stdout
+    for option in LOAD_OPTIONS:
+        assert f" {option}=" in done.stdout
     assert "--model_args" in run("lm-eval", "run", "--help").stdout
 
 

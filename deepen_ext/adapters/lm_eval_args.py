@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from deepen_ext.decoding.team import require_stop
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
@@ -17,6 +18,8 @@ from deepen_ext.members.load_options import LOAD_OPTIONS
 from deepen_ext.presets import Preset, load_preset
 
 SEPARATOR = "|"  # neither the harness's parser nor a hub name knows it, and hardly a path
+
+_WHOLE = "answers of a smaller ensemble would count as this one's"
 
 log = logging.getLogger("lm_eval.deepen_ext")  # shown as the harness shows its own lines
 
@@ -37,8 +40,8 @@ def ensemble_from(
             command line.
 
     Raises:
-        InputError: an unknown argument, none or two of the ways to name members, a value out of range, a
-            model that is not there.
+        InputError: an unknown argument, none or two of the ways to name members, a value out of range,
+            on_failure="continue", a model that is not there.
         ModelError: a model cannot be loaded.
     """
     given = {name: value for name, value in arguments.items() if value is not None}
@@ -58,6 +61,7 @@ def ensemble_from(
     if isinstance(pretrained, Ensemble):
         if given:
             raise InputError(f"model_args: the ensemble is made; leave out {', '.join(sorted(given))}")
+        pretrained.team.require_stop(_WHOLE)
         return pretrained
     if preset_file is not None:
         preset = load_preset(str(preset_file))
@@ -71,6 +75,7 @@ def ensemble_from(
     if not isinstance(given.get("fuser", ""), str):
         raise InputError("model_args: fuser is a name, or module:function; for a function, give an Ensemble")
     chosen = preset.settings(**given)
+    require_stop(chosen.get("on_failure", "stop"), _WHOLE)  # before minutes of loading
     return Ensemble.from_pretrained(
         preset.members, progress=log.info, **preset.load_options(**loading), **chosen
     )
@@ -121,5 +126,5 @@ def _number(value: Any) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         raise InputError(
-            f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, or prompt"
+            f"model_args: {value!r} is no weight; write weights=0.6{SEPARATOR}0.4, a list, size or prompt"
         ) from None

@@ -25,7 +25,7 @@ model_args of deepen:
   preset=FILE           or a preset that `deepen-ext tune` wrote
   fuser=, recipe=, weights=0.6|0.4 (or size, or prompt), learning_rate=, and the other settings of an ensemble
   backend=, device=, dtype=, threads=, device_map=, max_memory=, offload_folder=, quantization=,
-  adapter=, revision=, attn_implementation=
+  adapter=, revision=, attn_implementation=, protocol=, tokenizer=, api_key=, placement=, timeout=
                         how members are loaded, as on the command line: one for all members, or one
                         for each, where - is the default: quantization=-|int8
   trust_remote_code=True   run code that members bring along

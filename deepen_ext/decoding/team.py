@@ -80,10 +80,15 @@ class Team:
         Raises:
             InputError: on_failure is "continue".
         """
-        if self.on_failure != "stop":
-            raise InputError(f"on_failure='continue' cannot be used here: {why}; use on_failure='stop'")
+        require_stop(self.on_failure, why)
 
     def save_rows(self) -> None:
         """Write newly computed relative rows to the cache folder, for the next run."""
         if self.maps is not None:
             self.maps.save()
+
+
+def require_stop(on_failure: OnFailure, why: str) -> None:
+    """The same of a team that is not made yet: see `Team.require_stop`."""
+    if on_failure == "continue":
+        raise InputError(f"on_failure='continue' cannot be used here: {why}; use on_failure='stop'")
