@@ -172,13 +172,13 @@ def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def check_text(text: str, name: str, where: str) -> None:
-    """JSON can name half of a surrogate pair (`\\ud83d` alone): that is no character, and no model reads it."""
+    """Refuse half of a surrogate pair, which JSON can name (`\\ud83d` alone) and no model can read."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{where}: {name} has half of a surrogate pair at character {error.start}, which is no character; "
-            "write the character itself, or both halves"
+            f"{where}: {name} has half of a surrogate pair at character {error.start}, which is no "
+            "character; write the character itself, or both halves"
         ) from None
 
 
