@@ -220,6 +220,14 @@ def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(
             ["--task", "piqa", "--scoring", "likelihood", "--fuser", "spans"],
             "error: fuser='spans' chooses whole words",
         ),
+        (
+            ["--task", "piqa", "--scoring", "likelihood", "--fuser", "vote"],
+            "error: --fuser vote: texts vote, and --scoring likelihood writes none",
+        ),
+        (
+            ["--task", "triviaqa", "--preset", "SINGLE"],
+            "error: the preset's fuser is single, .* give --fuser",
+        ),
         (["--task", "triviaqa", "--json", __file__], "error: .*: a file; results are a folder"),
         (["--task", "triviaqa"], "error: /no/such: no such file or folder"),
     ],
@@ -228,11 +236,21 @@ def test_wrong_input_is_told_before_a_model_is_loaded(
     data: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     """Or the missing models would be what is told."""
+    preset = tmp_path / "single.yaml"
+    preset.write_text("members: [/no/such, /no/other]\nfuser: single\n")
+    options = [str(preset) if one == "SINGLE" else one for one in options]
     out = [] if "--json" in options else ["--json", str(tmp_path / "out")]
     models = ["--model", "/no/such", "--model", "/no/other"]
     done = CliRunner().invoke(app, ["eval", "--data", str(data), *models, *out, *options])
     assert done.exit_code == 2
     assert re.search(message, done.stderr)
+
+
+def test_one_model_without_itself_is_told_before_it_is_loaded(data: Path, tmp_path: Path) -> None:
+    options = ["--data", str(data), "--task", "triviaqa", "--json", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["eval", "--model", "/no/such", *options, "--no-singles"])
+    assert done.exit_code == 2
+    assert "error: --no-singles leaves nothing of one model; leave it out" in done.stderr
 
 
 # The function

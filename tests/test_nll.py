@@ -155,7 +155,11 @@ class TestCommand:
         latin.write_bytes("Zürich".encode("latin-1"))
         empty = tmp_path / "empty.txt"
         empty.write_bytes(b"")
+        preset, text = tmp_path / "single.yaml", tmp_path / "text.txt"
+        preset.write_text("members: [/no/such, /no/other]\nfuser: single\n")
+        text.write_text("some text")
         for options, message in (
+            (["--preset", str(preset), "--text", str(text)], "the preset's fuser is single"),
             (["--demo", "--text", str(tmp_path / "nowhere")], "No such file or directory; name a text file"),
             (["--demo", "--text", str(latin)], "is not UTF-8 text"),
             (["--demo", "--text", str(empty)], "the text is empty"),

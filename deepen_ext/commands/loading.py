@@ -197,6 +197,19 @@ def writes_alone(fuser: str) -> bool:
     return fuser in FUSERS and FUSERS[fuser].fewest_members == 1
 
 
+def check_fuses(ways: Sequence[Mapping[str, Any]]) -> None:
+    """That no way of fusing beside the models alone is the main model alone: a preset may say so.
+
+    Raises:
+        InputError: one is; the other models would not be measured.
+    """
+    if any(isinstance(one["fuser"], str) and writes_alone(one["fuser"]) for one in ways):
+        raise InputError(
+            "the preset's fuser is single, the main model alone, and every model is measured alone anyway; "
+            "give --fuser with a way of fusing them"
+        )
+
+
 def check_likelihood(fusers: Sequence[str]) -> None:
     """That each --fuser gives a likelihood, before models are loaded.
 
