@@ -393,7 +393,17 @@ def test_what_cannot_be_evaluated(
     twins = {"a b": ensembles["average"], "a?b": ensembles["average"]}
     with pytest.raises(InputError, match="would have the same file"):
         evaluate(twins, "triviaqa", data, out=tmp_path)
+    with pytest.raises(InputError, match=r"^'aaa.*a\.\.\.: its results' file .* give that model's folder"):
+        evaluate({"a" * 250: ensembles["average"]}, "triviaqa", data, out=tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))
+    (tmp_path / "triviaqa.average.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"triviaqa\.average\.jsonl: cannot be removed \(.*; remove it"):
+        evaluate({"average": ensembles["average"]}, "triviaqa", data, out=tmp_path, fresh=True)
+    (tmp_path / "triviaqa.average.jsonl").rmdir()
+    os.mkfifo(tmp_path / "triviaqa.average.jsonl")  # reading it would wait for ever
+    with pytest.raises(InputError, match=r"a pipe or a device, and no file of results; remove it"):
+        prepare(["triviaqa"], data, "test", None, tmp_path)
+    (tmp_path / "triviaqa.average.jsonl").unlink()
     with pytest.raises(InputError, match="there is no task"):
         prepare([], data, "test", None, tmp_path)
     with (
