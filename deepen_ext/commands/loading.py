@@ -178,7 +178,7 @@ def ways_of_fusing(
 
 
 def check_names_differ(methods: Iterable[str]) -> None:
-    """That results can tell the fusers apart.
+    """That results can tell fusers and models apart.
 
     Raises:
         InputError: two are called alike.
@@ -186,7 +186,8 @@ def check_names_differ(methods: Iterable[str]) -> None:
     counts = Counter(methods)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise InputError(
-            f"two of the fusers are called {twice[0]}; name each once, and give functions names of their own"
+            f"two of the fusers, or a fuser and a model, are called {twice[0]}; name each once, and give "
+            "functions and models' folders names of their own"
         )
 
 

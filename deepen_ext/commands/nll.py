@@ -76,7 +76,7 @@ def nll(
             from deepen_ext.measure.likelihood.scoring import score_texts
 
             variants = [base.variant(**settings) for settings in ways]
-            check_names_differ(one.method for one in variants)  # "auto" has a name now
+            check_names_differ([*base.names, *(one.method for one in variants)])  # "auto" has a name now
             ensembles = {one.method: one for one in variants}
             scores = score_texts(cut, ensembles, progress=say)
         if plot is not None:
