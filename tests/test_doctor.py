@@ -444,6 +444,10 @@ def test_wrong_input(tiny_smollm2: Member) -> None:
         ({"members": [tiny_smollm2]}, "needs two or more members"),
         ({"members": pair, "new_tokens": 1}, "choose 2 or more"),
         ({"members": pair, "batch": 0}, "batch is 0; choose 1 or more"),
+        (
+            {"members": pair, "batch": 10**12},
+            r"1,000,000,000,000 texts .* need about .*; choose a smaller batch",
+        ),
         ({"members": pair, "text": ""}, "fewer than two words"),
         ({"members": pair, "text": "  word\n"}, "fewer than two words"),
         ({"members": ["models/x"] * 2}, "'models/x' is no loaded member"),
@@ -635,10 +639,12 @@ def test_command(bytes_dir: Path, characters_dir: Path, tmp_path: Path) -> None:
 
 def test_command_with_wrong_input(bytes_dir: Path, tmp_path: Path) -> None:
     one = ["--model", str(bytes_dir)]
+    (tmp_path / "word.txt").write_text("  word\n")
     for arguments, says in (
         ([], "name the models with --model"),
         (one, "two or more models"),
         ([*one, *one, "--text", str(tmp_path / "none.txt")], "none.txt: cannot be read"),
+        (["--model", "/no/such", "--model", "/no/other", "--text", str(tmp_path / "word.txt")], "two words"),
     ):
         done = run("doctor", *arguments)
         assert (done.returncode, done.stdout) == (2, "")

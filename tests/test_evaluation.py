@@ -220,6 +220,14 @@ def test_an_interrupt_leaves_whole_files_and_says_how_to_go_on(
             ["--task", "piqa", "--scoring", "likelihood", "--fuser", "spans"],
             "error: fuser='spans' chooses whole words",
         ),
+        (
+            ["--task", "piqa", "--scoring", "likelihood", "--fuser", "vote"],
+            "error: --fuser vote: texts vote, and --scoring likelihood writes none",
+        ),
+        (
+            ["--task", "triviaqa", "--preset", "SINGLE"],
+            "error: the preset's fuser is single, .* give --fuser",
+        ),
         (["--task", "triviaqa", "--json", __file__], "error: .*: a file; results are a folder"),
         (["--task", "triviaqa"], "error: /no/such: no such file or folder"),
     ],
@@ -228,11 +236,21 @@ def test_wrong_input_is_told_before_a_model_is_loaded(
     data: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     """Or the missing models would be what is told."""
+    preset = tmp_path / "single.yaml"
+    preset.write_text("members: [/no/such, /no/other]\nfuser: single\n")
+    options = [str(preset) if one == "SINGLE" else one for one in options]
     out = [] if "--json" in options else ["--json", str(tmp_path / "out")]
     models = ["--model", "/no/such", "--model", "/no/other"]
     done = CliRunner().invoke(app, ["eval", "--data", str(data), *models, *out, *options])
     assert done.exit_code == 2
     assert re.search(message, done.stderr)
+
+
+def test_one_model_without_itself_is_told_before_it_is_loaded(data: Path, tmp_path: Path) -> None:
+    options = ["--data", str(data), "--task", "triviaqa", "--json", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["eval", "--model", "/no/such", *options, "--no-singles"])
+    assert done.exit_code == 2
+    assert "error: --no-singles leaves nothing of one model; leave it out" in done.stderr
 
 
 # The function
@@ -375,7 +393,17 @@ def test_what_cannot_be_evaluated(
     twins = {"a b": ensembles["average"], "a?b": ensembles["average"]}
     with pytest.raises(InputError, match="would have the same file"):
         evaluate(twins, "triviaqa", data, out=tmp_path)
+    with pytest.raises(InputError, match=r"^'aaa.*a\.\.\.: its results' file .* give that model's folder"):
+        evaluate({"a" * 250: ensembles["average"]}, "triviaqa", data, out=tmp_path)
     assert not list(tmp_path.glob("*.jsonl"))
+    (tmp_path / "triviaqa.average.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"triviaqa\.average\.jsonl: cannot be removed \(.*; remove it"):
+        evaluate({"average": ensembles["average"]}, "triviaqa", data, out=tmp_path, fresh=True)
+    (tmp_path / "triviaqa.average.jsonl").rmdir()
+    os.mkfifo(tmp_path / "triviaqa.average.jsonl")  # reading it would wait for ever
+    with pytest.raises(InputError, match=r"a pipe or a device, and no file of results; remove it"):
+        prepare(["triviaqa"], data, "test", None, tmp_path)
+    (tmp_path / "triviaqa.average.jsonl").unlink()
     with pytest.raises(InputError, match="there is no task"):
         prepare([], data, "test", None, tmp_path)
     with (

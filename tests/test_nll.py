@@ -100,6 +100,8 @@ def test_score_texts(smollm2: Member, gemma: Member, capsys: pytest.CaptureFixtu
     assert f"{found:+.4f} ± " in shown
     with pytest.raises(InputError, match="swapped has other members, or another main model"):
         score_texts(texts, {**ensembles, "swapped": Ensemble([gemma, smollm2], fuser="union-topk")})
+    with pytest.raises(InputError, match=f"{gemma.name} is a member's name and an ensemble's"):
+        score_texts(texts, {gemma.name: base})
     with pytest.raises(InputError, match="nothing to measure"):
         score_texts([], ensembles)
 
@@ -155,7 +157,11 @@ class TestCommand:
         latin.write_bytes("Zürich".encode("latin-1"))
         empty = tmp_path / "empty.txt"
         empty.write_bytes(b"")
+        preset, text = tmp_path / "single.yaml", tmp_path / "text.txt"
+        preset.write_text("members: [/no/such, /no/other]\nfuser: single\n")
+        text.write_text("some text")
         for options, message in (
+            (["--preset", str(preset), "--text", str(text)], "the preset's fuser is single"),
             (["--demo", "--text", str(tmp_path / "nowhere")], "No such file or directory; name a text file"),
             (["--demo", "--text", str(latin)], "is not UTF-8 text"),
             (["--demo", "--text", str(empty)], "the text is empty"),
@@ -180,4 +186,24 @@ class TestCommand:
         ):
             done = run("nll", *models, "--fuser", one, "--fuser", other)
             assert done.returncode == 2
-            assert f"two of the fusers are called {called}; name each once" in done.stderr
+            assert f"two of the fusers, or a fuser and a model, are called {called}; name each" in done.stderr
+
+    def test_a_model_with_the_name_of_a_fuser(self, tiny_smollm2_dir: Path, tmp_path: Path) -> None:
+        """The fused figures were shown as the model's own."""
+        (tmp_path / "average").symlink_to(tiny_smollm2_dir)
+        (tmp_path / "vote").symlink_to(tiny_smollm2_dir)
+        (tmp_path / "text").write_text("some text")
+        (tmp_path / "nq").mkdir()
+        line = '{"question": "who wrote hamlet", "answer": ["Shakespeare"]}\n'
+        (tmp_path / "nq" / "test.jsonl").write_text(line)
+        (tmp_path / "nq" / "demos.jsonl").write_text(line.replace("[", "").replace("]", ""))
+        evaluation = ["--task", "nq", "--data", str(tmp_path), "--json", str(tmp_path / "out")]
+        for command, name, options in (
+            ("nll", "average", ["--text", str(tmp_path / "text")]),
+            ("eval", "average", evaluation),
+            ("eval", "vote", evaluation),
+        ):
+            models = ["--model", str(tmp_path / name), "--model", str(tiny_smollm2_dir)]
+            done = run(command, *models, *options, "--fuser", name)
+            assert done.returncode == 2
+            assert f"or a fuser and a model, are called {name}; name each once" in done.stderr

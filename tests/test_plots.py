@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -192,11 +193,15 @@ def test_doctor(models: list[str], text: Path, tmp_path: Path) -> None:
         ("picture.jpeg", "a name that ends in .svg or .png or .pdf is needed"),
         ("nowhere/a.svg", "there is no folder"),
         ("folder.svg", "is a folder; name a file in it"),
+        ("pipe.svg", "is a pipe or a device, which would be replaced; name a file"),
+        ("link.svg", "is a pipe or a device, which would be replaced; name a file"),
     ],
 )
 @pytest.mark.parametrize("command", ["nll", "eval", "tune"])
 def test_a_place_that_cannot_be_written(command: str, file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder.svg").mkdir()
+    os.mkfifo(tmp_path / "pipe.svg")
+    (tmp_path / "link.svg").symlink_to("pipe.svg")
     (tmp_path / "text.txt").write_text("some text")
     arguments = {
         "nll": ["--text", str(tmp_path / "text.txt")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +80,16 @@ def test_embedded_members_are_models() -> None:
     assert find_source(DEMO[0]) == Source(embedded=DEMO[0].removeprefix("demo:"))
     with pytest.raises(InputError, match=r"no such embedded model; there are .*gemma-3-270m"):
         find_source("demo:gemma-4")
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """As root `tune --out /dev/null` put a file in its place."""
+    pipe = tmp_path / "pipe.yaml"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"pipe\.yaml: cannot be written: a pipe or a device"):
+        write_preset(pipe, Preset(["a", "b"]))
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_paths_start_from_the_presets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,10 +129,13 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str, str]] = {
 }
 
 
+HALF = "\ud83d"  # of a surrogate pair: JSON can name it, and UTF-8 cannot
+
+
 def write(data: Path, task: str, **files: list[dict[str, Any]]) -> Path:
     (data / task).mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii="half" in str(row)) + "\n" for row in rows)
         (data / task / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return data
 
@@ -292,7 +295,7 @@ def test_an_item_without_the_field_that_its_demos_go_by_is_refused(tmp_path):
         (b'{"question": "q"\n', r"dev\.jsonl, line 1 is no JSON"),
         (b'{}\n\n{"a": 1}\n', r"dev\.jsonl, line 2 is no JSON"),
         (b"[1]\n", r"dev\.jsonl, line 1: '\[1\]' is no JSON object"),
-        (b"", r"dev\.jsonl, line 1 is no JSON"),
+        (b"", r"dev\.jsonl is empty; docs/evaluation\.md says what its lines hold"),
         (b'{"question": "\xff"}\n', r"dev\.jsonl is not UTF-8"),
     ],
 )
@@ -301,6 +304,32 @@ def test_files_that_are_not_json_lines_are_refused(content, message, tmp_path):
     (tmp_path / "piqa" / "dev.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=message):
         TASKS["piqa"].items(tmp_path, "dev")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "task", "field"),
+    [
+        (TASKS, "nq", "question"),
+        (TASKS, "nq", "answer"),
+        (TASKS, "piqa", "B"),
+        (CHOICE_TASKS, "piqa", "question"),
+        (CHOICE_TASKS, "piqa", "B"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "written" if value is TASKS else "by likelihood",
+)
+def test_half_a_surrogate_pair_is_told_before_a_model_is_loaded(tasks, task, field, tmp_path):
+    """JSON can name one; it was an UnicodeEncodeError, or an error without the line, after the models."""
+    demos, right, _, _ = CASES[task]
+    text = f"half {HALF} of a llama"
+    value = [text] if field == "answer" else text
+    says = rf"line 2: {field} has half of a surrogate pair at character 5"
+    write(tmp_path, task, dev=[right, {**right, field: value}], demos=demos)
+    with pytest.raises(InputError, match=rf"dev\.jsonl, {says}"):
+        tasks[task].items(tmp_path, "dev")
+    if demos:
+        write(tmp_path, task, dev=[right], demos=[demos[0], {**demos[0], field: text}])
+        with pytest.raises(InputError, match=rf"demos\.jsonl, {says}"):
+            tasks[task].items(tmp_path, "dev")
 
 
 @with_data

@@ -22,6 +22,7 @@ from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.fusers.weights import check_weights
+from deepen_ext.measure.evaluation.tasks import TASKS, Item
 from deepen_ext.measure.likelihood import readings
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.tuning.configurations import (
@@ -35,7 +36,7 @@ from deepen_ext.measure.tuning.configurations import (
     rounded,
     search,
 )
-from deepen_ext.measure.tuning.dev_items import DevSet
+from deepen_ext.measure.tuning.dev_items import DevItem, DevSet
 from deepen_ext.measure.tuning.dev_measurements import Measurements
 from deepen_ext.measure.tuning.tune import tune
 from deepen_ext.members.loading import load_members
@@ -437,6 +438,22 @@ class TestTune:
         with pytest.raises(InputError, match=f"some dev item has probability 0, such as {text}, so they"):
             tune([smollm2, gemma], dev, fuser="union-topk")
 
+    @pytest.mark.parametrize("last", ["one", "two"])
+    def test_an_item_that_cannot_be_read_is_told_before_anything_is_measured(
+        self, one_byte_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+    ) -> None:
+        """It was told when it came to be read: what had been measured until then was lost."""
+        monkeypatch.setattr(Measurements, "read", lambda _: pytest.fail("items were read"))
+        members = load_members(one_byte_folders)  # of a context of 400 tokens
+        dev = DevSet("nq", (DevItem("Question", " yes"), DevItem("Question" * 60, " no")))
+        says = "nq, a piece that begins with ' no': .* 483 tokens, more than its context of 400"
+        if last == "two":
+            item = Item(7, "", ("no",), {})
+            dev = DevSet("nq", (*dev.items[:1], replace(dev.items[1], item=item)), TASKS["nq"])
+            says = says.replace("a piece that begins with ' no'", r"line 8 of dev\.jsonl")
+        with pytest.raises(InputError, match=says):
+            tune(members, dev)
+
     def test_wrong_input(self, smollm2: Member, gemma: Member, data: Path) -> None:
         dev = DevSet.from_task("nq", data, 2)
         with pytest.raises(InputError, match="a model alone has nothing to tune"):
@@ -527,6 +544,7 @@ class TestCommand:
                 ["--demo", "--task", "nq", "--data", "DATA", "--out", f"{__file__}/new/preset.yaml"],
                 f"there is no folder {__file__}; make it first",
             ),
+            (["--demo", "--task", "nq", "--data", "DATA", "--out", "/dev/null"], "is a pipe or a device"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "mean"], "fuser 'mean'"),
             (["--demo", "--task", "nq", "--data", "DATA", "--fuser", "deepen:best"], "recipe is 'best'"),
             ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "auto"], "fuser='auto' stands for"),

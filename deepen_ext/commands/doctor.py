@@ -16,6 +16,7 @@ from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import named_members
 from deepen_ext.errors import InputError
 from deepen_ext.ground.paths import check_apart, user_path
+from deepen_ext.measure.doctor.sample_text import split_sample
 from deepen_ext.members.source import is_url
 from deepen_ext.plots.output_file import check_output_file, write_file
 
@@ -55,6 +56,8 @@ def doctor(
         if len(named) < 2 and not is_url(named[0]):
             raise InputError("a diagnosis needs two or more models, or a server's address; repeat --model")
         sample = None if text is None else _read(text)
+        if sample is not None:
+            split_sample(sample)  # raises for a text that is too short, before models are loaded
         check_output_file("--html", html, [".html"])
         check_apart({"--html": html}, {"--text": text}, named)
         with progress() as say:

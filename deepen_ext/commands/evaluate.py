@@ -17,6 +17,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import LINE_SECONDS, exit_codes, plain, tables
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
+    check_fuses,
     check_likelihood,
     check_names_differ,
     ensemble_keywords,
@@ -147,8 +148,13 @@ def evaluate(
         from deepen_ext.measure.evaluation.votes import Votes
         from deepen_ext.members.source import absolute_name
 
+        polled = _VOTE in (fuser or [])
         if scoring is Scoring.likelihood:
             check_likelihood(fuser or [])
+            if polled:
+                raise InputError(
+                    "--fuser vote: texts vote, and --scoring likelihood writes none; leave one out"
+                )
         data, out = user_path(data), user_path(out)
         check_output_file("--plot", plot)
         if plot is not None and not singles:
@@ -168,7 +174,6 @@ def evaluate(
             certified_skip=certified_skip,
             fresh=fresh,
         )
-        polled = _VOTE in (fuser or [])
         if polled and not singles:
             raise InputError("--fuser vote: the models' own answers vote; leave out --no-singles")
         only_polled = polled and fuser == [_VOTE]
@@ -179,6 +184,10 @@ def evaluate(
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)
         alone = model is not None and len(model) == 1 and not fuser and not polled
+        if alone and not singles:
+            raise InputError("--no-singles leaves nothing of one model; leave it out, or name two or more")
+        if not alone:
+            check_fuses(fused)
         first = "single" if alone else next(iter(fuser), None)
         fused = [] if alone or only_polled else fused
         for kind in (fuser_class(one["fuser"]) for one in fused if one["fuser"] != "auto"):
@@ -245,7 +254,9 @@ def _configurations(
     named = zip(base.names, base.members, strict=True) if singles else ()
     found: dict[str, Ensemble | Poll] = {name: Ensemble([member], fuser="single") for name, member in named}
     variants = [base.variant(**settings) for settings in fused]
-    check_names_differ([*found, *(one.method for one in variants)])  # "auto" has a name now
+    check_names_differ(
+        [*found, *(one.method for one in variants), *([_VOTE] if polled else [])]
+    )  # "auto" has a name now
     found |= {one.method: one for one in variants}
     if polled:
         found[_VOTE] = Poll(tuple(base.names))

@@ -178,7 +178,7 @@ def ways_of_fusing(
 
 
 def check_names_differ(methods: Iterable[str]) -> None:
-    """That results can tell the fusers apart.
+    """That results can tell fusers and models apart.
 
     Raises:
         InputError: two are called alike.
@@ -186,7 +186,8 @@ def check_names_differ(methods: Iterable[str]) -> None:
     counts = Counter(methods)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise InputError(
-            f"two of the fusers are called {twice[0]}; name each once, and give functions names of their own"
+            f"two of the fusers, or a fuser and a model, are called {twice[0]}; name each once, and give "
+            "functions and models' folders names of their own"
         )
 
 
@@ -195,6 +196,19 @@ def writes_alone(fuser: str) -> bool:
     from deepen_ext.fusers import FUSERS
 
     return fuser in FUSERS and FUSERS[fuser].fewest_members == 1
+
+
+def check_fuses(ways: Sequence[Mapping[str, Any]]) -> None:
+    """That no way of fusing beside the models alone is the main model alone: a preset may say so.
+
+    Raises:
+        InputError: one is; the other models would not be measured.
+    """
+    if any(isinstance(one["fuser"], str) and writes_alone(one["fuser"]) for one in ways):
+        raise InputError(
+            "the preset's fuser is single, the main model alone, and every model is measured alone anyway; "
+            "give --fuser with a way of fusing them"
+        )
 
 
 def check_likelihood(fusers: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, plain, progress, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
 from deepen_ext.commands.loading import (
+    check_fuses,
     check_likelihood,
     check_names_differ,
     load_ensemble,
@@ -69,12 +70,13 @@ def nll(
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
         ways = ways_of_fusing(named, specs, recipe)
+        check_fuses(ways)
         base = load_ensemble(named, loading, specs[0] if specs else None, weight, recipe, learning_rate)
         with progress() as say:
             from deepen_ext.measure.likelihood.scoring import score_texts
 
             variants = [base.variant(**settings) for settings in ways]
-            check_names_differ(one.method for one in variants)  # "auto" has a name now
+            check_names_differ([*base.names, *(one.method for one in variants)])  # "auto" has a name now
             ensembles = {one.method: one for one in variants}
             scores = score_texts(cut, ensembles, progress=say)
         if plot is not None:

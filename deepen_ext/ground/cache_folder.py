@@ -152,6 +152,11 @@ def locked(target: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
         lock.release()
 
 
+def is_no_file(target: Path) -> bool:
+    """Whether it, or what a link leads to, is a pipe, a device or a socket, which root can replace."""
+    return target.exists() and not target.is_file() and not target.is_dir()
+
+
 @contextmanager
 def atomic_write(target: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it becomes ``target`` at once; an error removes it.
@@ -162,7 +167,12 @@ def atomic_write(target: Path, *, private: bool = False) -> Iterator[Path]:
     Args:
         target: the file; its folder is made where it is missing.
         private: nobody but the owner can read it, at any moment: for what may hold prompts.
+
+    Raises:
+        OSError: the system's; or the target is a pipe or a device, such as /dev/null.
     """
+    if is_no_file(target):
+        raise OSError(errno.EINVAL, "a pipe or a device, in whose place a file would be put", str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(target.parent)
     with _temporary_folder(target, 0o700 if private else 0o777) as folder:

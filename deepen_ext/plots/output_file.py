@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deepen_ext.errors import InputError
-from deepen_ext.ground.cache_folder import atomic_write
+from deepen_ext.ground.cache_folder import atomic_write, is_no_file
 from deepen_ext.ground.paths import user_path
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -24,8 +24,7 @@ def check_output_file(option: str, file: Path | None, formats: Sequence[str] = F
         formats: endings of file names that can be written.
 
     Raises:
-        InputError: another ending, a folder that is not there or cannot be written to, matplotlib is not
-            installed.
+        InputError: another ending, what `check_place` refuses, matplotlib is not installed.
     """
     if file is None:
         return
@@ -40,10 +39,12 @@ def check_place(option: str, file: Path) -> None:
     """Whether a file can be made there, or written into in its place.
 
     Raises:
-        InputError: a folder, in a folder that is not there, or no right to write there.
+        InputError: a folder, a pipe or a device; in a folder that is not there, or no right to write there.
     """
     if file.is_dir():
         raise InputError(f"{option} {file} is a folder; name a file in it")
+    if is_no_file(file):
+        raise InputError(f"{option} {file} is a pipe or a device, which would be replaced; name a file")
     if not file.parent.is_dir():
         raise InputError(f"{option} {file}: there is no folder {file.parent}; make it first")
     if not os.access(file.parent, os.W_OK):

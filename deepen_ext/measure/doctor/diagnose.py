@@ -29,11 +29,12 @@ from deepen_ext.measure.doctor.diagnosis import (
 from deepen_ext.measure.doctor.draft_model import WIDTHS
 from deepen_ext.measure.doctor.draft_times import SAMPLE_TOKENS, draft_times
 from deepen_ext.measure.doctor.member_facts import device_memory, is_same_model, member_facts
-from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT
+from deepen_ext.measure.doctor.sample_text import SAMPLE_TEXT, split_sample
 from deepen_ext.measure.likelihood.text_reading import TextReading
 from deepen_ext.measure.likelihood.token_likelihoods import Difference, TokenLikelihoods
 from deepen_ext.members.loading import Progress
 from deepen_ext.members.member import Member, unique_names
+from deepen_ext.members.memory import find_shortage
 from deepen_ext.space.anchors import Anchors, PrefixColumns, shared_anchors
 from deepen_ext.space.recipes import RECIPES
 
@@ -85,6 +86,9 @@ def diagnose(
     say = progress or (lambda _: None)
     whole = SAMPLE_TEXT if text is None else text
     sample = _fitting(members, whole)
+    context, scored = split_sample(sample)
+    prompts = _prompts(members, sample, max(new_tokens, SAMPLE_TOKENS, WIDTHS[-1]))
+    _check_memory(members, prompts, batch, new_tokens)
     say("Matching vocabularies")
     anchors = _anchors(members)
     prefixes = PrefixColumns(anchors, [member.vocabulary for member in members])
@@ -92,7 +96,7 @@ def diagnose(
     fused: tuple[Fused, ...] = ()
     speed = drafts = ensemble = obstacle = None
     means, alone = [], []
-    with TextReading(members, *_split(sample)) as reading:
+    with TextReading(members, context, scored) as reading:
         for member in members:
             say(f"Reading the sample text with {member.name}")
             alone.append(reading.member(member))
@@ -107,7 +111,6 @@ def diagnose(
             obstacle = str(error)
     if ensemble is not None and obstacle is None:
         say("Taking the time")
-        prompts = _prompts(members, sample, max(new_tokens, SAMPLE_TOKENS, WIDTHS[-1]))
         speed = _speed(ensemble, prompts, batch, new_tokens)
         say("Trying drafts")
         drafts = draft_times(ensemble, prompts, speed.fusion_ms + speed.handoff_ms, lanes=batch)
@@ -159,17 +162,19 @@ def _prompts(members: Sequence[Member], sample: str, spare: int) -> list[str]:
     return [_fitting(members, sample[at : at + PROMPT_CHARACTERS], spare) for at in words]
 
 
-def _split(text: str) -> tuple[str, str]:
-    """A first word as context, so that what a tokenizer puts before a text makes no difference, and the rest.
+def _check_memory(members: Sequence[Member], prompts: Sequence[str], batch: int, new_tokens: int) -> None:
+    """That the batch fits the memory: seen before minutes of reading, and before a list of so many texts.
 
     Raises:
-        InputError: there are no two words.
+        InputError: it does not.
     """
-    words = text.split(maxsplit=1)
-    if len(words) < 2:
-        raise InputError("the sample text has fewer than two words; give a text of a few hundred characters")
-    at = text.index(words[0]) + len(words[0])
-    return text[:at], text[at:]
+    vocabularies = [member.vocabulary for member in members]
+    longest = [
+        len(one.prefix_ids) + max(len(one.encode(prompt)) for prompt in prompts) + new_tokens
+        for one in vocabularies
+    ]
+    if (short := find_shortage(batch, zip(members, longest, strict=True))) is not None:
+        raise InputError(f"{batch:,} texts side by side, {short}; choose a smaller batch (--batch)")
 
 
 def _with_main(members: Sequence[Member], anchors: Anchors) -> list[int]:

@@ -3,6 +3,10 @@
 Written for this package, so that no model has read it before.
 """
 
+from __future__ import annotations
+
+from deepen_ext.errors import InputError
+
 SAMPLE_TEXT = '''\
 The ferry to the island leaves twice a day, and in winter only when the captain likes the look of the sky. \
 Marta had missed the morning boat by four minutes. She sat on her suitcase at the end of the pier, ate \
@@ -37,3 +41,16 @@ enough to be blown or pressed long before it is cold. It must then cool slowly: 
 while the inside is still hot, the stress that remains can break the finished piece days later, without a \
 touch. Large mirrors for telescopes are cooled over several months for the same reason.
 '''
+
+
+def split_sample(text: str) -> tuple[str, str]:
+    """A first word as context, so that what a tokenizer puts before a text makes no difference, and the rest.
+
+    Raises:
+        InputError: there are no two words.
+    """
+    words = text.split(maxsplit=1)
+    if len(words) < 2:
+        raise InputError("the sample text has fewer than two words; give a text of a few hundred characters")
+    at = text.index(words[0]) + len(words[0])
+    return text[:at], text[at:]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.measure.evaluation.answers import Letter
-from deepen_ext.measure.evaluation.tasks import Item, Task
+from deepen_ext.measure.evaluation.tasks import Item, Task, check_text
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ class ChoiceTask(Task):
     def _item(self, file: Path, index: int, fields: Mapping[str, Any], demos: Mapping[str, str]) -> Item:
         item = super()._item(file, index, fields, demos)
         letters = self.answers.letters
+        where = f"{file}, line {1 + index}"
         for letter in letters:
             if not isinstance(fields.get(letter), str):
                 raise InputError(
-                    f"{file}, line {1 + index}: {letter} is {fields.get(letter)!r}; {self.name} needs a text "
-                    "for each option, an empty one where an item has fewer"
+                    f"{where}: {letter} is {shown(fields.get(letter))}; {self.name} needs a text for each "
+                    "option, an empty one where an item has fewer"
                 )
+            check_text(fields[letter], letter, where)
         there = [letter for letter in letters if fields[letter]]
         (answer,) = item.references
         if answer not in there:

@@ -227,10 +227,13 @@ class RecordFile:
             InputError: it cannot be read, a line that is not the last one is damaged, a field is missing or
                 of another type, or an item is there twice.
         """
+        advice = "remove it, or name another folder"
+        if path.exists() and not path.is_file():  # nothing may ever come out of a pipe
+            raise InputError(f"{path} is a folder, a pipe or a device, and no file of results; {advice}")
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+            raise InputError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
         del lines[-1]  # what follows the last newline: nothing, or a torn line
         parsed: list[dict[str, Any]] = []
         size = 0

@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from deepen_ext.cluster.pool import Pool
-from deepen_ext.errors import InputError
+from deepen_ext.errors import InputError, shown
 from deepen_ext.ground.numbers import true_or_false, whole_number
 from deepen_ext.measure.evaluation.choices import ChoiceTask
 from deepen_ext.measure.evaluation.headers import Header, make_header
@@ -46,6 +46,7 @@ _LONG = 16  # new tokens; answers that may take more end at different times
 # Batches that are run as one: where answers are long, because the next item begins where an answer ends, and
 # of choices, because neighbours have demos in common.
 _BATCHES = 4
+_LONGEST_NAME = 255  # of a file, on Linux
 
 
 def evaluate(
@@ -153,6 +154,7 @@ def _run(
 ) -> Summary:
     names, polls = writers.names(), writers.polls()
     for job in jobs:
+        _paths(folder, job, [*names, *polls])
         if isinstance(job.task, ChoiceTask):
             refuse_by_likelihood("a vote", polls)
         writers.check_fusers(job)
@@ -203,16 +205,33 @@ def _is_done(folder: Path, job: Job, names: Iterable[str]) -> bool:
     return all(path.exists() and len(RecordFile.read(path)[1]) == len(job.items) for path in paths)
 
 
+def _paths(folder: Path, job: Job, names: Iterable[str]) -> dict[str, Path]:
+    """The files of a task by configuration, each with a name of its own that a file can have."""
+    paths = {name: record_path(folder, job.task.name, name) for name in names}
+    if len(set(paths.values())) < len(paths):
+        raise InputError(f"two of {', '.join(paths)} would have the same file; give them other names")
+    if long := [name for name, path in paths.items() if len(path.name) > _LONGEST_NAME]:
+        raise InputError(
+            f"{shown(long[0], 60)}: its results' file would have a name of more than {_LONGEST_NAME} "
+            "characters; give that model's folder, or that configuration, a shorter name"
+        )
+    return paths
+
+
 def _open(
     stack: ExitStack, folder: Path, job: Job, headers: Mapping[str, Header], fresh: bool
 ) -> dict[str, RecordFile]:
     """The files of a task, by configuration."""
-    paths = {name: record_path(folder, job.task.name, name) for name in headers}
-    if len(set(paths.values())) < len(paths):
-        raise InputError(f"two of {', '.join(paths)} would have the same file; give them other names")
+    paths = _paths(folder, job, headers)
     if fresh:
         for path in folder.glob(f"{job.task.name}.*.jsonl"):
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise InputError(
+                    f"{path}: cannot be removed ({error.strerror}); remove it yourself, or name another "
+                    "folder"
+                ) from error
     check_folder(folder, job.header)
     known = {item.index for item in job.items}
     files = {}

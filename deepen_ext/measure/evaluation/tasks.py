@@ -128,8 +128,10 @@ class Task:
             references = self.answers.references(fields.get("answer"))
         except ValueError as error:
             raise InputError(
-                f"{where}: answer is {fields.get('answer')!r}; {self.name} needs {error}"
+                f"{where}: answer is {shown(fields.get('answer'))}; {self.name} needs {error}"
             ) from error
+        for one in references:
+            check_text(one, "answer", where)
         key = _text(fields, self.demos_by, where) if self.demos_by else ""
         if self.demo_answer is not None and key not in demos:
             raise InputError(
@@ -165,7 +167,19 @@ def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise InputError(f"{where}: {name} is {shown(value)}; give a text, as it is to stand in the prompt")
+    check_text(value, name, where)
     return value
+
+
+def check_text(text: str, name: str, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can name (`\\ud83d` alone) and no model can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {name} has half of a surrogate pair at character {error.start}, which is no "
+            "character; write the character itself, or both halves"
+        ) from None
 
 
 def _read(file: Path) -> Sequence[Mapping[str, Any]]:
@@ -180,6 +194,8 @@ def _read(file: Path) -> Sequence[Mapping[str, Any]]:
         raise InputError(f"{file} is not UTF-8: {error}") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+    if not text:
+        raise InputError(f"{file} is empty; docs/evaluation.md says what its lines hold")
     read: list[Mapping[str, Any]] = []
     # Lines end in "\n" alone: texts may hold the other line ends that splitlines() knows.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):

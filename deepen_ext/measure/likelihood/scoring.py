@@ -57,8 +57,8 @@ def score_texts(
         progress: told of every text.
 
     Raises:
-        InputError: no texts or ensembles; ensembles of other members; a text that cannot be scored (see
-            `TextReading`).
+        InputError: no texts or ensembles; ensembles of other members, or with a member's name; a text that
+            cannot be scored (see `TextReading`).
         ModelError: a forward pass failed.
     """
     if not texts or not ensembles:
@@ -67,6 +67,8 @@ def score_texts(
     for name, one in ensembles.items():
         if list(map(id, one.members)) != list(map(id, first.members)):
             raise InputError(f"{name} has other members, or another main model; measure it by itself")
+        if name in first.names:
+            raise InputError(f"{name} is a member's name and an ensemble's; give one of them another name")
     readings = [TextReading(first.members, *text) for text in texts]
     scores = Scores({name: [] for name in first.names}, {name: [] for name in ensembles})
     try:

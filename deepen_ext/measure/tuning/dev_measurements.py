@@ -62,6 +62,23 @@ class Measurements:
         uniform = map(self.space.default, range(len(self.members)))
         self.tried: dict[Configuration, list[float]] = {one: [] for one in uniform}
 
+    def check_items(self) -> None:
+        """That every member can read every item: an error at the last one would cost what was measured.
+
+        Raises:
+            InputError: one cannot; the message says which item.
+        """
+        for item in self.dev.items:
+            try:
+                TextReading(self.members, item.context, item.text)
+            except InputError as error:
+                where = f"a piece that begins with {shown(item.text, 40)}"
+                if item.item is not None:
+                    where = f"line {item.item.index + 1} of dev.jsonl"
+                raise InputError(
+                    f"{self.dev.name}, {where}: {error}. Or leave that text out, or take other models"
+                ) from error
+
     def read(self) -> None:
         """Read items and measure the uniform configurations, until that share of the budget is spent."""
         share = _LIKELIHOOD_SHARE if self._writes_answers() else READING_SHARE

@@ -231,6 +231,7 @@ def tune(
         raise InputError("there are no recipes; name those that may be chosen")
     space = Space(len(members), tuple(recipes) if kind.uses_recipe else ())
     work = Measurements(list(members), dev, space, fuser, minutes * 60, progress or (lambda _: None))
+    work.check_items()
     work.read()
     accuracy, answered = work.accuracy()
     found = {"accuracy": proportional(accuracy), "likelihood": from_likelihood(work.alone, SHARPNESS)}
