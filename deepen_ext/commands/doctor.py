@@ -56,10 +56,10 @@ def doctor(
         if len(named) < 2 and not is_url(named[0]):
             raise InputError("a diagnosis needs two or more models, or a server's address; repeat --model")
         sample = None if text is None else _read(text)
-        if sample is not None:
-            split_sample(sample)  # raises for a text that is too short, before models are loaded
         check_output_file("--html", html, [".html"])
         check_apart({"--html": html}, {"--text": text}, named)
+        if sample is not None:
+            split_sample(sample)  # raises for a text that is too short, before models are loaded
         with progress() as say:
             say("Starting")
             from rich.text import Text
