@@ -192,10 +192,12 @@ $(TOOLS): constraints.txt
 	@touch $@
 
 # torch goes first and alone: its exact version may be a CPU wheel on disk that pip was told of, and asking for it
-# together with packages that want any torch has cost gigabytes of CUDA libraries. Python compiles what it imports;
-# pip would compile all of it, one file after the other.
+# together with packages that want any torch has cost gigabytes of CUDA libraries. The pins go next, as they are: working
+# out what needs what takes pip a quarter of a minute, and the last line finds what another Python needs besides. Python
+# compiles what it imports; pip would compile all of it, one file after the other.
 $(DEPENDENCIES): $(TOOLS)
 	$(PIP) install --quiet --quiet --no-compile "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install --quiet --quiet --no-compile --no-deps --requirement constraints.txt
 	$(PIP) install --quiet --quiet --no-compile --requirement constraints.txt
 	@touch $@
 
