@@ -49,16 +49,17 @@ class FusionSettings:
         fuser: a name of `FUSERS`, such as "deepen", "average", "draw" (with sampling only), "spans" (greedy
             only) or "single" (the main model alone: one member is enough, and others are not used). Or a
             function of your own (see `FunctionFuser`). "auto": see `resolved`.
-        recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen".
-        learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5. Of "deepen".
+        recipe: how tokens are placed in the relative space: "bytes", "calibrated" or "paper". Of "deepen"
+            and "follow", as the next two and `steps` are.
+        learning_rate: eta of the inverse search, above 0 to 10; the paper uses 0.1 to 0.5.
         relative_temperature: of the similarity rows, above 0 to 1000; None for the recipe's own (calibrated
-            40, paper 100; bytes has none). Of "deepen".
+            40, paper 100; bytes has none).
         weighing: the rule by which members count more or less at a token, by what they say there; a name of
             `deepen_ext.fusers.weighing`. "confidence" has a strength, the next setting.
         confidence: how much more a member counts at a token where it is sure, 0 to 10: its weight is scaled
             by exp(-confidence H), H the entropy of its distribution in nats. 0: the weights as they are.
         gate: the four numbers of weighing="gate", as `tune` finds them (see `Gate`).
-        steps: T of the inverse search, 1 to 64. Of "deepen".
+        steps: T of the inverse search, 1 to 64.
         candidates: how many of a member's most probable tokens are looked at one by one, 1 or more.
         entries: how many of a relative row's largest entries are kept, 1 or more.
         min_probability: less probable tokens are not worth a relative row, 0 to below 1 (see `DeepenFuser`).
