@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -9,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.errors import InputError
+from deepen_ext.space import anchors as anchors_module
 from deepen_ext.space.anchors import Anchors, PrefixColumns, first_token, shared_anchors
 from deepen_ext.space.relative_map import RelativeMap
 from deepen_ext.space.row_sources import PrefixRows, SimilarityRows
@@ -192,6 +197,31 @@ def test_a_byte_that_a_tokenizer_drops_is_no_beginning(smol: Vocabulary) -> None
     assert smol.encode((lost + b" straw").decode()) == smol.encode(" straw")
     assert first_token(smol, b" straw") == smol.encode(" straw")[0]
     assert first_token(smol, lost + b" straw") is None
+
+
+def test_two_threads_find_the_same_anchors_once(smol: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+
+    def find(*given: Any) -> list[int]:
+        time.sleep(0.2)  # the other thread asks meanwhile
+        found.append(given)
+        return [0] * 100
+
+    monkeypatch.setattr(anchors_module, "_known", {})
+    monkeypatch.setattr(anchors_module, "_find", find)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda _: shared_anchors([smol, smol], [SMOL_EOS, SMOL_EOS]), range(2))
+    assert one is other
+    assert len(found) == 1
+
+
+def test_the_oldest_known_anchors_are_forgotten(smol: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anchors_module, "_known", {})
+    monkeypatch.setattr(anchors_module, "_find", lambda *_: [0] * 100)
+    made = [shared_anchors([smol, smol], [[end], [end]]) for end in range(9)]
+    assert shared_anchors([smol, smol], [[1], [1]]) is made[1]
+    assert shared_anchors([smol, smol], [[0], [0]]) is not made[0]
+    assert len(anchors_module._known) == 8
 
 
 def test_rules_of_prefix_columns() -> None:

@@ -446,7 +446,7 @@ def test_wrong_input(tiny_smollm2: Member) -> None:
         ({"members": pair, "batch": 0}, "batch is 0; choose 1 or more"),
         (
             {"members": pair, "batch": 10**12},
-            r"1,000,000,000,000 texts .* need about .*; choose a smaller batch",
+            r"1,000,000,000,000 texts side by side need about .*; choose a smaller batch",
         ),
         ({"members": pair, "text": ""}, "fewer than two words"),
         ({"members": pair, "text": "  word\n"}, "fewer than two words"),

@@ -253,6 +253,20 @@ def test_one_model_without_itself_is_told_before_it_is_loaded(data: Path, tmp_pa
     assert "error: --no-singles leaves nothing of one model; leave it out" in done.stderr
 
 
+def test_a_preset_of_one_model_runs_it_alone(one_byte_folders: list[Path], tmp_path: Path) -> None:
+    """As `--model` does; with `fuser: single` it was told to fuse, which one model cannot."""
+    (tmp_path / "one.yaml").write_text(f"members: [{one_byte_folders[0]}]\nfuser: single\n")
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq" / "test.jsonl").write_text(
+        '{"question": "who wrote hamlet", "answer": ["Shakespeare"]}\n'
+    )
+    (tmp_path / "nq" / "demos.jsonl").write_text('{"question": "who wrote faust", "answer": "Goethe"}\n')
+    options = ["--data", str(tmp_path), "--task", "nq", "--json", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["eval", "--preset", str(tmp_path / "one.yaml"), *options])
+    assert done.exit_code == 0, done.stderr
+    assert [one.name for one in (tmp_path / "out").glob("*.jsonl")] == ["nq.tiny-1.jsonl"]
+
+
 # The function
 
 

@@ -195,6 +195,7 @@ def test_doctor(models: list[str], text: Path, tmp_path: Path) -> None:
         ("folder.svg", "is a folder; name a file in it"),
         ("pipe.svg", "is a pipe or a device, which would be replaced; name a file"),
         ("link.svg", "is a pipe or a device, which would be replaced; name a file"),
+        ("a" * 300 + ".svg", "File name too long; name another file"),
     ],
 )
 @pytest.mark.parametrize("command", ["nll", "eval", "tune"])
@@ -228,9 +229,12 @@ def test_the_place_of_doctors_page() -> None:
     [
         (["--demo", "--no-singles"], "--plot: gains are over the models alone; leave out --no-singles"),
         (["--model", "no/such"], "--plot: a model alone has no gain to show"),
+        (["--preset", "ONE"], "--plot: a model alone has no gain to show"),
     ],
 )
 def test_no_gain_to_plot(arguments: list[str], message: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("members: [no/such]\n")
+    arguments = [str(tmp_path / "one.yaml") if one == "ONE" else one for one in arguments]
     task = ("--task", "arc_challenge", "--data", str(data), "--json", str(tmp_path / "out"))
     done = run("eval", *arguments, *task, "--plot", str(tmp_path / "a.svg"))
     assert done.returncode == 2

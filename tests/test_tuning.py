@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -453,6 +453,19 @@ class TestTune:
             says = says.replace("a piece that begins with ' no'", r"line 8 of dev\.jsonl")
         with pytest.raises(InputError, match=says):
             tune(members, dev)
+
+    def test_looking_at_a_long_text_leaves_the_time_for_measuring(self, one_byte_folders: list[Path]) -> None:
+        """10 s a megabyte: a text of 60 MB took the whole budget, without a word."""
+        members = load_members(one_byte_folders)
+        long = DevItem("Question" * 60, " no")
+        said: list[str] = []
+        for seconds, found in ((60.0, pytest.raises(InputError, match="483 tokens")), (1e-9, nullcontext())):
+            work = Measurements(
+                members, DevSet("text", (long,)), Space(2, ()), "average", seconds, said.append
+            )
+            with found:
+                work.check_items()
+        assert said == ["Checking dev items"] * 2
 
     def test_wrong_input(self, smollm2: Member, gemma: Member, data: Path) -> None:
         dev = DevSet.from_task("nq", data, 2)

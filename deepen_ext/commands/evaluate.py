@@ -159,7 +159,8 @@ def evaluate(
         check_output_file("--plot", plot)
         if plot is not None and not singles:
             raise InputError("--plot: gains are over the models alone; leave out --no-singles")
-        if plot is not None and model is not None and len(model) == 1:
+        named = named_members(model, demo, preset)
+        if plot is not None and len(named.members) == 1:
             raise InputError("--plot: a model alone has no gain to show; name two or more models")
         tasks = list(tasks_of(scoring.value)) if "all" in task else task
         drawn = Votes.read(votes, temperature, top_p, seed)
@@ -178,12 +179,11 @@ def evaluate(
             raise InputError("--fuser vote: the models' own answers vote; leave out --no-singles")
         only_polled = polled and fuser == [_VOTE]
         fuser = [one for one in fuser or [] if one != _VOTE]
-        named = named_members(model, demo, preset)
         check_apart({"--plot": plot}, {"--preset": preset}, named.members)
         if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
         fused = ways_of_fusing(named, fuser, recipe)
-        alone = model is not None and len(model) == 1 and not fuser and not polled
+        alone = len(named.members) == 1 and not fuser and not polled
         if alone and not singles:
             raise InputError("--no-singles leaves nothing of one model; leave it out, or name two or more")
         if not alone:

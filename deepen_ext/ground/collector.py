@@ -9,9 +9,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """While modules and models are loaded nothing becomes garbage, and looking for it takes half a second."""
+    """While modules and models are loaded nothing becomes garbage, and looking for it takes half a second.
+
+    Afterwards it is as it was: a caller may have switched it off for longer.
+    """
+    was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_on:
+            gc.enable()

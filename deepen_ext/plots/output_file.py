@@ -39,8 +39,15 @@ def check_place(option: str, file: Path) -> None:
     """Whether a file can be made there, or written into in its place.
 
     Raises:
-        InputError: a folder, a pipe or a device; in a folder that is not there, or no right to write there.
+        InputError: a folder, a pipe or a device; in a folder that is not there, or no right to write there; a
+            name that the system does not take.
     """
+    try:
+        file.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made; its folder is looked at below
+    except OSError as error:  # a name that is too long, links in a circle, no right to look there
+        raise InputError(f"{option} {file}: {error.strerror}; name another file") from error
     if file.is_dir():
         raise InputError(f"{option} {file} is a folder; name a file in it")
     if is_no_file(file):

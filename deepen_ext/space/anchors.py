@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,10 +64,11 @@ def shared_anchors(
             )
 
     key = (tuple(one.fingerprint for one in vocabularies), tuple(map(tuple, eos_ids)))
-    if (known := _known.get(key)) is None:
-        if len(_known) >= _MOST_KNOWN:
-            _known.pop(next(iter(_known)), None)
-        known = _known[key] = _find(vocabularies, eos_ids)
+    with _knowing:
+        if (known := _known.get(key)) is None:
+            if len(_known) >= _MOST_KNOWN:
+                del _known[next(iter(_known))]
+            known = _known[key] = _find(vocabularies, eos_ids)
     if len(known) < minimum:
         names = ", ".join(vocabulary.name for vocabulary in vocabularies)
         raise InputError(
@@ -80,6 +82,7 @@ def shared_anchors(
 # takes 0.2 s, and these are 3 MB.
 _known: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]], Anchors] = {}
 _MOST_KNOWN = 8
+_knowing = threading.Lock()  # ensembles may be made in several threads
 
 
 def _find(vocabularies: Sequence[Vocabulary], eos_ids: Sequence[Sequence[int]]) -> Anchors:

@@ -174,7 +174,7 @@ def _check_memory(members: Sequence[Member], prompts: Sequence[str], batch: int,
         for one in vocabularies
     ]
     if (short := find_shortage(batch, zip(members, longest, strict=True))) is not None:
-        raise InputError(f"{batch:,} texts side by side, {short}; choose a smaller batch (--batch)")
+        raise InputError(f"{batch:,} texts side by side {short}; choose a smaller batch (--batch)")
 
 
 def _with_main(members: Sequence[Member], anchors: Anchors) -> list[int]:

@@ -23,6 +23,7 @@ from deepen_ext.members.memory import available_bytes
 from deepen_ext.space.recipes import Recipe
 
 READING_SHARE = 0.5  # of the budget, for reading the items and for the members' own accuracy
+_CHECKING_SHARE = 0.1  # of it, for seeing that items can be read
 _LIKELIHOOD_SHARE = 0.35  # of it for reading, where accuracy needs generations of its own
 _CONFIGURATIONS = 30  # as many the search should have time for
 _AT_ONCE = 8  # items whose answers are generated together
@@ -65,10 +66,16 @@ class Measurements:
     def check_items(self) -> None:
         """That every member can read every item: an error at the last one would cost what was measured.
 
+        A text of many megabytes is looked at for a share of the budget alone. Reading takes longer, and so
+        hardly comes further.
+
         Raises:
             InputError: one cannot; the message says which item.
         """
+        self.say("Checking dev items")
         for item in self.dev.items:
+            if self._spent() > _CHECKING_SHARE * self.seconds:
+                return
             try:
                 TextReading(self.members, item.context, item.text)
             except InputError as error:
