@@ -83,7 +83,7 @@ def test_embedded_members_are_models() -> None:
 
 
 def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
-    """As root `tune --out /dev/null` put a file in its place."""
+    """As root `tune --out /dev/null` would have put a file in its place."""
     pipe = tmp_path / "pipe.yaml"
     os.mkfifo(pipe)
     with pytest.raises(InputError, match=r"pipe\.yaml: cannot be written: a pipe or a device"):

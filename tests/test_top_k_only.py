@@ -176,9 +176,8 @@ class TestRefused:
     def test_a_main_model_under_average(self, members: list[Member]) -> None:
         with pytest.raises(InputError, match=r"^0: .*average.*'logits'"):
             Ensemble([hidden(members[0], 9), members[1]], fuser="average")
-        Ensemble(
-            [members[0], hidden(members[1], 9)], fuser="average", recipe="paper"
-        )  # its rows are of bytes
+        # As an assistant, whatever the recipe: the rows of "average" come from bytes.
+        Ensemble([members[0], hidden(members[1], 9)], fuser="average", recipe="paper")
 
     def test_what_takes_the_model_itself(self, members: list[Member]) -> None:
         seen = hidden(members[0], 9)

@@ -254,10 +254,9 @@ def _configurations(
     named = zip(base.names, base.members, strict=True) if singles else ()
     found: dict[str, Ensemble | Poll] = {name: Ensemble([member], fuser="single") for name, member in named}
     variants = [base.variant(**settings) for settings in fused]
-    check_names_differ(
-        [*found, *(one.method for one in variants), *([_VOTE] if polled else [])]
-    )  # "auto" has a name now
-    found |= {one.method: one for one in variants}
+    methods = [one.method for one in variants]  # "auto" has a name now
+    check_names_differ([*found, *methods, *([_VOTE] if polled else [])])
+    found |= zip(methods, variants, strict=True)
     if polled:
         found[_VOTE] = Poll(tuple(base.names))
     return found

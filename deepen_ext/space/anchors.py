@@ -78,8 +78,8 @@ def shared_anchors(
     return known
 
 
-# By fingerprints and EOS ids: the same members are often fused in several ways, one after the other. Finding
-# takes 0.2 s, and these are 3 MB.
+# The last ones found, by fingerprints and EOS ids: the same members are often fused in several ways, one
+# after the other. To find them takes 0.2 s, to keep them some 3 MB each.
 _known: dict[tuple[tuple[str, ...], tuple[tuple[int, ...], ...]], Anchors] = {}
 _MOST_KNOWN = 8
 _knowing = threading.Lock()  # ensembles may be made in several threads

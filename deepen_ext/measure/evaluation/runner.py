@@ -201,7 +201,7 @@ def _texts(path: Path) -> list[ItemRecord]:
 
 def _is_done(folder: Path, job: Job, names: Iterable[str]) -> bool:
     """Whether the folder has every answer of the task: then nothing is run."""
-    paths = [record_path(folder, job.task.name, name) for name in names]
+    paths = _paths(folder, job, names).values()
     return all(path.exists() and len(RecordFile.read(path)[1]) == len(job.items) for path in paths)
 
 
