@@ -178,7 +178,7 @@ def test_sampling_and_stop_strings(models: list[str]) -> None:
 
 def test_a_text_of_one_token_has_no_time_a_token(models: list[str]) -> None:
     asked = ["generate", *models, "--prompt", "The wind", "--max-new-tokens", "1"]
-    report = json.loads(run(*asked, "--fuser", "union-vocab", "--recipe", "paper", "--json").stdout)
+    report = json.loads(run(*asked, "--fuser", "union-vocab", "--json").stdout)
     assert report["ms_per_token"] is report["tokens_per_second"] is report["fusion_ms_per_token"] is None
     assert report["prompt_ms"] > 0
     assert report["recipe"] is None  # union-vocab has none
@@ -286,6 +286,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(arguments: list[str], messag
         (["--fuser", "draw"], "'draw' is a way to sample; set do_sample=True (--sample)"),
         (["--fuser", "spans", "--sample"], "'spans' writes whole words"),
         (["--fuser", "average", "--certified-skip"], "which average has not; leave it out"),
+        (["--fuser", "average", "--recipe", "paper"], "--recipe: of the search, which average does without"),
     ],
 )
 def test_what_needs_no_model_is_said_before_models_are_loaded(arguments: list[str], message: str) -> None:
@@ -293,6 +294,31 @@ def test_what_needs_no_model_is_said_before_models_are_loaded(arguments: list[st
     done = run("generate", *named, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "eval", "nll"])
+def test_settings_of_a_search_where_there_is_none(command: str, tmp_path: Path) -> None:
+    named = ["--model", "/no/such/main", "--model", "/no/such/assistant", "--learning-rate", "0.2"]
+    if command == "nll":
+        (tmp_path / "text").write_text("The wind blew. " * 100)
+        named += ["--text", str(tmp_path / "text")]
+    if command == "eval":
+        (tmp_path / "piqa").mkdir()
+        item = {"question": "To dry hands", "A": "use a towel", "B": "use a stone", "answer": "A"}
+        (tmp_path / "piqa" / "test.jsonl").write_text(json.dumps(item))
+        named += ["--task", "piqa", "--data", str(tmp_path), "--json", str(tmp_path / "out")]
+    done = run(command, *named, "--fuser", "product")
+    assert done.returncode == 2
+    assert (
+        "--learning-rate: of the search, which product does without; leave it out, or name --fuser deepen"
+        in done.stderr
+    )
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("members: [/no/such/main, /no/such/assistant]\nfuser: product\n")
+    assert "product does without" in run(command, *named, "--preset", str(preset)).stderr
+    # Enough that one of several fusers has it; and the default is made of the search.
+    several = ["--fuser", "product", "--fuser", "follow"] if command != "serve" else []
+    assert "/no/such/main: no such file" in run(command, *named, *several).stderr
 
 
 def test_a_full_disk_is_one_message(monkeypatch, capsys) -> None:

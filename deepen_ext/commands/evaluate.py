@@ -20,6 +20,7 @@ from deepen_ext.commands.loading import (
     check_fuses,
     check_likelihood,
     check_names_differ,
+    check_recipe_used,
     ensemble_keywords,
     load_ensemble,
     named_members,
@@ -182,6 +183,7 @@ def evaluate(
         check_apart({"--plot": plot}, {"--preset": preset}, named.members)
         if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
+        check_recipe_used(named, fuser or [None], recipe, learning_rate)
         fused = ways_of_fusing(named, fuser, recipe)
         alone = len(named.members) == 1 and not fuser and not polled
         if alone and not singles:

@@ -15,7 +15,7 @@ import typer
 from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes, plain, read_stdin, write
 from deepen_ext.commands.load_options import Loading, with_load_options
-from deepen_ext.commands.loading import load_ensemble, named_members
+from deepen_ext.commands.loading import check_recipe_used, load_ensemble, named_members
 from deepen_ext.errors import InputError, MemberLost
 from deepen_ext.ground.paths import check_apart, user_path
 
@@ -106,6 +106,7 @@ def generate(
         text = _prompt(prompt)
         if certified_skip and sample:
             raise InputError("--certified-skip is for greedy decoding; with --sample use --confidence-gate")
+        check_recipe_used(named, [fuser], recipe, learning_rate)
         check_apart({"--trace": trace}, {"--preset": preset}, named.members)
         settings = {"do_sample": sample, **given}
         _check_before_loading(text, settings, stop, confidence_gate, draft, trace)

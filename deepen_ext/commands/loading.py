@@ -177,6 +177,29 @@ def ways_of_fusing(
     return ways
 
 
+def check_recipe_used(
+    named: Named, fusers: Sequence[str | None], recipe: RecipeName | None, learning_rate: float | None
+) -> None:
+    """That --recipe and --learning-rate, where they are given, change what one of the fusers does.
+
+    Raises:
+        InputError: every fuser is without a search.
+    """
+    given = {"--recipe": recipe, "--learning-rate": learning_rate}
+    if not (options := [name for name, value in given.items() if value is not None]):
+        return
+    from deepen_ext.fusers import FusionSettings, fuser_class, method_name
+
+    settings = [_settings(named.preset, fuser=one, recipe=None) for one in fusers]
+    found = [one.get("fuser", FusionSettings.fuser) for one in settings]
+    if not any(one == "auto" or fuser_class(one).uses_recipe for one in found):
+        methods = " and ".join(method_name(one, "") for one in found)
+        raise InputError(
+            f"{' and '.join(options)}: of the search, which {methods} does without; leave it out, or name "
+            "--fuser deepen or follow"
+        )
+
+
 def check_names_differ(methods: Iterable[str]) -> None:
     """That results can tell fusers and models apart.
 

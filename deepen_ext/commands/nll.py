@@ -16,6 +16,7 @@ from deepen_ext.commands.loading import (
     check_fuses,
     check_likelihood,
     check_names_differ,
+    check_recipe_used,
     load_ensemble,
     named_members,
     ways_of_fusing,
@@ -69,6 +70,7 @@ def nll(
         check_apart({"--plot": plot}, {"--text": text, "--preset": preset}, named.members)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
+        check_recipe_used(named, specs or [None], recipe, learning_rate)
         ways = ways_of_fusing(named, specs, recipe)
         check_fuses(ways)
         base = load_ensemble(named, loading, specs[0] if specs else None, weight, recipe, learning_rate)

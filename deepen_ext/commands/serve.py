@@ -18,7 +18,13 @@ from deepen_ext.commands import options
 from deepen_ext.commands.console import exit_codes
 from deepen_ext.commands.generate import WithoutTemplate
 from deepen_ext.commands.load_options import Loading, with_load_options
-from deepen_ext.commands.loading import Named, ensemble_keywords, load_ensembles, named_members
+from deepen_ext.commands.loading import (
+    Named,
+    check_recipe_used,
+    ensemble_keywords,
+    load_ensembles,
+    named_members,
+)
 from deepen_ext.errors import InputError
 
 _DEFAULT = "deepen"
@@ -94,6 +100,7 @@ def serve(
         found = _named_ensembles(model, demo, preset, ensemble)
         for_one = (fuser, weight, recipe, learning_rate, loading.texts["api_key"])
         own = _whose_options(found, given=any(one is not None for one in for_one))
+        check_recipe_used(found[own], [fuser], recipe, learning_rate)
         mine = loading, fuser, weight, recipe, learning_rate, on_failure
         others = loading.without_key(), None, None, None, None, on_failure
         asked = {
