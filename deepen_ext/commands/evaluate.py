@@ -183,7 +183,7 @@ def evaluate(
         check_apart({"--plot": plot}, {"--preset": preset}, named.members)
         if any(map(writes_alone, fuser)):
             raise InputError("--fuser single: each model runs alone anyway; name a way of fusing them")
-        check_recipe_used(named, fuser or [None], recipe, learning_rate)
+        check_recipe_used(named, fuser, recipe, learning_rate)
         fused = ways_of_fusing(named, fuser, recipe)
         alone = len(named.members) == 1 and not fuser and not polled
         if alone and not singles:

@@ -158,7 +158,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
 
 
 def ways_of_fusing(
-    named: Named, fusers: Sequence[str] | None, recipe: RecipeName | None
+    named: Named, fusers: Sequence[str | None] | None, recipe: RecipeName | None
 ) -> list[dict[str, Any]]:
     """What each --fuser sets of an ensemble; where none is given, the preset's or the default.
 
@@ -168,8 +168,7 @@ def ways_of_fusing(
     from deepen_ext.fusers import FusionSettings, method_name
 
     defaults = {key: getattr(FusionSettings, key) for key in ("fuser", "recipe", "relative_temperature")}
-    given: Sequence[str | None] = fusers or [None]
-    ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in given]
+    ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in fusers or [None]]
     ways = [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]
     check_names_differ(
         one["fuser"] if one["fuser"] == "auto" else method_name(one["fuser"], one["recipe"]) for one in ways
@@ -178,22 +177,24 @@ def ways_of_fusing(
 
 
 def check_recipe_used(
-    named: Named, fusers: Sequence[str | None], recipe: RecipeName | None, learning_rate: float | None
+    named: Named,
+    fusers: Sequence[str | None] | None,
+    recipe: RecipeName | None,
+    learning_rate: float | None,
 ) -> None:
     """That --recipe and --learning-rate, where they are given, change what one of the fusers does.
 
     Raises:
-        InputError: every fuser is without a search.
+        InputError: none of the fusers has a search.
     """
     given = {"--recipe": recipe, "--learning-rate": learning_rate}
     if not (options := [name for name, value in given.items() if value is not None]):
         return
-    from deepen_ext.fusers import FusionSettings, fuser_class, method_name
+    from deepen_ext.fusers import fuser_class, method_name
 
-    settings = [_settings(named.preset, fuser=one, recipe=None) for one in fusers]
-    found = [one.get("fuser", FusionSettings.fuser) for one in settings]
-    if not any(one == "auto" or fuser_class(one).uses_recipe for one in found):
-        methods = " and ".join(method_name(one, "") for one in found)
+    ways = ways_of_fusing(named, fusers, recipe)
+    if not any(one["fuser"] == "auto" or fuser_class(one["fuser"]).uses_recipe for one in ways):
+        methods = " and ".join(method_name(one["fuser"], one["recipe"]) for one in ways)
         raise InputError(
             f"{' and '.join(options)}: of the search, which {methods} does without; leave it out, or name "
             "--fuser deepen or follow"

@@ -70,7 +70,7 @@ def nll(
         check_apart({"--plot": plot}, {"--text": text, "--preset": preset}, named.members)
         cut = pieces(_read(text), length=piece, context=context)
         specs = list(dict.fromkeys(fuser or []))
-        check_recipe_used(named, specs or [None], recipe, learning_rate)
+        check_recipe_used(named, specs, recipe, learning_rate)
         ways = ways_of_fusing(named, specs, recipe)
         check_fuses(ways)
         base = load_ensemble(named, loading, specs[0] if specs else None, weight, recipe, learning_rate)
