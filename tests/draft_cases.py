@@ -59,7 +59,8 @@ def one_of_three(logits: torch.Tensor, said: Sequence[Said], weights: torch.Tens
     return logits.scatter_add_(1, chosen, torch.full(chosen.shape, 40.0))
 
 
-# How the assistants are made to overrule the main model at about every second token.
+# How the assistants are made to overrule the main model at about every second token. Their number has no factor
+# in common with that of the teams, so that each meets every team. "behind": an assistant leads.
 FUSIONS: list[dict[str, Any]] = [
     {"fuser": "deepen", "learning_rate": 1.0},
     {"fuser": "deepen", "learning_rate": 1.0, "confidence": 1.0},
@@ -72,6 +73,8 @@ FUSIONS: list[dict[str, Any]] = [
     {"fuser": "union-vocab"},
     {"fuser": "union-vocab", "weighing": "disagreement"},
     {"fuser": "follow", "learning_rate": 1.0, "weights": "prompt"},
+    {"fuser": "follow", "weights": "behind"},
+    {"fuser": "follow", "learning_rate": 1.0, "weights": "size"},
     {"fuser": "product"},
     {"fuser": "consistent", "weighing": "consistency"},
     {"fuser": one_of_three},
@@ -248,6 +251,8 @@ class Cases:
             if case.fusion["fuser"] != "single" or name == "fuser"
         }
         members = case.members[:1] if case.fusion["fuser"] == "single" else case.members
+        if fusion.get("weights") == "behind":
+            fusion["weights"] = (0.2, 0.8) if len(members) == 2 else (0.2, 0.35, 0.45)
         key = (*map(id, members), *fusion.items())
         if key in self._ensembles:
             return self._ensembles[key]

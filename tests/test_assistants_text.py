@@ -66,11 +66,11 @@ def test_a_copy_goes_its_own_way() -> None:
 
 def test_nobody_speaks_inside_a_character() -> None:
     text = AssistantsText([assistant(9)], [PromptText("a")])
-    assert text.speaks(0, None, [])
+    assert text.left_to_main(0, None, []) is not None
     text.append("é".encode()[:1])
-    assert not text.speaks(0, None, [])
+    assert not text.left_to_main(0, None, []) is not None
     text.append("é".encode()[1:])
-    assert text.speaks(0, None, [])
+    assert text.left_to_main(0, None, []) is not None
     assert text.finish() == ""
     text.append("é".encode()[:1])
     assert text.finish() == "\ufffd"

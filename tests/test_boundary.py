@@ -115,6 +115,45 @@ def test_the_threshold_itself(
     assert rule.sits_out(GrowingText(vocabularies["gemma"], "I like straw"), known) == expected
 
 
+class TestLeading:
+    """One that counts more than the main model leaves it the tokens that would change its own last one."""
+
+    def left(
+        self, vocabularies: dict[str, Vocabulary], leads: float, *shares: tuple[bytes, float]
+    ) -> tuple[list[bytes], list[bytes]] | None:
+        main = vocabularies["smollm2"]
+        known = [(token(main, piece), probability) for piece, probability in shares]
+        text = GrowingText(vocabularies["gemma"], "I like straw")
+        found = BoundaryRule(main).left_to_main(text, known, leads)
+        if found is None:
+            return None
+        changing, keeping = ([main.bytes_of(one) for one in own] for own in found)
+        return changing, keeping
+
+    def test_it_speaks_where_another_sits_out(self, vocabularies: dict[str, Vocabulary]) -> None:
+        shares = (b" and", 0.3), (b"berries", 0.5), (b".", 0.1), (b"berry", 0.02)
+        assert self.left(vocabularies, 0.6, *shares) == ([b"berries", b"berry"], [b" and", b"."])
+        assert self.left(vocabularies, 0.0, *shares) is None
+
+    def test_nothing_changes(self, vocabularies: dict[str, Vocabulary]) -> None:
+        for leads in (0.0, 0.6):
+            assert self.left(vocabularies, leads, (b" and", 0.9), (b".", 0.1)) == ([], [])
+
+    def test_what_the_threshold_lets_pass(self, vocabularies: dict[str, Vocabulary]) -> None:
+        """An assistant that leads leaves it to the main model; another speaks of every token."""
+        shares = (b" and", 0.9), (b"berries", 0.1)
+        assert self.left(vocabularies, 0.6, *shares) == ([b"berries"], [b" and"])
+        assert self.left(vocabularies, 0.0, *shares) == ([], [])
+
+    def test_it_sits_out_with_less_to_say_than_the_least_weight(
+        self, vocabularies: dict[str, Vocabulary]
+    ) -> None:
+        shares = (b"berries", 0.4921875), (b" and", 0.0078125)  # 1 in 64 of what was looked at
+        assert self.left(vocabularies, 0.64, *shares) == ([b"berries"], [b" and"])  # 0.64 / 64 is just 0.01
+        assert self.left(vocabularies, 0.63, *shares) is None
+        assert self.left(vocabularies, 0.64, shares[0]) is None
+
+
 def test_candidates_of_some_rows() -> None:
     ids, probs = torch.arange(60, dtype=torch.int32).view(3, 20), torch.full((3, 20), 0.03125)
     top = TopK(ids, probs, torch.zeros(3), torch.zeros(3, dtype=torch.int32))

@@ -380,11 +380,28 @@ class TestBoundaries:
         text = "The capital of Fran"
         assert len(gemma.vocabulary.encode(" France")) == 1
         records: list[dict] = []
-        demo_pair.generate([text, PROMPTS[0]], max_new_tokens=1, trace=records.append)
+        aware = demo_pair.variant(fuser="deepen")
+        aware.generate([text, PROMPTS[0]], max_new_tokens=1, trace=records.append)
         assert [one["not_asked"] for one in records] == ["boundary", None]
-        unaware = demo_pair.variant(boundary_aware=False)
+        unaware = aware.variant(boundary_aware=False)
         unaware.generate(text, max_new_tokens=1, trace=records.append)
         assert records[2]["not_asked"] is None
+
+    def test_one_that_leads_speaks_of_what_leaves_its_token_as_it_is(self, demo_pair, gemma):
+        """What would go on with the word it leaves to the main model, with the probability there."""
+        records: list[dict] = []
+        led = demo_pair.variant(fuser="follow", weights=[0.1, 0.9])
+        led.generate(["The capital of Fran", PROMPTS[0]], max_new_tokens=1, trace=records.append)
+        inside, between = records
+        assert inside["not_asked"] is None
+        main, assistant = inside["members"]
+        assert main["left_to_main"] == between["members"][1]["left_to_main"] == []
+        left = [one["id"] for one in assistant["left_to_main"]]
+        said, fused = (
+            {one["id"]: one["probability"] for one in top} for top in (main["top"], inside["fused"])
+        )
+        assert (kept := set(left) & set(said) & set(fused))
+        assert [fused[one] for one in kept] == pytest.approx([said[one] for one in kept], abs=0.001)
 
 
 class TestTrace:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from deepen_ext.decoding.boundary import BoundaryRule
+from deepen_ext.decoding.boundary import NOTHING, BoundaryRule
+from deepen_ext.fusers.parts import Reserved
 from deepen_ext.members.chat import PromptText
 from deepen_ext.members.member import Member
 from deepen_ext.text.characters import Utf8Stream
@@ -84,19 +85,26 @@ class AssistantsText:
             for i, (member, size) in enumerate(zip(self._assistants, self._bytes, strict=True))
         )
 
-    def speaks(self, i: int, rule: BoundaryRule | None, candidates: Sequence[tuple[int, float]]) -> bool:
-        """Whether assistant i takes part in the next token.
+    def left_to_main(
+        self,
+        i: int,
+        rule: BoundaryRule | None,
+        candidates: Sequence[tuple[int, float]],
+        leads: float = 0.0,
+    ) -> Reserved | None:
+        """What assistant i leaves to the main model at the next token; None: it has no part in it.
 
-        It does where the text has no unfinished character, and the rule does not let it sit out.
+        It has none where the text has an unfinished character, and where the rule lets it sit out.
 
         Args:
             i: the assistant, counted without the main model.
             rule: the ensemble's; None where there is none.
             candidates: see `BoundaryRule.sits_out`.
+            leads: see `BoundaryRule.left_to_main`.
         """
         if self.unfinished:
-            return False
-        return rule is None or not rule.sits_out(self._text(i), candidates)
+            return None
+        return NOTHING if rule is None else rule.left_to_main(self._text(i), candidates, leads)
 
     def _text(self, i: int) -> GrowingText:
         """The text as assistant i reads it, brought up to date."""

@@ -8,6 +8,11 @@ and so speaks against the right continuation.
 Whether this is so depends on what comes next, which the main model foresees well: a candidate that would
 change the assistant's last token, were it appended, says that the token is unfinished. Where such candidates
 together have a probability of `THRESHOLD` or more, the assistant sits out this step.
+
+That is for an assistant that helps the main model. One that counts more than the main model would leave the
+step to the weaker one of the two. So, with a fuser that can (`Fuser.reserves`), it goes on speaking, and
+leaves to the main model what would change its last token (`Reserved`): its tokens tell it that nothing of
+this comes, so what it says is about the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deepen_ext.decoding.prompt_weights import LEAST_WEIGHT
+from deepen_ext.fusers.parts import Reserved
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.text.characters import whole_characters
 from deepen_ext.text.growing_text import GrowingText
@@ -22,6 +29,7 @@ from deepen_ext.text.vocabulary import Vocabulary
 
 THRESHOLD = 0.2  # see docs/boundary.md
 CANDIDATES = 16  # of the main model's, most probable first, are enough
+NOTHING = Reserved((), ())
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,29 @@ class BoundaryRule:
 
     main: Vocabulary
     threshold: float = THRESHOLD
+
+    def left_to_main(
+        self, text: GrowingText, candidates: Sequence[tuple[int, float]], leads: float = 0.0
+    ) -> Reserved | None:
+        """What the assistant leaves to the main model here; None: everything, it sits out.
+
+        Args:
+            text: see `sits_out`.
+            candidates: see `sits_out`.
+            leads: the weight of an assistant that counts more than the main model; 0 for any other, which
+                speaks of all tokens or of none.
+        """
+        if not leads:
+            return None if self.sits_out(text, candidates) else NOTHING
+        split: tuple[list[int], list[int]] = [], []
+        masses = [0.0, 0.0]
+        for token, probability in candidates:
+            keeps = text.keeps_ids(whole_characters(self.main.bytes_of(token)))
+            split[keeps].append(token)
+            masses[keeps] += probability
+        if not masses[False]:
+            return NOTHING
+        return Reserved(*split) if leads * masses[True] / sum(masses) >= LEAST_WEIGHT else None
 
     def sits_out(self, text: GrowingText, candidates: Sequence[tuple[int, float]]) -> bool:
         """Whether candidates that would change the last of `text.ids` reach the threshold together.

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import BoundaryRule, candidates_of
+from deepen_ext.fusers.parts import Reserved
 from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.members.chat import PromptText
 
 
+class Speech(NamedTuple):
+    """A scored token of the main model's at which an assistant speaks."""
+
+    token: int  # its number
+    said: int  # the number in `Reading.said` of what the assistant says there
+    reserved: Reserved  # what it leaves to the main model
+
+
 def where_it_speaks(
-    main: Reading, assistant: Reading, rule: BoundaryRule | None, candidates: int
-) -> list[tuple[int, int]]:
+    main: Reading, assistant: Reading, rule: BoundaryRule | None, candidates: int, leads: float = 0.0
+) -> list[Speech]:
     """The main model's scored tokens at which an assistant speaks, by the rules of the loop.
 
     Args:
@@ -18,9 +29,10 @@ def where_it_speaks(
         assistant: the assistant's of the same text.
         rule: the ensemble's.
         candidates: k of the ensemble's fuser: the rule looks at no more.
+        leads: see `BoundaryRule.left_to_main`.
 
     Returns:
-        (number of the scored token, number in `assistant.said` of what it says there), rising.
+        the tokens, rising.
     """
     main.read()
     tokens = range(len(main.ends))
@@ -30,10 +42,14 @@ def where_it_speaks(
     text = AssistantsText([assistant.member], [PromptText("", prefix=False)])
     text.append(main.data[: main.begin])
     speaks: dict[int, list[int]] = {}  # by scored token: the ids that the assistant has read there
+    reserved: list[Reserved] = []
     begin = main.begin
     for token, end in enumerate(main.ends):
-        if text.speaks(0, rule, known.get(token, ())):
+        left = text.left_to_main(0, rule, known.get(token, ()), leads)
+        if left is not None:
+            reserved.append(left)
             speaks[token] = list(assistant.after_prefix(text.ids(0)))
         text.append(main.data[begin:end])
         begin = end
-    return list(zip(speaks, assistant.numbers_after(speaks.values()), strict=True))
+    numbers = assistant.numbers_after(speaks.values())
+    return [Speech(*one) for one in zip(speaks, numbers, reserved, strict=True)]

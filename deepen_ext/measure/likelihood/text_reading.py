@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from operator import eq
 
 import torch
@@ -18,9 +19,10 @@ from deepen_ext.decoding.prompt_weights import prompt_weights
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
+from deepen_ext.fusers.base import leading_weights
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.closing import Closing
-from deepen_ext.measure.likelihood.accompaniment import where_it_speaks
+from deepen_ext.measure.likelihood.accompaniment import Speech, where_it_speaks
 from deepen_ext.measure.likelihood.readings import Reading, read_together
 from deepen_ext.measure.likelihood.text_pieces import pieces
 from deepen_ext.measure.likelihood.token_likelihoods import TokenLikelihoods
@@ -77,8 +79,8 @@ class TextReading(Closing):
         self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
         self._begin = len(self.context.encode())
         self._alone: dict[int, TokenLikelihoods] = {}
-        # By main model, assistant, rule and how many candidates it looks at: see `where_it_speaks`.
-        self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int], list[tuple[int, int]]] = {}
+        # By main model, assistant, rule, how many candidates it looks at, and weight: see `where_it_speaks`.
+        self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int, float], list[Speech]] = {}
 
     @staticmethod
     def read_together(readings: Sequence[TextReading], *, contexts: bool = False) -> None:
@@ -188,7 +190,7 @@ class TextReading(Closing):
         require(main.member.backend, "logits", _USE)
         main.read()
         at = 0
-        for parts in self._steps(ensemble, main, assistants, {}):
+        for parts in self._steps(ensemble, main, assistants, ensemble.weights, {}):
             count = len(parts[0].rows)
             yield parts, to_device(main.scored[at : at + count], ensemble.device)
             at += count
@@ -207,7 +209,7 @@ class TextReading(Closing):
         main.read()
         name, fuser = f"{ensemble.method} of {main.member.name}", ensemble.fuser
         found = _Found(main.scored)
-        for parts in self._steps(ensemble, main, assistants, kept):
+        for parts in self._steps(ensemble, main, assistants, shares, kept):
             if greedy:
                 step = fuser.step_parts(parts, shares)
                 logprobs, _ = token_logprobs(step.logits, found.next(step.logits), name=name)
@@ -217,23 +219,35 @@ class TextReading(Closing):
         return self._likelihoods(main, found)
 
     def _steps(
-        self, ensemble: Ensemble, main: Reading, assistants: Sequence[Reading], kept: _Kept
+        self,
+        ensemble: Ensemble,
+        main: Reading,
+        assistants: Sequence[Reading],
+        weights: Sequence[float],
+        kept: _Kept,
     ) -> Iterator[list[Part]]:
         """What the members say of the scored tokens, in their order: the parts of one fusion step each."""
         rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
         speaks = []
-        for reading in assistants:
-            key = main, reading, rule, min(candidates, CANDIDATES) if rule is not None else 0
+        for reading, leads in zip(assistants, leading_weights(ensemble.fuser, weights)[1:], strict=True):
+            looks_at = min(candidates, CANDIDATES) if rule is not None else 0
+            key = main, reading, rule, looks_at, leads if rule is not None else 0.0
             if key not in self._speaks:
-                self._speaks[key] = where_it_speaks(main, reading, rule, candidates)
+                self._speaks[key] = where_it_speaks(main, reading, rule, candidates, leads)
             speaks.append(self._speaks[key])
         for tokens in _blocks(len(main.scored), *ensemble.members):
             parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens, kept)]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
                 first, last = (bisect_left(said, (token,)) for token in (tokens.start, tokens.stop))
                 if here := said[first:last]:
-                    rows = [token - tokens.start for token, _ in here]
-                    parts.append(self._part(ensemble, i, reading, rows, [number for _, number in here], kept))
+                    rows = [one.token - tokens.start for one in here]
+                    part = self._part(ensemble, i, reading, rows, [one.said for one in here], kept)
+                    reserved = {
+                        row: one.reserved
+                        for row, one in zip(rows, here, strict=True)
+                        if one.reserved.changing
+                    }
+                    parts.append(replace(part, reserved=reserved))
             yield parts
 
     def _part(
