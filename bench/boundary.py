@@ -12,14 +12,13 @@ modules of Python's library). At most `INSIDE_A_TEXT` positions inside tokens ar
 each costs a forward pass; shares count all, and the mean over both classes is weighted with them.
 
 `--leading` takes assistants that are larger than the main model, with the default's fuser and the weights it
-starts from, which are by size: there the rule lets the assistant speak of what leaves its token as it is.
+starts from, which are by size. It asks whether an assistant that counts more should sit out as early.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import importlib
 import inspect
 import json
@@ -36,8 +35,6 @@ from transformers import DynamicCache
 
 from deepen_ext import Ensemble, ops
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule
-from deepen_ext.fusers.base import leading_weights
-from deepen_ext.fusers.parts import Reserved, given_logits
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 from deepen_ext.text.characters import Utf8Stream, whole_characters
@@ -100,13 +97,11 @@ class Position:
     weight: float  # how many positions of its text and class it stands for
     change: float  # by fusing, without the rule
     scaled: float  # with the assistant's weight scaled by the probability that its token stands
-    alone_right: bool  # the main model alone has the next token on top
-    right: bool  # fused it is on top, without the rule
+    spoilt: bool  # the main model alone has the next token on top, fused it has not
+    repaired: bool  # the other way round
     mass: float  # probability of the candidates that change the assistant's last token
     top: bool  # whether the most probable candidate does
-    acts: bool  # the rule, by which the assistant sits out, or leaves some tokens to the main model
-    heeded: float  # change by fusing, with the rule
-    heeded_right: bool  # fused the token is on top, with the rule
+    sits_out: bool
     microseconds: float  # of the rule
 
 
@@ -148,24 +143,24 @@ class Reading:
 def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, text: str) -> list[Position]:
     """All positions of a text between the assistant's tokens, and some of those inside them."""
     vocabulary = main.member.vocabulary
-    rule, leads = BoundaryRule(vocabulary), leading_weights(ensemble.fuser, ensemble.weights)[1]
+    rule = BoundaryRule(vocabulary)
     characters = Utf8Stream()
     start = len(vocabulary.prefix_ids) + FIRST
     growing = GrowingText(assistant.member.vocabulary, characters.feed(vocabulary.decode(main.ids[:start])))
-    found: list[tuple[int, list[int], bool, float, bool, Reserved | None, float]] = []
+    found: list[tuple[int, list[int], bool, float, bool, float, float]] = []
     top = ops.topk_softmax(main.logits, CANDIDATES)
     for place in range(start, len(main.ids)):
         if not characters.pending:
             candidates = list(zip(top.ids[place - 1].tolist(), top.probs[place - 1].tolist(), strict=True))
             began = time.thread_time()
-            reserved = rule.left_to_main(growing, candidates, leads)
+            sits_out = rule.sits_out(growing, candidates)
             taken = (time.thread_time() - began) * 1e6
             changes = [
                 not growing.keeps_ids(whole_characters(vocabulary.bytes_of(token))) for token, _ in candidates
             ]
             mass = sum(share for (_, share), change in zip(candidates, changes, strict=True) if change)
             inside = growing.ids != assistant.ids[: len(growing.ids)]
-            found.append((place, list(growing.ids), inside, mass, changes[0], reserved, taken))
+            found.append((place, list(growing.ids), inside, mass, changes[0], sits_out, taken))
         growing.append(characters.feed(vocabulary.bytes_of(main.ids[place])))
     inside_all = [one for one in found if one[2]]
     step = max(1, math.ceil(len(inside_all) / INSIDE_A_TEXT))
@@ -175,7 +170,7 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
     positions = []
     assistant.rewind()
     _compute_rows(ensemble, [main, assistant])
-    for place, ids, inside, mass, top_changes, reserved, taken in sorted(chosen, key=lambda one: -one[0]):
+    for place, ids, inside, mass, top_changes, sits_out, taken in sorted(chosen, key=lambda one: -one[0]):
         theirs = assistant.after(ids)
         ours = main.logits[place - 1 : place]
         token = main.ids[place]
@@ -184,9 +179,6 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
         change, right = _fuse(ensemble, ours, theirs, token, share)
         left = share * max(1 - mass, 0.0)
         scaled = change if mass < 1e-3 else _fuse(ensemble, ours, theirs, token, left)[0]
-        heeded, heeded_right = (0.0, alone_right) if reserved is None else (change, right)
-        if reserved is not None and reserved.changing:
-            heeded, heeded_right = _fuse(ensemble, ours, theirs, token, share, reserved)
         positions.append(
             Position(
                 kind=kind,
@@ -194,13 +186,11 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
                 weight=weight if inside else 1.0,
                 change=change,
                 scaled=scaled,
-                alone_right=alone_right,
-                right=right,
+                spoilt=alone_right and not right,
+                repaired=right and not alone_right,
                 mass=mass,
                 top=top_changes,
-                acts=reserved is None or bool(reserved.changing),
-                heeded=heeded,
-                heeded_right=heeded_right,
+                sits_out=sits_out,
                 microseconds=taken,
             )
         )
@@ -215,22 +205,10 @@ def _compute_rows(ensemble: Ensemble, readings: list[Reading]) -> None:
 
 
 def _fuse(
-    ensemble: Ensemble,
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
-    token: int,
-    weight: float,
-    reserved: Reserved | None = None,
+    ensemble: Ensemble, ours: torch.Tensor, theirs: torch.Tensor, token: int, weight: float
 ) -> tuple[float, bool]:
     """The change in the token's negative log-likelihood, and whether it comes out on top."""
-    fuser = ensemble.fuser
-    main, assistant = (
-        fuser.part(i, given_logits(ensemble.names[i], one.shape[1], fuser.candidates, one.contiguous()))
-        for i, one in enumerate((ours, theirs))
-    )
-    if reserved is not None:
-        assistant = dataclasses.replace(assistant, reserved={0: reserved})
-    step = fuser.step_parts([main, assistant], [1 - weight, weight])
+    step = ensemble.fuser.step([ours.contiguous(), theirs.contiguous()], [1 - weight, weight])
     before, after = (one[0, token] - one[0].logsumexp(-1) for one in (ours, step.logits))
     return float(before - after), int(step.chosen) == token
 
@@ -238,19 +216,14 @@ def _fuse(
 def summarise(positions: list[Position]) -> dict[str, Any]:
     """Means by class, without the rule, with it, and with what else could have been done."""
 
-    def figures(
-        fires: list[bool], otherwise: list[float], on_top: list[bool] | None = None
-    ) -> dict[str, Any]:
-        pairs = zip(positions, fires, strict=True)
-        right = on_top or [p.alone_right if fired else p.right for p, fired in pairs]
-
+    def figures(fires: list[bool], otherwise: list[float]) -> dict[str, Any]:
         def one_class(which: list[int]) -> dict[str, Any]:
             weights = [positions[i].weight for i in which]
             return {
                 **_mean([after[i] for i in which], weights),
                 "fires": _share([fires[i] for i in which], weights),
-                "spoilt": _share([positions[i].alone_right and not right[i] for i in which], weights),
-                "repaired": _share([right[i] and not positions[i].alone_right for i in which], weights),
+                "spoilt": _share([positions[i].spoilt and not fires[i] for i in which], weights),
+                "repaired": _share([positions[i].repaired and not fires[i] for i in which], weights),
             }
 
         after = [
@@ -267,8 +240,7 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
     zero = [0.0] * len(positions)
     mass = [p.mass for p in positions]
     never = [False] * len(positions)
-    acts = [p.acts for p in positions]
-    lost = [p.change - p.heeded for p in positions if p.acts and not p.inside]
+    lost = [p.change for p in positions if p.sits_out and not p.inside]
     microseconds = [p.microseconds for p in positions]
     return {
         "positions": {
@@ -277,7 +249,7 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
         },
         "share_inside": _share([p.inside for p in positions], [p.weight for p in positions]),
         "without": figures(never, zero),
-        "with": figures(acts, [p.heeded for p in positions], [p.heeded_right for p in positions]),
+        "with": figures([p.sits_out for p in positions], zero),
         "false_alarms": {"positions": len(lost), "change_lost": _mean(lost, [1.0] * len(lost))},
         "alternatives": {
             **{f"threshold {t:g}": figures([m >= t for m in mass], zero) for t in ALTERNATIVES},

@@ -59,8 +59,8 @@ def one_of_three(logits: torch.Tensor, said: Sequence[Said], weights: torch.Tens
     return logits.scatter_add_(1, chosen, torch.full(chosen.shape, 40.0))
 
 
-# How the assistants are made to overrule the main model at about every second token. Their number has no factor
-# in common with that of the teams, so that each meets every team. "behind": an assistant leads.
+# How the assistants are made to overrule the main model at about every second token. Their number has no
+# factor in common with that of the teams, so that each meets every team. "behind": an assistant leads.
 FUSIONS: list[dict[str, Any]] = [
     {"fuser": "deepen", "learning_rate": 1.0},
     {"fuser": "deepen", "learning_rate": 1.0, "confidence": 1.0},

@@ -66,11 +66,11 @@ def test_a_copy_goes_its_own_way() -> None:
 
 def test_nobody_speaks_inside_a_character() -> None:
     text = AssistantsText([assistant(9)], [PromptText("a")])
-    assert text.left_to_main(0, None, []) is not None
+    assert text.share(0, None, [], [0.5, 0.5])
     text.append("é".encode()[:1])
-    assert not text.left_to_main(0, None, []) is not None
+    assert not text.share(0, None, [], [0.5, 0.5])
     text.append("é".encode()[1:])
-    assert text.left_to_main(0, None, []) is not None
+    assert text.share(0, None, [], [0.5, 0.5])
     assert text.finish() == ""
     text.append("é".encode()[:1])
     assert text.finish() == "\ufffd"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule, candidates_of
+from deepen_ext.decoding.shares import handed_over
+from deepen_ext.members.chat import PromptText
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.text.characters import Utf8Stream
 from deepen_ext.text.growing_text import GrowingText
@@ -116,42 +120,56 @@ def test_the_threshold_itself(
 
 
 class TestLeading:
-    """One that counts more than the main model leaves it the tokens that would change its own last one."""
+    """What an assistant that counts more than the main model keeps of its weight."""
 
-    def left(
-        self, vocabularies: dict[str, Vocabulary], leads: float, *shares: tuple[bytes, float]
-    ) -> tuple[list[bytes], list[bytes]] | None:
+    def share(
+        self, vocabularies: dict[str, Vocabulary], weight: float, *shares: tuple[bytes, float]
+    ) -> float:
         main = vocabularies["smollm2"]
         known = [(token(main, piece), probability) for piece, probability in shares]
-        text = GrowingText(vocabularies["gemma"], "I like straw")
-        found = BoundaryRule(main).left_to_main(text, known, leads)
-        if found is None:
-            return None
-        changing, keeping = ([main.bytes_of(one) for one in own] for own in found)
-        return changing, keeping
+        return BoundaryRule(main).share(GrowingText(vocabularies["gemma"], "I like straw"), known, weight)
 
-    def test_it_speaks_where_another_sits_out(self, vocabularies: dict[str, Vocabulary]) -> None:
+    def test_the_probability_that_its_last_token_stands(self, vocabularies: dict[str, Vocabulary]) -> None:
         shares = (b" and", 0.3), (b"berries", 0.5), (b".", 0.1), (b"berry", 0.02)
-        assert self.left(vocabularies, 0.6, *shares) == ([b"berries", b"berry"], [b" and", b"."])
-        assert self.left(vocabularies, 0.0, *shares) is None
+        assert self.share(vocabularies, 0.6, *shares) == pytest.approx(0.48)
+        assert self.share(vocabularies, 0.6, (b" and", 0.9), (b"berries", 0.1)) == pytest.approx(0.9)
 
     def test_nothing_changes(self, vocabularies: dict[str, Vocabulary]) -> None:
-        for leads in (0.0, 0.6):
-            assert self.left(vocabularies, leads, (b" and", 0.9), (b".", 0.1)) == ([], [])
+        assert self.share(vocabularies, 0.6, (b" and", 0.9), (b".", 0.1)) == 1
 
-    def test_what_the_threshold_lets_pass(self, vocabularies: dict[str, Vocabulary]) -> None:
-        """An assistant that leads leaves it to the main model; another speaks of every token."""
-        shares = (b" and", 0.9), (b"berries", 0.1)
-        assert self.left(vocabularies, 0.6, *shares) == ([b"berries"], [b" and"])
-        assert self.left(vocabularies, 0.0, *shares) == ([], [])
+    def test_it_sits_out_with_less_than_the_least_weight(self, vocabularies: dict[str, Vocabulary]) -> None:
+        assert self.share(vocabularies, 0.64, (b"berries", 0.984375)) == 0.015625  # 0.64 / 64 is just 0.01
+        assert self.share(vocabularies, 0.63, (b"berries", 0.984375)) == 0
 
-    def test_it_sits_out_with_less_to_say_than_the_least_weight(
-        self, vocabularies: dict[str, Vocabulary]
-    ) -> None:
-        shares = (b"berries", 0.4921875), (b" and", 0.0078125)  # 1 in 64 of what was looked at
-        assert self.left(vocabularies, 0.64, *shares) == ([b"berries"], [b" and"])  # 0.64 / 64 is just 0.01
-        assert self.left(vocabularies, 0.63, *shares) is None
-        assert self.left(vocabularies, 0.64, shares[0]) is None
+    def test_in_a_text(self, vocabularies: dict[str, Vocabulary]) -> None:
+        """Only where it counts more; another one keeps all, or nothing."""
+        main = vocabularies["smollm2"]
+        some, many = ([(token(main, b"berries"), share), (token(main, b" and"), 0.1)] for share in (0.1, 0.5))
+        member = SimpleNamespace(vocabulary=vocabularies["gemma"])
+        text = AssistantsText([member], [PromptText("I like straw")])
+        rule = BoundaryRule(main)
+        for weights, expected in (
+            ([0.5, 0.5], (1, 0)),
+            ([0.6, 0.4], (1, 0)),
+            ([0.4, 0.6], (pytest.approx(0.9), pytest.approx(0.5))),
+        ):
+            assert (text.share(0, rule, some, weights), text.share(0, rule, many, weights)) == expected
+        assert text.share(0, None, many, [0.4, 0.6]) == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares", "expected"),
+    [
+        ([0.25, 0.75], {1: 0.5}, [0.625, 0.375]),
+        ([0.25, 0.75], {1: 0.0}, [1.0, 0.0]),
+        ([0.25, 0.75], {1: 1.0}, [0.25, 0.75]),
+        ([0.5, 0.5], {1: 0.0}, [0.5, 0.5]),  # it does not count more: it sits out, and nothing is handed over
+        ([0.25, 0.25, 0.5], {1: 0.0, 2: 0.5}, [0.5, 0.25, 0.25]),
+        ([0.125, 0.375, 0.5], {1: 0.0, 2: 0.5}, [0.75, 0.0, 0.25]),
+    ],
+)
+def test_what_is_handed_over(weights: list[float], shares: dict[int, float], expected: list[float]) -> None:
+    assert handed_over(weights, shares) == expected
 
 
 def test_candidates_of_some_rows() -> None:

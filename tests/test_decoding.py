@@ -387,21 +387,15 @@ class TestBoundaries:
         unaware.generate(text, max_new_tokens=1, trace=records.append)
         assert records[2]["not_asked"] is None
 
-    def test_one_that_leads_speaks_of_what_leaves_its_token_as_it_is(self, demo_pair, gemma):
-        """What would go on with the word it leaves to the main model, with the probability there."""
+    @pytest.mark.parametrize("fuser", ["follow", "union-vocab", "deepen"])
+    def test_one_that_leads_keeps_a_part_of_its_weight(self, demo_pair, fuser):
         records: list[dict] = []
-        led = demo_pair.variant(fuser="follow", weights=[0.1, 0.9])
-        led.generate(["The capital of Fran", PROMPTS[0]], max_new_tokens=1, trace=records.append)
-        inside, between = records
-        assert inside["not_asked"] is None
-        main, assistant = inside["members"]
-        assert main["left_to_main"] == between["members"][1]["left_to_main"] == []
-        left = [one["id"] for one in assistant["left_to_main"]]
-        said, fused = (
-            {one["id"]: one["probability"] for one in top} for top in (main["top"], inside["fused"])
-        )
-        assert (kept := set(left) & set(said) & set(fused))
-        assert [fused[one] for one in kept] == pytest.approx([said[one] for one in kept], abs=0.001)
+        led = demo_pair.variant(fuser=fuser, weights=[0.1, 0.9])
+        led.generate(["The capital of Fran", "2 + 2 ="], max_new_tokens=1, trace=records.append)
+        inside, between = ([member["weight"] for member in one["members"]] for one in records)
+        assert between == pytest.approx([0.1, 0.9], abs=0.02)
+        assert inside == pytest.approx([1 - inside[1], inside[1]])
+        assert 0.05 < inside[1] < 0.8
 
 
 class TestTrace:

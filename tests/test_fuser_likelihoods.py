@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from oracle import random_embedding, random_logits
 
 from deepen_ext import Ensemble, RelativeMap
 from deepen_ext.fusers import FUSERS, AverageFuser, DeepenFuser, Fuser, Part, TokenBridge
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.members.distribution import Distribution, forbid
 from deepen_ext.members.member import Member
 
@@ -175,61 +173,6 @@ def test_union_vocab_in_float64(
     for nth in (0, 1, 5, 20, 200, 3000):
         got = likelihoods(fuser, parts_of(fuser, said, [None, None]), WEIGHTS, order[:, nth].tolist())
         torch.testing.assert_close(got, q.log().gather(1, order[:, nth : nth + 1])[:, 0], atol=2e-6, rtol=0)
-
-
-# By row, places in the order of the main model's logits: of tokens that change the last one, and that do not.
-LEFT = [{0: ((0, 7), (1, 2, 3)), 2: ((1,), (0, 2)), 4: ((0, 1, 2), ())}, {2: ((0, 5), (1, 30))}]
-
-
-@pytest.mark.parametrize("reserved", LEFT, ids=["some rows", "one row"])
-@pytest.mark.parametrize("speaks", [None, [0, 2, 4, 5]], ids=["all", "some"])
-def test_what_an_assistant_leaves_to_the_main_model(
-    ensembles: dict[str, Ensemble],
-    said: list[torch.Tensor],
-    smollm2: Member,
-    gemma: Member,
-    reserved: dict[int, tuple[Sequence[int], Sequence[int]]],
-    speaks: list[int] | None,
-) -> None:
-    """By its definition, token by token in float64."""
-    bridge = TokenBridge([smollm2.vocabulary, gemma.vocabulary], [smollm2.eos_ids, gemma.eos_ids])
-    table = bridge.table(1, 0)
-    order = said[0].float().sort(dim=1, descending=True, stable=True).indices
-    left = {
-        row: Reserved(*(order[row, list(places)].tolist() for places in own)) for row, own in reserved.items()
-    }
-    p = said[0].double().softmax(-1)
-    heard = torch.zeros_like(p).index_add_(1, table[table >= 0], said[1].double().softmax(-1)[:, table >= 0])
-    for row, one in left.items():
-        changing, keeping = p[row, one.changing], p[row, one.keeping]
-        share = changing.sum() / (changing.sum() + keeping.sum())
-        kept = share * p[row]
-        kept[one.changing], kept[one.keeping] = changing, 0.0
-        torch.testing.assert_close(kept.sum(), share)
-        heard[row] = kept + (1 - share) * heard[row]
-    there = [row for row in range(ROWS) if speaks is None or row in speaks]
-    q = p.clone()
-    for row in there:
-        ours, theirs = WEIGHTS[row]
-        q[row] = ours * p[row] + theirs * heard[row]
-    q /= q.sum(dim=1, keepdim=True)
-    logits = [said[0], said[1] if speaks is None else said[1][speaks]]
-    for name in ("union-vocab", "follow"):
-        fuser = ensembles[name].fuser
-        main, plain = parts_of(fuser, logits, [None, speaks])
-        parts = [main, replace(plain, reserved=left)]
-        rows = [row for row in there if name == "union-vocab" or WEIGHTS[row][1] > WEIGHTS[row][0]]
-        fused = fuser.step_parts(parts, WEIGHTS).logits.double().softmax(-1)
-        torch.testing.assert_close(
-            fused[rows], q[rows], atol=3e-3 if said[0].dtype.itemsize < 4 else 1e-5, rtol=0
-        )
-        for nth in (0, 1, 2, 7, 200, 3000):
-            got = likelihoods(fuser, parts, WEIGHTS, order[:, nth].tolist())[rows]
-            want = q.log().gather(1, order[:, nth : nth + 1])[rows, 0]
-            torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
-    others = [row for row in range(ROWS) if row not in left]
-    without = fuser.step_parts([main, plain], WEIGHTS).logits
-    assert torch.equal(fuser.step_parts(parts, WEIGHTS).logits[others], without[others])
 
 
 def tiny_fusers(candidates: int) -> list[Fuser]:

@@ -14,16 +14,14 @@ import torch
 from sessions import changed, open_session, read, sync
 from transformers import PreTrainedTokenizerBase
 
-from deepen_ext.decoding.boundary import NOTHING
 from deepen_ext.decoding.prompt_weights import prompt_weights, read_prompts
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, ModelError
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.fusers.settings import SHARPNESS
 from deepen_ext.measure.likelihood import readings as readings_module
 from deepen_ext.measure.likelihood import text_reading as likelihood
 from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelihoods, pieces
-from deepen_ext.members.distribution import Distribution, forbid
+from deepen_ext.members.distribution import forbid
 from deepen_ext.members.hf import session as session_module
 from deepen_ext.members.member import Member
 from deepen_ext.ops.token_logprobs import token_logprobs
@@ -136,7 +134,7 @@ class Slow:
     greedy: list[bool] = field(default_factory=list)
     unfinished: int = 0
     sat_out: int = 0
-    left: int = 0  # tokens at which an assistant left some to the main model
+    less: int = 0  # tokens at which an assistant kept a part of its weight
     inside: int = 0  # an assistant spoke after a text that ended inside one of its tokens of the whole
 
 
@@ -149,7 +147,7 @@ def slowly(ensemble: Ensemble, context: str, text: str) -> Slow:
     for place in range(len(first_ids(main, context) + vocabulary.encode(context)), len(ids)):
         logits = forbid(last_logits(main, ids[:place]), main.unwritable(ids))
         said: list[torch.Tensor | None] = [logits]
-        left: list[Reserved | None] = [None]
+        weights = list(ensemble.weights)
         so_far = vocabulary.decode(ids[len(first_ids(main, context)) : place])
         top = logits[0].softmax(dim=-1).topk(16)
         candidates = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
@@ -159,31 +157,24 @@ def slowly(ensemble: Ensemble, context: str, text: str) -> Slow:
             except UnicodeDecodeError:
                 found.unfinished += 1
                 said.append(None)
-                left.append(None)
                 continue
-            growing, rule = GrowingText(assistant.vocabulary, read), ensemble.boundary_rule
-            weight = ensemble.weights[len(said)]
-            leads = weight if ensemble.fuser.reserves and weight > ensemble.weights[0] else 0.0
-            left.append(NOTHING if rule is None else rule.left_to_main(growing, candidates, leads))
-            if left[-1] is None:
+            growing = GrowingText(assistant.vocabulary, read)
+            i, rule = len(said), ensemble.boundary_rule
+            if rule is not None and ensemble.weights[i] > ensemble.weights[0]:
+                keeps = rule.share(growing, candidates, ensemble.weights[i])
+                weights[i] = keeps * ensemble.weights[i]
+                weights[0] += ensemble.weights[i] - weights[i]
+                found.less += 0 < keeps < 1
+            elif rule is not None and rule.sits_out(growing, candidates):
+                weights[i] = 0.0
+            if not weights[i]:
                 found.sat_out += 1
                 said.append(None)
                 continue
-            found.left += bool(left[-1].changing)
             own = assistant.vocabulary.encode(read)
             found.inside += own != assistant.vocabulary.encode(context + text)[: len(own)]
             said.append(last_logits(assistant, first_ids(assistant, context) + own))
-        fuser = ensemble.fuser
-        asked = [
-            (i, Distribution(ensemble.names[i], one.shape[1], fuser.candidates, one), [0])
-            for i, one in enumerate(said)
-            if one is not None
-        ]
-        parts = [
-            replace(part, reserved={0: own}) if (own := left[part.member]) and own.changing else part
-            for part in fuser.parts(asked)
-        ]
-        fused = fuser.step_parts(parts, ensemble.weights).logits[0].double()
+        fused = ensemble.fuser.step(said, weights).logits[0].double()
         found.logprobs.append(float(fused.log_softmax(dim=-1)[ids[place]]))
         found.greedy.append(int(fused.argmax()) == ids[place])
     return found
@@ -282,14 +273,14 @@ class TestFused:
         text: str,
     ) -> None:
         reading = TextReading([tiny_smollm2, tiny_gemma], context, text)
-        unfinished = sat_out = inside = left = 0
+        unfinished = sat_out = inside = less = 0
         logprobs = {}
         for name, ensemble in ensembles.items():
             expected = slowly(ensemble, reading.context, reading.text)
             unfinished += expected.unfinished
             sat_out += expected.sat_out
             inside += expected.inside
-            left += expected.left
+            less += expected.less
             got = reading.fused(ensemble)
             assert got.logprobs == pytest.approx(expected.logprobs, abs=2e-4), name
             assert got.greedy == expected.greedy, name
@@ -297,7 +288,7 @@ class TestFused:
             logprobs[name] = got.logprobs
         assert unfinished if context else inside
         assert sat_out
-        assert left
+        assert less
         assert len({tuple(one) for one in logprobs.values()}) == len(ensembles)  # each is a way of its own
 
     def test_the_demo_pair(self, smollm2: Member, gemma: Member) -> None:

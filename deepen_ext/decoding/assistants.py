@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from deepen_ext.decoding.asker import Asker
@@ -24,13 +24,11 @@ from deepen_ext.decoding.prompt_weights import (
 )
 from deepen_ext.decoding.questions import in_order
 from deepen_ext.decoding.shared_forwards import SharedForwards, open_session, scored_prompts
-from deepen_ext.decoding.shares import drawn, without
+from deepen_ext.decoding.shares import drawn, handed_over, without
 from deepen_ext.decoding.team import Team
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.errors import MemberLost
 from deepen_ext.fusers import FusedStep, Part
-from deepen_ext.fusers.base import leading_weights
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.members.chat import PromptText
 from deepen_ext.ops.topk_softmax import TopK
 
@@ -231,17 +229,16 @@ class Assistants:
         heard = [i for i in there if weights[i + 1]]
         if not heard:
             return Place(number, "no weight", {}, weights)
-        leads = leading_weights(self._team.fuser, weights)
-        left = {i: text.left_to_main(i, rule, candidates, leads[i + 1]) for i in heard}
-        speak = [i for i in heard if left[i] is not None]
+        shares = {i: text.share(i, rule, candidates, weights) for i in heard}
+        speak = [i for i in heard if shares[i]]
+        weights = handed_over(weights, {i + 1: share for i, share in shares.items()})
         if share is not None and speak:
             chosen = drawn([0, *(i + 1 for i in speak)], weights, share)
             if chosen == 0:
                 return Place(number, "main model drawn", {}, weights)
             speak, weights = [chosen - 1], [float(i == chosen) for i in range(len(weights))]
         asked = {i: list(text.ids(i)) for i in speak}
-        reserved = {i: own for i in speak if (own := left[i]) and own.changing}
-        return Place(number, None if speak else "boundary", asked, weights, reserved=reserved)
+        return Place(number, None if speak else "boundary", asked, weights)
 
     def session(self, member: int) -> WatchedSession:
         """An assistant's session, by its member index."""
@@ -294,16 +291,9 @@ class Assistants:
         except Exception:
             self.settle()
             raise
-        asked = [(i + 1, *in_order(own)) for i, own in sorted(said.items())]
-        parts = [replace(part, reserved=_reserved(places, part)) for part in self._team.fuser.parts(asked)]
+        parts = [(i + 1, *in_order(own)) for i, own in sorted(said.items())]
         weights = [place.weights for place in places]
-        fused = self._team.fuser.step_parts([main, *parts], weights)
+        fused = self._team.fuser.step_parts([main, *self._team.fuser.parts(parts)], weights)
         if self._team.fuser.first_end_needs_all:
             fused = put_ends_last(fused, firsts, self._team.members)
         return AssistedStep(fused, {self._team.names[i + 1]: ms for i, ms in spent.items()})
-
-
-def _reserved(places: Sequence[Place], part: Part) -> dict[int, Reserved]:
-    """What the part's member leaves to the main model, by batch row."""
-    by_row = ((row, places[row].reserved.get(part.member - 1)) for row in part.rows)
-    return {row: one for row, one in by_row if one is not None}

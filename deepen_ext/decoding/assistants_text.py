@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from deepen_ext.decoding.boundary import NOTHING, BoundaryRule
-from deepen_ext.fusers.parts import Reserved
+from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.members.chat import PromptText
 from deepen_ext.members.member import Member
 from deepen_ext.text.characters import Utf8Stream
@@ -85,26 +84,30 @@ class AssistantsText:
             for i, (member, size) in enumerate(zip(self._assistants, self._bytes, strict=True))
         )
 
-    def left_to_main(
+    def share(
         self,
         i: int,
         rule: BoundaryRule | None,
         candidates: Sequence[tuple[int, float]],
-        leads: float = 0.0,
-    ) -> Reserved | None:
-        """What assistant i leaves to the main model at the next token; None: it has no part in it.
+        weights: Sequence[float],
+    ) -> float:
+        """How much of its weight assistant i keeps at the next token, 0 to 1; 0: it takes no part in it.
 
-        It has none where the text has an unfinished character, and where the rule lets it sit out.
+        It takes none where the text has an unfinished character, and where the rule lets it sit out.
 
         Args:
             i: the assistant, counted without the main model.
             rule: the ensemble's; None where there is none.
             candidates: see `BoundaryRule.sits_out`.
-            leads: see `BoundaryRule.left_to_main`.
+            weights: one for each member, the main model first.
         """
         if self.unfinished:
-            return None
-        return NOTHING if rule is None else rule.left_to_main(self._text(i), candidates, leads)
+            return 0.0
+        if rule is None:
+            return 1.0
+        if weights[i + 1] > weights[0]:
+            return rule.share(self._text(i), candidates, weights[i + 1])
+        return float(not rule.sits_out(self._text(i), candidates))
 
     def _text(self, i: int) -> GrowingText:
         """The text as assistant i reads it, brought up to date."""

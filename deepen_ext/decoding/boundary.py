@@ -10,18 +10,17 @@ change the assistant's last token, were it appended, says that the token is unfi
 together have a probability of `THRESHOLD` or more, the assistant sits out this step.
 
 That is for an assistant that helps the main model. One that counts more than the main model would leave the
-step to the weaker one of the two. So, with a fuser that can (`Fuser.reserves`), it goes on speaking, and
-leaves to the main model what would change its last token (`Reserved`): its tokens tell it that nothing of
-this comes, so what it says is about the rest.
+step to the weaker one of the two. Such an assistant goes on speaking, with as much of its weight as the main
+model finds probable that its last token stands; the rest goes to the main model.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepen_ext.decoding.prompt_weights import LEAST_WEIGHT
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.ops.topk_softmax import TopK
 from deepen_ext.text.characters import whole_characters
 from deepen_ext.text.growing_text import GrowingText
@@ -29,7 +28,6 @@ from deepen_ext.text.vocabulary import Vocabulary
 
 THRESHOLD = 0.2  # see docs/boundary.md
 CANDIDATES = 16  # of the main model's, most probable first, are enough
-NOTHING = Reserved((), ())
 
 
 @dataclass(frozen=True)
@@ -42,29 +40,6 @@ class BoundaryRule:
 
     main: Vocabulary
     threshold: float = THRESHOLD
-
-    def left_to_main(
-        self, text: GrowingText, candidates: Sequence[tuple[int, float]], leads: float = 0.0
-    ) -> Reserved | None:
-        """What the assistant leaves to the main model here; None: everything, it sits out.
-
-        Args:
-            text: see `sits_out`.
-            candidates: see `sits_out`.
-            leads: the weight of an assistant that counts more than the main model; 0 for any other, which
-                speaks of all tokens or of none.
-        """
-        if not leads:
-            return None if self.sits_out(text, candidates) else NOTHING
-        split: tuple[list[int], list[int]] = [], []
-        masses = [0.0, 0.0]
-        for token, probability in candidates:
-            keeps = text.keeps_ids(whole_characters(self.main.bytes_of(token)))
-            split[keeps].append(token)
-            masses[keeps] += probability
-        if not masses[False]:
-            return NOTHING
-        return Reserved(*split) if leads * masses[True] / sum(masses) >= LEAST_WEIGHT else None
 
     def sits_out(self, text: GrowingText, candidates: Sequence[tuple[int, float]]) -> bool:
         """Whether candidates that would change the last of `text.ids` reach the threshold together.
@@ -82,11 +57,28 @@ class BoundaryRule:
             if changing + unseen < self.threshold:
                 return False
             unseen -= probability
-            if not text.keeps_ids(whole_characters(self.main.bytes_of(token))):
+            if self._changes(text, token):
                 changing += probability
                 if changing >= self.threshold:
                     return True
         return False
+
+    def share(self, text: GrowingText, candidates: Sequence[tuple[int, float]], weight: float) -> float:
+        """How much of its weight an assistant that counts more than the main model keeps, 0 to 1.
+
+        1 less the probability of the candidates that would change the last of `text.ids`. 0, and it sits out,
+        where less than `LEAST_WEIGHT` would be left of its weight.
+
+        Args:
+            text: see `sits_out`.
+            candidates: see `sits_out`; all of them are looked at.
+            weight: the assistant's, of weights that sum to 1.
+        """
+        share = 1.0 - math.fsum(shares for token, shares in candidates if self._changes(text, token))
+        return share if weight * share >= LEAST_WEIGHT else 0.0
+
+    def _changes(self, text: GrowingText, token: int) -> bool:
+        return not text.keeps_ids(whole_characters(self.main.bytes_of(token)))
 
 
 def candidates_of(top: TopK, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:

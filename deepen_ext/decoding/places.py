@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from deepen_ext.decoding.assistants_text import AssistantsText
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.members.distribution import Distribution
 
 # Why no assistant was asked about a text's token; None where they were.
@@ -26,7 +25,6 @@ class Place:
         asked: the assistants that are to speak, with the ids each has for the text up to here.
         weights: one for each member, the main model first.
         known: what some of these have said of this place already, a `Distribution` of one position each.
-        reserved: what an assistant leaves to the main model, of those that leave something (`BoundaryRule`).
     """
 
     text: int
@@ -34,7 +32,6 @@ class Place:
     asked: Mapping[int, Sequence[int]]
     weights: Sequence[float]
     known: dict[int, Distribution] = field(default_factory=dict)
-    reserved: Mapping[int, Reserved] = field(default_factory=dict)
 
     @property
     def is_open(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 
@@ -11,6 +11,20 @@ def drawn(members: Sequence[int], weights: Sequence[float], share: float) -> int
     """The member in whose part of the weights this share of their sum lies; the main model if it is 0."""
     ends = list(accumulate(weights[member] for member in members))
     return next((one for one, end in zip(members, ends, strict=True) if share * ends[-1] < end), members[0])
+
+
+def handed_over(weights: Sequence[float], shares: Mapping[int, float]) -> Sequence[float]:
+    """The weights where members keep these shares of theirs, 0 to 1, and the main model gets the rest.
+
+    An assistant that does not count more than the main model keeps all or nothing, which is not handed over:
+    with nothing it sits out, and the weights of those that speak are scaled to sum to 1.
+    """
+    less = {i: share for i, share in shares.items() if share < 1 and weights[i] > weights[0]}
+    if not less:
+        return weights
+    own = [weight * less.get(i, 1.0) for i, weight in enumerate(weights)]
+    own[0] += math.fsum(weights) - math.fsum(own)
+    return own
 
 
 def without(member: int, weights: Sequence[float]) -> list[float]:

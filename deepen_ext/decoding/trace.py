@@ -46,11 +46,10 @@ class Trace:
     ``main_choice`` (``id`` and ``text``; ``bytes`` in hexadecimal too, where these are no whole characters);
     ``text``, the characters that the token completed ("" while one is unfinished); ``not_asked``, why the
     assistants had no say (null where they had); ``members``, of those that spoke ``name``, ``weight`` (scaled
-    to those present), ``top``, their most probable tokens with probabilities, and ``left_to_main``, tokens of
-    the main model's that they left to it (see docs/boundary.md); ``fused``, as ``top``, after the fusion and
-    before processors and warpers; ``draft``, what became of a token that was written ahead: "stood",
-    "replaced" or "settled" (null where none was); ``lost``, the names of the members that were lost before
-    (`on_failure="continue"`); and ``ms``, the step's milliseconds by stage, which its tokens share.
+    to those present) and ``top``, their most probable tokens with probabilities; ``fused``, the same after
+    the fusion, before processors and warpers; ``draft``, what became of a token that was written ahead:
+    "stood", "replaced" or "settled" (null where none was); ``lost``, the names of the members that were lost
+    before (`on_failure="continue"`); and ``ms``, the step's milliseconds by stage, which its tokens share.
     """
 
     def __init__(self, target: str | Path | Callable[[dict[str, Any]], object]) -> None:
@@ -108,7 +107,6 @@ class Trace:
                             "name": team.names[part.member],
                             "weight": weights.get(part.member, 0.0),
                             "top": _candidates(team, part.member, *said),
-                            "left_to_main": [_token(team, 0, token) for token in _changing(part, i)],
                         }
                         for part, said in spoke
                     ],
@@ -136,10 +134,6 @@ def _readable(part: Part) -> dict[int, tuple[list[int], list[float]]]:
     """The part's top tokens on the host, by row of the step."""
     ids, probs = part.topk.ids[:, :_TOP].tolist(), part.topk.probs[:, :_TOP].tolist()
     return dict(zip(part.rows, zip(ids, probs, strict=True), strict=True))
-
-
-def _changing(part: Part, row: int) -> Sequence[int]:
-    return part.reserved[row].changing if row in part.reserved else ()
 
 
 def _candidates(team: Team, member: int, ids: Sequence[int], probs: Sequence[float]) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -20,7 +19,6 @@ from deepen_ext.fusers.ingredients import Ingredients
 from deepen_ext.fusers.parts import (
     FusedStep,
     Part,
-    ReservedRows,
     Said,
     check_shares,
     check_speaking,
@@ -55,8 +53,6 @@ class Fuser(ABC):
         main_needs_logits: it reads the main model's full logits; False: its top-k is enough.
         spans: the loop lets members propose whole words, and `fuse` is not called (see `SpansFuser`).
         draws: where tokens are sampled, one member speaks for each, drawn by the weights (see `DrawFuser`).
-        reserves: an assistant that counts more than the main model speaks also where its last token may be
-            unfinished (see `decoding.boundary`): `fuse` heeds `Said.reserved`.
         first_end_needs_all: no text ends at its first token unless all members that have a say would end it
             (see `decoding.first_token`); False: the end of a text is a token like any other there.
     """
@@ -102,7 +98,6 @@ class Fuser(ABC):
             InputError: a setting out of range.
         """
         self.rule = rule
-        self.reserves = False
         self.weighing = "" if rule is None else str(rule)  # records of results tell fusers apart by it
         self.vocab_sizes = list(vocab_sizes)
         self.device = device
@@ -289,7 +284,6 @@ class Fuser(ABC):
         if not fused_rows:
             return [], [], torch.empty(0, len(parts), dtype=torch.float32, device=self.device)
         said = [self._said(part, fused_rows) for part in parts]
-        said[1:] = [self._with_reserved(one, said[0], fused_rows) for one in said[1:]]
         with self._lock:
             by_row = self._share(tuple(shares[row] for row in fused_rows))
             return fused_rows, said, by_row if self.rule is None else self.rule.weigh(by_row, said)
@@ -327,15 +321,3 @@ class Fuser(ABC):
         places = [place.get(row, -1) for row in part.rows]
         topk = TopK(*placed(part.topk, places, len(fused_rows)))
         return Said(part.member, part.name, topk, part, places)
-
-    def _with_reserved(self, said: Said, main: Said, fused_rows: list[int]) -> Said:
-        """The same with what its part leaves to the main model."""
-        by_place = {
-            i: said.part.reserved[row] for i, row in enumerate(fused_rows) if row in said.part.reserved
-        }
-        return replace(said, reserved=ReservedRows.of(by_place, main)) if by_place else said
-
-
-def leading_weights(fuser: Fuser, weights: Sequence[float]) -> list[float]:
-    """Weights of the assistants that count more than the main model, where the fuser asks; else 0."""
-    return [weight if fuser.reserves and weight > weights[0] else 0.0 for weight in weights]

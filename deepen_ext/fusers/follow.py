@@ -46,8 +46,6 @@ class FollowFuser(UnionVocabFuser):
         # Records of results tell fusers apart by these.
         fuser.maps, fuser.learning_rate, fuser.steps = search.maps, search.learning_rate, search.steps
         fuser.min_probability, fuser.log_probs = search.min_probability, search.log_probs
-        # With a rule of weighing, the search may get a row in which an assistant would lead without it.
-        fuser.reserves = fuser.rule is None
         return fuser
 
     def search_bound(self) -> SearchBound:

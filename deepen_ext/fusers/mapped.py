@@ -50,9 +50,4 @@ class MappedFuser(BridgedFuser):
     def add_mapped(self, found: torch.Tensor, said: Said, weights: torch.Tensor | float) -> None:
         """The same times `weights`, one number or [b, 1], added to `found` [b, V_main] in place."""
         table, nowhere = self._targets[said.member - 1]
-        own = said.probabilities().index_fill_(1, nowhere, 0).mul_(weights)
-        if (kept := said.reserved) is not None:
-            own.mul_(1 - kept.share[:, None])
-            theirs = weights[kept.rows] if isinstance(weights, torch.Tensor) else weights
-            found.index_add_(0, kept.rows, kept.held().mul_(theirs))
-        found.index_add_(1, table, own)
+        found.index_add_(1, table, said.probabilities().index_fill_(1, nowhere, 0).mul_(weights))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,19 +14,6 @@ from deepen_ext.ground.numbers import real_number
 from deepen_ext.members.distribution import Distribution
 from deepen_ext.ops.topk_softmax import TopK, check_status
 from deepen_ext.ops.transfer import to_device, to_host
-
-
-class Reserved(NamedTuple):
-    """What an assistant leaves to the main model, because its own last token may be unfinished.
-
-    Of the main model's most probable tokens, those that would change that token keep their probability p.
-    The tokens that nobody looked at keep s p, where s is the share, by probability, of `changing` among all
-    that were looked at: as many of them would change it, for all that is known. That is s together, and the
-    assistant shares out 1 - s as it would have shared out 1.
-    """
-
-    changing: Sequence[int]  # tokens of the main model that would change the assistant's last token
-    keeping: Sequence[int]  # tokens that were looked at and would not
 
 
 @dataclass(frozen=True)
@@ -38,7 +25,6 @@ class Part:
     topk: TopK  # [n, k], on the fusing device
     rows: Sequence[int]  # n rows of the step
     said: Distribution  # of these rows, where the member is
-    reserved: Mapping[int, Reserved] = field(default_factory=dict)  # by row
 
     @property
     def logits(self) -> torch.Tensor:
@@ -97,61 +83,6 @@ class FusedStep:
 
 
 @dataclass(frozen=True)
-class ReservedRows:
-    """`Reserved` of some of the b rows, on the fusing device.
-
-    Attributes:
-        main: what the main model says.
-        rows: int64 [r], of the b rows.
-        looked: int64 [l], for each token that was looked at, which of the r rows it is of.
-        tokens: int64 [l], these tokens.
-        kept: float32 [l], 1 for a token that keeps its probability, 0 for one that does not.
-        share: float32 [b], s of each row; 0 in the others.
-    """
-
-    main: Said
-    rows: torch.Tensor
-    looked: torch.Tensor
-    tokens: torch.Tensor
-    kept: torch.Tensor
-    share: torch.Tensor
-
-    @classmethod
-    def of(cls, reserved: Mapping[int, Reserved], main: Said) -> ReservedRows:
-        """Of what is reserved by b row."""
-        device = main.topk.probs.device
-        found = [
-            (i, token, kept)
-            for i, one in enumerate(reserved.values())
-            for kept, own in enumerate((one.keeping, one.changing))
-            for token in own
-        ]
-        looked, tokens, kept = to_device(found, device).T
-        rows = to_device(list(reserved), device)
-        probs = main.logprobs(rows[looked], tokens).exp()
-        seen, held = (
-            torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, looked, one)
-            for one in (probs, probs * kept)
-        )
-        share = torch.zeros(len(main.topk.probs), device=device)
-        share[rows] = (held / seen).float()
-        return cls(main, rows, looked, tokens, kept.float(), share)
-
-    def held(self) -> torch.Tensor:
-        """What the main model's tokens keep, float32 [r, V_main]."""
-        keeps = self.share[self.rows, None].repeat(1, self.main.part.said.vocab_size)
-        keeps[self.looked, self.tokens] = self.kept
-        return keeps.mul_(self.main.probabilities()[self.rows])
-
-    def held_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The same of one token int64 [b] of each row, float64 [r]."""
-        keeps = self.share[self.rows]
-        same = self.tokens == tokens[self.rows][self.looked]
-        keeps[self.looked[same]] = self.kept[same]
-        return keeps * self.main.logprobs(self.rows, tokens[self.rows]).exp()
-
-
-@dataclass(frozen=True)
 class Said:
     """What one member says of the b rows that are fused. Where its weight is 0 the row means nothing.
 
@@ -161,7 +92,6 @@ class Said:
         topk: its most probable tokens, ids int32 [b, k], probabilities float32 [b, k] and tail [b].
         part: the same as the member gave it, for the rows that it spoke for.
         to_main: what `on_main` calls. A function as fuser has it; a `Fuser` that needs it is a `MappedFuser`.
-        reserved: what it leaves to the main model; None for nothing, and with fusers that do not ask for it.
     """
 
     member: int
@@ -170,7 +100,6 @@ class Said:
     part: Part
     _places: list[int] | None  # of the part's rows among the b; None where they are the same
     to_main: Callable[[Said], torch.Tensor] | None = None
-    reserved: ReservedRows | None = None
 
     def row(self, place: int) -> torch.Tensor | None:
         """Its logits [V_i] for one of the b rows, where the member is; None where it says nothing of it."""

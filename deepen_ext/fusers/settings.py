@@ -69,8 +69,7 @@ class FusionSettings:
             gone. "stop": an error, which has what was written so far (`errors.MemberLost`). "continue": the
             others write on without it, and the result says from which token.
         boundary_aware: an assistant sits out a step where its last token is likely to be part of a longer
-            token; with "follow", one that counts more than the main model leaves it some tokens there (see
-            `BoundaryRule`).
+            token; one that counts more than the main model keeps a part of its weight (see `BoundaryRule`).
         cache: keep computed relative rows on disk, and use the rows of earlier runs.
 
     Raises:

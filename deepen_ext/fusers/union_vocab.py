@@ -46,13 +46,7 @@ class UnionVocabFuser(MappedFuser):
             own = rows.repeat_interleave(counts)
             nth = torch.arange(len(own), device=self.device) - (counts.cumsum(0) - counts)[own]
             probs = one.logprobs(own, sources[begins[own] + nth]).exp()
+            found.index_add_(0, own, weights[own, i] * probs)
             nowhere = sources[: int(torch.searchsorted(targets, 0))]
-            lost = one.logprobs(rows[:, None], nowhere).exp().sum(dim=1)
-            share = weights[:, i].double()
-            if (kept := one.reserved) is not None:
-                found.index_add_(0, kept.rows, share[kept.rows] * kept.held_of(tokens))
-                left = 1 - kept.share.double()
-                probs, lost = probs * left[own], lost * left
-            found.index_add_(0, own, share[own] * probs)
-            total += share * (1 - lost)
+            total += weights[:, i] * (1 - one.logprobs(rows[:, None], nowhere).exp().sum(dim=1))
         return (found / total).log()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from deepen_ext.decoding.assistants_text import AssistantsText
 from deepen_ext.decoding.boundary import BoundaryRule, candidates_of
-from deepen_ext.fusers.parts import Reserved
 from deepen_ext.measure.likelihood.readings import Reading
 from deepen_ext.members.chat import PromptText
 
@@ -16,11 +16,15 @@ class Speech(NamedTuple):
 
     token: int  # its number
     said: int  # the number in `Reading.said` of what the assistant says there
-    reserved: Reserved  # what it leaves to the main model
+    share: float  # of its weight that the assistant keeps
 
 
 def where_it_speaks(
-    main: Reading, assistant: Reading, rule: BoundaryRule | None, candidates: int, leads: float = 0.0
+    main: Reading,
+    assistant: Reading,
+    rule: BoundaryRule | None,
+    candidates: int,
+    weights: Sequence[float],
 ) -> list[Speech]:
     """The main model's scored tokens at which an assistant speaks, by the rules of the loop.
 
@@ -29,7 +33,7 @@ def where_it_speaks(
         assistant: the assistant's of the same text.
         rule: the ensemble's.
         candidates: k of the ensemble's fuser: the rule looks at no more.
-        leads: see `BoundaryRule.left_to_main`.
+        weights: the main model's and the assistant's.
 
     Returns:
         the tokens, rising.
@@ -42,14 +46,13 @@ def where_it_speaks(
     text = AssistantsText([assistant.member], [PromptText("", prefix=False)])
     text.append(main.data[: main.begin])
     speaks: dict[int, list[int]] = {}  # by scored token: the ids that the assistant has read there
-    reserved: list[Reserved] = []
+    shares: list[float] = []
     begin = main.begin
     for token, end in enumerate(main.ends):
-        left = text.left_to_main(0, rule, known.get(token, ()), leads)
-        if left is not None:
-            reserved.append(left)
+        if share := text.share(0, rule, known.get(token, ()), weights):
+            shares.append(share)
             speaks[token] = list(assistant.after_prefix(text.ids(0)))
         text.append(main.data[begin:end])
         begin = end
     numbers = assistant.numbers_after(speaks.values())
-    return [Speech(*one) for one in zip(speaks, numbers, reserved, strict=True)]
+    return [Speech(*one) for one in zip(speaks, numbers, shares, strict=True)]

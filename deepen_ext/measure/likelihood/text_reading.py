@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from operator import eq
 
 import torch
 
 from deepen_ext.decoding.boundary import CANDIDATES, BoundaryRule
 from deepen_ext.decoding.prompt_weights import prompt_weights
+from deepen_ext.decoding.shares import handed_over
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import Part
-from deepen_ext.fusers.base import leading_weights
 from deepen_ext.fusers.weights import check_weights
 from deepen_ext.ground.closing import Closing
 from deepen_ext.measure.likelihood.accompaniment import Speech, where_it_speaks
@@ -79,7 +78,8 @@ class TextReading(Closing):
         self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
         self._begin = len(self.context.encode())
         self._alone: dict[int, TokenLikelihoods] = {}
-        # By main model, assistant, rule, how many candidates it looks at, and weight: see `where_it_speaks`.
+        # By main model, assistant, rule, how many candidates it looks at, and the weight of an assistant that
+        # counts more than the main model: see `where_it_speaks`.
         self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int, float], list[Speech]] = {}
 
     @staticmethod
@@ -180,19 +180,21 @@ class TextReading(Closing):
         kept: _Kept = {}
         return [self._fused(one, weights, kept, greedy=greedy) for one, weights in ensembles]
 
-    def steps(self, ensemble: Ensemble) -> Iterator[tuple[list[Part], torch.Tensor]]:
+    def steps(
+        self, ensemble: Ensemble, weights: Sequence[float]
+    ) -> Iterator[tuple[list[Part], Sequence[Sequence[float]], torch.Tensor]]:
         """What the members say of the scored tokens, in their order: the parts of one fusion step each.
 
-        With each step come its tokens int64 [B], of the main model and on its device. Errors are those of
-        `fused`.
+        With each step come the weights of each of its B rows, and its tokens int64 [B], of the main model and
+        on its device. Errors are those of `fused`.
         """
         main, *assistants = [self._reading(member) for member in ensemble.members]
         require(main.member.backend, "logits", _USE)
         main.read()
         at = 0
-        for parts in self._steps(ensemble, main, assistants, ensemble.weights, {}):
+        for parts, by_row in self._steps(ensemble, main, assistants, weights, {}):
             count = len(parts[0].rows)
-            yield parts, to_device(main.scored[at : at + count], ensemble.device)
+            yield parts, by_row, to_device(main.scored[at : at + count], ensemble.device)
             at += count
 
     def _fused(
@@ -209,13 +211,13 @@ class TextReading(Closing):
         main.read()
         name, fuser = f"{ensemble.method} of {main.member.name}", ensemble.fuser
         found = _Found(main.scored)
-        for parts in self._steps(ensemble, main, assistants, shares, kept):
+        for parts, by_row in self._steps(ensemble, main, assistants, shares, kept):
             if greedy:
-                step = fuser.step_parts(parts, shares)
+                step = fuser.step_parts(parts, by_row)
                 logprobs, _ = token_logprobs(step.logits, found.next(step.logits), name=name)
                 found.add(logprobs, step.chosen)
             else:
-                found.add(fuser.likelihoods(parts, shares, found.next(parts[0].topk.ids)))
+                found.add(fuser.likelihoods(parts, by_row, found.next(parts[0].topk.ids)))
         return self._likelihoods(main, found)
 
     def _steps(
@@ -225,30 +227,29 @@ class TextReading(Closing):
         assistants: Sequence[Reading],
         weights: Sequence[float],
         kept: _Kept,
-    ) -> Iterator[list[Part]]:
-        """What the members say of the scored tokens, in their order: the parts of one fusion step each."""
+    ) -> Iterator[tuple[list[Part], Sequence[Sequence[float]]]]:
+        """What the members say of the scored tokens: parts of one fusion step each, and its rows' weights."""
         rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
         speaks = []
-        for reading, leads in zip(assistants, leading_weights(ensemble.fuser, weights)[1:], strict=True):
-            looks_at = min(candidates, CANDIDATES) if rule is not None else 0
-            key = main, reading, rule, looks_at, leads if rule is not None else 0.0
+        for reading, weight in zip(assistants, weights[1:], strict=True):
+            looks_at, leads = (0, 0.0) if rule is None else (min(candidates, CANDIDATES), weight)
+            key = main, reading, rule, looks_at, leads if leads > weights[0] else 0.0
             if key not in self._speaks:
-                self._speaks[key] = where_it_speaks(main, reading, rule, candidates, leads)
+                pair = weights[0], weight
+                self._speaks[key] = where_it_speaks(main, reading, rule, candidates, pair)
             speaks.append(self._speaks[key])
         for tokens in _blocks(len(main.scored), *ensemble.members):
             parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens, kept)]
+            shares: list[dict[int, float]] = [{} for _ in tokens]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
                 first, last = (bisect_left(said, (token,)) for token in (tokens.start, tokens.stop))
                 if here := said[first:last]:
                     rows = [one.token - tokens.start for one in here]
-                    part = self._part(ensemble, i, reading, rows, [one.said for one in here], kept)
-                    reserved = {
-                        row: one.reserved
-                        for row, one in zip(rows, here, strict=True)
-                        if one.reserved.changing
-                    }
-                    parts.append(replace(part, reserved=reserved))
-            yield parts
+                    parts.append(self._part(ensemble, i, reading, rows, [one.said for one in here], kept))
+                spoken = {one.token: one.share for one in here}
+                for token, own in zip(tokens, shares, strict=True):
+                    own[i] = spoken.get(token, 0.0)
+            yield parts, [handed_over(weights, own) for own in shares]
 
     def _part(
         self,

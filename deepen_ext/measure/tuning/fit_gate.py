@@ -66,8 +66,8 @@ class GateEvidence:
         rule = fuser.rule
         assert isinstance(rule, Gate)
         blocks = [cls.together([], count)]
-        for parts, tokens in reading.steps(ensemble):
-            rows, said, by_row = fuser.weighed(parts, weights)
+        for parts, given, tokens in reading.steps(ensemble, weights):
+            rows, said, by_row = fuser.weighed(parts, given)
             if not rows:
                 continue
             speaking = [one.member for one in said]
