@@ -12,7 +12,7 @@ modules of Python's library). At most `INSIDE_A_TEXT` positions inside tokens ar
 each costs a forward pass; shares count all, and the mean over both classes is weighted with them.
 
 `--leading` takes assistants that are larger than the main model, with the default's fuser and the weights it
-starts from, which are by size. It asks whether an assistant that counts more should sit out as early.
+starts from, which are by size: such an assistant keeps a part of its weight.
 """
 
 from __future__ import annotations
@@ -97,11 +97,13 @@ class Position:
     weight: float  # how many positions of its text and class it stands for
     change: float  # by fusing, without the rule
     scaled: float  # with the assistant's weight scaled by the probability that its token stands
-    spoilt: bool  # the main model alone has the next token on top, fused it has not
-    repaired: bool  # the other way round
+    alone_right: bool  # the main model alone has the next token on top
+    right: bool  # fused it is on top, without the rule
     mass: float  # probability of the candidates that change the assistant's last token
     top: bool  # whether the most probable candidate does
-    sits_out: bool
+    acts: bool  # the rule, by which the assistant sits out, or keeps a part of its weight
+    heeded: float  # change by fusing, with the rule
+    heeded_right: bool  # fused the token is on top, with the rule
     microseconds: float  # of the rule
 
 
@@ -143,7 +145,7 @@ class Reading:
 def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, text: str) -> list[Position]:
     """All positions of a text between the assistant's tokens, and some of those inside them."""
     vocabulary = main.member.vocabulary
-    rule = BoundaryRule(vocabulary)
+    rule, share = BoundaryRule(vocabulary), ensemble.weights[1]
     characters = Utf8Stream()
     start = len(vocabulary.prefix_ids) + FIRST
     growing = GrowingText(assistant.member.vocabulary, characters.feed(vocabulary.decode(main.ids[:start])))
@@ -153,14 +155,17 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
         if not characters.pending:
             candidates = list(zip(top.ids[place - 1].tolist(), top.probs[place - 1].tolist(), strict=True))
             began = time.thread_time()
-            sits_out = rule.sits_out(growing, candidates)
+            if share > ensemble.weights[0]:
+                keeps = rule.share(growing, candidates, share)
+            else:
+                keeps = float(not rule.sits_out(growing, candidates))
             taken = (time.thread_time() - began) * 1e6
             changes = [
                 not growing.keeps_ids(whole_characters(vocabulary.bytes_of(token))) for token, _ in candidates
             ]
             mass = sum(share for (_, share), change in zip(candidates, changes, strict=True) if change)
             inside = growing.ids != assistant.ids[: len(growing.ids)]
-            found.append((place, list(growing.ids), inside, mass, changes[0], sits_out, taken))
+            found.append((place, list(growing.ids), inside, mass, changes[0], keeps, taken))
         growing.append(characters.feed(vocabulary.bytes_of(main.ids[place])))
     inside_all = [one for one in found if one[2]]
     step = max(1, math.ceil(len(inside_all) / INSIDE_A_TEXT))
@@ -170,15 +175,17 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
     positions = []
     assistant.rewind()
     _compute_rows(ensemble, [main, assistant])
-    for place, ids, inside, mass, top_changes, sits_out, taken in sorted(chosen, key=lambda one: -one[0]):
+    for place, ids, inside, mass, top_changes, keeps, taken in sorted(chosen, key=lambda one: -one[0]):
         theirs = assistant.after(ids)
         ours = main.logits[place - 1 : place]
         token = main.ids[place]
         alone_right = int(ours.argmax()) == token
-        share = ensemble.weights[1]
         change, right = _fuse(ensemble, ours, theirs, token, share)
         left = share * max(1 - mass, 0.0)
         scaled = change if mass < 1e-3 else _fuse(ensemble, ours, theirs, token, left)[0]
+        heeded, heeded_right = (0.0, alone_right) if not keeps else (change, right)
+        if 0 < keeps < 1:
+            heeded, heeded_right = _fuse(ensemble, ours, theirs, token, share * keeps)
         positions.append(
             Position(
                 kind=kind,
@@ -186,11 +193,13 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
                 weight=weight if inside else 1.0,
                 change=change,
                 scaled=scaled,
-                spoilt=alone_right and not right,
-                repaired=right and not alone_right,
+                alone_right=alone_right,
+                right=right,
                 mass=mass,
                 top=top_changes,
-                sits_out=sits_out,
+                acts=keeps < 1,
+                heeded=heeded,
+                heeded_right=heeded_right,
                 microseconds=taken,
             )
         )
@@ -216,14 +225,19 @@ def _fuse(
 def summarise(positions: list[Position]) -> dict[str, Any]:
     """Means by class, without the rule, with it, and with what else could have been done."""
 
-    def figures(fires: list[bool], otherwise: list[float]) -> dict[str, Any]:
+    def figures(
+        fires: list[bool], otherwise: list[float], on_top: list[bool] | None = None
+    ) -> dict[str, Any]:
+        pairs = zip(positions, fires, strict=True)
+        right = on_top or [p.alone_right if fired else p.right for p, fired in pairs]
+
         def one_class(which: list[int]) -> dict[str, Any]:
             weights = [positions[i].weight for i in which]
             return {
                 **_mean([after[i] for i in which], weights),
                 "fires": _share([fires[i] for i in which], weights),
-                "spoilt": _share([positions[i].spoilt and not fires[i] for i in which], weights),
-                "repaired": _share([positions[i].repaired and not fires[i] for i in which], weights),
+                "spoilt": _share([positions[i].alone_right and not right[i] for i in which], weights),
+                "repaired": _share([right[i] and not positions[i].alone_right for i in which], weights),
             }
 
         after = [
@@ -240,7 +254,7 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
     zero = [0.0] * len(positions)
     mass = [p.mass for p in positions]
     never = [False] * len(positions)
-    lost = [p.change for p in positions if p.sits_out and not p.inside]
+    lost = [p.change - p.heeded for p in positions if p.acts and not p.inside]
     microseconds = [p.microseconds for p in positions]
     return {
         "positions": {
@@ -249,7 +263,11 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
         },
         "share_inside": _share([p.inside for p in positions], [p.weight for p in positions]),
         "without": figures(never, zero),
-        "with": figures([p.sits_out for p in positions], zero),
+        "with": figures(
+            [p.acts for p in positions],
+            [p.heeded for p in positions],
+            [p.heeded_right for p in positions],
+        ),
         "false_alarms": {"positions": len(lost), "change_lost": _mean(lost, [1.0] * len(lost))},
         "alternatives": {
             **{f"threshold {t:g}": figures([m >= t for m in mass], zero) for t in ALTERNATIVES},
