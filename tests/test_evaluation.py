@@ -491,6 +491,14 @@ def test_the_header_tells_configurations_apart(
     ruled = [fused.variant(weighing="disagreement", fuser=name) for name in ("deepen", "follow", "average")]
     marked = ["alone_as_it_is" in header(one)["configuration"]["fuser"] for one in ruled]
     assert marked == [True, True, False]
+    # An assistant that counts more than the main model sat out, in earlier files.
+    weighed = [{"weights": [0.4, 0.6]}, {"weights": "prompt"}, {"weights": [0.6, 0.4]}, {}]
+    shares = ["boundary_shares" in header(fused.variant(**one))["configuration"] for one in weighed]
+    assert shares == [True, True, False, False]
+    assert (
+        "boundary_shares"
+        not in header(fused.variant(weights="prompt", boundary_aware=False))["configuration"]
+    )
     # What a variant was made from is no part of what it is.
     by_way_of_deepen = fused.variant(fuser="union-topk")
     assert header(by_way_of_deepen) == header(

@@ -69,6 +69,9 @@ def configuration_header(
     if ensemble.weighs_prompts:
         how = {"sharpness": ensemble.team.sharpness, "tokens": PROMPT_TOKENS, "least": LEAST_WEIGHT}
         weights = {ensemble.team.weights_rule: weights, **how}
+    aware, leads = ensemble.boundary_rule is not None, max(ensemble.weights) > ensemble.weights[0]
+    # Files from before an assistant that counts more kept a part of its weight do not have it.
+    shares = {"boundary_shares": True} if aware and (leads or ensemble.weighs_prompts) else {}
     models = [member.backend.describe() for member in ensemble.members]
     return {
         "name": name,
@@ -88,7 +91,8 @@ def configuration_header(
         "weights": weights,
         "fuser": fuser,
         "relative_maps": [one.fingerprint for one in ensemble.maps],
-        "boundary_aware": ensemble.boundary_rule is not None,
+        "boundary_aware": aware,
+        **shares,
         "certified_skip": certified_skip,
         "share_forwards": share_forwards,
     }
