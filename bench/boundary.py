@@ -349,7 +349,7 @@ def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     names = [f"{SHORT[pair['main']]} + {SHORT[pair['assistant']]}" for pair in result["pairs"]]
     lines = [
-        "| main + assistant | class | share | positions | without the rule | with it | sits out | "
+        "| main + assistant | class | share | positions | without the rule | with it | acts | "
         "spoilt, repaired without | with |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
