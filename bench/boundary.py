@@ -155,15 +155,12 @@ def measure(ensemble: Ensemble, main: Reading, assistant: Reading, kind: str, te
         if not characters.pending:
             candidates = list(zip(top.ids[place - 1].tolist(), top.probs[place - 1].tolist(), strict=True))
             began = time.thread_time()
-            if share > ensemble.weights[0]:
-                keeps = rule.share(growing, candidates, share)
-            else:
-                keeps = float(not rule.sits_out(growing, candidates))
+            keeps = rule.share(growing, candidates, *ensemble.weights)
             taken = (time.thread_time() - began) * 1e6
             changes = [
                 not growing.keeps_ids(whole_characters(vocabulary.bytes_of(token))) for token, _ in candidates
             ]
-            mass = sum(share for (_, share), change in zip(candidates, changes, strict=True) if change)
+            mass = sum(one[1] for one, change in zip(candidates, changes, strict=True) if change)
             inside = growing.ids != assistant.ids[: len(growing.ids)]
             found.append((place, list(growing.ids), inside, mass, changes[0], keeps, taken))
         growing.append(characters.feed(vocabulary.bytes_of(main.ids[place])))
@@ -228,8 +225,8 @@ def summarise(positions: list[Position]) -> dict[str, Any]:
     def figures(
         fires: list[bool], otherwise: list[float], on_top: list[bool] | None = None
     ) -> dict[str, Any]:
-        pairs = zip(positions, fires, strict=True)
-        right = on_top or [p.alone_right if fired else p.right for p, fired in pairs]
+        fired = zip(positions, fires, strict=True)
+        right = on_top or [p.alone_right if one else p.right for p, one in fired]
 
         def one_class(which: list[int]) -> dict[str, Any]:
             weights = [positions[i].weight for i in which]

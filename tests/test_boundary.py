@@ -127,7 +127,8 @@ class TestLeading:
     ) -> float:
         main = vocabularies["smollm2"]
         known = [(token(main, piece), probability) for piece, probability in shares]
-        return BoundaryRule(main).share(GrowingText(vocabularies["gemma"], "I like straw"), known, weight)
+        text = GrowingText(vocabularies["gemma"], "I like straw")
+        return BoundaryRule(main).share(text, known, 1 - weight, weight)
 
     def test_the_probability_that_its_last_token_stands(self, vocabularies: dict[str, Vocabulary]) -> None:
         shares = (b" and", 0.3), (b"berries", 0.5), (b".", 0.1), (b"berry", 0.02)

@@ -161,7 +161,7 @@ def slowly(ensemble: Ensemble, context: str, text: str) -> Slow:
             growing = GrowingText(assistant.vocabulary, read)
             i, rule = len(said), ensemble.boundary_rule
             if rule is not None and ensemble.weights[i] > ensemble.weights[0]:
-                keeps = rule.share(growing, candidates, ensemble.weights[i])
+                keeps = rule.share(growing, candidates, ensemble.weights[0], ensemble.weights[i])
                 weights[i] = keeps * ensemble.weights[i]
                 weights[0] += ensemble.weights[i] - weights[i]
                 found.less += 0 < keeps < 1

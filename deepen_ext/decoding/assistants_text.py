@@ -103,11 +103,7 @@ class AssistantsText:
         """
         if self.unfinished:
             return 0.0
-        if rule is None:
-            return 1.0
-        if weights[i + 1] > weights[0]:
-            return rule.share(self._text(i), candidates, weights[i + 1])
-        return float(not rule.sits_out(self._text(i), candidates))
+        return 1.0 if rule is None else rule.share(self._text(i), candidates, weights[0], weights[i + 1])
 
     def _text(self, i: int) -> GrowingText:
         """The text as assistant i reads it, brought up to date."""

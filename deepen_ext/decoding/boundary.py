@@ -63,17 +63,23 @@ class BoundaryRule:
                     return True
         return False
 
-    def share(self, text: GrowingText, candidates: Sequence[tuple[int, float]], weight: float) -> float:
-        """How much of its weight an assistant that counts more than the main model keeps, 0 to 1.
+    def share(
+        self, text: GrowingText, candidates: Sequence[tuple[int, float]], main: float, weight: float
+    ) -> float:
+        """How much of its weight an assistant keeps, 0 to 1; 0: it sits out.
 
-        1 less the probability of the candidates that would change the last of `text.ids`. 0, and it sits out,
-        where less than `LEAST_WEIGHT` would be left of its weight.
+        All or nothing where it does not count more than the main model: see `sits_out`. Otherwise 1 less the
+        probability of the candidates that would change the last of `text.ids`; 0 where less than
+        `LEAST_WEIGHT` would be left of its weight.
 
         Args:
             text: see `sits_out`.
-            candidates: see `sits_out`; all of them are looked at.
+            candidates: see `sits_out`.
+            main: the main model's weight.
             weight: the assistant's, of weights that sum to 1.
         """
+        if weight <= main:
+            return float(not self.sits_out(text, candidates))
         share = 1.0 - math.fsum(shares for token, shares in candidates if self._changes(text, token))
         return share if weight * share >= LEAST_WEIGHT else 0.0
 

@@ -240,15 +240,14 @@ class TextReading(Closing):
             speaks.append(self._speaks[key])
         for tokens in _blocks(len(main.scored), *ensemble.members):
             parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens, kept)]
-            shares: list[dict[int, float]] = [{} for _ in tokens]
+            shares = [dict.fromkeys(range(1, len(weights)), 0.0) for _ in tokens]
             for i, (reading, said) in enumerate(zip(assistants, speaks, strict=True), start=1):
                 first, last = (bisect_left(said, (token,)) for token in (tokens.start, tokens.stop))
                 if here := said[first:last]:
                     rows = [one.token - tokens.start for one in here]
                     parts.append(self._part(ensemble, i, reading, rows, [one.said for one in here], kept))
-                spoken = {one.token: one.share for one in here}
-                for token, own in zip(tokens, shares, strict=True):
-                    own[i] = spoken.get(token, 0.0)
+                    for row, one in zip(rows, here, strict=True):
+                        shares[row][i] = one.share
             yield parts, [handed_over(weights, own) for own in shares]
 
     def _part(
