@@ -15,7 +15,7 @@ from test_models import leftovers, tiny_gguf  # noqa: F401  (a fixture)
 
 from deepen_ext.decoding.trace import Trace
 from deepen_ext.errors import ModelError
-from deepen_ext.ground.cache_folder import atomic_directory, cache_dir, locked, write_failure
+from deepen_ext.ground.cache_folder import atomic_directory, atomic_write, cache_dir, locked, write_failure
 from deepen_ext.measure.evaluation.summary import Summary, write_summary
 from deepen_ext.members.hf.gguf_conversion import convert_gguf, converted_folder
 from deepen_ext.space.member_maps import MapSettings, MemberMaps
@@ -96,6 +96,17 @@ def test_a_conversion_lies_below_the_hash_of_its_file(
     with locked(target), atomic_directory(target):
         pass
     assert target.is_dir()
+
+
+def test_the_longest_name_that_the_system_takes(tmp_path: Path) -> None:
+    """A picture's or a preset's; it was refused when it came to be written."""
+    for name in ("a" * 255, "字" * 85):
+        for _ in range(2):
+            with atomic_write(tmp_path / name) as temporary:
+                temporary.write_text(name, encoding="utf-8")
+        assert os.listdir(tmp_path) == [name]
+        assert (tmp_path / name).read_text(encoding="utf-8") == name
+        (tmp_path / name).unlink()
 
 
 def test_a_trace_on_a_full_disk() -> None:

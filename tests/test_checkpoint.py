@@ -247,7 +247,7 @@ def test_trust_reaches_the_members_of_an_ensemble(folder: Path) -> None:
 def test_the_command_line_refuses_code_too(folder: Path, tmp_path: Path, command: str) -> None:
     marker = bring_code(folder, "model")
     text = tmp_path / "text.txt"
-    text.write_text("so it goes. " * 9)
+    text.write_text("so it goes. " * 40)
     options = {"generate": ["--prompt", "a"], "doctor": []}.get(command, ["--text", str(text)])
     if command == "tune":
         options += ["--out", str(tmp_path / "preset.yaml")]

@@ -375,7 +375,7 @@ def test_a_preset_names_the_models(tmp_path: Path) -> None:
 def commands(folder: Path) -> dict[str, list[str]]:
     """Each command that loads members, with what it needs beside them."""
     text, data, out = folder / "text.txt", folder / "data", folder / "out"
-    text.write_text("A short text.\n" * 20, encoding="utf-8")
+    text.write_text("A short text.\n" * 40, encoding="utf-8")
     (data / "arc_challenge").mkdir(parents=True)
     item = {"question": "Which?", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"}
     (data / "arc_challenge" / "test.jsonl").write_text(json.dumps(item) + "\n")

@@ -129,10 +129,10 @@ def test_eval(models: list[str], data: Path, tmp_path: Path) -> None:
         assert len(verdicts) == (4 if place == 0 else 2)
 
 
-def test_tune(models: list[str], text: Path, tmp_path: Path) -> None:
+def test_tune(models: list[str], data: Path, tmp_path: Path) -> None:
     out = tmp_path / "tune.svg"
     done = run(
-        *("tune", *models, "--text", str(text), "--fuser", "average", "--limit", "3"),
+        *("tune", *models, "--task", "arc_challenge", "--data", str(data), "--fuser", "average"),
         *("--out", str(tmp_path / "preset.yaml"), "--plot", str(out)),
     )
     assert done.returncode == 0, done.stderr

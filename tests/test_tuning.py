@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -312,6 +314,9 @@ class TestDevItems:
                 DevSet.from_text(file)
         with pytest.raises(InputError, match="cannot be read"):
             DevSet.from_text(tmp_path / "none.txt")
+        file.write_text(text[:300], encoding="utf-8")
+        with pytest.raises(InputError, match="give a text of more than 400 characters, and a limit of 2"):
+            DevSet.from_text(file)
         lines = tmp_path / "dev.jsonl"
         lines.write_text('{"question": "Who?"}\n', encoding="utf-8")
         with pytest.raises(InputError, match="lines of JSON would be read as they stand"):
@@ -363,7 +368,7 @@ class TestTune:
         named = tune([smollm2, gemma], dev, recipes=("bytes",))
         swapped = tune([gemma, smollm2], dev, recipes=("bytes",))
         for one in (named, swapped):
-            assert one.finished
+            assert one.ended == "finished"
             assert len(one.tried) > 10
             assert len(one.sizes) == len(dev.items) == one.answered
             uniform = [one.bits_per_byte(one.space.default(main)) for main in range(2)]
@@ -411,15 +416,35 @@ class TestTune:
         tuning = tune([smollm2, gemma], DevSet.from_task("nq", data), minutes=1e-6, recipes=("bytes",))
         assert len(tuning.sizes) == 2  # as many as an error needs
         assert set(tuning.tried) == {tuning.space.default(0), tuning.space.default(1)}
-        assert not tuning.finished
+        assert tuning.ended == "ended by the time"
         assert tuning.accuracy == ()
         assert tuning.chosen == tuning.baseline
 
+    def test_interrupted(
+        self, one_byte_folders: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The search ends, and what was tried counts; before anything was tried, it is the caller's."""
+        members, dev = load_members(one_byte_folders), DevSet.from_task("nq", data)
+        with monkeypatch.context() as patch:
+            patch.setattr(Measurements, "measure", interrupting(Measurements.measure, 5))
+            short = tune(members, dev, fuser="union-vocab", gate=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Measurements, "gate", interrupting(Measurements.gate, 0))
+            whole = tune(members, dev, fuser="union-vocab", gate=True)
+        assert short.ended == whole.ended == "interrupted"
+        assert short.gate is whole.gate is None
+        assert 2 < len(short.tried) < len(whole.tried)
+        assert list(whole.tried)[: len(short.tried)] == list(short.tried)
+        assert short.chosen in short.tried
+        monkeypatch.setattr(Measurements, "_read", interrupting(Measurements._read, 1))
+        with pytest.raises(KeyboardInterrupt):
+            tune(members, dev)
+
     def test_another_fuser_and_a_text(self, smollm2: Member, gemma: Member, tmp_path: Path) -> None:
         file = tmp_path / "some.txt"
-        file.write_text("A text in which nothing much happens, but it happens twice. " * 4, encoding="utf-8")
+        file.write_text("A text in which nothing much happens, but it happens twice. " * 8, encoding="utf-8")
         tuning = tune([gemma, smollm2], DevSet.from_text(file), fuser="average")
-        assert tuning.finished
+        assert tuning.ended == "finished"
         assert {one.recipe for one in tuning.tried} == {None}
         assert tuning.accuracy == ()
         assert {one.source for one in tuning.tried} >= {"uniform", "likelihood", "grid"}
@@ -461,7 +486,7 @@ class TestTune:
         said: list[str] = []
         for seconds, found in ((60.0, pytest.raises(InputError, match="483 tokens")), (1e-9, nullcontext())):
             work = Measurements(
-                members, DevSet("text", (long,)), Space(2, ()), "average", seconds, said.append
+                members, DevSet("text", (long, long)), Space(2, ()), "average", seconds, said.append
             )
             with found:
                 work.check_items()
@@ -478,6 +503,18 @@ class TestTune:
         for minutes in (0, -1, math.inf, math.nan):
             with pytest.raises(InputError, match="choose a budget above 0"):
                 tune([smollm2, gemma], dev, minutes=minutes)
+
+
+def interrupting(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """A function that Ctrl-C comes into after so many calls."""
+    numbers = count()
+
+    def called(*arguments: Any, **options: Any) -> Any:
+        if next(numbers) == calls:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return called
 
 
 @contextmanager
@@ -529,20 +566,32 @@ class TestCommand:
         assert preset.measured["bits_per_byte"]["single"].keys() == {"SmolLM2-135M-Instruct", "Gemma-3-270M"}
 
     def test_what_was_found_is_shown_where_it_cannot_be_written(
-        self, one_byte_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, one_byte_folders: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def refuse(*_: object) -> None:
             raise InputError("the disk is full")
 
         monkeypatch.setattr("deepen_ext.presets.write_preset", refuse)
-        text = tmp_path / "some.txt"
-        text.write_text("A text in which nothing much happens.", encoding="utf-8")
         members = [one for folder in one_byte_folders for one in ("--model", folder)]
-        code, printed = self.run(*members, "--text", text, "--out", tmp_path / "new" / "preset.yaml")
+        new = tmp_path / "new" / "preset.yaml"
+        code, printed = self.run(*members, "--task", "nq", "--data", data, "--limit", 2, "--out", new)
         assert code == 2
         assert "the disk is full" in printed
-        assert "Bits a byte on 1 of 1 pieces of some.txt" in printed
+        assert "Bits a byte on 2 of 2 dev items of nq" in printed
         assert not (tmp_path / "new").exists()
+
+    def test_an_interrupted_search_is_written(
+        self, one_byte_folders: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was lost, after minutes of measuring."""
+        monkeypatch.setattr(Measurements, "measure", interrupting(Measurements.measure, 3))
+        out = tmp_path / "preset.yaml"
+        members = [one for folder in one_byte_folders for one in ("--model", folder)]
+        code, printed = self.run(*members, "--task", "arc_challenge", "--data", data, "--out", out)
+        assert code == 130
+        assert "on 6 of 6 dev items of arc_challenge (1 without a right continuation left out)" in printed
+        assert "Interrupted: this is the choice from what had been tried by then." in printed
+        assert load_preset(out).measured["search"] == "interrupted"
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -563,11 +612,14 @@ class TestCommand:
             ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "auto"], "fuser='auto' stands for"),
             ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "spans"], "no likelihood to tune by"),
             ([*NOWHERE, "--task", "nq", "--data", "DATA", "--fuser", "draw"], "likelihood of union-vocab"),
+            ([*NOWHERE, "--task", "nq", "--data", "DATA", "--limit", "1"], "equal to 2"),
+            ([*NOWHERE, "--text", "DATA/short.txt"], "short.txt: one item alone cannot tell"),
             (["--task", "nq", "--data", "DATA"], "name the models with --model"),
             (["--model", "a", "--task", "nq", "--data", "DATA"], "a model alone has nothing to tune"),
         ],
     )
     def test_wrong_input(self, arguments: list[str], message: str, data: Path) -> None:
-        code, printed = self.run(*[str(data) if one == "DATA" else one for one in arguments])
+        (data / "short.txt").write_text("Too short to tell.", encoding="utf-8")
+        code, printed = self.run(*[one.replace("DATA", str(data)) for one in arguments])
         assert code == 2
         assert message in printed

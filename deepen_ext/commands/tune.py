@@ -36,7 +36,7 @@ def tune(
     ] = None,
     text: Annotated[Path | None, typer.Option(help="Choose on this text instead.")] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Read at most so many items (pieces of a text), spread evenly.")
+        int, typer.Option(min=2, help="Read at most so many items (pieces of a text), spread evenly.")
     ] = 200,
     minutes: Annotated[
         float,
@@ -111,6 +111,8 @@ def tune(
         finally:  # where a file cannot be written, too: it took minutes to find
             _show(tuning, dev)
         write(f"Written to {out}; use it with --preset {out}\n")
+        if tuning.ended == "interrupted":
+            raise typer.Exit(130)  # as where nothing could be kept
 
 
 def _first_there(folder: Path) -> Path:
@@ -125,6 +127,8 @@ def _show(tuning: Tuning, dev: DevSet) -> None:
 
     console = tables()
     of = f"{len(tuning.sizes)} of {len(dev.items)} {'dev items' if dev.task else 'pieces'} of {dev.name}"
+    if dev.left_out:
+        of += f" ({dev.left_out} without a right continuation left out)"
     table = Table(
         "main",
         "weights, as named",
@@ -179,8 +183,10 @@ def _verdict(tuning: Tuning) -> str:
     )
     if tuning.gate is not None:
         lines.append(_gate_verdict(tuning.gate))
-    if not tuning.finished:
+    if tuning.ended == "ended by the time":
         lines.append("The time was up before the search had come to its end; more --minutes may find better.")
+    elif tuning.ended == "interrupted":
+        lines.append("Interrupted: this is the choice from what had been tried by then.")
     return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from deepen_ext.errors import ModelError
 
+_STEM = 200  # bytes of a file's name in the names of those beside it: a file system takes 255
 _STALE_SECONDS = 3600.0  # no write takes so long: its process was killed
 _WRITE_FAILURES = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
@@ -114,6 +115,11 @@ def sweep_temporaries(folder: Path, seconds: float = _STALE_SECONDS, name: str =
     sweep(folder, f".{name}.tmp-{'[0-9a-f]' * 32}", seconds)
 
 
+def _stem(target: Path) -> str:
+    """What the names of files beside the target begin with: its own name, cut off where that is long."""
+    return os.fsencode(target.name)[:_STEM].decode(errors="ignore")
+
+
 def _is_in_use(temporary: Path) -> bool:
     """Whether a process that lives still writes there (see `_temporary_folder`)."""
     try:
@@ -139,7 +145,7 @@ def locked(target: Path, on_wait: Callable[[], None] | None = None) -> Iterator[
     The lock is a file beside the target and ends with the process that holds it, however that ends.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(target.parent / f".{target.name}.lock")
+    lock = FileLock(target.parent / f".{_stem(target)}.lock")
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
@@ -190,7 +196,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Call it with ``locked(target)`` held: what an earlier process left behind when it was killed is swept
     first. ``target`` must not exist yet.
     """
-    sweep_temporaries(target.parent, 0.0, glob.escape(target.name))
+    sweep_temporaries(target.parent, 0.0, glob.escape(_stem(target)))
     with _temporary_folder(target) as temporary:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
@@ -206,7 +212,7 @@ def _temporary_folder(target: Path, mode: int = 0o777) -> Iterator[Path]:
 
     It is locked meanwhile, so that no other process sweeps it: its age is no proof where a clock is set.
     """
-    folder = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
+    folder = target.with_name(f".{_stem(target)}.tmp-{uuid.uuid4().hex}")
     folder.mkdir(mode)
     handle = None
     try:

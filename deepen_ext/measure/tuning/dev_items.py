@@ -34,12 +34,23 @@ class DevSet:
         items: in the order in which they are read: a beginning of it is a sample of the whole.
         task: None for a text.
         left_out: items whose right continuation the task's own rule does not count as right.
+
+    Raises:
+        InputError: fewer than two items.
     """
 
     name: str
     items: tuple[DevItem, ...]
     task: Task | None = None
     left_out: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.items) < 2:  # one item has no standard error
+            more = f"a text of more than {_PIECE} characters" if self.task is None else "more items"
+            raise InputError(
+                f"{self.name}: one item alone cannot tell a better setting from a lucky one; give {more}, "
+                "and a limit of 2 or more"
+            )
 
     @classmethod
     def from_task(cls, name: str, data: str | Path, limit: int | None = None) -> DevSet:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FuseFunction, Fuser, fuser_class
@@ -36,6 +36,8 @@ from deepen_ext.members.member import Member, unique_names
 from deepen_ext.presets import Preset
 from deepen_ext.space.recipes import RECIPES, Recipe
 
+Ended = Literal["finished", "ended by the time", "interrupted"]
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -51,7 +53,7 @@ class Tuning:
         answered: how many items that is.
         tried: bits of each item by configuration, in the order they were tried.
         chosen: one of them.
-        finished: whether the search came to its end; otherwise the time was up.
+        ended: how the search ended. Ended before its end, it chooses from what was tried by then.
         gate: the one fitted for the chosen configuration; None where none was asked for.
     """
 
@@ -64,7 +66,7 @@ class Tuning:
     answered: int
     tried: Mapping[Configuration, tuple[float, ...]]
     chosen: Configuration
-    finished: bool
+    ended: Ended
     gate: FittedGate | None = None
 
     @property
@@ -142,7 +144,7 @@ class Tuning:
             found["gate"] = self._gate_measured(self.gate)
         found["tried"] = len(self.tried)
         found["weights_from"] = self.chosen.source
-        found["search"] = "finished" if self.finished else "ended by the time"
+        found["search"] = self.ended
         found["backends"] = dict(zip(self.names, self.backends, strict=True))
         found["versions"] = {one: metadata.version(one) for one in ("deepen-ext", "torch", "transformers")}
         found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -207,7 +209,9 @@ def tune(
 
     At most half of the time goes into reading, and less where the search would then not have time for some
     thirty configurations on all items that were read. Two items are read, and the uniform configuration is
-    measured with each main model, however short the time is.
+    measured with each main model, however short the time is. An interrupt (SIGINT) during the search ends it
+    as the time does; one during the gate's fit leaves the gate out. Before that there is nothing to choose
+    from, and it goes on to the caller.
 
     Args:
         members: two or more, in any order.
@@ -238,15 +242,23 @@ def tune(
     informed = {source: weights for source, weights in found.items() if weights is not None}
     uniform = [space.default(main) for main in range(len(members))]
     start = min(uniform, key=lambda one: sum(work.tried[one]))
-    finished = True
+    ended: Ended = "finished"
     try:
         search(start, space, informed, work.measure)
     except OutOfTime:
-        finished = False
+        ended = "ended by the time"
+    except KeyboardInterrupt:
+        ended = "interrupted"
     work.check_possible()
     chosen = choose(work.tried, space, work.sizes)
-    fitted = work.gate(chosen) if gate else None
-    work.save_rows()
+    fitted = None
+    if gate and ended != "interrupted":
+        try:
+            fitted = work.gate(chosen)
+        except KeyboardInterrupt:
+            ended = "interrupted"
+    if ended != "interrupted":  # which may have come in the middle of a row
+        work.save_rows()
     return Tuning(
         space=space,
         names=tuple(unique_names(members)),
@@ -257,6 +269,6 @@ def tune(
         answered=answered,
         tried={one: tuple(bits) for one, bits in work.tried.items()},
         chosen=chosen,
-        finished=finished,
+        ended=ended,
         gate=fitted,
     )
