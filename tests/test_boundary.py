@@ -10,7 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from deepen_ext.decoding.assistants_text import AssistantsText
-from deepen_ext.decoding.boundary import CANDIDATES, THRESHOLD, BoundaryRule, candidates_of
+from deepen_ext.decoding.boundary import (
+    CANDIDATES,
+    THRESHOLD,
+    BoundaryRule,
+    candidates_of,
+    share_left,
+)
 from deepen_ext.decoding.shares import handed_over
 from deepen_ext.members.chat import PromptText
 from deepen_ext.ops.topk_softmax import TopK
@@ -141,6 +147,13 @@ class TestLeading:
     def test_it_sits_out_with_less_than_the_least_weight(self, vocabularies: dict[str, Vocabulary]) -> None:
         assert self.share(vocabularies, 0.64, (b"berries", 0.984375)) == 0.015625  # 0.64 / 64 is just 0.01
         assert self.share(vocabularies, 0.63, (b"berries", 0.984375)) == 0
+
+    def test_a_small_weight_is_kept_whole(self, vocabularies: dict[str, Vocabulary]) -> None:
+        """Of weights that were given, where nothing is taken from it."""
+        assert share_left(0.008, 1.0) == 1
+        assert share_left(0.008, 0.99) == 0
+        rule = BoundaryRule(vocabularies["smollm2"])
+        assert rule.share(GrowingText(vocabularies["gemma"], "I like straw"), (), 0.002, 0.008) == 1
 
     def test_in_a_text(self, vocabularies: dict[str, Vocabulary]) -> None:
         """Only where it counts more; another one keeps all, or nothing."""

@@ -24,6 +24,7 @@ from deepen_ext.measure.likelihood.text_reading import TextReading, TokenLikelih
 from deepen_ext.members.distribution import forbid
 from deepen_ext.members.hf import session as session_module
 from deepen_ext.members.member import Member
+from deepen_ext.members.top_k_only import TopKOnly
 from deepen_ext.ops.token_logprobs import token_logprobs
 from deepen_ext.text.growing_text import GrowingText
 from deepen_ext.text.vocabulary import Vocabulary
@@ -383,6 +384,63 @@ class TestFused:
             assert after.logprobs == pytest.approx(reading.fused(ensembles["bytes"]).logprobs, abs=1e-4)
         with TextReading([tiny_smollm2, tiny_gemma], "", text) as reading:  # no prompt tells nothing
             assert reading.fused(weighs) == reading.fused(ensembles["no rule"])
+
+    def test_weights_do_not_depend_on_the_text(
+        self, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        """Also where a token reaches from the context into it, and for texts that are read together."""
+        context, members = "I like straw", [tiny_smollm2, tiny_gemma]
+        texts = [TextReading(members, context, one) for one in ("berries with cream.", " and hay.")]
+        for member in members:
+            one, other = (text._readings[id(member)] for text in texts)
+            own = first_ids(member, context) + member.vocabulary.encode(context)
+            assert one.ids[: len(own)] != own == other.ids[: len(own)] == one.context_ids
+            with open_session(member) as session:
+                expected = read_prompts(session, member, {0: own})[0].logprobs
+            alone = TextReading(members, context, "berries with cream.")._readings[id(member)]
+            readings_module.read_together([one, other], contexts=True)
+            for reading in (alone, one, other):
+                assert reading.prompt_score.logprobs == pytest.approx(expected, abs=1e-5)
+        weighs = ensembles["no rule"].variant(weights="prompt")
+        again = TextReading(members, context, "berries with cream.")
+        again.member(tiny_smollm2)  # read before anybody asks for weights
+        assert again.fused(weighs).logprobs == pytest.approx(texts[0].fused(weighs).logprobs, abs=1e-4)
+
+    def test_read_ahead_serves_any_weights(
+        self, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        """An assistant that leads speaks where another one sits out: `tune` read such texts once more."""
+        members, shares = [tiny_smollm2, tiny_gemma], ([0.5, 0.5], [0.3, 0.7], [0.1, 0.9], [0.0, 1.0])
+        reading = TextReading(members, "", self.TEXT)
+        reading.read_ahead(ensembles["bytes"])
+        reading.release()
+        with fed(tiny_smollm2) as by_smollm2, fed(tiny_gemma) as by_gemma:
+            found = [reading.fused(ensembles["bytes"], one) for one in shares]
+            assert not by_smollm2
+            assert not by_gemma
+        for one, own in zip(shares, found, strict=True):
+            with TextReading(members, "", self.TEXT) as fresh:
+                expected = fresh.fused(ensembles["bytes"], one)
+            assert own.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        with fed(tiny_gemma) as by_gemma:
+            late = TextReading(members, "", self.TEXT)
+            late.fused(ensembles["bytes"], [0.5, 0.5])
+            before = len(by_gemma)
+            late.fused(ensembles["bytes"], [0.3, 0.7])
+            assert len(by_gemma) > before, "choose a text at which the rule makes a difference"
+
+    def test_an_assistant_that_gives_more_than_is_looked_at(
+        self, tiny_smollm2: Member, tiny_gemma: Member
+    ) -> None:
+        """A server's 40 most probable tokens and 20 candidates: its kernels take whole rows."""
+        few = replace(tiny_gemma, backend=TopKOnly(tiny_gemma.backend, 40))
+        found = []
+        for member in (tiny_gemma, few):
+            settings = {"fuser": "deepen", "weights": [0.5, 0.5], "candidates": 20, "cache": False}
+            ensemble = Ensemble([tiny_smollm2, member], **settings)
+            with TextReading(ensemble.members, "The ferry to the", " island leaves twice a day") as reading:
+                found.append(reading.fused(ensemble).logprobs)
+        assert found[1] == pytest.approx(found[0], abs=1e-4)
 
     def test_caches_given_back_or_handed_on(
         self, ensembles: dict[str, Ensemble], tiny_smollm2: Member, tiny_gemma: Member

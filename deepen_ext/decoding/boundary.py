@@ -69,8 +69,7 @@ class BoundaryRule:
         """How much of its weight an assistant keeps, 0 to 1; 0: it sits out.
 
         All or nothing where it does not count more than the main model: see `sits_out`. Otherwise 1 less the
-        probability of the candidates that would change the last of `text.ids`; 0 where less than
-        `LEAST_WEIGHT` would be left of its weight.
+        probability of the candidates that would change the last of `text.ids`, or 0 (see `share_left`).
 
         Args:
             text: see `sits_out`.
@@ -80,11 +79,17 @@ class BoundaryRule:
         """
         if weight <= main:
             return float(not self.sits_out(text, candidates))
-        share = 1.0 - math.fsum(shares for token, shares in candidates if self._changes(text, token))
-        return share if weight * share >= LEAST_WEIGHT else 0.0
+        return share_left(
+            weight, 1.0 - math.fsum(shares for token, shares in candidates if self._changes(text, token))
+        )
 
     def _changes(self, text: GrowingText, token: int) -> bool:
         return not text.keeps_ids(whole_characters(self.main.bytes_of(token)))
+
+
+def share_left(weight: float, share: float) -> float:
+    """This share of a weight; 0 where something is taken from it and less than `LEAST_WEIGHT` is left."""
+    return share if share == 1 or weight * share >= LEAST_WEIGHT else 0.0
 
 
 def candidates_of(top: TopK, rows: Sequence[int]) -> dict[int, list[tuple[int, float]]]:

@@ -104,6 +104,7 @@ class Fuser(ABC):
         self.candidates = whole_number("candidates", candidates, 1)
         self.names = list(names) if names is not None else [f"member {i}" for i in range(len(vocab_sizes))]
         self._shares: dict[object, torch.Tensor] = {}
+        self._captured: dict[object, torch.Tensor] = {}  # of them those that a CUDA graph reads
         self._lock = threading.RLock()  # of what a step computes once and keeps
 
     def search_bound(self) -> SearchBound | None:
@@ -304,13 +305,17 @@ class Fuser(ABC):
     def _share(self, weights: tuple[tuple[float, ...], ...]) -> torch.Tensor:
         """The weights float32 [B, n], where the main model is; kept for the steps that follow.
 
-        A CUDA graph of the step reads this tensor: it must not outlive the Fuser."""
+        A CUDA graph of the step reads this tensor. It is then kept as long as the Fuser, which the graph must
+        not outlive.
+        """
         found = self._shares.get(weights)
         if found is None:
             if len(self._shares) >= _SHARES_KEPT:
                 self._shares.clear()
             found = to_device(weights, self.device, torch.float32)
             self._shares[weights] = found
+        if found.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured[weights] = found
         return found
 
     def _said(self, part: Part, fused_rows: list[int]) -> Said:

@@ -104,7 +104,8 @@ class Distribution:
         if self.logits is not None:
             return replace(self, k=k, known_topk=None)
         ids, probs, tail, status = self.topk
-        cut = TopK(ids[:, :k], probs[:, :k], tail + probs[:, k:].sum(dim=1), status)
+        kept = (ids[:, :k].contiguous(), probs[:, :k].contiguous())  # as the kernels take them
+        cut = TopK(*kept, tail + probs[:, k:].sum(dim=1), status)
         return replace(self, k=min(k, self.k), known_topk=cut)
 
     def clone(self) -> Distribution:

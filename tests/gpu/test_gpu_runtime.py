@@ -58,6 +58,25 @@ def test_a_graph_of_the_whole_step_replays_on_new_logits(device, fuser, batch):
         earlier = captured.logits.clone()
 
 
+def test_a_graph_outlives_the_weights_of_many_later_steps(device, fuser):
+    """It reads the tensor of its weights, which is not dropped with those of steps that only pass by."""
+    static = given(device, 1, seed=0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fuser.step(static, [0.25, 0.75])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fuser.step(static, [0.25, 0.75])
+    graph.replay()
+    first = captured.logits.clone()
+    for i in range(600):
+        fuser.step(static, [0.5 + i / 2000, 0.5 - i / 2000])
+    graph.replay()
+    assert torch.equal(captured.logits, first)
+
+
 def test_two_streams_at_once(device, fuser):
     inputs = [given(device, 4, seed) for seed in (1, 2)]
     alone = [fuser.step(one, [0.5, 0.5]).logits.clone() for one in inputs]

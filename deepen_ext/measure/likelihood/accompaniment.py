@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from deepen_ext.decoding.assistants_text import AssistantsText
@@ -16,7 +15,7 @@ class Speech(NamedTuple):
 
     token: int  # its number
     said: int  # the number in `Reading.said` of what the assistant says there
-    share: float  # of its weight that the assistant keeps
+    share: float  # of its weight that the assistant keeps, were it all the weight there is
 
 
 def where_it_speaks(
@@ -24,16 +23,18 @@ def where_it_speaks(
     assistant: Reading,
     rule: BoundaryRule | None,
     candidates: int,
-    weights: Sequence[float],
+    leads: bool,
 ) -> list[Speech]:
     """The main model's scored tokens at which an assistant speaks, by the rules of the loop.
+
+    It speaks at some of them with too little of its weight to have a say: see `share_left`.
 
     Args:
         main: the main model's reading of the text.
         assistant: the assistant's of the same text.
         rule: the ensemble's.
         candidates: k of the ensemble's fuser: the rule looks at no more.
-        weights: the main model's and the assistant's.
+        leads: whether the assistant counts more than the main model.
 
     Returns:
         the tokens, rising.
@@ -48,6 +49,7 @@ def where_it_speaks(
     speaks: dict[int, list[int]] = {}  # by scored token: the ids that the assistant has read there
     shares: list[float] = []
     begin = main.begin
+    weights = (0.0, 1.0) if leads else (0.5, 0.5)
     for token, end in enumerate(main.ends):
         if share := text.share(0, rule, known.get(token, ()), weights):
             shares.append(share)

@@ -24,6 +24,8 @@ class Reading:
             that is nothing and there is no context, after its BOS or else EOS id (lm-eval's convention). A
             text that begins with these ids gets no second ones.
         first: the first scored token's position in `ids`: scored are those beyond the context's own.
+        context_ids: of the context alone, after the same. In `ids` its last tokens may be others: a token may
+            reach from the context into the text.
         ends: where each scored token ends, in bytes of context and text.
         begin: where the first of them begins.
     """
@@ -42,6 +44,7 @@ class Reading:
         own = vocabulary.encode(context)
         self.prefix = list(vocabulary.prefix_ids) or ([] if own else _first_id(member))
         self.ids = self.after_prefix(whole)
+        self.context_ids = self.after_prefix(own)
         added = len(self.ids) - len(whole)
         self.first = max(added + len(own), len(self.prefix))
         # Special tokens that the text itself names can be written in it.
@@ -182,7 +185,7 @@ def read_together(readings: Sequence[Reading], *, contexts: bool = False) -> Non
     """
     firsts: dict[tuple[int, ...], Reading] = {}
     for one in readings:
-        first = firsts.setdefault(tuple(one.ids[: one.first]), one)
+        first = firsts.setdefault(tuple(one.context_ids), one)
         if first is not one:
             one._context_of = first
     unread = [one for one in readings if not len(one.said)]
@@ -216,11 +219,10 @@ def _score_contexts(lanes: ReadingLanes, readings: Mapping[int, Reading]) -> Non
     wanted = {}
     for lane, one in readings.items():
         if one._context_of is None and one._score is None:
-            context = one.ids[: one.first]
-            if context == one.prefix:
+            if one.context_ids == one.prefix:
                 one._score = PromptScore([], [])
             else:
-                wanted[lane] = context
+                wanted[lane] = one.context_ids
     if wanted:
         first = readings[next(iter(wanted))]
         scores = read_prompts(lanes.session, first.member, wanted, last_prompts(first._earlier))

@@ -13,7 +13,7 @@ from operator import eq
 
 import torch
 
-from deepen_ext.decoding.boundary import CANDIDATES, BoundaryRule
+from deepen_ext.decoding.boundary import CANDIDATES, BoundaryRule, share_left
 from deepen_ext.decoding.prompt_weights import prompt_weights
 from deepen_ext.decoding.shares import handed_over
 from deepen_ext.ensemble import Ensemble
@@ -78,9 +78,8 @@ class TextReading(Closing):
         self._readings = {id(member): Reading(member, self.context, self.text) for member in members}
         self._begin = len(self.context.encode())
         self._alone: dict[int, TokenLikelihoods] = {}
-        # By main model, assistant, rule, how many candidates it looks at, and the weight of an assistant that
-        # counts more than the main model: see `where_it_speaks`.
-        self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int, float], list[Speech]] = {}
+        # By main model, assistant, rule, how many candidates it looks at, and whether the assistant leads.
+        self._speaks: dict[tuple[Reading, Reading, BoundaryRule | None, int, bool], list[Speech]] = {}
 
     @staticmethod
     def read_together(readings: Sequence[TextReading], *, contexts: bool = False) -> None:
@@ -102,11 +101,25 @@ class TextReading(Closing):
     def release(self) -> None:
         """Free the caches, keep the logits.
 
-        What was measured once can be measured again, with other weights and fusers too. What takes logits
-        that nobody has asked for yet reads the text again.
+        What was measured once can be measured again, with other fusers too; with other weights after
+        `read_ahead`. What takes logits that nobody has asked for yet reads the text again.
         """
         for reading in self._readings.values():
             reading.release()
+
+    def read_ahead(self, ensemble: Ensemble) -> None:
+        """Read what these members may be asked for by any weights.
+
+        An assistant that counts more than the main model speaks where another one sits out.
+
+        Raises:
+            InputError: a member that the reading does not have; a member that gives NaN.
+            ModelError: a forward pass failed.
+        """
+        main, *assistants = [self._reading(member) for member in ensemble.members]
+        for reading in assistants:
+            for leads in (False, True):
+                self._speech(ensemble, main, reading, leads)
 
     def go_on_from(self, other: TextReading) -> None:
         """Take over what another reading of the same members holds in its caches.
@@ -229,15 +242,10 @@ class TextReading(Closing):
         kept: _Kept,
     ) -> Iterator[tuple[list[Part], Sequence[Sequence[float]]]]:
         """What the members say of the scored tokens: parts of one fusion step each, and its rows' weights."""
-        rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
         speaks = []
         for reading, weight in zip(assistants, weights[1:], strict=True):
-            looks_at, leads = (0, 0.0) if rule is None else (min(candidates, CANDIDATES), weight)
-            key = main, reading, rule, looks_at, leads if leads > weights[0] else 0.0
-            if key not in self._speaks:
-                pair = weights[0], weight
-                self._speaks[key] = where_it_speaks(main, reading, rule, candidates, pair)
-            speaks.append(self._speaks[key])
+            said = self._speech(ensemble, main, reading, weight > weights[0])
+            speaks.append([one for one in said if share_left(weight, one.share)])
         for tokens in _blocks(len(main.scored), *ensemble.members):
             parts = [self._part(ensemble, 0, main, range(len(tokens)), tokens, kept)]
             shares = [dict.fromkeys(range(1, len(weights)), 0.0) for _ in tokens]
@@ -249,6 +257,15 @@ class TextReading(Closing):
                     for row, one in zip(rows, here, strict=True):
                         shares[row][i] = one.share
             yield parts, [handed_over(weights, own) for own in shares]
+
+    def _speech(self, ensemble: Ensemble, main: Reading, assistant: Reading, leads: bool) -> list[Speech]:
+        """See `where_it_speaks`; without a rule an assistant speaks wherever it can."""
+        rule, candidates = ensemble.boundary_rule, ensemble.fuser.candidates
+        looks_at = 0 if rule is None else min(candidates, CANDIDATES)
+        key = main, assistant, rule, looks_at, leads and rule is not None
+        if key not in self._speaks:
+            self._speaks[key] = where_it_speaks(main, assistant, rule, candidates, leads)
+        return self._speaks[key]
 
     def _part(
         self,

@@ -134,6 +134,7 @@ class Measurements:
             self.alone[i].append(-found.total / math.log(2))
             self._first_choice[i] += all(found.greedy)
         for one, bits in self.tried.items():
+            reading.read_ahead(self.ensemble(one))
             bits.append(self._bits(reading, self.ensemble(one), one))
         if time_it:  # what the item costs a configuration when everything has been read
             seconds, timed = self._timed
