@@ -23,7 +23,7 @@ from deepen_ext import Ensemble
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, map_settings, method_name, parse_fuser
 from deepen_ext.fusers.weighing.make import RULES
-from deepen_ext.fusers.weights import WEIGHTS_RULES
+from deepen_ext.fusers.weights import WEIGHTS_RULES, main_by_size
 from deepen_ext.members.loading import load_member
 from deepen_ext.members.member import Member
 
@@ -34,6 +34,8 @@ MODELS = {
     "L": "qwen2.5-coder-1.5b-instruct",
 }
 ENSEMBLES = ("S+G", "G+S", "Q+G", "Q+S", "S+Q", "G+Q", "Q+G+S", "G+S+Q", "S+G+Q")
+# Weights outside of the embeddings, by which the default finds the main model.
+SIZES = {"S": 106_203_456, "G": 100_326_016, "Q": 357_898_112, "L": 1_310_340_608}
 METHODS = (
     *("default", "deepen:calibrated", "deepen:bytes", "deepen:paper"),
     *("average", "union-topk", "union-vocab", "product", "consistent@consistency"),
@@ -114,6 +116,13 @@ def letters_of(ensemble: str) -> list[str]:
     if set(letters) - set(MODELS) or len(set(letters)) != len(letters) or len(letters) < 2:
         raise InputError(f"ensemble '{ensemble}': two or more of {', '.join(MODELS)}, joined by +")
     return letters
+
+
+def default_order(ensemble: str) -> str:
+    """The ensemble that the default makes of these members, named in this order."""
+    letters = letters_of(ensemble)
+    main = letters.pop(main_by_size([SIZES[one] for one in letters]))
+    return "+".join([main, *letters])
 
 
 def load(ensembles: Iterable[str], **options: Any) -> dict[str, Member]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from compare_setup import DEFAULT
+from compare_setup import DEFAULT, default_order
 from results_format import (
     MODELS,
     Configuration,
@@ -24,7 +24,7 @@ from results_format import (
     singles,
     table,
 )
-from results_read import BEFORE, EARLIER, Measure, Results, dtype_of, pairs_of
+from results_read import AS_NAMED, BEFORE, EARLIER, Measure, Results, dtype_of, pairs_of
 
 
 def verdict(results: Results) -> str:
@@ -39,8 +39,9 @@ def verdict(results: Results) -> str:
 
 
 def earlier_verdicts(results: Results) -> str:
-    """The same counts of the defaults that there were before."""
-    lines = [_verdict(results.tests, method, title) for method, title in EARLIER.items()]
+    """The same counts of what the default does not do, and of the defaults that there were before."""
+    titles = {AS_NAMED: "The default's fuser and weights with a far smaller model in front", **EARLIER}
+    lines = [_verdict(results.tests, method, title) for method, title in titles.items()]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -52,8 +53,9 @@ def _verdict(measures: Sequence[Measure], method: str, title: str) -> str:
     remain = _remain(pairs)
     better = sum(one["difference"] > 0 for measure, ensemble, one in pairs if (measure, ensemble) in remain)
     return (
-        f"{title}, `{method}`, on test items: {len(pairs)} comparisons with the best single member. Outside "
-        f"two standard errors it is worse on {_where(pairs, 'harm')}, and better on {_where(pairs, 'gain')}. "
+        f"{title}, `{method}`, on test items: {len(pairs)} comparisons with the best single member, "
+        f"{_mean([one['difference'] for *_, one in pairs])} points on the average. Outside two standard "
+        f"errors it is worse on {_where(pairs, 'harm')}, and better on {_where(pairs, 'gain')}. "
         f"McNemar's test calls {tests.count('harm')} worse and {tests.count('gain')} better at p < 0.05, "
         f"where chance alone gives up to {0.05 * len(pairs):.1f}; after Holm's correction "
         f"{len(remain) - better} worse and {better} better remain."
@@ -75,9 +77,10 @@ def _remain(pairs: Sequence[tuple[str, str, Configuration]]) -> set[tuple[str, s
 
 
 def gains(results: Results) -> str:
-    """The default, and folded the one before: a row for each ensemble."""
+    """The default, and folded the orders that it does not take and the default before: a row an ensemble."""
+    named = folded("The same with a far smaller model in front", _gains(results, AS_NAMED))
     before = folded("The same of the default before", _gains(results, BEFORE))
-    return f"{_gains(results, DEFAULT)}\n\n{before}"
+    return f"{_gains(results, DEFAULT)}\n\n{named}\n\n{before}"
 
 
 def _gains(results: Results, method: str) -> str:
@@ -130,7 +133,8 @@ def _mean(differences: Sequence[float]) -> str:
 
 def _default_there(measure: Measure, ensemble: str, method: str) -> float | None:
     """What the default gains on the items that a rule was run on; None where nothing says which these are."""
-    own, default = (measure.scores.get(f"{ensemble} {one}") for one in (method, DEFAULT))
+    own = measure.scores.get(f"{ensemble} {method}")
+    default = measure.scores.get(f"{default_order(ensemble)} {DEFAULT}")
     if own is None or default is None:
         return None
     paired = own["against_best_single"]

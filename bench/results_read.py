@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from compare_setup import ALIKE, DEFAULT, alike
+from compare_setup import ALIKE, DEFAULT, alike, default_order
 from results_format import TASKS, Configuration, Configurations, Result, comparisons
 
 # The defaults before, the last one first.
 EARLIER = {"follow:bytes@prompt": "The default before", "deepen:bytes": "The first default"}
 BEFORE = next(iter(EARLIER))
+# The default's fuser and weights where a far larger member, which it would make the main model, is none.
+AS_NAMED = f"{DEFAULT}@named"
 CHOICES = ("arc_challenge", "piqa", "mmlu")  # tasks that are scored in two ways
 
 
@@ -87,7 +89,7 @@ def read_results(folder: Path) -> Results:
         dev=[one for one in found if one.result["split"] != "test"],
         likelihood={file.stem: _load(file) for file in sorted((folder / "likelihood").glob("*.json"))},
         time={file.parent.name: _load(file) for file in sorted(evaluation.glob("*/time.json"))},
-        peers={file.stem: _load(file) for file in sorted((folder / "peers").glob("*.json"))},
+        peers={file.stem: _read(file) for file in sorted((folder / "peers").glob("*.json"))},
     )
     made = {alike(one["settings"]) for _, one in results.files()}
     if len(made) > 1:
@@ -95,8 +97,20 @@ def read_results(folder: Path) -> Results:
     return results
 
 
-def _load(file: Path) -> Any:
+def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """A file of configurations; those in an order that the default would not have are not the default's."""
+    result = _read(file)
+    found = {}
+    for name, own in result["configurations"].items():
+        ensemble, method = own["ensemble"], own["method"]
+        if method == DEFAULT and default_order(ensemble) != ensemble:
+            name, own = f"{ensemble} {AS_NAMED}", {**own, "method": AS_NAMED}
+        found[name] = own
+    return {**result, "configurations": found}
 
 
 def _machine(file: Path, evaluation: Path) -> str:

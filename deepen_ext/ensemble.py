@@ -13,7 +13,7 @@ from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.generation import BatchGeneration, Generation
 from deepen_ext.decoding.loop import Run
-from deepen_ext.decoding.make_team import make_team, team_weights
+from deepen_ext.decoding.make_team import in_order, make_team, team_weights
 from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompts
 from deepen_ext.decoding.setting_rules import check_callable
 from deepen_ext.decoding.settings import Settings
@@ -78,8 +78,10 @@ class Ensemble:
         """Load the members and make an ensemble of them.
 
         Args:
-            members: hub names, local folders, `.gguf` files or embedded models, the main model first; with a
-                PEFT adapter on it, ``"base@adapter"``.
+            members: hub names, local folders, `.gguf` files or embedded models; with a PEFT adapter on it,
+                ``"base@adapter"``. The main model first; but where neither weights nor a fuser are given, a
+                member with at least twice its weights outside of the embeddings is the main model in its
+                place (the largest of them).
             progress: called with a line of text as each stage starts.
             options: what `Ensemble(...)` takes (weights, recipe, learning_rate, ...); and how the members are
                 loaded (`deepen_ext.members.load_options.LoadOptions` documents it: backend, device, dtype,
@@ -96,7 +98,7 @@ class Ensemble:
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
-        return cls(loaded, **options)
+        return cls(in_order(loaded, FusionSettings().changed(**options)), **options)
 
     @property
     def members(self) -> list[Member]:

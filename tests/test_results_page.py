@@ -527,7 +527,8 @@ def test_the_default_beside_the_best_single_member(results: Path) -> None:
     assert "after Holm's correction 1 worse and 2 better remain" in lines[0]
     assert not [line for line in lines if "was not run on" in line]
     earlier = results_parts.earlier_verdicts(found).splitlines()
-    assert [line.split(",")[0] for line in earlier] == ["- The default before", "- The first default"]
+    assert "far smaller model in front, `follow:bytes@size@named`, has no results" in earlier[0]
+    assert [line.split(",")[0] for line in earlier[1:]] == ["- The default before", "- The first default"]
     table, _, before = results_parts.gains(found).partition("<details")
     assert "| `follow:bytes@prompt` | PIQA, acc, n 40 | PIQA, acc_norm, n 40 |" in before
     assert "| SmolLM2 + Gemma | **+25.0 (" in table
@@ -536,6 +537,23 @@ def test_the_default_beside_the_best_single_member(results: Path) -> None:
     assert results_parts.figure(found, "right", "GSM8K on H100", "G") == "20 of 40 (50.0 %)"
     assert results_parts.figure(found, "points", "PIQA, acc", OURS).startswith("**+25.0 (")
     assert results_parts.figure(found, "points", "NQ", OURS) == "(not measured)"
+
+
+def test_orders_that_the_default_does_not_take(tmp_path: Path) -> None:
+    """With Qwen named second the default is Qwen + SmolLM2, so what SmolLM2 + Qwen got is not its own."""
+    orders = {"S+Q": "Q+S", "Q+S": "Q+S", "G+S+Q": "Q+G+S", "Q+L": "L+Q", "G+S": "G+S", "S+G": "S+G"}
+    assert {one: compare_setup.default_order(one) for one in orders} == orders
+    rows = [answers_of(40, pattern, letter, "single") for pattern, letter in (("1000", "S"), ("1100", "Q"))]
+    rows.append(answers_of(40, "1110", "Q+S", compare_setup.DEFAULT))
+    rows += [answers_of(40, "0000", "S+Q", one) for one in (compare_setup.DEFAULT, "average")]
+    task_file(tmp_path / "evaluation" / "some-cpu" / "nq.json", rows, task="nq")
+    found = read_results(tmp_path)
+    assert "1 comparisons" in results_parts.verdict(found)
+    assert "better on 1 (NQ: Qwen + SmolLM2)" in results_parts.verdict(found)
+    assert "worse on 1 (NQ: SmolLM2 + Qwen)" in results_parts.earlier_verdicts(found).splitlines()[0]
+    assert "| average | −50.0 (0, 1 of 1) |" in results_parts.rules(found)
+    named = "| follow:bytes, size and prompt weights, the smaller one in front |"
+    assert f"{named} −50.0 (0, 1 of 1) |" in results_parts.rules(found)
 
 
 def test_every_rule_and_what_is_missing(results: Path) -> None:

@@ -6,15 +6,19 @@ import math
 import random
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sessions import open_session, sync
+from tiny_models import one_byte_tokens, save_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from deepen_ext import Ensemble, InputError
+from deepen_ext import Ensemble, InputError, load_members
+from deepen_ext.commands.loading import load_ensembles, named_members
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
+from deepen_ext.decoding.make_team import in_order
 from deepen_ext.decoding.prompt_weights import (
     LEAST_WEIGHT,
     PROMPT_TOKENS,
@@ -27,8 +31,9 @@ from deepen_ext.decoding.prompt_weights import (
 from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.fusers import FusionSettings
-from deepen_ext.fusers.weights import weights_by_size
+from deepen_ext.fusers.weights import main_by_size, weights_by_size
 from deepen_ext.members.member import Member
+from deepen_ext.members.top_k_only import TopKOnly
 
 CODE = (
     "def mean(values):\n    return sum(values) / len(values)\n\n\ndef median(values):\n    ordered = sorted("
@@ -311,6 +316,12 @@ def test_weights_by_size() -> None:
     assert weights_by_size([300, None]) == weights_by_size([300, 0]) == [0.5, 0.5]
 
 
+def test_main_by_size() -> None:
+    assert [main_by_size([100, one]) for one in (50, 100, 199, 200, 900)] == [0, 0, 0, 1, 1]
+    assert main_by_size([100, 150, 300, 200]) == main_by_size([100, 150, 300, 300]) == 2
+    assert main_by_size([100, 300, None]) == main_by_size([0, 300]) == main_by_size([100]) == 0
+
+
 class TestDefault:
     """fuser="auto": weights from the members' sizes and the prompt, and who is followed."""
 
@@ -329,6 +340,33 @@ class TestDefault:
         assert FusionSettings(fuser="follow").resolved(logits=True) == default.resolved(logits=True)
         equal = FusionSettings(fuser="follow", weights=[0.5, 0.5])
         assert equal.resolved(logits=True) == equal
+
+    def test_a_far_larger_member_is_the_main_model(
+        self, one_byte_folders: list[Path], tmp_path: Path
+    ) -> None:
+        """Where members are named and no more. With a fuser or weights the first one named is."""
+        tokens, (one, two) = one_byte_tokens(), one_byte_folders
+        larger = save_model(tmp_path / "larger", tokens, seed=3, layers=3)
+        far_larger = save_model(tmp_path / "far-larger", tokens, seed=4, layers=5)
+        ensemble = Ensemble.from_pretrained([one, far_larger, two])
+        assert ensemble.names == ["far-larger", "tiny-1", "tiny-2"]
+        assert ensemble.weights == pytest.approx([5 / 9, 2 / 9, 2 / 9], abs=0.01)
+        assert Ensemble.from_pretrained([one, larger, two]).names == ["tiny-1", "larger", "tiny-2"]
+        named = ["tiny-1", "far-larger"]
+        for weights in ("size", [0.4, 0.6]):
+            assert Ensemble.from_pretrained([one, far_larger], weights=weights).names == named
+        assert Ensemble.from_pretrained([one, far_larger], fuser="average").names == named
+        members = load_members([one, far_larger])
+        assert Ensemble(members).names == named
+        asked = {
+            name: (named_members([str(one), str(far_larger)], demo=False), settings)
+            for name, settings in (("default", {}), ("chosen", {"fuser": "follow"}))
+        }
+        found = load_ensembles(asked)
+        assert found["default"].names == named[::-1]
+        assert found["chosen"].names == named
+        without_logits = replace(members[1], backend=TopKOnly(members[1].backend, 50))
+        assert in_order([members[0], without_logits], FusionSettings()) == [members[0], without_logits]
 
     def test_a_larger_member_counts_more(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         """The weights that a prompt moves start in proportion to the sizes, embeddings left out."""

@@ -66,7 +66,13 @@ def one_byte_tokens() -> Tokenizer:
 
 
 def save_model(
-    folder: Path, tokenizer: Tokenizer, *, seed: int, eos: str | None = "<eos>", padding: int = 0
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    eos: str | None = "<eos>",
+    padding: int = 0,
+    layers: int = 2,
 ) -> Path:
     """A Llama of random weights, small but whole, with this tokenizer."""
     torch.manual_seed(seed)
@@ -74,7 +80,7 @@ def save_model(
         vocab_size=tokenizer.get_vocab_size() + padding,
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=400,
         bos_token_id=None,

@@ -126,7 +126,9 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
     """
     with progress() as say, without_collector():
         say("Starting")
+        from deepen_ext.decoding.make_team import in_order
         from deepen_ext.ensemble import Ensemble, check_ensemble
+        from deepen_ext.fusers import FusionSettings
         from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
         from deepen_ext.members.loading import load_members
 
@@ -153,7 +155,11 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         members = dict(zip(wanted, loaded, strict=True))
         say("Matching vocabularies")
         return {
-            name: Ensemble([members[one] for one in plan], **fusing[name]) for name, plan in plans.items()
+            name: Ensemble(
+                in_order([members[one] for one in plan], FusionSettings().changed(**fusing[name])),
+                **fusing[name],
+            )
+            for name, plan in plans.items()
         }
 
 

@@ -32,7 +32,8 @@ Models = Annotated[
         "--model",
         "-m",
         help="Hub name, local folder, .gguf file, demo:NAME or a server's http://host:port; with an adapter "
-        "BASE@ADAPTER. The main model first. Repeat it.",
+        "BASE@ADAPTER. The main model first; without --fuser and --weight one of at least twice its size "
+        "takes its place. Repeat it.",
     ),
 ]
 Demo = Annotated[
@@ -63,7 +64,7 @@ TunedFuser = Annotated[
     str | None,
     typer.Option(
         "--fuser",
-        help=f"Whose settings are chosen: deepen by default. Or {_TUNABLE_NAMES}, or module:function.",
+        help=f"Whose settings are chosen; deepen if none is named: {_TUNABLE_NAMES}, or module:function.",
         show_default=False,
     ),
 ]
@@ -71,7 +72,7 @@ FuserSpecs = Annotated[
     list[str] | None,
     typer.Option(
         "--fuser",
-        help=f"{FUSER_NAMES.removesuffix(', spans')}, or module:function. Repeat it to compare; by default "
+        help=f"{_TUNABLE_NAMES}, draw, or module:function. Repeat it to compare; by default "
         "each text follows the larger member, or one that reads its prompt far better.",
         show_default=False,
     ),

@@ -9,7 +9,7 @@ from deepen_ext.decoding.team import Team
 from deepen_ext.errors import InputError
 from deepen_ext.fusers import FusionSettings, Ingredients, fuser_class, map_settings, method_name
 from deepen_ext.fusers.capabilities import check_capabilities
-from deepen_ext.fusers.weights import weights_by_size
+from deepen_ext.fusers.weights import main_by_size, weights_by_size
 from deepen_ext.ground.warning import warn
 from deepen_ext.members.member import Member, unique_names
 from deepen_ext.ops.checks import check_built_for
@@ -56,6 +56,24 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
         on_failure=settings.on_failure,
         maps=maps,
     )
+
+
+def in_order(members: Sequence[Member], settings: FusionSettings) -> list[Member]:
+    """The members with the main model first, where a caller has named members and no more.
+
+    By default the larger member leads a text. As an assistant it could only say which of a smaller main
+    model's tokens to take, and would count less where its own last token may be unfinished. So it becomes the
+    main model (`main_by_size`). Who names a fuser or weights says by the order who is the main model.
+
+    Args:
+        members: in the order in which they were named.
+        settings: the ensemble's.
+    """
+    chosen = settings.fuser != "auto" or settings.weights is not None
+    if chosen or not all(member.backend.capabilities.logits for member in members):
+        return list(members)
+    main = main_by_size([member.size for member in members])
+    return [members[main], *members[:main], *members[main + 1 :]]
 
 
 def check_loaded(members: Sequence[Member]) -> None:

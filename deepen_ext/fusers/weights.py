@@ -12,6 +12,9 @@ from deepen_ext.ground.numbers import real_number
 # Weights that are found for each prompt, by what they start from: the members' sizes, or equal weights.
 WeightsRule = Literal["size", "prompt"]
 WEIGHTS_RULES = get_args(WeightsRule)
+# How many times the first member's size another one must have to be the main model in its place. Set by
+# reasoning, not by a search: sizes that differ less say little about who is better.
+_FAR_LARGER = 2
 
 
 def read_weights(weights: Any) -> list[float]:
@@ -61,3 +64,15 @@ def weights_by_size(sizes: Sequence[int | None]) -> list[float]:
     if len(known) < len(sizes):
         return [1 / len(sizes)] * len(sizes)
     return [one / sum(known) for one in known]
+
+
+def main_by_size(sizes: Sequence[int | None]) -> int:
+    """Which member is the main model where nobody says so: the largest, if it is far larger than the first.
+
+    Args:
+        sizes: as `weights_by_size` takes them; the first member's first.
+    """
+    known = [one for one in sizes if one]
+    if len(known) < len(sizes) or max(known) < _FAR_LARGER * known[0]:
+        return 0
+    return known.index(max(known))

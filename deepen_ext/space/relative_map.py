@@ -57,7 +57,7 @@ class RelativeMap:
             embedding: input embeddings, float32, float16 or bfloat16 [V, d]; kept, not copied. The map is on
                 its device.
             anchor_ids: int64 [A], this member's token for each anchor, same order in all members.
-            recipe: "calibrated", or "paper" to the letter.
+            recipe: "calibrated", or "paper" for the paper's formula.
             temperature: None for the recipe's own (40; paper: 100).
             entries: m, how many of a row's largest entries are kept; the others share the rest evenly.
 

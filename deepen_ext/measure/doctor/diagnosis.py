@@ -275,7 +275,7 @@ def _compared(one: Fused) -> str:
 
 def _setting(one: Fused, members: Sequence[MemberFacts]) -> str:
     if one.weights_rule is not None:
-        return f"{one.main} as the main model"
+        return f"{one.main} as the main model (named first, with --fuser follow)"
     weights = " and ".join(
         f"{weight:.2g} for {member.name}" for member, weight in zip(members, one.weights, strict=True)
     )
