@@ -1,7 +1,7 @@
 """What the comparisons share: the four embedded models, the ensembles of them, and the ways of fusing.
 
 An ensemble is written with the models' letters, the main model first: ``S+G``. A method is a fuser as the
-command line names it, with changes after ``@``: ``default`` (the package's), ``deepen:bytes``,
+command line names it, with changes after ``@``: ``default`` (its fuser and weights), ``deepen:bytes``,
 ``average@prompt`` (weights from the prompt), ``average@size`` (from the members' sizes and the prompt),
 ``average@prompt@sharpness=0.2``, ``deepen:bytes@main=0.7`` (the main model's weight; assistants share the
 rest), ``deepen:calibrated@eta=0.3@tau=20`` (learning rate, temperature of the similarity rows),

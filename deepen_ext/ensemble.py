@@ -13,7 +13,7 @@ from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.drafts.draft_settings import DraftSettings
 from deepen_ext.decoding.generation import BatchGeneration, Generation
 from deepen_ext.decoding.loop import Run
-from deepen_ext.decoding.make_team import in_order, make_team, team_weights
+from deepen_ext.decoding.make_team import main_first, make_team, team_weights
 from deepen_ext.decoding.prompts import Messages, Prompts, is_batch, read_prompts
 from deepen_ext.decoding.setting_rules import check_callable
 from deepen_ext.decoding.settings import Settings
@@ -60,7 +60,8 @@ class Ensemble:
     def variant(self, **settings: Any) -> Ensemble:
         """The same members with some settings changed; relative maps are shared where they stay the same.
 
-        Settings and errors are those of `Ensemble(...)`.
+        The order of the members stays that of `names`, and weights go by it. Settings and errors are those of
+        `Ensemble(...)`.
         """
         twin = Ensemble.__new__(Ensemble)
         twin._settings = self._settings.changed(**settings)
@@ -79,9 +80,9 @@ class Ensemble:
 
         Args:
             members: hub names, local folders, `.gguf` files or embedded models; with a PEFT adapter on it,
-                ``"base@adapter"``. The main model first; but where neither weights nor a fuser are given, a
-                member with at least twice its weights outside of the embeddings is the main model in its
-                place (the largest of them).
+                ``"base@adapter"``. The main model first. But where neither weights nor a fuser (other than
+                "auto") are given, all members give logits and their sizes are known, a member with at least
+                twice the first one's weights outside of the embeddings takes its place (the largest of them).
             progress: called with a line of text as each stage starts.
             options: what `Ensemble(...)` takes (weights, recipe, learning_rate, ...); and how the members are
                 loaded (`deepen_ext.members.load_options.LoadOptions` documents it: backend, device, dtype,
@@ -98,7 +99,7 @@ class Ensemble:
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
-        return cls(in_order(loaded, FusionSettings().changed(**options)), **options)
+        return cls(main_first(loaded, FusionSettings().changed(**options)), **options)
 
     @property
     def members(self) -> list[Member]:

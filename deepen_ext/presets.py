@@ -1,6 +1,6 @@
 """Presets: an ensemble's members and settings in a YAML file, as `deepen-ext tune` writes them.
 
-    members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]   # the main model first
+    members: [demo:smollm2-135m-instruct, demo:gemma-3-270m]   # main first, see Ensemble.from_pretrained
     weights: [0.4, 0.6]                                        # or "size", "prompt"
     fuser: deepen
     recipe: calibrated
@@ -12,9 +12,9 @@
     threads: [4, null]                                         # or one for each
     measured: {...}                                            # what was measured; not read again
 
-Only `members` must be there. What is left out has the default of `Ensemble`. A file cannot choose code: a
-fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code` are only used
-where the caller names them. Nor can it choose which key a server gets (`api_key`).
+Only `members` must be there. What is left out has the default of `Ensemble.from_pretrained`. A file cannot
+choose code: a fuser that is code (module:function), an attention kernel of the hub and `trust_remote_code`
+are only used where the caller names them. Nor can it choose which key a server gets (`api_key`).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Preset:
     """What a preset file says.
 
     Attributes:
-        members: what `load_member` takes, the main model first: `demo:` names, hub names, or paths (those of
-            the file are relative to its folder, these are not).
+        members: what `load_member` takes, as for `Ensemble.from_pretrained`: `demo:` names, hub names, or
+            paths (those of the file are relative to its folder, these are not).
         given: the settings that the file has, by their names in `FusionSettings`.
         measured: the section of that name; for readers.
         loading: how the members are loaded, by the names in `LoadOptions`: one value for all, or a list of

@@ -624,7 +624,7 @@ class TestTextOfIds:
 
 def test_the_snippets_of_the_documentation(demo_pair, monkeypatch, capsys):
     """`docs/adapters.md` from top to bottom; only the loading is left out."""
-    monkeypatch.setattr(Ensemble, "from_pretrained", lambda *_, **__: demo_pair)
+    monkeypatch.setattr(Ensemble, "from_pretrained", lambda folders, *, backend: demo_pair)
     page = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(snippets) == 7

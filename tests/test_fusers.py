@@ -547,6 +547,21 @@ class TestEvery:
         assert torch.equal(one.step(said, [1.0, 0.0]).logits, said[0])
 
 
+def test_weights_that_a_graph_reads_are_kept(one_byte_folders, monkeypatch) -> None:
+    """As long as the fuser, also where they are captured again; those of other steps come and go."""
+    fuser = Ensemble(load_members(one_byte_folders), fuser="union-vocab").fuser
+    own = ((0.25, 0.75),)
+    kept = []
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("deepen_ext.fusers.base._in_a_graph", lambda _: True)
+            kept.append(fuser._share(own))
+        for i in range(600):
+            fuser._share(((i / 1000, 1 - i / 1000),))
+    assert kept[0] is kept[1] is fuser._share(own)
+    assert len(fuser._shares) < 300
+
+
 def test_three_members(smollm2, gemma, said) -> None:
     members = [smollm2, gemma, smollm2]
     logits = [*said, peaked(3, smollm2.vocab_size, 5)]

@@ -436,6 +436,9 @@ class TestTune:
         assert 2 < len(short.tried) < len(whole.tried)
         assert list(whole.tried)[: len(short.tried)] == list(short.tried)
         assert short.chosen in short.tried
+        with monkeypatch.context() as patch:
+            patch.setattr(Measurements, "save_rows", interrupting(Measurements.save_rows, 0))
+            assert tune(members, dev, fuser="union-vocab").ended == "finished"  # that is a cache alone
         monkeypatch.setattr(Measurements, "_read", interrupting(Measurements._read, 1))
         with pytest.raises(KeyboardInterrupt):
             tune(members, dev)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import warnings
@@ -14,11 +15,13 @@ import torch
 from sessions import open_session, sync
 from tiny_models import one_byte_tokens, save_model
 from torch.multiprocessing.reductions import StorageWeakRef
+from typer.testing import CliRunner
 
 from deepen_ext import Ensemble, InputError, load_members
+from deepen_ext.commands.cli import app
 from deepen_ext.commands.loading import load_ensembles, named_members
 from deepen_ext.decoding import prompt_weights as prompt_weights_module
-from deepen_ext.decoding.make_team import in_order
+from deepen_ext.decoding.make_team import main_first
 from deepen_ext.decoding.prompt_weights import (
     LEAST_WEIGHT,
     PROMPT_TOKENS,
@@ -32,6 +35,7 @@ from deepen_ext.decoding.shared_forwards import SharedForwards
 from deepen_ext.decoding.watched_session import WatchedSession
 from deepen_ext.fusers import FusionSettings
 from deepen_ext.fusers.weights import main_by_size, weights_by_size
+from deepen_ext.measure.doctor.diagnose import diagnose
 from deepen_ext.members.member import Member
 from deepen_ext.members.top_k_only import TopKOnly
 
@@ -366,7 +370,33 @@ class TestDefault:
         assert found["default"].names == named[::-1]
         assert found["chosen"].names == named
         without_logits = replace(members[1], backend=TopKOnly(members[1].backend, 50))
-        assert in_order([members[0], without_logits], FusionSettings()) == [members[0], without_logits]
+        assert main_first([members[0], without_logits], FusionSettings()) == [members[0], without_logits]
+
+    def test_who_is_the_main_model_in_the_commands(
+        self, one_byte_folders: list[Path], tmp_path: Path
+    ) -> None:
+        """The doctor examines what `generate` would do. Voters stand as named, alone too."""
+        large = save_model(tmp_path / "large", one_byte_tokens(), seed=4, layers=5)
+        members = load_members([one_byte_folders[0], large])
+        assert [one.name for one in diagnose(members, text=CODE * 2, new_tokens=2).members] == [
+            "large",
+            "tiny-1",
+        ]
+        models = ["--model", str(one_byte_folders[0]), "--model", str(large)]
+        (tmp_path / "arc_challenge").mkdir()
+        item = {"question": "Which?", "A": "a", "B": "b", "C": "c", "D": "d", "answer": "A"}
+        (tmp_path / "arc_challenge" / "test.jsonl").write_text(json.dumps(item) + "\n")
+        out = ["--data", str(tmp_path), "--json", str(tmp_path / "out")]
+        for more in ([], ["--fuser", "average"]):
+            command = ["eval", *models, "--task", "arc_challenge", *out, "--fuser", "vote", *more]
+            done = CliRunner().invoke(app, command)
+            assert done.exit_code == 0, done.output
+        header = json.loads((tmp_path / "out" / "arc_challenge.vote.jsonl").read_text().splitlines()[0])
+        assert [one["name"] for one in header["configuration"]["members"]] == ["tiny-1", "large"]
+        for command in (["nll", "--text", __file__], ["eval", "--task", "arc_challenge", *out]):
+            done = CliRunner().invoke(app, [*command, *models, "--fuser", "average", "--fuser", "auto"])
+            assert done.exit_code == 2
+            assert "--fuser auto beside others: by default the main model may be another one" in done.stderr
 
     def test_a_larger_member_counts_more(self, tiny_smollm2: Member, tiny_gemma: Member) -> None:
         """The weights that a prompt moves start in proportion to the sizes, embeddings left out."""

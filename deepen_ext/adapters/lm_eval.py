@@ -56,8 +56,8 @@ class DeepenLM(LM):  # type: ignore[misc]
         """Load the ensemble.
 
         Args:
-            pretrained: the members, the main model first: a list, or text with `|` between them (hub names,
-                folders, `.gguf` files); or an ensemble.
+            pretrained: the members, as `Ensemble.from_pretrained` takes them: a list, or text with `|`
+                between them (hub names, folders, `.gguf` files); or an ensemble.
             batch_size: how many texts are written side by side; log-likelihoods are read one text at a time.
             max_gen_toks: how long a text gets where the task does not say.
             piece: whole texts are read in pieces of at most so many characters, as by `deepen-ext nll`.

@@ -33,7 +33,7 @@ def ensemble_from(
     own parser splits at commas.
 
     Args:
-        pretrained: the members, the main model first, or an ensemble, which is returned.
+        pretrained: the members, as `Ensemble.from_pretrained` takes them, or an ensemble, which is returned.
         arguments: `demo` (the embedded pair) or `preset` (a YAML file) instead of `pretrained`; the options
             of loading (`LoadOptions`: backend, device, dtype, ...), one for all or one for each; and the
             settings of `Ensemble`. What is given counts more than the preset. `fuser` is a name as on the

@@ -65,14 +65,11 @@ def doctor(
             from rich.text import Text
 
             from deepen_ext.commands.doctor_report import doctor_report, server_report
-            from deepen_ext.decoding.make_team import in_order
-            from deepen_ext.fusers import FusionSettings
             from deepen_ext.measure.doctor.diagnose import diagnose
             from deepen_ext.measure.doctor.server_findings import server_findings, why_not_measured
             from deepen_ext.members.loading import load_members
 
-            # In the order in which `generate` would have them, whose default it examines.
-            members = in_order(load_members(named, progress=say, **loading.options()), FusionSettings())
+            members = load_members(named, progress=say, **loading.options())
             servers, reason = list(server_findings(members)), why_not_measured(members)
             measured = None if reason else diagnose(members, text=sample, batch=batch, progress=say)
         parts = [part for one in servers for part in server_report(one)]

@@ -190,7 +190,7 @@ def evaluate(
             raise InputError("--no-singles leaves nothing of one model; leave it out, or name two or more")
         if not alone:
             check_fuses(fused)
-        first = "single" if alone else next(iter(fuser), None)
+        first = "single" if alone else next(iter(fuser), "follow" if polled else None)  # voters as named
         fused = [] if alone or only_polled else fused
         for kind in (fuser_class(one["fuser"]) for one in fused if one["fuser"] != "auto"):
             check_fuser(kind, scoring is Scoring.likelihood, drawn)

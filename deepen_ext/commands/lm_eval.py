@@ -20,7 +20,8 @@ deepen-ext lm-eval: the command line of lm-evaluation-harness, which then knows 
   deepen-ext lm-eval --model deepen --model_args pretrained="A|B",weights="0.6|0.4" --tasks hellaswag
 
 model_args of deepen:
-  pretrained=A|B        the members, the main model first: hub names, folders, .gguf files
+  pretrained=A|B        the members: hub names, folders, .gguf files. The first is the main model, or without
+                        fuser and weights one of at least twice its size
   demo=True             the embedded pair instead
   preset=FILE           or a preset that `deepen-ext tune` wrote
   fuser=, recipe=, weights=0.6|0.4 (or size, or prompt), learning_rate=, and the other settings of an ensemble

@@ -26,7 +26,7 @@ _ONE_WAY = (
 
 
 class Named(NamedTuple):
-    """The models that the options name, the main model first; and the preset, where they name one."""
+    """The models that the options name, in their order; and the preset, where they name one."""
 
     members: Sequence[str]
     preset: Preset | None
@@ -126,7 +126,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
     """
     with progress() as say, without_collector():
         say("Starting")
-        from deepen_ext.decoding.make_team import in_order
+        from deepen_ext.decoding.make_team import main_first
         from deepen_ext.ensemble import Ensemble, check_ensemble
         from deepen_ext.fusers import FusionSettings
         from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
@@ -156,7 +156,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         say("Matching vocabularies")
         return {
             name: Ensemble(
-                in_order([members[one] for one in plan], FusionSettings().changed(**fusing[name])),
+                main_first([members[one] for one in plan], FusionSettings().changed(**fusing[name])),
                 **fusing[name],
             )
             for name, plan in plans.items()
@@ -169,10 +169,15 @@ def ways_of_fusing(
     """What each --fuser sets of an ensemble; where none is given, the preset's or the default.
 
     Raises:
-        InputError: a fuser that there is not; two that results would call by one name.
+        InputError: a fuser that there is not; two that results would call by one name; "auto" beside others.
     """
     from deepen_ext.fusers import FusionSettings, method_name
 
+    if len(fusers or ()) > 1 and "auto" in (fusers or ()):
+        raise InputError(
+            "--fuser auto beside others: by default the main model may be another one than the first; run it "
+            "by itself, or name follow, which is its fuser with the models in their order"
+        )
     defaults = {key: getattr(FusionSettings, key) for key in ("fuser", "recipe", "relative_temperature")}
     ways = [_settings(named.preset, fuser=fuser, recipe=recipe) for fuser in fusers or [None]]
     ways = [{key: own.get(key, default) for key, default in defaults.items()} for own in ways]

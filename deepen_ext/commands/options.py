@@ -32,8 +32,7 @@ Models = Annotated[
         "--model",
         "-m",
         help="Hub name, local folder, .gguf file, demo:NAME or a server's http://host:port; with an adapter "
-        "BASE@ADAPTER. The main model first; without --fuser and --weight one of at least twice its size "
-        "takes its place. Repeat it.",
+        "BASE@ADAPTER. Repeat it. The first is the main model, or by default one of at least twice its size.",
     ),
 ]
 Demo = Annotated[

@@ -58,7 +58,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     )
 
 
-def in_order(members: Sequence[Member], settings: FusionSettings) -> list[Member]:
+def main_first(members: Sequence[Member], settings: FusionSettings) -> list[Member]:
     """The members with the main model first, where a caller has named members and no more.
 
     By default the larger member leads a text. As an assistant it could only say which of a smaller main

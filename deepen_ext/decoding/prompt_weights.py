@@ -103,8 +103,8 @@ def tell_of_unequal(
     if leader and weights[leader] >= _NEARLY_ALL:
         found["leads", names[leader]] = (
             f"{names[leader]} counts far more for a prompt than the main model, {names[0]}: the text follows "
-            f"it, as far as tokens of {names[0]} go. Name {names[leader]} first, or let `deepen-ext tune` "
-            "choose on texts of yours"
+            f"it, as far as tokens of {names[0]} go. Name {names[leader]} first, with fuser='follow' "
+            "(--fuser follow), or let `deepen-ext tune` choose on texts of yours"
         )
     for name, before, after in zip(names[1:], given[1:], weights[1:], strict=True):
         if before and not after:

@@ -308,13 +308,13 @@ class Fuser(ABC):
         A CUDA graph of the step reads this tensor. It is then kept as long as the Fuser, which the graph must
         not outlive.
         """
-        found = self._shares.get(weights)
+        found = self._captured.get(weights, self._shares.get(weights))
         if found is None:
             if len(self._shares) >= _SHARES_KEPT:
                 self._shares.clear()
             found = to_device(weights, self.device, torch.float32)
             self._shares[weights] = found
-        if found.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _in_a_graph(found):
             self._captured[weights] = found
         return found
 
@@ -326,3 +326,8 @@ class Fuser(ABC):
         places = [place.get(row, -1) for row in part.rows]
         topk = TopK(*placed(part.topk, places, len(fused_rows)))
         return Said(part.member, part.name, topk, part, places)
+
+
+def _in_a_graph(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is captured that will read this tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

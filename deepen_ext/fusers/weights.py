@@ -72,7 +72,6 @@ def main_by_size(sizes: Sequence[int | None]) -> int:
     Args:
         sizes: as `weights_by_size` takes them; the first member's first.
     """
-    known = [one for one in sizes if one]
-    if len(known) < len(sizes) or max(known) < _FAR_LARGER * known[0]:
-        return 0
-    return known.index(max(known))
+    known = [one or 0 for one in sizes]
+    far_larger = all(known) and max(known) >= _FAR_LARGER * known[0]
+    return known.index(max(known)) if far_larger else 0

@@ -11,9 +11,10 @@ from itertools import combinations
 
 import torch
 
-from deepen_ext.decoding.make_team import check_loaded
+from deepen_ext.decoding.make_team import check_loaded, main_first
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, shown
+from deepen_ext.fusers import FusionSettings
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
@@ -61,7 +62,8 @@ def diagnose(
     Members that cannot be fused are diagnosed too; `obstacle` and the verdict then say why.
 
     Args:
-        members: two or more, the main model first.
+        members: two or more; the main model is the one that the default takes (see
+            `Ensemble.from_pretrained`).
         text: what the models read; None for a built-in text of prose, arithmetic, code and questions. Only
             what fits every context is read, 4,000 characters at most.
         new_tokens: how many are written of each text to take the time.
@@ -79,6 +81,7 @@ def diagnose(
         raise InputError(
             f"a diagnosis needs two or more members, not {len(members)}; name at least two models"
         )
+    members = main_first(members, FusionSettings())
     new_tokens = whole_number("new_tokens", new_tokens, 2)  # the first step reads the prompt
     batch = whole_number("batch", batch, 1)
     if text is not None and not isinstance(text, str):
@@ -205,7 +208,7 @@ def _rows(ensemble: Ensemble, means: Sequence[torch.Tensor]) -> Iterator[RowFact
 def _fused(ensemble: Ensemble, reading: TextReading, alone: Sequence[TokenLikelihoods]) -> Iterator[Fused]:
     """With each member as the main model, by the ensemble's own weights and with more for the main model.
 
-    A member that is hopelessly weak by itself is not tried as the main model, unless it was named first.
+    A member that is hopelessly weak by itself is not tried as the main model, unless it is the default's.
     """
     members = ensemble.members
     single = min(alone, key=lambda own: own.bits_per_byte)

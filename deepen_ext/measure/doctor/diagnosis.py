@@ -90,9 +90,9 @@ class Fused:
 
     Attributes:
         main: the main model's name.
-        weights: of the members in the order they were named.
+        weights: of the members, in the order of `Diagnosis.members`.
         weights_rule: where a rule found them for the text, its name, and the weights are those to start from.
-        as_named: whether this is the main model that was named, with the ensemble's own weights.
+        as_named: whether this is the main model of the default, with the ensemble's own weights.
         bits_per_byte: of the sample text.
         gain: how many bits a byte fewer than the best single member, above 0 where fusing is better.
         gain_error: standard error of the gain over blocks of text; None where the text is too short.
@@ -164,7 +164,7 @@ class Diagnosis:
     """Everything `diagnose` found out.
 
     Attributes:
-        members: in the order they were named, the main model first.
+        members: the default's main model first, the others in the order they were named.
         characters: how many characters of the sample text were read.
         characters_given: how many characters the sample text has.
         method: how the ensemble fuses.

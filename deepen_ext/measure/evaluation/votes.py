@@ -91,7 +91,7 @@ class Poll:
 
     Attributes:
         voters: names of other configurations of the same call. Of answers with equally many votes the one
-            that comes first in this order wins, so the main model's alone stands first. With votes, each
+            that comes first in this order wins, so the best one's stands first. With votes, each
             configuration has all its votes.
     """
 

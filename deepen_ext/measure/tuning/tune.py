@@ -8,6 +8,7 @@ configurations are measured on the same items.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -258,7 +259,8 @@ def tune(
         except KeyboardInterrupt:
             ended = "interrupted"
     if ended != "interrupted":  # which may have come in the middle of a row
-        work.save_rows()
+        with suppress(KeyboardInterrupt):  # a cache is not worth what was found
+            work.save_rows()
     return Tuning(
         space=space,
         names=tuple(unique_names(members)),
