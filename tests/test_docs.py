@@ -218,7 +218,6 @@ def given(tiny_demo: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         for file, lines in (("test", 2), ("dev", 2), ("demos", 1)):
             (tmp_path / "data" / task / f"{file}.jsonl").write_text((json.dumps(item) + "\n") * lines)
     pair = Ensemble([main, assistant], cache=False)
-    embedding, anchor_ids = torch.randn(300, 8), torch.arange(200)
     inputs = main.tokenizer("The capital of France is", return_tensors="pt")
     return {
         "ensemble": pair,
@@ -231,9 +230,9 @@ def given(tiny_demo: list[Member], monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "a": main,
         "b": assistant,
         "pair": pair,
-        "members": [(embedding, anchor_ids)] * 2,
-        "main_logits": torch.randn(1, 300),
-        "other_logits": torch.randn(1, 300),
+        "members": [main, assistant],
+        "main_logits": torch.randn(1, main.vocab_size),
+        "other_logits": torch.randn(1, assistant.vocab_size),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -527,8 +528,14 @@ def in_llama_cpp(member: Member, folder: Path, family: str) -> Member:
 
 
 @pytest.mark.parametrize(("family", "anew"), [("mamba", True), ("llama", False)])
-def test_going_back(bytes_dir: Path, tmp_path: Path, family: str, anew: bool) -> None:
-    """After 300 tokens: states that cannot be cut are made again, others stay."""
+def test_going_back(
+    bytes_dir: Path, tmp_path: Path, family: str, anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 300 tokens: states that cannot be cut are made again, others stay.
+
+    By this process's own time: other processes must not decide.
+    """
+    monkeypatch.setattr(draft_times, "perf_counter", time.process_time)
     member = in_llama_cpp(load_member(bytes_dir), tmp_path, family)
     times = forward_times(member, family, [SAMPLE_TEXT[:300], SAMPLE_TEXT[300:600]])
     assert all(ms > 0 for ms in times.ms)

@@ -497,7 +497,8 @@ class TestFixedBuffers:
             whole = ids + written
             assert session.ids(row) == whole
             expected = fresh_logits(member, whole, list(range(len(ids), len(whole) + 1)))
-            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+            # Of logits up to 20, after 250 tokens: an AMD EPYC differs by 0.0013 in 18 of 491,520.
+            torch.testing.assert_close(logits, expected, atol=3e-3, rtol=0)
 
     def test_past_the_window_and_past_the_first_span(self, windowed: Member) -> None:
         ids = ids_of(windowed, 700)
