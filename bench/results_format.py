@@ -37,8 +37,12 @@ def ensemble_name(letters: str) -> str:
 def method_name(method: str) -> str:
     """As the tables have it: what follows @ in words."""
     name, *changes = method.split("@")
-    words = {"prompt": "prompt weights", "size": "size and prompt weights", "skip": "certified skip"}
-    words["named"] = "the smaller one in front"
+    words = {
+        "prompt": "prompt weights",
+        "size": "size and prompt weights",
+        "named": "the smaller one in front",
+        "skip": "certified skip",
+    }
     shown = [
         words.get(one, one.replace("eta=", "η ").replace("tau=", "τ ").replace("=", " ")) for one in changes
     ]

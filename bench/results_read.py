@@ -14,7 +14,7 @@ from results_format import TASKS, Configuration, Configurations, Result, compari
 # The defaults before, the last one first.
 EARLIER = {"follow:bytes@prompt": "The default before", "deepen:bytes": "The first default"}
 BEFORE = next(iter(EARLIER))
-# The default's fuser and weights where a far larger member, which it would make the main model, is none.
+# The default's fuser and weights in an order that the default would change: a far larger member is not first.
 AS_NAMED = f"{DEFAULT}@named"
 CHOICES = ("arc_challenge", "piqa", "mmlu")  # tasks that are scored in two ways
 

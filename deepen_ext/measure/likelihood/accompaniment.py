@@ -15,7 +15,7 @@ class Speech(NamedTuple):
 
     token: int  # its number
     said: int  # the number in `Reading.said` of what the assistant says there
-    share: float  # of its weight that the assistant keeps, were it all the weight there is
+    share: float  # of its weight that the assistant keeps, if enough is left then: see `share_left`
 
 
 def where_it_speaks(
@@ -27,7 +27,8 @@ def where_it_speaks(
 ) -> list[Speech]:
     """The main model's scored tokens at which an assistant speaks, by the rules of the loop.
 
-    It speaks at some of them with too little of its weight to have a say: see `share_left`.
+    No weight is known here, so where it leads there are tokens among them at which too little of it may be
+    left to have a say: see `share_left`.
 
     Args:
         main: the main model's reading of the text.
