@@ -99,7 +99,7 @@ class Ensemble:
         loaded = load_members(members, progress=progress, **loading)
         if progress is not None:
             progress("Matching vocabularies")
-        return cls(main_first(loaded, FusionSettings().changed(**options)), **options)
+        return cls(main_first(loaded, options), **options)
 
     @property
     def members(self) -> list[Member]:

@@ -370,7 +370,7 @@ class TestDefault:
         assert found["default"].names == named[::-1]
         assert found["chosen"].names == named
         without_logits = replace(members[1], backend=TopKOnly(members[1].backend, 50))
-        assert main_first([members[0], without_logits], FusionSettings()) == [members[0], without_logits]
+        assert main_first([members[0], without_logits], {}) == [members[0], without_logits]
 
     def test_who_is_the_main_model_in_the_commands(
         self, one_byte_folders: list[Path], tmp_path: Path

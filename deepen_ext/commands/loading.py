@@ -128,7 +128,6 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         say("Starting")
         from deepen_ext.decoding.make_team import main_first
         from deepen_ext.ensemble import Ensemble, check_ensemble
-        from deepen_ext.fusers import FusionSettings
         from deepen_ext.members.load_options import LOAD_OPTIONS, LoadOptions, options_of_each
         from deepen_ext.members.loading import load_members
 
@@ -155,10 +154,7 @@ def load_ensembles(asked: Mapping[str, tuple[Named, dict[str, Any]]]) -> dict[st
         members = dict(zip(wanted, loaded, strict=True))
         say("Matching vocabularies")
         return {
-            name: Ensemble(
-                main_first([members[one] for one in plan], FusionSettings().changed(**fusing[name])),
-                **fusing[name],
-            )
+            name: Ensemble(main_first([members[one] for one in plan], fusing[name]), **fusing[name])
             for name, plan in plans.items()
         }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from deepen_ext.decoding.boundary import BoundaryRule
 from deepen_ext.decoding.team import Team
@@ -58,7 +59,7 @@ def make_team(members: Sequence[Member], settings: FusionSettings, maps: MemberM
     )
 
 
-def main_first(members: Sequence[Member], settings: FusionSettings) -> list[Member]:
+def main_first(members: Sequence[Member], given: Mapping[str, Any]) -> list[Member]:
     """The members with the main model first, where a caller has named members and no more.
 
     By default the larger member leads a text. As an assistant it could only say which of a smaller main
@@ -67,8 +68,9 @@ def main_first(members: Sequence[Member], settings: FusionSettings) -> list[Memb
 
     Args:
         members: in the order in which they were named.
-        settings: the ensemble's.
+        given: the settings that `Ensemble` gets beside them.
     """
+    settings = FusionSettings().changed(**given)
     chosen = settings.fuser != "auto" or settings.weights is not None
     if chosen or not all(member.backend.capabilities.logits for member in members):
         return list(members)

@@ -14,7 +14,6 @@ import torch
 from deepen_ext.decoding.make_team import check_loaded, main_first
 from deepen_ext.ensemble import Ensemble
 from deepen_ext.errors import InputError, shown
-from deepen_ext.fusers import FusionSettings
 from deepen_ext.ground.numbers import whole_number
 from deepen_ext.measure.doctor.coverage import coverage, mean_distribution, row_shapes
 from deepen_ext.measure.doctor.diagnosis import (
@@ -81,7 +80,7 @@ def diagnose(
         raise InputError(
             f"a diagnosis needs two or more members, not {len(members)}; name at least two models"
         )
-    members = main_first(members, FusionSettings())
+    members = main_first(members, {})
     new_tokens = whole_number("new_tokens", new_tokens, 2)  # the first step reads the prompt
     batch = whole_number("batch", batch, 1)
     if text is not None and not isinstance(text, str):
